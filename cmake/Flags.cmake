@@ -1,0 +1,22 @@
+# kvmix_flags(target): warnings, sanitizers and hidden symbols for one of our targets.
+function(kvmix_flags target)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wnon-virtual-dtor -Wcast-align -Wunused -Woverloaded-virtual -Wpedantic>
+    $<$<AND:$<BOOL:${KVMIX_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>)
+  if(KVMIX_SANITIZE)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${KVMIX_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
+    target_link_options(${target} PUBLIC $<HOST_LINK:-fsanitize=${KVMIX_SANITIZE}>)
+  endif()
+endfunction()
+
+# kvmix_isa_flags(): compiler flags for sources named after an instruction set, *_avx2.cc and so on. Dispatch is at run time.
+function(kvmix_isa_flags)
+  set(avx2 -mavx2 -mfma -mf16c)
+  set(avx512vnni ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni)
+  set(avx512bf16 ${avx512vnni} -mavx512bf16)
+  foreach(source IN LISTS ARGN)
+    if(source MATCHES "_(avx2|avx512vnni|avx512bf16)\\.cc$")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${${CMAKE_MATCH_1}}")
+    endif()
+  endforeach()
+endfunction()

@@ -1,0 +1,14 @@
+# cmake --install: headers, libraries and a package for find_package(kvmix).
+include(CMakePackageConfigHelpers)
+set(kvmix_targets kvmix_core)
+install(TARGETS ${kvmix_targets} EXPORT kvmixTargets)
+install(DIRECTORY include/kvmix DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(EXPORT kvmixTargets NAMESPACE kvmix:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/kvmix)
+configure_package_config_file(cmake/kvmixConfig.cmake.in ${CMAKE_CURRENT_BINARY_DIR}/kvmixConfig.cmake
+  INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/kvmix)
+write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/kvmixConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kvmixConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/kvmixConfigVersion.cmake
+  DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/kvmix)
+if(TARGET kvmix)
+  install(TARGETS kvmix)
+endif()

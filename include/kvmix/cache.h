@@ -1,0 +1,164 @@
+// The cache: per (sequence, layer, KV head) a bag of pages, appended to in fp16 and sealed into packed pages.
+//
+// Token positions of a sequence: [0, sinks) live in the sink rows (fp16 for ever); after them come pages of kPageTokens.
+// Page p is sealed, before the next token is appended, once `window` newer tokens exist behind its last slot. So between
+// `window` and `window + kPageTokens` newest tokens are fp16, whether they came one at a time or in page-aligned chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvmix/codec.h"
+
+namespace kvmix {
+
+// What a side of a layer does to a row before it is stored. Applied to sinks, window and pages alike, so that one
+// transformed query (keys) or one inverse on the output (values) is all that attention needs.
+struct TransformSpec {
+  bool hadamard = false;            // orthonormal Hadamard over the largest power of two dividing head_dim, blockwise
+  std::vector<int8_t> signs;        // +1/-1 per [kv_heads * head_dim], applied before the Hadamard; empty: all +1
+  std::vector<float> center;        // subtracted first, [kv_heads * head_dim]; keys only (softmax ignores it)
+  std::vector<float> matrix;        // dense R per KV head [kv_heads][head_dim][head_dim], row vector x -> x R; exclusive
+  std::vector<float> matrix_inverse;  // with hadamard; its inverse is stored beside it
+
+  bool identity() const { return !hadamard && center.empty() && matrix.empty(); }
+  friend bool operator==(const TransformSpec&, const TransformSpec&) = default;
+};
+
+struct SideConfig {
+  CodecSpec codec;
+  TransformSpec transform;
+  friend bool operator==(const SideConfig&, const SideConfig&) = default;
+};
+
+// How many newest tokens stay fp16.
+struct WindowRule {
+  int tokens = 128;        // fixed window; used when ratio is 0
+  float ratio_key = 0;     // > 0: the paper's rule (KVmix b.4): about ratio x the current fp16 tail stays; per side, the
+  float ratio_value = 0;   // larger of the two decides since a page is sealed as a whole
+  friend bool operator==(const WindowRule&, const WindowRule&) = default;
+};
+
+struct LayerConfig {
+  int q_heads = 0, kv_heads = 0;  // q_heads is a multiple of kv_heads
+  int head_dim = 0;               // 32..256, multiple of 16
+  float scale = 0;                // softmax scale applied to q.k
+  float softcap = 0;              // > 0: score = softcap * tanh(score / softcap)
+  int sliding_window = 0;         // > 0: a query at position p sees keys in (p - sliding_window, p]; older pages are freed
+  int sinks = 16;
+  WindowRule window;
+  SideConfig key, value;
+};
+
+struct CacheConfig {
+  std::vector<LayerConfig> layers;
+  int threads = 1;        // threads that will call append/attend together (1..256)
+  size_t max_bytes = 0;   // pool limit; 0: none. Exceeding it throws kOutOfMemory and leaves the cache as it was
+  std::string kernel;     // "" best available, or a name from attention_kernels(); one that cannot run throws kUnsupported
+  bool exact = false;     // attention arithmetic at least bf16-exact also where int8 would do
+};
+
+using SequenceId = int32_t;
+
+struct StepItem {
+  SequenceId sequence;
+  int n_tokens;  // new tokens of this step, >= 1
+};
+
+// Real bytes, from the allocator. `total` is what the pool has taken from the system for these sequences.
+struct MemoryReport {
+  size_t sealed_bytes = 0;    // packed pages in use (codes, scales, padding)
+  size_t open_bytes = 0;      // fp16 pages: window and the page being filled, unused slots included
+  size_t sink_bytes = 0;      // fp16 sink rows
+  size_t table_bytes = 0;     // page tables and per-sequence state
+  size_t slack_bytes = 0;     // taken from the system, not in use by any page
+  size_t scratch_bytes = 0;   // attention work space (constant once warm)
+  size_t total_bytes = 0;     // sum of the above without scratch
+  int64_t tokens = 0;         // live tokens over all sequences
+};
+
+struct CacheStats {
+  std::string kernel;         // decode kernel that ran, e.g. "avx512-vnni"; per-layer mixes are joined with '+'
+  std::string isa;
+  int64_t sealed_pages = 0;   // since creation
+  double seal_seconds = 0, append_seconds = 0, attend_seconds = 0;  // summed over threads
+};
+
+// Thread safety: create/remove/fork/truncate/begin_step/end_step/save/load from one thread at a time; append and attend of
+// one layer from `threads` threads at once with ith = 0..nth-1, nth <= config.threads; the caller puts a barrier between
+// append and attend of a layer. No allocation in append or attend.
+class Cache {
+ public:
+  explicit Cache(CacheConfig config);
+  ~Cache();
+  Cache(Cache&&) noexcept;
+  Cache& operator=(Cache&&) noexcept;
+
+  const CacheConfig& config() const;
+
+  SequenceId create();
+  void remove(SequenceId sequence);
+  // A copy that shares sealed and full fp16 pages (reference-counted); the page being filled is copied on write.
+  SequenceId fork(SequenceId sequence);
+  // Keeps the first n_tokens. Cutting inside a sealed page decodes it back into an fp16 page (its loss stays).
+  void truncate(SequenceId sequence, int64_t n_tokens);
+  int64_t length(SequenceId sequence) const;
+  std::vector<SequenceId> sequences() const;
+
+  // Opens a step: reserves memory, decides what is sealed. Rows of all items are laid out one after the other in the
+  // order given; q, k, v and out below follow it. Throws kOutOfMemory before anything changed.
+  void begin_step(std::span<const StepItem> items);
+  // Seals what left the window, then stores the step's rows. k, v: float [n_rows][kv_heads][head_dim], row strides in
+  // floats. Keys are post-RoPE.
+  void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int ith, int nth);
+  // Causal attention of the step's queries over everything stored, this step's rows included.
+  // q, out: float [n_rows][q_heads][head_dim], row strides in floats; out must not alias q.
+  void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, int ith, int nth);
+  // Closes the step: lengths grow, freed pages return to the pool. abort_step undoes a begin_step (rows are discarded).
+  void end_step();
+  void abort_step();
+
+  MemoryReport memory() const;
+  // Sealed and fp16 token counts of a sequence in a layer: how long the window really is.
+  struct TailReport { int64_t sinks, sealed, window; };
+  TailReport tail(SequenceId sequence, int layer) const;
+  CacheStats stats() const;
+
+  // One sequence to / from a file: versioned, checksummed, canonical layout; written to a temporary and renamed.
+  // `fingerprint` ties the file to a model and plan; load throws kMismatch on another one, kCorrupt on damage.
+  void save(SequenceId sequence, const std::string& path, const std::string& fingerprint) const;
+  SequenceId load(const std::string& path, const std::string& fingerprint);
+
+  // Reads the stored rows back as float [length][head_dim] (transforms undone when `original_space`), for tests and
+  // analysis. Positions freed by a sliding window are NaN.
+  void read(SequenceId sequence, int layer, int kv_head, Side side, bool original_space, float* rows) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// What a saved cache says of itself, after its checksum was verified, without a model.
+struct SavedCacheInfo {
+  int version; std::string fingerprint; int64_t tokens; int layers; size_t file_bytes; std::vector<std::string> key_codecs, value_codecs;
+};
+SavedCacheInfo inspect_saved_cache(const std::string& path);
+
+struct AttentionKernelInfo {
+  std::string name;         // "portable", "avx2", "avx512-vnni", "avx512-bf16"
+  std::string description;
+  bool available;           // runs on this machine
+};
+std::vector<AttentionKernelInfo> attention_kernels();
+
+// Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
+// expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
+size_t predict_bytes(const CacheConfig& config, int64_t n_tokens);
+// Bits per element, all bytes included: predict_bytes * 8 / (2 * n_tokens * sum of kv_heads * head_dim).
+double predict_bits_per_element(const CacheConfig& config, int64_t n_tokens);
+
+}  // namespace kvmix

@@ -1,0 +1,154 @@
+// The engine: runs GGUF models on ggml with a kvmix cache. It proves the core on real models; other engines link the core alone.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kvmix/cache.h"
+#include "kvmix/plan.h"
+
+namespace kvmix {
+
+using Token = int32_t;
+
+struct ChatMessage { std::string role, content; };
+
+// A loaded GGUF: weights (mapped, quantised as stored), tokenizer and chat template (libllama's). Immutable; thread safe.
+class Model {
+ public:
+  // Throws kNotFound, kCorrupt (truncated, not GGUF, a tensor out of range: names the field) or kUnsupported (architecture,
+  // naming those supported).
+  static std::shared_ptr<const Model> load(const std::string& path);
+  virtual ~Model() = default;
+
+  virtual const ModelShape& shape() const = 0;
+  virtual const std::string& path() const = 0;
+  virtual size_t weight_bytes() const = 0;
+  virtual int vocab_size() const = 0;
+
+  // UTF-8 in, tokens out. `special` parses control tokens in the text. Adds BOS where the model wants one and add_bos is set.
+  virtual std::vector<Token> tokenize(std::string_view text, bool add_bos, bool special = false) const = 0;
+  // Bytes of one token; may be part of a UTF-8 character.
+  virtual std::string token_text(Token token) const = 0;
+  virtual std::string detokenize(std::span<const Token> tokens) const = 0;
+  virtual bool is_end(Token token) const = 0;
+  virtual Token bos() const = 0;  // -1 if the model has none
+  // The prompt that the model's chat template makes of the messages, ending where the assistant's answer starts.
+  virtual std::string apply_chat_template(std::span<const ChatMessage> messages) const = 0;
+  virtual bool has_chat_template() const = 0;
+};
+
+struct EngineOptions {
+  int threads = 0;            // 0: physical cores
+  int chunk_tokens = 512;     // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
+  size_t max_cache_bytes = 0;
+  std::string kernel;         // see CacheConfig::kernel
+  bool exact = false;
+  bool force_plan = false;    // accept a plan whose fingerprint differs
+};
+
+// One step's work for one sequence.
+struct EngineItem {
+  SequenceId sequence;
+  std::span<const Token> tokens;
+  bool all_logits = false;    // logits for every token; otherwise for the last one only
+  bool no_logits = false;
+};
+
+// A model with a cache. Not thread safe; several engines may share a Model.
+class Engine {
+ public:
+  Engine(std::shared_ptr<const Model> model, const Plan& plan, const EngineOptions& options);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const Model& model() const;
+  const Plan& plan() const;
+  Cache& cache();
+
+  // Runs the items as one batch (each item at most chunk_tokens long) and returns logits row by row in item order,
+  // [rows][vocab_size], valid until the next step. Throws kInvalidArgument beyond the model's context.
+  std::span<const float> step(std::span<const EngineItem> items);
+  // Any number of tokens of one sequence in chunks; logits of the last token. `progress(done, total)` between chunks;
+  // returning false stops with kCancelled (tokens done so far stay in the cache).
+  std::span<const float> prefill(SequenceId sequence, std::span<const Token> tokens,
+                                 const std::function<bool(int64_t, int64_t)>& progress = {});
+
+  // fingerprint of (model, plan) for saved caches
+  std::string cache_fingerprint() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+struct SamplingOptions {
+  float temperature = 0.8f;  // 0: greedy
+  int top_k = 40;            // 0: off
+  float top_p = 0.95f;       // 1: off
+  float min_p = 0.05f;       // 0: off
+  uint64_t seed = 0;
+};
+
+class Sampler {
+ public:
+  explicit Sampler(const SamplingOptions& options);  // throws kInvalidArgument on out-of-range options
+  Token sample(std::span<const float> logits);
+
+ private:
+  SamplingOptions options_;
+  uint64_t state_;
+  std::vector<std::pair<float, Token>> scratch_;
+};
+
+struct GenerateOptions {
+  SamplingOptions sampling;
+  int max_tokens = 256;
+  std::vector<std::string> stop;  // text that ends the answer; not part of it
+};
+
+struct GenerateResult {
+  std::string text;
+  std::string stop_reason;  // "end", "stop", "length", "context", "cancelled"
+  int prompt_tokens = 0, new_tokens = 0;
+  double prefill_seconds = 0, decode_seconds = 0;
+};
+
+// Continues the sequence with the prompt. `on_text` receives whole UTF-8 characters as they come and returns false to stop.
+GenerateResult generate(Engine& engine, SequenceId sequence, std::span<const Token> prompt, const GenerateOptions& options,
+                        const std::function<bool(std::string_view)>& on_text);
+
+// Architectures of the registry: name and one line, for `kvmix list`.
+struct ArchitectureInfo { std::string name, description; };
+std::vector<ArchitectureInfo> architectures();
+
+// The peer: the same model under libllama with one of its cache types, in this process.
+class Peer {
+ public:
+  // cache_type: "f16", "q8_0", "q5_1", "q4_0" (quantised V needs flash attention, which is then on; llama.cpp rotates as it does).
+  Peer(const std::string& model_path, const std::string& cache_type, int64_t context, int threads, int sequences = 1);
+  ~Peer();
+  Peer(Peer&&) noexcept;
+  // Same contract as Engine::step for one sequence; llama.cpp splits into its own micro-batches of `chunk` tokens.
+  std::span<const float> step(std::span<const Token> tokens, bool all_logits, bool no_logits = false);
+  // One token for each of the first n sequences in one batch (continuous batching).
+  std::span<const float> step_batch(std::span<const Token> tokens);
+  void clear();
+  size_t cache_bytes() const;      // K and V buffers as libllama allocated them
+  double bits_per_element() const; // of those buffers per cached element (its nominal type size)
+  const std::string& name() const; // "llama.cpp q4_0"
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvmix

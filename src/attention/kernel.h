@@ -1,0 +1,62 @@
+// The contract between the cache and an attention kernel. A kernel attends a few query rows of one KV head over a list of
+// pages and leaves an unnormalised partial softmax; the cache splits the work, merges partials and undoes transforms.
+// One file per kernel + one line in registry.cc.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "kvmix/cache.h"
+#include "kvmix/codec.h"
+
+namespace kvmix {
+
+// One side of a layer's packed pages, sizes precomputed.
+struct TileFormat {
+  CodecSpec spec;
+  Side side = Side::kKey;
+  int head_dim = 0;
+  size_t bytes = 0, scale_bytes = 0;
+};
+
+// A page of one KV head. Packed: encoded tiles of the layer's formats. Otherwise fp16 rows, token-major [live][head_dim].
+struct PageRef {
+  const std::byte* key;
+  const std::byte* value;
+  int64_t first_position;  // position of slot 0; slot i is at first_position + i
+  int live;                // slots 0..live-1 count; bytes of other slots may be anything, NaN included
+  bool packed;
+};
+
+struct AttendJob {
+  TileFormat key, value;
+  int head_dim;
+  float scale, softcap;
+  int sliding_window;
+  bool exact;               // arithmetic at least as exact as bf16 products with fp32 sums
+  int rows;                 // query rows: row = token * group + head_in_group
+  const float* q;           // [rows][head_dim], contiguous, transformed, not scaled
+  const int64_t* position;  // [rows] position of the query; sees keys at p <= position (and > position - sliding_window)
+  std::span<const PageRef> pages;
+  // Partial softmax, overwritten: max score m (-inf if nothing was visible), sum l of exp(score - m), acc = sum of
+  // exp(score - m) * value row. [rows], [rows], [rows][head_dim].
+  float* m;
+  float* l;
+  float* acc;
+};
+
+struct AttentionKernel {
+  const char* name;
+  const char* description;
+  bool (*available)();  // this machine can run it
+  // Can run these formats with this many rows. The portable kernel can always.
+  bool (*supports)(const AttendJob& job);
+  size_t (*scratch_bytes)(int head_dim, int rows);  // per thread; asked once per layer shape, for the most rows used
+  void (*attend)(const AttendJob& job, std::byte* scratch);  // scratch 64-byte aligned; no allocation
+};
+
+std::span<const AttentionKernel* const> attention_kernel_registry();
+
+}  // namespace kvmix
