@@ -19,10 +19,10 @@ namespace kvmix {
 // What a side of a layer does to a row before it is stored. Applied to sinks, window and pages alike, so that one
 // transformed query (keys) or one inverse on the output (values) is all that attention needs.
 struct TransformSpec {
-  bool hadamard = false;            // orthonormal Hadamard over the largest power of two dividing head_dim, blockwise
-  std::vector<int8_t> signs;        // +1/-1 per [kv_heads * head_dim], applied before the Hadamard; empty: all +1
-  std::vector<float> center;        // subtracted first, [kv_heads * head_dim]; keys only (softmax ignores it)
-  std::vector<float> matrix;        // dense R per KV head [kv_heads][head_dim][head_dim], row vector x -> x R; exclusive
+  bool hadamard = false;              // orthonormal Hadamard over the largest power of two dividing head_dim, blockwise
+  std::vector<int8_t> signs;          // +1/-1 per [kv_heads * head_dim], applied before the Hadamard; empty: all +1
+  std::vector<float> center;          // subtracted first, [kv_heads * head_dim]; keys only (softmax ignores it)
+  std::vector<float> matrix;          // dense R per KV head [kv_heads][head_dim][head_dim], row vector x -> x R; exclusive
   std::vector<float> matrix_inverse;  // with hadamard; its inverse is stored beside it
 
   bool identity() const { return !hadamard && center.empty() && matrix.empty(); }
@@ -37,9 +37,9 @@ struct SideConfig {
 
 // How many newest tokens stay fp16.
 struct WindowRule {
-  int tokens = 128;        // fixed window; used when ratio is 0
-  float ratio_key = 0;     // > 0: the paper's rule (KVmix b.4): about ratio x the current fp16 tail stays; per side, the
-  float ratio_value = 0;   // larger of the two decides since a page is sealed as a whole
+  int tokens = 128;       // fixed window; used when ratio is 0
+  float ratio_key = 0;    // > 0: the paper's rule (KVmix b.4): about ratio x the current fp16 tail stays; per side, the
+  float ratio_value = 0;  // larger of the two decides since a page is sealed as a whole
   friend bool operator==(const WindowRule&, const WindowRule&) = default;
 };
 
@@ -56,10 +56,10 @@ struct LayerConfig {
 
 struct CacheConfig {
   std::vector<LayerConfig> layers;
-  int threads = 1;        // threads that will call append/attend together (1..256)
-  size_t max_bytes = 0;   // pool limit; 0: none. Exceeding it throws kOutOfMemory and leaves the cache as it was
-  std::string kernel;     // "" best available, or a name from attention_kernels(); one that cannot run throws kUnsupported
-  bool exact = false;     // attention arithmetic at least bf16-exact also where int8 would do
+  int threads = 1;       // threads that will call append/attend together (1..256)
+  size_t max_bytes = 0;  // pool limit; 0: none. Exceeding it throws kOutOfMemory and leaves the cache as it was
+  std::string kernel;    // "" best available, or a name from attention_kernels(); one that cannot run throws kUnsupported
+  bool exact = false;    // attention arithmetic at least bf16-exact also where int8 would do
 };
 
 using SequenceId = int32_t;
@@ -71,20 +71,20 @@ struct StepItem {
 
 // Real bytes, from the allocator. `total` is what the pool has taken from the system for these sequences.
 struct MemoryReport {
-  size_t sealed_bytes = 0;    // packed pages in use (codes, scales, padding)
-  size_t open_bytes = 0;      // fp16 pages: window and the page being filled, unused slots included
-  size_t sink_bytes = 0;      // fp16 sink rows
-  size_t table_bytes = 0;     // page tables and per-sequence state
-  size_t slack_bytes = 0;     // taken from the system, not in use by any page
-  size_t scratch_bytes = 0;   // attention work space (constant once warm)
-  size_t total_bytes = 0;     // sum of the above without scratch
-  int64_t tokens = 0;         // live tokens over all sequences
+  size_t sealed_bytes = 0;   // packed pages in use (codes, scales, padding)
+  size_t open_bytes = 0;     // fp16 pages: window and the page being filled, unused slots included
+  size_t sink_bytes = 0;     // fp16 sink rows
+  size_t table_bytes = 0;    // page tables and per-sequence state
+  size_t slack_bytes = 0;    // taken from the system, not in use by any page
+  size_t scratch_bytes = 0;  // attention work space (constant once warm)
+  size_t total_bytes = 0;    // sum of the above without scratch
+  int64_t tokens = 0;        // live tokens over all sequences
 };
 
 struct CacheStats {
-  std::string kernel;         // decode kernel that ran, e.g. "avx512-vnni"; per-layer mixes are joined with '+'
+  std::string kernel;  // decode kernel that ran, e.g. "avx512-vnni"; per-layer mixes are joined with '+'
   std::string isa;
-  int64_t sealed_pages = 0;   // since creation
+  int64_t sealed_pages = 0;                                         // since creation
   double seal_seconds = 0, append_seconds = 0, attend_seconds = 0;  // summed over threads
 };
 
@@ -124,7 +124,9 @@ class Cache {
 
   MemoryReport memory() const;
   // Sealed and fp16 token counts of a sequence in a layer: how long the window really is.
-  struct TailReport { int64_t sinks, sealed, window; };
+  struct TailReport {
+    int64_t sinks, sealed, window;
+  };
   TailReport tail(SequenceId sequence, int layer) const;
   CacheStats stats() const;
 
@@ -144,14 +146,19 @@ class Cache {
 
 // What a saved cache says of itself, after its checksum was verified, without a model.
 struct SavedCacheInfo {
-  int version; std::string fingerprint; int64_t tokens; int layers; size_t file_bytes; std::vector<std::string> key_codecs, value_codecs;
+  int version;
+  std::string fingerprint;
+  int64_t tokens;
+  int layers;
+  size_t file_bytes;
+  std::vector<std::string> key_codecs, value_codecs;
 };
 SavedCacheInfo inspect_saved_cache(const std::string& path);
 
 struct AttentionKernelInfo {
-  std::string name;         // "portable", "avx2", "avx512-vnni", "avx512-bf16"
+  std::string name;  // "portable", "avx2", "avx512-vnni", "avx512-bf16"
   std::string description;
-  bool available;           // runs on this machine
+  bool available;  // runs on this machine
 };
 std::vector<AttentionKernelInfo> attention_kernels();
 

@@ -1,4 +1,5 @@
-// The engine: runs GGUF models on ggml with a kvmix cache. It proves the core on real models; other engines link the core alone.
+// The engine: runs GGUF models on ggml with a kvmix cache. It proves the core on real models; other engines link the core
+// alone.
 #pragma once
 
 #include <atomic>
@@ -18,7 +19,9 @@ namespace kvmix {
 
 using Token = int32_t;
 
-struct ChatMessage { std::string role, content; };
+struct ChatMessage {
+  std::string role, content;
+};
 
 // A loaded GGUF: weights (mapped, quantised as stored), tokenizer and chat template (libllama's). Immutable; thread safe.
 class Model {
@@ -46,19 +49,19 @@ class Model {
 };
 
 struct EngineOptions {
-  int threads = 0;            // 0: physical cores
-  int chunk_tokens = 512;     // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
+  int threads = 0;         // 0: physical cores
+  int chunk_tokens = 512;  // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
   size_t max_cache_bytes = 0;
-  std::string kernel;         // see CacheConfig::kernel
+  std::string kernel;  // see CacheConfig::kernel
   bool exact = false;
-  bool force_plan = false;    // accept a plan whose fingerprint differs
+  bool force_plan = false;  // accept a plan whose fingerprint differs
 };
 
 // One step's work for one sequence.
 struct EngineItem {
   SequenceId sequence;
   std::span<const Token> tokens;
-  bool all_logits = false;    // logits for every token; otherwise for the last one only
+  bool all_logits = false;  // logits for every token; otherwise for the last one only
   bool no_logits = false;
 };
 
@@ -127,13 +130,16 @@ GenerateResult generate(Engine& engine, SequenceId sequence, std::span<const Tok
                         const std::function<bool(std::string_view)>& on_text);
 
 // Architectures of the registry: name and one line, for `kvmix list`.
-struct ArchitectureInfo { std::string name, description; };
+struct ArchitectureInfo {
+  std::string name, description;
+};
 std::vector<ArchitectureInfo> architectures();
 
 // The peer: the same model under libllama with one of its cache types, in this process.
 class Peer {
  public:
-  // cache_type: "f16", "q8_0", "q5_1", "q4_0" (quantised V needs flash attention, which is then on; llama.cpp rotates as it does).
+  // cache_type: "f16", "q8_0", "q5_1", "q4_0" (quantised V needs flash attention, which is then on; llama.cpp rotates as it
+  // does).
   Peer(const std::string& model_path, const std::string& cache_type, int64_t context, int threads, int sequences = 1);
   ~Peer();
   Peer(Peer&&) noexcept;
@@ -142,9 +148,9 @@ class Peer {
   // One token for each of the first n sequences in one batch (continuous batching).
   std::span<const float> step_batch(std::span<const Token> tokens);
   void clear();
-  size_t cache_bytes() const;      // K and V buffers as libllama allocated them
-  double bits_per_element() const; // of those buffers per cached element (its nominal type size)
-  const std::string& name() const; // "llama.cpp q4_0"
+  size_t cache_bytes() const;       // K and V buffers as libllama allocated them
+  double bits_per_element() const;  // of those buffers per cached element (its nominal type size)
+  const std::string& name() const;  // "llama.cpp q4_0"
 
  private:
   struct Impl;

@@ -17,13 +17,13 @@ namespace kvmix {
 // A row of an evaluation: one of our plans, or a peer cache type.
 struct EvalSubject {
   std::string name;
-  std::optional<Plan> plan;   // ours
-  std::string peer_type;      // else libllama's cache type
+  std::optional<Plan> plan;  // ours
+  std::string peer_type;     // else libllama's cache type
 };
 
 struct EvalOptions {
   int64_t context = 2048;
-  int windows = 8;            // 0: as many as the text has
+  int windows = 8;  // 0: as many as the text has
   int threads = 0;
   bool exact = false;
   std::string kernel;
@@ -32,19 +32,19 @@ struct EvalOptions {
 
 struct EvalRow {
   std::string name;
-  double perplexity = 0, perplexity_ratio = 0;  // ratio to the f16 cache (ours)
+  double perplexity = 0, perplexity_ratio = 0;                // ratio to the f16 cache (ours)
   double kl_mean = 0, kl_p99 = 0, kl_max = 0, kl_stderr = 0;  // nats per token against our f16 cache
-  double top1 = 0;             // share of positions with the same most likely token as f16
-  double bits_per_element = 0; // all bytes, at the end of a window
-  size_t cache_bytes = 0;      // for one sequence of `context` tokens
+  double top1 = 0;                                            // share of positions with the same most likely token as f16
+  double bits_per_element = 0;                                // all bytes, at the end of a window
+  size_t cache_bytes = 0;                                     // for one sequence of `context` tokens
   int64_t scored_tokens = 0;
   double seconds = 0;
 };
 
 // Scores the second half of each window of `context` tokens. Rows are evaluated in lockstep with the f16 reference, chunk
 // by chunk, so memory stays at one cache per row. The first row returned is our f16 cache.
-std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text, std::span<const EvalSubject> subjects,
-                              const EvalOptions& options, const Progress& progress);
+std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
+                              std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress);
 
 struct NeedleOptions {
   std::vector<int64_t> contexts = {1024, 2048, 4096, 8192};
@@ -54,15 +54,20 @@ struct NeedleOptions {
   int threads = 0;
   bool force_plan = false;
 };
-struct NeedleCell { std::string name; int64_t context; double depth; int hits, trials; };
+struct NeedleCell {
+  std::string name;
+  int64_t context;
+  double depth;
+  int hits, trials;
+};
 std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                                         const NeedleOptions& options, const Progress& progress);
 
 struct BenchOptions {
   std::vector<int64_t> depths = {0, 1024, 4096, 8160};
-  int decode_tokens = 16;      // per repetition and depth
-  int repetitions = 3;         // interleaved over subjects
-  int sequences = 1;           // batch of sequences decoded together
+  int decode_tokens = 16;  // per repetition and depth
+  int repetitions = 3;     // interleaved over subjects
+  int sequences = 1;       // batch of sequences decoded together
   bool prefill = true;
   int threads = 0;
   std::string kernel;
@@ -71,12 +76,12 @@ struct BenchOptions {
 struct BenchRow {
   std::string name;
   int64_t depth = 0;
-  double decode_tokens_per_s = 0, decode_min = 0, decode_max = 0;     // median and spread
-  double prefill_tokens_per_s = 0;                                    // of the first `depth` tokens
+  double decode_tokens_per_s = 0, decode_min = 0, decode_max = 0;  // median and spread
+  double prefill_tokens_per_s = 0;                                 // of the first `depth` tokens
   size_t cache_bytes = 0, peak_rss_bytes = 0;
   std::string kernel;
 };
-std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects, const BenchOptions& options,
-                            const Progress& progress);
+std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
+                            const BenchOptions& options, const Progress& progress);
 
 }  // namespace kvmix

@@ -17,10 +17,10 @@ using Progress = std::function<bool(double done, double total, const std::string
 
 struct CalibrationOptions {
   int prompts = 16;
-  int tokens = 512;     // per prompt, continuation included; prompts are cut to it
+  int tokens = 512;  // per prompt, continuation included; prompts are cut to it
   uint64_t seed = 0;
-  std::string file;     // .txt (documents separated by blank lines are joined into windows) or .jsonl ({"text": ...}); empty: the
-                        // project's own prompts, each continued by the model itself
+  std::string file;  // .txt (documents separated by blank lines are joined into windows) or .jsonl ({"text": ...}); empty: the
+                     // project's own prompts, each continued by the model itself
 };
 // Token sequences for calibration. Throws naming file, line and remedy on a bad file.
 std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model> model, const CalibrationOptions& options,

@@ -17,7 +17,10 @@ namespace kvmix {
 // The part of a model that plans depend on.
 struct ModelShape {
   std::string name, architecture, fingerprint;
-  struct Layer { int q_heads, kv_heads, head_dim, sliding_window; float scale, softcap; };
+  struct Layer {
+    int q_heads, kv_heads, head_dim, sliding_window;
+    float scale, softcap;
+  };
   std::vector<Layer> layers;
   int64_t context_tokens = 0;  // trained context
 };
@@ -34,7 +37,14 @@ struct Profile {
   std::vector<std::vector<double>> key_score_by_prompt, value_score_by_prompt;
   // Sensitivities: metric ("kl", "fisher", "fisher-page", "output") -> cost in nats per token of quantising only this
   // side of this layer with this codec. Empty until measured.
-  struct Sensitivity { std::string metric; int layer; Side side; std::string codec; bool hadamard; double cost; };
+  struct Sensitivity {
+    std::string metric;
+    int layer;
+    Side side;
+    std::string codec;
+    bool hadamard;
+    double cost;
+  };
   std::vector<Sensitivity> sensitivities;
   // Mean post-RoPE key per layer, [kv_heads * head_dim], for centring; empty if not measured.
   std::vector<std::vector<float>> key_mean;
@@ -42,10 +52,12 @@ struct Profile {
 
 struct Plan {
   std::string fingerprint, model, planner;
-  std::string note;                // how it was made: the planner's arguments in words
+  std::string note;  // how it was made: the planner's arguments in words
   int sinks = 16;
   WindowRule window;
-  struct Layer { SideConfig key, value; };
+  struct Layer {
+    SideConfig key, value;
+  };
   std::vector<Layer> layers;
 };
 
@@ -69,9 +81,9 @@ CacheConfig cache_config(const Plan& plan, const ModelShape& model);
 Plan f16_plan(const ModelShape& model);
 
 struct Budget {
-  double bits = 0;          // average bits per element, all bytes, at `context`; or
-  size_t bytes = 0;         // bytes of one sequence of `context` tokens; or
-  int sequences = 1;        //   ... of this many sequences together
+  double bits = 0;    // average bits per element, all bytes, at `context`; or
+  size_t bytes = 0;   // bytes of one sequence of `context` tokens; or
+  int sequences = 1;  //   ... of this many sequences together
   int64_t context = 8192;
 };
 

@@ -53,7 +53,7 @@ struct AttentionKernel {
   bool (*available)();  // this machine can run it
   // Can run these formats with this many rows. The portable kernel can always.
   bool (*supports)(const AttendJob& job);
-  size_t (*scratch_bytes)(int head_dim, int rows);  // per thread; asked once per layer shape, for the most rows used
+  size_t (*scratch_bytes)(int head_dim, int rows);           // per thread; asked once per layer shape, for the most rows used
   void (*attend)(const AttendJob& job, std::byte* scratch);  // scratch 64-byte aligned; no allocation
 };
 

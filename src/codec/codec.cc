@@ -1,4 +1,6 @@
 // The serial reference codecs, their names and their registry.
+#include "kvmix/codec.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -7,7 +9,6 @@
 
 #include "codec/quantize.h"
 #include "codec/tile_layout.h"
-#include "kvmix/codec.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -79,7 +80,8 @@ void check_codec(const CodecSpec& spec, int head_dim) {
                 "head_dim " + std::to_string(head_dim) + " is not supported; it must be a multiple of 16 from 32 to 256");
   }
   if (!is_width(spec.bits)) {
-    throw Error(Status::kInvalidArgument, "codec width " + std::to_string(spec.bits) + " is unknown; expected 1, 2, 3, 4, 5, 6, 8 or 16");
+    throw Error(Status::kInvalidArgument,
+                "codec width " + std::to_string(spec.bits) + " is unknown; expected 1, 2, 3, 4, 5, 6, 8 or 16");
   }
   if (!spec.is_f16() && spec.group != 32 && spec.group != 64 && spec.group != 128) {
     throw Error(Status::kInvalidArgument, "codec group " + std::to_string(spec.group) + " is unknown; expected 32, 64 or 128");

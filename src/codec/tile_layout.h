@@ -59,17 +59,23 @@ constexpr int get_code(int bits, const uint8_t* codes, int unit, int byte) {
   const uint8_t* v = codes + static_cast<ptrdiff_t>(unit / kBlockUnits) * bits * kVectorBytes + byte;
   const auto at = [v](int vector) { return static_cast<int>(v[vector * kVectorBytes]); };
   switch (bits) {
-    case 1: return (at(0) >> f) & 1;
-    case 2: return (at(f / 4) >> (2 * (f % 4))) & 3;
+    case 1:
+      return (at(0) >> f) & 1;
+    case 2:
+      return (at(f / 4) >> (2 * (f % 4))) & 3;
     case 3: {
       if (f < 6) return (at(f / 2) >> (3 * (f % 2))) & 7;
       const int rest = (at(0) >> 6) | ((at(1) >> 6) << 2) | ((at(2) >> 6) << 4);
       return (rest >> (3 * (f - 6))) & 7;
     }
-    case 4: return (at(f / 2) >> (4 * (f % 2))) & 15;
-    case 5: return ((at(f / 2) >> (4 * (f % 2))) & 15) | (((at(4) >> f) & 1) << 4);
-    case 6: return ((at(f / 2) >> (4 * (f % 2))) & 15) | (((at(4 + f / 4) >> (2 * (f % 4))) & 3) << 4);
-    default: return at(f);
+    case 4:
+      return (at(f / 2) >> (4 * (f % 2))) & 15;
+    case 5:
+      return ((at(f / 2) >> (4 * (f % 2))) & 15) | (((at(4) >> f) & 1) << 4);
+    case 6:
+      return ((at(f / 2) >> (4 * (f % 2))) & 15) | (((at(4 + f / 4) >> (2 * (f % 4))) & 3) << 4);
+    default:
+      return at(f);
   }
 }
 
@@ -81,8 +87,12 @@ constexpr void put_code(int bits, uint8_t* codes, int unit, int byte, int code) 
     v[vector * kVectorBytes] = static_cast<uint8_t>(v[vector * kVectorBytes] | value);
   };
   switch (bits) {
-    case 1: put(0, code << f); break;
-    case 2: put(f / 4, code << (2 * (f % 4))); break;
+    case 1:
+      put(0, code << f);
+      break;
+    case 2:
+      put(f / 4, code << (2 * (f % 4)));
+      break;
     case 3:
       if (f < 6) {
         put(f / 2, code << (3 * (f % 2)));
@@ -93,7 +103,9 @@ constexpr void put_code(int bits, uint8_t* codes, int unit, int byte, int code) 
         put(2, ((rest >> 4) & 3) << 6);
       }
       break;
-    case 4: put(f / 2, code << (4 * (f % 2))); break;
+    case 4:
+      put(f / 2, code << (4 * (f % 2)));
+      break;
     case 5:
       put(f / 2, (code & 15) << (4 * (f % 2)));
       put(4, (code >> 4) << f);
@@ -102,7 +114,9 @@ constexpr void put_code(int bits, uint8_t* codes, int unit, int byte, int code) 
       put(f / 2, (code & 15) << (4 * (f % 2)));
       put(4 + f / 4, (code >> 4) << (2 * (f % 4)));
       break;
-    default: put(f, code); break;
+    default:
+      put(f, code);
+      break;
   }
 }
 

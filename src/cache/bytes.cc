@@ -1,0 +1,87 @@
+// What a sequence costs, by formula.
+#include <cmath>
+
+#include "cache/state.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+
+LayerSizes layer_sizes(const LayerConfig& layer) {
+  LayerSizes sizes{};
+  const auto format = [&](const SideConfig& side, Side which) {
+    return TileFormat{side.codec, which, layer.head_dim, tile_bytes(side.codec, layer.head_dim),
+                      tile_scale_bytes(side.codec, layer.head_dim)};
+  };
+  sizes.key = format(layer.key, Side::kKey);
+  sizes.value = format(layer.value, Side::kValue);
+  const size_t row_bytes = static_cast<size_t>(layer.head_dim) * sizeof(uint16_t);
+  sizes.sink_bytes = (2 * row_bytes * static_cast<size_t>(layer.sinks) + 63) / 64 * 64;
+  sizes.open_value_offset = row_bytes * kPageTokens;
+  sizes.open_bytes = 2 * sizes.open_value_offset;
+  sizes.packed_bytes = sizes.key.bytes + sizes.value.bytes;
+  sizes.seals = !layer.key.codec.is_f16() || !layer.value.codec.is_f16();
+  sizes.group = layer.q_heads / layer.kv_heads;
+  return sizes;
+}
+
+int64_t fixed_seal_target(const LayerConfig& layer, int64_t length) {
+  const int64_t behind = length - layer.sinks - layer.window.tokens;
+  return behind <= 0 ? 0 : behind / kPageTokens;
+}
+
+int64_t ratio_surplus_pages(const LayerConfig& layer, int64_t tail_tokens) {
+  if (tail_tokens <= 0) return 0;
+  const double ratio = std::max(layer.window.ratio_key, layer.window.ratio_value);
+  const auto kept = static_cast<int64_t>(std::ceil(ratio * static_cast<double>(tail_tokens)));
+  return (tail_tokens - kept) / kPageTokens;
+}
+
+size_t table_bytes(const CacheConfig& config, int64_t length) {
+  size_t bytes = sizeof(SequenceState) + config.layers.size() * sizeof(LayerState);
+  for (const LayerConfig& layer : config.layers) {
+    const auto pages = static_cast<size_t>(page_count(layer, length));
+    const size_t entries = (pages + kTableStep - 1) / kTableStep * kTableStep;
+    bytes += static_cast<size_t>(layer.kv_heads) * (sizeof(HeadState) + entries * sizeof(std::byte*));
+  }
+  return bytes;
+}
+
+size_t predict_bytes(const CacheConfig& config, int64_t n_tokens) {
+  if (n_tokens < 0) throw Error(Status::kInvalidArgument, "a sequence cannot have " + std::to_string(n_tokens) + " tokens");
+  size_t bytes = table_bytes(config, n_tokens);
+  for (const LayerConfig& layer : config.layers) {
+    const LayerSizes sizes = layer_sizes(layer);
+    // The state before the last token came: sealing and freeing happen in front of an append.
+    const int64_t before = n_tokens > 0 ? n_tokens - 1 : 0;
+    const int64_t pages = page_count(layer, n_tokens);
+    int64_t sealed = sizes.seals ? fixed_seal_target(layer, before) : 0;
+    if (sizes.seals && (layer.window.ratio_key > 0 || layer.window.ratio_value > 0)) {
+      // Where the rule settles once it has been applied to its own tail.
+      sealed = 0;
+      for (int64_t tail = before - layer.sinks; ratio_surplus_pages(layer, tail) > 0;
+           tail = before - layer.sinks - sealed * kPageTokens) {
+        sealed += ratio_surplus_pages(layer, tail);
+      }
+    }
+    int64_t freed = 0;
+    if (layer.sliding_window > 0) {
+      freed = std::clamp<int64_t>((before - layer.sliding_window + 1 - layer.sinks) / kPageTokens, 0, pages);
+      if (before - layer.sliding_window + 1 < layer.sinks) freed = 0;
+    }
+    sealed = std::max(sealed, freed);
+    const auto heads = static_cast<size_t>(layer.kv_heads);
+    bytes += heads * (n_tokens > 0 && layer.sinks > 0 ? sizes.sink_bytes : 0);
+    bytes += heads * static_cast<size_t>(sealed - freed) * sizes.packed_bytes;
+    bytes += heads * static_cast<size_t>(pages - sealed) * sizes.open_bytes;
+  }
+  return bytes;
+}
+
+double predict_bits_per_element(const CacheConfig& config, int64_t n_tokens) {
+  double elements = 0;
+  for (const LayerConfig& layer : config.layers)
+    elements += 2.0 * layer.kv_heads * layer.head_dim * static_cast<double>(n_tokens);
+  return elements > 0 ? static_cast<double>(predict_bytes(config, n_tokens)) * 8 / elements : 0;
+}
+
+}  // namespace kvmix

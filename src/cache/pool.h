@@ -1,0 +1,55 @@
+// The page pool: records of a few fixed sizes out of large mappings. It knows bytes, not codecs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+namespace kvmix {
+
+// Not thread safe. Records are 64-byte aligned and stay where they are.
+class PagePool {
+ public:
+  explicit PagePool(size_t max_bytes) : max_bytes_(max_bytes) {}
+  ~PagePool();
+  PagePool(const PagePool&) = delete;
+  PagePool& operator=(const PagePool&) = delete;
+
+  // A record with one reference. Throws kOutOfMemory at the limit or when the system refuses.
+  std::byte* allocate(size_t record_bytes);
+  void add_reference(std::byte* record);
+  // Gives up one reference; the last one frees the record.
+  void release(std::byte* record, size_t record_bytes);
+  bool shared(const std::byte* record) const { return extra_references_.contains(record); }
+
+  // Hands free memory at the end of each class back to the system, and whole free records of page-multiple size.
+  void trim();
+
+  size_t used_bytes() const { return used_bytes_; }
+  size_t taken_bytes() const { return taken_bytes_; }  // from the system, used or not
+
+ private:
+  struct Region {
+    std::byte* base;
+    size_t mapped_bytes, carved_bytes, taken_bytes;
+  };
+  struct Class {
+    size_t record_bytes = 0;
+    std::vector<Region> regions;
+    std::vector<std::byte*> free_resident;  // freed, memory still taken
+    std::vector<std::byte*> free_released;  // freed and given back to the system
+    size_t live = 0;
+  };
+
+  void take(size_t bytes);
+  static std::byte* carve(Class& size_class, PagePool& pool);
+
+  size_t max_bytes_, used_bytes_ = 0, taken_bytes_ = 0;
+  std::map<size_t, Class> classes_;
+  std::unordered_map<const std::byte*, int> extra_references_;  // only records with more than one
+};
+
+}  // namespace kvmix

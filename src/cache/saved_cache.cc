@@ -1,0 +1,286 @@
+// Saved caches (docs/file-formats.md): header, per layer its shape and codecs, then records head by head, then a checksum.
+#include <cstring>
+
+#include "base/checksum.h"
+#include "base/file.h"
+#include "cache/state.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+namespace {
+
+constexpr char kMagic[8] = {'K', 'V', 'M', 'I', 'X', 'S', 'E', 'Q'};
+constexpr uint32_t kVersion = 1;
+constexpr size_t kLongestText = 4096;
+constexpr size_t kLargestFile = size_t{1} << 40;
+
+class Writer {
+ public:
+  explicit Writer(const std::string& path) : file_(path) {}
+  void bytes(const void* data, size_t n) {
+    checksum_.update(data, n);
+    file_.write(data, n);
+  }
+  void finish() {
+    const uint64_t sum = checksum_.value();
+    file_.write(&sum, sizeof sum);
+    file_.commit();
+  }
+
+ private:
+  AtomicFile file_;
+  Checksum checksum_;
+};
+
+class Reader {
+ public:
+  Reader(const std::string& path, const std::string& content) : path_(path), data_(content.data()), left_(content.size()) {}
+  const char* bytes(size_t n, const char* what) {
+    if (n > left_) fail(std::string("it ends inside ") + what);
+    const char* at = data_;
+    data_ += n;
+    left_ -= n;
+    return at;
+  }
+  template <typename T>
+  T number(const char* what) {
+    T value;
+    std::memcpy(&value, bytes(sizeof value, what), sizeof value);
+    return value;
+  }
+  std::string text(const char* what) {
+    const auto n = number<uint32_t>(what);
+    if (n > kLongestText) fail(std::string(what) + " has the impossible length " + std::to_string(n));
+    return std::string(bytes(n, what), n);
+  }
+  size_t left() const { return left_; }
+  [[noreturn]] void fail(const std::string& what) const {
+    throw Error(Status::kCorrupt, path_ + ": damaged saved cache: " + what + "; save it again");
+  }
+
+ private:
+  const std::string& path_;
+  const char* data_;
+  size_t left_;
+};
+
+struct SavedLayer {
+  int32_t kv_heads, head_dim, sinks;
+  int64_t sealed, freed;
+  std::string key, value;
+};
+
+struct Header {
+  std::string fingerprint;
+  int64_t tokens;
+  std::vector<SavedLayer> layers;
+};
+
+// Reads over the header of a file whose checksum holds.
+Header read_header(Reader& in) {
+  Header header;
+  header.fingerprint = in.text("the fingerprint");
+  header.tokens = in.number<int64_t>("the token count");
+  const auto layers = in.number<uint32_t>("the layer count");
+  if (header.tokens < 0 || header.tokens > (int64_t{1} << 40)) in.fail("token count " + std::to_string(header.tokens));
+  if (layers == 0 || layers > 65536) in.fail("layer count " + std::to_string(layers));
+  for (uint32_t l = 0; l < layers; ++l) {
+    SavedLayer layer{};
+    layer.kv_heads = in.number<int32_t>("a layer");
+    layer.head_dim = in.number<int32_t>("a layer");
+    layer.sinks = in.number<int32_t>("a layer");
+    layer.sealed = in.number<int64_t>("a layer");
+    layer.freed = in.number<int64_t>("a layer");
+    layer.key = in.text("a codec");
+    layer.value = in.text("a codec");
+    header.layers.push_back(std::move(layer));
+  }
+  return header;
+}
+
+// Magic, version and checksum; what is left to read is then as it was written.
+Reader open_saved(const std::string& path, const std::string& content) {
+  Reader in(path, content);
+  if (content.size() < sizeof kMagic || std::memcmp(content.data(), kMagic, sizeof kMagic) != 0) {
+    throw Error(Status::kCorrupt, path + " is not a saved cache");
+  }
+  in.bytes(sizeof kMagic, "the magic");
+  const auto version = in.number<uint32_t>("the version");
+  if (version != kVersion) {
+    throw Error(Status::kUnsupported, path + ": saved cache of version " + std::to_string(version) + "; this build reads " +
+                                          std::to_string(kVersion));
+  }
+  if (content.size() < sizeof kMagic + sizeof kVersion + sizeof(uint64_t)) in.fail("it ends inside the header");
+  Checksum sum;
+  sum.update(content.data(), sizeof kMagic);
+  sum.update(content.data() + sizeof kMagic, content.size() - sizeof kMagic - sizeof(uint64_t));
+  uint64_t stored;
+  std::memcpy(&stored, content.data() + content.size() - sizeof stored, sizeof stored);
+  if (stored != sum.value()) in.fail("its checksum does not match");
+  return in;
+}
+
+}  // namespace
+
+void Cache::save(SequenceId id, const std::string& path, const std::string& fingerprint) const {
+  const Impl& impl = *impl_;
+  const SequenceState& sequence = impl.find(id);
+  if (impl.in_step) throw Error(Status::kInvalidArgument, "a sequence cannot be saved inside a step; end it first");
+  if (fingerprint.size() > kLongestText)
+    throw Error(Status::kInvalidArgument, "the fingerprint of a saved cache is at most 4096 bytes");
+  Writer out(path);
+  // The body is summed as one stream, so it is collected as one write per record.
+  out.bytes(kMagic, sizeof kMagic);
+  std::string body;
+  const auto add = [&](const void* data, size_t n) { body.append(static_cast<const char*>(data), n); };
+  const auto number = [&](auto value) { add(&value, sizeof value); };
+  const auto text = [&](const std::string& s) {
+    number(static_cast<uint32_t>(s.size()));
+    add(s.data(), s.size());
+  };
+  number(kVersion);
+  text(fingerprint);
+  number(sequence.length);
+  number(static_cast<uint32_t>(sequence.layers.size()));
+  for (size_t l = 0; l < sequence.layers.size(); ++l) {
+    const LayerConfig& layer = impl.config.layers[l];
+    number(static_cast<int32_t>(layer.kv_heads));
+    number(static_cast<int32_t>(layer.head_dim));
+    number(static_cast<int32_t>(layer.sinks));
+    number(sequence.layers[l].sealed);
+    number(sequence.layers[l].freed);
+    text(to_string(layer.key.codec));
+    text(to_string(layer.value.codec));
+  }
+  for (size_t l = 0; l < sequence.layers.size(); ++l) {
+    const LayerConfig& layer = impl.config.layers[l];
+    const LayerSizes& s = impl.sizes[l];
+    const LayerState& state = sequence.layers[l];
+    const size_t row = static_cast<size_t>(layer.head_dim) * 2;
+    const auto sinks = static_cast<size_t>(std::min<int64_t>(layer.sinks, sequence.length));
+    for (const HeadState& head : state.heads) {
+      if (sinks > 0) {
+        add(head.sinks, sinks * row);
+        add(head.sinks + static_cast<size_t>(layer.sinks) * row, sinks * row);
+      }
+      for (int64_t p = state.freed; p < static_cast<int64_t>(head.pages.size()); ++p) {
+        const std::byte* page = head.pages[static_cast<size_t>(p)];
+        if (p < state.sealed) {
+          add(page, s.packed_bytes);
+        } else {
+          const auto live = static_cast<size_t>(live_slots(layer, p, sequence.length));
+          add(page, live * row);
+          add(page + s.open_value_offset, live * row);
+        }
+      }
+    }
+  }
+  out.bytes(body.data(), body.size());
+  out.finish();
+}
+
+SequenceId Cache::load(const std::string& path, const std::string& fingerprint) {
+  Impl& impl = *impl_;
+  if (impl.in_step) throw Error(Status::kInvalidArgument, "a sequence cannot be loaded inside a step; end it first");
+  const std::string content = read_file(path, kLargestFile);
+  Reader in = open_saved(path, content);
+  const Header header = read_header(in);
+  if (header.fingerprint != fingerprint) {
+    throw Error(Status::kMismatch, path + " was saved with another model or plan (" + header.fingerprint + ", now " +
+                                       fingerprint + "); use those, or fill the cache anew");
+  }
+  if (header.layers.size() != impl.config.layers.size()) {
+    throw Error(Status::kMismatch, path + " has " + std::to_string(header.layers.size()) + " layers, this cache " +
+                                       std::to_string(impl.config.layers.size()));
+  }
+  for (size_t l = 0; l < header.layers.size(); ++l) {
+    const SavedLayer& saved = header.layers[l];
+    const LayerConfig& layer = impl.config.layers[l];
+    const std::string where = "layer " + std::to_string(l);
+    if (saved.kv_heads != layer.kv_heads || saved.head_dim != layer.head_dim || saved.sinks != layer.sinks ||
+        saved.key != to_string(layer.key.codec) || saved.value != to_string(layer.value.codec)) {
+      throw Error(Status::kMismatch,
+                  path + ": " + where + " has another shape or codec than this cache; use the plan it was saved with");
+    }
+    const int64_t pages = page_count(layer, header.tokens);
+    const int64_t full = header.tokens <= layer.sinks ? 0 : (header.tokens - layer.sinks) / kPageTokens;
+    if (saved.sealed < 0 || saved.sealed > full || saved.freed < 0 || saved.freed > saved.sealed ||
+        pages > (int64_t{1} << 32) || (saved.sealed > saved.freed && !impl.sizes[l].seals)) {
+      in.fail(where + " says " + std::to_string(saved.sealed) + " sealed and " + std::to_string(saved.freed) + " freed pages");
+    }
+  }
+  // The records must be exactly what is left, before anything is allocated.
+  size_t expected = sizeof(uint64_t);
+  for (size_t l = 0; l < header.layers.size(); ++l) {
+    const LayerConfig& layer = impl.config.layers[l];
+    const size_t row = static_cast<size_t>(layer.head_dim) * 2;
+    const int64_t sinks = std::min<int64_t>(layer.sinks, header.tokens);
+    const int64_t open_rows = header.tokens - sinks - header.layers[l].sealed * kPageTokens;
+    expected += static_cast<size_t>(layer.kv_heads) *
+                (2 * row * static_cast<size_t>(sinks + std::max<int64_t>(open_rows, 0)) +
+                 static_cast<size_t>(header.layers[l].sealed - header.layers[l].freed) * impl.sizes[l].packed_bytes);
+  }
+  if (expected != in.left())
+    in.fail("its records take " + std::to_string(in.left()) + " bytes instead of " + std::to_string(expected));
+
+  const SequenceId id = create();
+  SequenceState& sequence = impl.find(id);
+  try {
+    for (size_t l = 0; l < header.layers.size(); ++l) {
+      const LayerConfig& layer = impl.config.layers[l];
+      const LayerSizes& s = impl.sizes[l];
+      LayerState& state = sequence.layers[l];
+      const size_t row = static_cast<size_t>(layer.head_dim) * 2;
+      const auto sinks = static_cast<size_t>(std::min<int64_t>(layer.sinks, header.tokens));
+      const int64_t pages = page_count(layer, header.tokens);
+      state.sealed = header.layers[l].sealed;
+      state.freed = header.layers[l].freed;
+      for (HeadState& head : state.heads) {
+        head.pages.reserve((static_cast<size_t>(pages) + kTableStep - 1) / kTableStep * kTableStep);
+        if (sinks > 0) {
+          head.sinks = impl.pool.allocate(s.sink_bytes);
+          std::memcpy(head.sinks, in.bytes(sinks * row, "sinks"), sinks * row);
+          std::memcpy(head.sinks + static_cast<size_t>(layer.sinks) * row, in.bytes(sinks * row, "sinks"), sinks * row);
+        }
+        for (int64_t p = 0; p < pages; ++p) {
+          head.pages.push_back(nullptr);
+          if (p < state.freed) continue;
+          std::byte*& page = head.pages.back();
+          if (p < state.sealed) {
+            page = impl.pool.allocate(s.packed_bytes);
+            std::memcpy(page, in.bytes(s.packed_bytes, "a page"), s.packed_bytes);
+          } else {
+            const size_t live = static_cast<size_t>(live_slots(layer, p, header.tokens)) * row;
+            page = impl.pool.allocate(s.open_bytes);
+            std::memcpy(page, in.bytes(live, "a page"), live);
+            std::memcpy(page + s.open_value_offset, in.bytes(live, "a page"), live);
+          }
+        }
+      }
+    }
+  } catch (...) {
+    remove(id);
+    throw;
+  }
+  sequence.length = header.tokens;
+  return id;
+}
+
+SavedCacheInfo inspect_saved_cache(const std::string& path) {
+  const std::string content = read_file(path, kLargestFile);
+  Reader in = open_saved(path, content);
+  const Header header = read_header(in);
+  SavedCacheInfo info{};
+  info.version = static_cast<int>(kVersion);
+  info.fingerprint = header.fingerprint;
+  info.tokens = header.tokens;
+  info.layers = static_cast<int>(header.layers.size());
+  info.file_bytes = content.size();
+  for (const SavedLayer& layer : header.layers) {
+    info.key_codecs.push_back(layer.key);
+    info.value_codecs.push_back(layer.value);
+  }
+  return info;
+}
+
+}  // namespace kvmix

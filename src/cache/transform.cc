@@ -1,0 +1,124 @@
+#include "cache/transform.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvmix/error.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kMaxHeadDim = 256;
+
+// Orthonormal Hadamard of each block; its own inverse.
+void hadamard(int head_dim, float* x) {
+  const int block = head_dim & -head_dim;
+  for (int half = 1; half < block; half *= 2) {
+    for (int i = 0; i < head_dim; i += 2 * half) {
+      for (int j = i; j < i + half; ++j) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / std::sqrt(static_cast<float>(block));
+  for (int i = 0; i < head_dim; ++i) x[i] *= norm;
+}
+
+void apply_signs(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
+  if (transform.signs.empty()) return;
+  const int8_t* signs = transform.signs.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
+  for (int i = 0; i < head_dim; ++i) x[i] *= static_cast<float>(signs[i]);
+}
+
+const float* head_matrix(const std::vector<float>& matrices, int kv_head, int head_dim) {
+  return matrices.data() + static_cast<ptrdiff_t>(kv_head) * head_dim * head_dim;
+}
+
+// x <- x M
+void times_matrix(const float* m, int head_dim, float* x) {
+  float out[kMaxHeadDim] = {};
+  for (int i = 0; i < head_dim; ++i) {
+    const float v = x[i];
+    for (int j = 0; j < head_dim; ++j) out[j] += v * m[i * head_dim + j];
+  }
+  std::copy_n(out, head_dim, x);
+}
+
+}  // namespace
+
+void check_transform(const TransformSpec& transform, Side side, const LayerConfig& layer, const std::string& where) {
+  const auto fail = [&](const std::string& what) { throw Error(Status::kInvalidArgument, where + ": " + what); };
+  const auto values = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(layer.head_dim);
+  const auto finite = [](const std::vector<float>& v) {
+    return std::all_of(v.begin(), v.end(), [](float f) { return std::isfinite(f); });
+  };
+  if (!transform.center.empty()) {
+    if (side == Side::kValue) fail("centring is for keys only; remove \"center\" from the values");
+    if (layer.softcap > 0) fail("centred keys do not work with soft-capped scores; remove \"center\"");
+    if (transform.center.size() != values || !finite(transform.center)) {
+      fail("\"center\" must hold " + std::to_string(values) + " finite numbers (kv_heads x head_dim)");
+    }
+  }
+  if (!transform.signs.empty()) {
+    if (!transform.hadamard) fail("\"signs\" belong to a Hadamard transform; set \"hadamard\" or remove them");
+    if (transform.signs.size() != values)
+      fail("\"signs\" must hold " + std::to_string(values) + " entries (kv_heads x head_dim)");
+    if (!std::all_of(transform.signs.begin(), transform.signs.end(), [](int8_t s) { return s == 1 || s == -1; })) {
+      fail("\"signs\" must be +1 or -1");
+    }
+  }
+  if (!transform.matrix.empty() || !transform.matrix_inverse.empty()) {
+    if (transform.hadamard) fail("a matrix and a Hadamard transform exclude each other");
+    const size_t expected = values * static_cast<size_t>(layer.head_dim);
+    if (transform.matrix.size() != expected || transform.matrix_inverse.size() != expected || !finite(transform.matrix) ||
+        !finite(transform.matrix_inverse)) {
+      fail("\"matrix\" and \"matrix_inverse\" must each hold " + std::to_string(expected) + " finite numbers");
+    }
+  }
+}
+
+void transform_row(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
+  if (!transform.center.empty()) {
+    const float* center = transform.center.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
+    for (int i = 0; i < head_dim; ++i) row[i] -= center[i];
+  }
+  if (transform.hadamard) {
+    apply_signs(transform, kv_head, head_dim, row);
+    hadamard(head_dim, row);
+  } else if (!transform.matrix.empty()) {
+    times_matrix(head_matrix(transform.matrix, kv_head, head_dim), head_dim, row);
+  }
+}
+
+void transform_query(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
+  if (transform.hadamard) {
+    apply_signs(transform, kv_head, head_dim, row);
+    hadamard(head_dim, row);
+  } else if (!transform.matrix.empty()) {
+    const float* inverse = head_matrix(transform.matrix_inverse, kv_head, head_dim);
+    float out[kMaxHeadDim];
+    for (int i = 0; i < head_dim; ++i) {
+      float sum = 0;
+      for (int j = 0; j < head_dim; ++j) sum += inverse[i * head_dim + j] * row[j];
+      out[i] = sum;
+    }
+    std::copy_n(out, head_dim, row);
+  }
+}
+
+void inverse_row(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
+  if (transform.hadamard) {
+    hadamard(head_dim, row);
+    apply_signs(transform, kv_head, head_dim, row);
+  } else if (!transform.matrix.empty()) {
+    times_matrix(head_matrix(transform.matrix_inverse, kv_head, head_dim), head_dim, row);
+  }
+  if (!transform.center.empty()) {
+    const float* center = transform.center.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
+    for (int i = 0; i < head_dim; ++i) row[i] += center[i];
+  }
+}
+
+}  // namespace kvmix
