@@ -110,7 +110,7 @@ void encode_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t*
   const TileGeometry geometry = tile_geometry(side, head_dim);
   const int mids_at = scale_count(spec, head_dim);
   for_each_group(spec, head_dim, [&](int token, int tokens, int channel, int channels, int index) {
-    float values[kMaxGroup];
+    float values[kMaxGroup] = {};
     uint8_t group_codes[kMaxGroup];
     int n = 0;
     for (int t = token; t < token + tokens; ++t) {
