@@ -5,11 +5,21 @@
 
 namespace kvmix {
 
+#if defined(__x86_64__)
+extern const AttentionKernel kAvx512VnniKernel;
+extern const AttentionKernel kAvx512Bf16Kernel;
+extern const AttentionKernel kAvx2Kernel;
+#endif
 extern const AttentionKernel kPortableKernel;
 
 namespace {
 
 const std::array kKernels = {
+#if defined(__x86_64__)
+    &kAvx512VnniKernel,
+    &kAvx512Bf16Kernel,
+    &kAvx2Kernel,
+#endif
     &kPortableKernel,
 };
 

@@ -1,0 +1,70 @@
+// AVX2 vectors for page_flow.h; the counterpart of simd_avx512.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace kvmix {
+namespace {
+
+struct Avx2 {
+  using V = __m256;
+  using Mask = __m256;
+  static constexpr int kWidth = 8;
+
+  static V zero() { return _mm256_setzero_ps(); }
+  static V set1(float x) { return _mm256_set1_ps(x); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static V abs(V a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+
+  static Mask range(int first, int lo, int hi) {
+    const __m256i i = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i below_lo = _mm256_cmpgt_epi32(_mm256_set1_epi32(lo), i),
+                  below_hi = _mm256_cmpgt_epi32(_mm256_set1_epi32(hi), i);
+    return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
+  }
+  static Mask less(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static V select(Mask m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
+
+  static float reduce_max(V v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  static float reduce_add(V v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  static V exp2(V x) {
+    const V magic = set1(12582912.0f);  // 1.5 * 2^23: the sum's low bits are round(x)
+    const V t = add(x, magic);
+    const V f = sub(x, sub(t, magic));
+    V p = fma(set1(0.0013390863f), f, set1(0.009676032f));
+    p = fma(p, f, set1(0.05550357f));
+    p = fma(p, f, set1(0.24022107f));
+    p = fma(p, f, set1(0.6931472f));
+    p = fma(p, f, set1(1.0f));
+    const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23));
+    return _mm256_and_ps(_mm256_castsi256_ps(scaled), _mm256_cmp_ps(x, set1(-126.0f), _CMP_GE_OQ));
+  }
+
+  static V transpose_sum(const V* a) {
+    const V b0 = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    const V b1 = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return add(_mm256_permute2f128_ps(b0, b1, 0x20), _mm256_permute2f128_ps(b0, b1, 0x31));
+  }
+};
+
+}  // namespace
+}  // namespace kvmix
