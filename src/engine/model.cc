@@ -1,0 +1,273 @@
+#include "engine/model.h"
+
+#include <fcntl.h>
+#include <ggml-cpu.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+#include "base/checksum.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+namespace {
+
+constexpr size_t kSampledBytes = 4096;  // of each tensor, for the fingerprint
+
+std::string hex(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+void require_gguf(const MappedFile& file, const std::string& path) {
+  if (file.bytes() < 24 || std::memcmp(file.data(), "GGUF", 4) != 0) {
+    throw Error(Status::kCorrupt, path + " is not a GGUF file; give a model in GGUF format");
+  }
+}
+
+}  // namespace
+
+void quiet_libraries() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    const auto silent = [](ggml_log_level, const char*, void*) {};
+    ggml_log_set(silent, nullptr);
+    llama_log_set(silent, nullptr);
+    llama_backend_init();
+  });
+}
+
+MappedFile::MappedFile(const std::string& path) {
+  const int descriptor = open(path.c_str(), O_RDONLY);
+  if (descriptor < 0) throw Error(Status::kNotFound, path + ": " + std::strerror(errno) + "; check the path");
+  struct stat info {};
+  const bool regular = fstat(descriptor, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 0;
+  void* data = regular ? mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, descriptor, 0) : MAP_FAILED;
+  close(descriptor);
+  if (!regular) throw Error(Status::kCorrupt, path + " is empty or not a regular file; give a GGUF file");
+  if (data == MAP_FAILED) throw Error(Status::kIo, path + ": cannot map: " + std::strerror(errno));
+  data_ = static_cast<char*>(data);
+  bytes_ = static_cast<size_t>(info.st_size);
+}
+
+MappedFile::~MappedFile() { munmap(data_, bytes_); }
+
+GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
+  quiet_libraries();
+  require_gguf(file_, path);
+  ggml_context* meta = nullptr;
+  const GgufContext gguf(gguf_init_from_file(path.c_str(), {true, &meta}));
+  const GgmlContext meta_owner(meta);
+  if (gguf == nullptr || meta == nullptr) {
+    throw Error(Status::kCorrupt, path + ": damaged or truncated GGUF header; obtain the file again");
+  }
+  const GgufMetadata metadata(gguf.get(), path);
+  architecture_ = &find_architecture(metadata.text("general.architecture"), path);
+  parameters_ = architecture_->parameters(metadata);
+  load_weights(gguf.get(), meta);
+
+  llama_model_params params = llama_model_default_params();
+  params.vocab_only = true;
+  vocabulary_.reset(llama_model_load_from_file(path.c_str(), params));
+  if (vocabulary_ == nullptr) throw Error(Status::kCorrupt, path + ": its tokenizer cannot be read; obtain the file again");
+  const int tokens = llama_vocab_n_tokens(llama_model_get_vocab(vocabulary_.get()));
+  if (tokens != parameters_.vocab) {
+    throw Error(Status::kCorrupt, path + ": the tokenizer has " + std::to_string(tokens) + " tokens, the embedding " +
+                                      std::to_string(parameters_.vocab) + "; obtain the file again");
+  }
+
+  shape_.name = metadata.text_or("general.name", path.substr(path.find_last_of('/') + 1));
+  shape_.architecture = architecture_->name();
+  shape_.context_tokens = parameters_.context;
+  for (int64_t l = 0; l < parameters_.layers; ++l) {
+    shape_.layers.push_back(
+        {static_cast<int>(parameters_.q_heads), static_cast<int>(parameters_.kv_heads), static_cast<int>(parameters_.head_dim),
+         parameters_.is_local(l) ? static_cast<int>(parameters_.sliding_window) : 0, parameters_.attention_scale, 0.0f});
+  }
+  repack_weights();
+}
+
+void GgufModel::load_weights(const gguf_context* gguf, ggml_context* meta) {
+  const int64_t count = gguf_get_n_tensors(gguf);
+  const size_t data_offset = gguf_get_data_offset(gguf);
+  tensors_.reset(ggml_init({static_cast<size_t>(count + 1) * ggml_tensor_overhead(), nullptr, true}));
+  mapped_buffer_.reset(ggml_backend_cpu_buffer_from_ptr(file_.data(), file_.bytes()));
+  Checksum fingerprint;
+  fingerprint.update(architecture_->name(), std::strlen(architecture_->name()));
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string name = gguf_get_tensor_name(gguf, i);
+    const ggml_tensor* described = ggml_get_tensor(meta, name.c_str());
+    const size_t bytes = ggml_nbytes(described), offset = gguf_get_tensor_offset(gguf, i);
+    if (data_offset > file_.bytes() || offset > file_.bytes() - data_offset || bytes > file_.bytes() - data_offset - offset) {
+      throw Error(Status::kCorrupt, path_ + ": tensor " + name + " reaches beyond the end of the file; the file is truncated");
+    }
+    ggml_tensor* tensor = ggml_dup_tensor(tensors_.get(), described);
+    ggml_set_name(tensor, name.c_str());
+    char* data = file_.data() + data_offset + offset;
+    if (ggml_backend_tensor_alloc(mapped_buffer_.get(), tensor, data) != GGML_STATUS_SUCCESS) {
+      throw Error(Status::kInternal, path_ + ": tensor " + name + " cannot be placed");
+    }
+    weights_.add(name, tensor);
+    weight_bytes_ += bytes;
+    fingerprint.update(name.data(), name.size());
+    fingerprint.update(tensor->ne, sizeof tensor->ne);
+    const int32_t type = tensor->type;
+    fingerprint.update(&type, sizeof type);
+    fingerprint.update(data, std::min(bytes, kSampledBytes));
+  }
+  const HyperParameters& p = parameters_;
+  fingerprint.update(&p.rope.base, sizeof p.rope.base);
+  fingerprint.update(&p.rope.scale, sizeof p.rope.scale);
+  fingerprint.update(&p.sliding_window, sizeof p.sliding_window);
+  shape_.fingerprint = hex(fingerprint.value());
+
+  const ggml_tensor* embedding = weights_.get("token_embd.weight");
+  parameters_.vocab = embedding->ne[1];
+  const auto expect = [&](const std::string& name, int64_t ne0, int64_t ne1) {
+    const ggml_tensor* t = weights_.get(name);
+    if (t->ne[0] != ne0 || t->ne[1] != ne1 || t->ne[2] != 1) {
+      throw Error(Status::kCorrupt, path_ + ": tensor " + name + " is " + std::to_string(t->ne[0]) + " x " +
+                                        std::to_string(t->ne[1]) + ", its metadata means " + std::to_string(ne0) + " x " +
+                                        std::to_string(ne1));
+    }
+  };
+  expect("token_embd.weight", p.model_dim, parameters_.vocab);
+  expect("output_norm.weight", p.model_dim, 1);
+  if (weights_.find("output.weight") != nullptr) expect("output.weight", p.model_dim, parameters_.vocab);
+  for (int64_t l = 0; l < p.layers; ++l) {
+    const std::string block = "blk." + std::to_string(l) + ".";
+    expect(block + "attn_q.weight", p.model_dim, p.q_heads * p.head_dim);
+    expect(block + "attn_k.weight", p.model_dim, p.kv_heads * p.head_dim);
+    expect(block + "attn_v.weight", p.model_dim, p.kv_heads * p.head_dim);
+    expect(block + "attn_output.weight", p.q_heads * p.head_dim, p.model_dim);
+    expect(block + "attn_norm.weight", p.model_dim, 1);
+    expect(block + "ffn_norm.weight", p.model_dim, 1);
+    expect(block + "ffn_gate.weight", p.model_dim, p.ffn_dim);
+    expect(block + "ffn_up.weight", p.model_dim, p.ffn_dim);
+    expect(block + "ffn_down.weight", p.ffn_dim, p.model_dim);
+    for (const char* vector : {"attn_q_norm.weight", "attn_k_norm.weight"}) {
+      if (weights_.find(block + vector) != nullptr) expect(block + vector, p.head_dim, 1);
+    }
+    for (const char* vector : {"post_attention_norm.weight", "post_ffw_norm.weight", "attn_output.bias"}) {
+      if (weights_.find(block + vector) != nullptr) expect(block + vector, p.model_dim, 1);
+    }
+    if (weights_.find(block + "attn_q.bias") != nullptr) expect(block + "attn_q.bias", p.q_heads * p.head_dim, 1);
+    for (const char* vector : {"attn_k.bias", "attn_v.bias"}) {
+      if (weights_.find(block + vector) != nullptr) expect(block + vector, p.kv_heads * p.head_dim, 1);
+    }
+  }
+}
+
+// Matrices that ggml's CPU backend multiplies faster in an order of its own are copied into that order, as llama.cpp does.
+void GgufModel::repack_weights() {
+  ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+  const auto extra_types = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+      ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+  if (extra_types == nullptr) return;
+  std::vector<std::pair<std::string, ggml_tensor*>> matrices;
+  for (const auto& [name, tensor] : weights_.all()) {
+    const bool embedding = name == "token_embd.weight";
+    if (ggml_n_dims(tensor) == 2 && (!embedding || weights_.find("output.weight") == nullptr)) {
+      // A tied embedding is copied for the output head; the lookup keeps the rows as they are.
+      matrices.emplace_back(embedding ? "output.weight" : name, tensor);
+    }
+  }
+  repacked_.reset(ggml_init({(matrices.size() * 3 + 1) * ggml_tensor_overhead(), nullptr, true}));
+  for (const auto& [name, tensor] : matrices) {
+    for (ggml_backend_buffer_type_t* type = extra_types(device); type != nullptr && *type != nullptr; ++type) {
+      const GgmlContext probe(ggml_init({4 * ggml_tensor_overhead(), nullptr, true}));
+      ggml_tensor* weight = ggml_dup_tensor(probe.get(), tensor);
+      ggml_tensor* input = ggml_new_tensor_2d(probe.get(), GGML_TYPE_F32, tensor->ne[0], 512);
+      ggml_tensor* product = ggml_mul_mat(probe.get(), weight, input);
+      const BackendBuffer empty(ggml_backend_buft_alloc_buffer(*type, 0));
+      weight->buffer = empty.get();
+      const bool supported = ggml_backend_dev_supports_op(device, product);
+      weight->buffer = nullptr;
+      if (!supported) continue;
+      BackendBuffer buffer(ggml_backend_buft_alloc_buffer(*type, ggml_backend_buft_get_alloc_size(*type, tensor)));
+      if (buffer == nullptr) throw Error(Status::kOutOfMemory, path_ + ": not enough memory for tensor " + name);
+      ggml_tensor* copy = ggml_dup_tensor(repacked_.get(), tensor);
+      ggml_set_name(copy, name.c_str());
+      ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+      ggml_backend_tensor_alloc(buffer.get(), copy, ggml_backend_buffer_get_base(buffer.get()));
+      ggml_backend_tensor_set(copy, tensor->data, 0, ggml_nbytes(tensor));
+      weights_.add(name, copy);
+      repacked_buffers_.push_back(std::move(buffer));
+      break;
+    }
+  }
+}
+
+std::shared_ptr<const Model> Model::load(const std::string& path) { return std::make_shared<GgufModel>(path); }
+
+const GgufModel& gguf_model(const Model& model) {
+  const auto* inside = dynamic_cast<const GgufModel*>(&model);
+  if (inside == nullptr) throw Error(Status::kInvalidArgument, "this model was not made by Model::load");
+  return *inside;
+}
+
+std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool special) const {
+  const llama_vocab* vocab = llama_model_get_vocab(vocabulary_.get());
+  const bool bos = add_bos && llama_vocab_get_add_bos(vocab);
+  if (text.size() > (size_t{1} << 30))
+    throw Error(Status::kInvalidArgument, "a text of more than 1 GiB cannot be tokenised at once");
+  std::vector<Token> tokens(text.size() + 8);
+  const int n = llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
+                               static_cast<int32_t>(tokens.size()), bos, special);
+  if (n < 0) throw Error(Status::kInternal, "the tokenizer needs more room than a token a byte");
+  tokens.resize(static_cast<size_t>(n));
+  return tokens;
+}
+
+std::string GgufModel::token_text(Token token) const {
+  const llama_vocab* vocab = llama_model_get_vocab(vocabulary_.get());
+  if (token < 0 || token >= vocab_size())
+    throw Error(Status::kInvalidArgument, "the vocabulary has no token " + std::to_string(token));
+  std::string text(32, '\0');
+  int n = llama_token_to_piece(vocab, token, text.data(), static_cast<int32_t>(text.size()), 0, true);
+  if (n < 0) {
+    text.resize(static_cast<size_t>(-n));
+    n = llama_token_to_piece(vocab, token, text.data(), static_cast<int32_t>(text.size()), 0, true);
+  }
+  text.resize(static_cast<size_t>(std::max(n, 0)));
+  return text;
+}
+
+std::string GgufModel::detokenize(std::span<const Token> tokens) const {
+  std::string text;
+  for (const Token token : tokens) text += token_text(token);
+  return text;
+}
+
+bool GgufModel::is_end(Token token) const { return llama_vocab_is_eog(llama_model_get_vocab(vocabulary_.get()), token); }
+
+Token GgufModel::bos() const { return llama_vocab_bos(llama_model_get_vocab(vocabulary_.get())); }
+
+bool GgufModel::has_chat_template() const { return llama_model_chat_template(vocabulary_.get(), nullptr) != nullptr; }
+
+std::string GgufModel::apply_chat_template(std::span<const ChatMessage> messages) const {
+  const char* pattern = llama_model_chat_template(vocabulary_.get(), nullptr);
+  if (pattern == nullptr) throw Error(Status::kUnsupported, shape_.name + " has no chat template; use kvmix generate");
+  std::vector<llama_chat_message> chat;
+  for (const ChatMessage& m : messages) chat.push_back({m.role.c_str(), m.content.c_str()});
+  std::string out(1024, '\0');
+  for (;;) {
+    const int n =
+        llama_chat_apply_template(pattern, chat.data(), chat.size(), true, out.data(), static_cast<int32_t>(out.size()));
+    if (n < 0) throw Error(Status::kUnsupported, shape_.name + ": its chat template is of a kind that libllama does not know");
+    if (static_cast<size_t>(n) <= out.size()) {
+      out.resize(static_cast<size_t>(n));
+      return out;
+    }
+    out.resize(static_cast<size_t>(n));
+  }
+}
+
+}  // namespace kvmix

@@ -1,0 +1,87 @@
+// A loaded model's inside: what the engine and the measurements need beyond the public Model.
+#pragma once
+
+#include <ggml-backend.h>
+#include <ggml.h>
+#include <gguf.h>
+#include <llama.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/architecture.h"
+#include "kvmix/engine.h"
+
+namespace kvmix {
+
+template <auto Free>
+struct Freer {
+  template <typename T>
+  void operator()(T* p) const {
+    Free(p);
+  }
+};
+using GgmlContext = std::unique_ptr<ggml_context, Freer<ggml_free>>;
+using GgufContext = std::unique_ptr<gguf_context, Freer<gguf_free>>;
+using BackendBuffer = std::unique_ptr<ggml_backend_buffer, Freer<ggml_backend_buffer_free>>;
+using LlamaModel = std::unique_ptr<llama_model, Freer<llama_model_free>>;
+
+// A file mapped for reading.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class GgufModel final : public Model {
+ public:
+  explicit GgufModel(const std::string& path);
+
+  const ModelShape& shape() const override { return shape_; }
+  const std::string& path() const override { return path_; }
+  size_t weight_bytes() const override { return weight_bytes_; }
+  int vocab_size() const override { return static_cast<int>(parameters_.vocab); }
+  std::vector<Token> tokenize(std::string_view text, bool add_bos, bool special) const override;
+  std::string token_text(Token token) const override;
+  std::string detokenize(std::span<const Token> tokens) const override;
+  bool is_end(Token token) const override;
+  Token bos() const override;
+  std::string apply_chat_template(std::span<const ChatMessage> messages) const override;
+  bool has_chat_template() const override;
+
+  const Architecture& architecture() const { return *architecture_; }
+  const HyperParameters& parameters() const { return parameters_; }
+  const Weights& weights() const { return weights_; }
+
+ private:
+  void load_weights(const gguf_context* gguf, ggml_context* meta);
+  void repack_weights();
+
+  std::string path_;
+  MappedFile file_;
+  const Architecture* architecture_ = nullptr;
+  HyperParameters parameters_;
+  ModelShape shape_;
+  size_t weight_bytes_ = 0;
+  GgmlContext tensors_, repacked_;
+  BackendBuffer mapped_buffer_;
+  std::vector<BackendBuffer> repacked_buffers_;
+  Weights weights_;
+  LlamaModel vocabulary_;
+};
+
+// The inside of a Model made by Model::load.
+const GgufModel& gguf_model(const Model& model);
+// Silences ggml's and libllama's log once.
+void quiet_libraries();
+
+}  // namespace kvmix
