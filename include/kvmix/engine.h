@@ -148,8 +148,11 @@ class Peer {
   // One token for each of the first n sequences in one batch (continuous batching).
   std::span<const float> step_batch(std::span<const Token> tokens);
   void clear();
-  size_t cache_bytes() const;       // K and V buffers as libllama allocated them
-  double bits_per_element() const;  // of those buffers per cached element (its nominal type size)
+  // Fills the first `sequences` sequences with the same tokens.
+  void fill_batch(std::span<const Token> tokens, int sequences);
+  // K and V buffers for a context of this many tokens, as libllama lays them out.
+  size_t cache_bytes(const ModelShape& shape, int64_t tokens) const;
+  double bits_per_element() const;  // of its cache type
   const std::string& name() const;  // "llama.cpp q4_0"
 
  private:

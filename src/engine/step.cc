@@ -205,7 +205,6 @@ std::string Engine::cache_fingerprint() const {
   const std::string plan = to_json(impl_->plan);
   sum.update(plan.data(), plan.size());
   return impl_->model->shape().fingerprint + "+" + std::to_string(sum.value());
-}(to_json(impl_->plan)));
 }
 
 std::span<const float> Engine::step(std::span<const EngineItem> work) {

@@ -1,0 +1,163 @@
+// libllama with one of its own caches, in this process, as the peer to compare with.
+#include <ggml.h>
+#include <llama.h>
+
+#include <algorithm>
+
+#include "engine/model.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+
+using LlamaContext = std::unique_ptr<llama_context, Freer<llama_free>>;
+
+struct Peer::Impl {
+  std::string name;
+  LlamaModel model;
+  LlamaContext context;
+  ggml_type type = GGML_TYPE_F16;
+  int64_t positions = 0;
+  int vocab = 0;
+  int64_t cells = 0;
+  std::vector<float> logits;
+  llama_batch batch{};
+  int batch_tokens = 0;
+
+  ~Impl() {
+    if (batch.token != nullptr) llama_batch_free(batch);
+  }
+};
+
+namespace {
+
+constexpr int kChunk = 512;
+
+ggml_type cache_type(const std::string& name) {
+  if (name == "f16") return GGML_TYPE_F16;
+  if (name == "q8_0") return GGML_TYPE_Q8_0;
+  if (name == "q5_1") return GGML_TYPE_Q5_1;
+  if (name == "q5_0") return GGML_TYPE_Q5_0;
+  if (name == "q4_1") return GGML_TYPE_Q4_1;
+  if (name == "q4_0") return GGML_TYPE_Q4_0;
+  throw Error(Status::kInvalidArgument,
+              "peer cache type \"" + name + "\" is unknown; expected f16, q8_0, q5_1, q5_0, q4_1 or q4_0");
+}
+
+}  // namespace
+
+Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t context, int threads, int sequences)
+    : impl_(std::make_unique<Impl>()) {
+  quiet_libraries();
+  Impl& impl = *impl_;
+  impl.name = "llama.cpp " + type_name;
+  impl.type = cache_type(type_name);
+  impl.model.reset(llama_model_load_from_file(model_path.c_str(), llama_model_default_params()));
+  if (impl.model == nullptr) throw Error(Status::kCorrupt, model_path + ": libllama cannot load it");
+  impl.vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl.model.get()));
+  llama_context_params params = llama_context_default_params();
+  params.n_ctx = static_cast<uint32_t>(context * sequences);
+  params.n_batch = kChunk;
+  params.n_ubatch = kChunk;
+  params.n_seq_max = static_cast<uint32_t>(sequences);
+  params.n_threads = threads;
+  params.n_threads_batch = threads;
+  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  params.type_k = params.type_v = impl.type;
+  params.no_perf = true;
+  impl.context.reset(llama_init_from_model(impl.model.get(), params));
+  if (impl.context == nullptr)
+    throw Error(Status::kUnsupported, impl.name + ": libllama cannot make a context of " + std::to_string(context));
+  impl.batch_tokens = std::max(kChunk, sequences);
+  impl.batch = llama_batch_init(impl.batch_tokens, 0, 1);
+}
+
+Peer::~Peer() = default;
+Peer::Peer(Peer&&) noexcept = default;
+
+namespace {
+
+void add(llama_batch& batch, Token token, int64_t position, llama_seq_id sequence, bool logits) {
+  const int i = batch.n_tokens++;
+  batch.token[i] = token;
+  batch.pos[i] = static_cast<llama_pos>(position);
+  batch.n_seq_id[i] = 1;
+  batch.seq_id[i][0] = sequence;
+  batch.logits[i] = logits ? 1 : 0;
+}
+
+}  // namespace
+
+std::span<const float> Peer::step(std::span<const Token> tokens, bool all_logits, bool no_logits) {
+  Impl& impl = *impl_;
+  impl.logits.clear();
+  for (size_t done = 0; done < tokens.size();) {
+    const size_t n = std::min<size_t>(kChunk, tokens.size() - done);
+    impl.batch.n_tokens = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const bool last = done + i + 1 == tokens.size();
+      add(impl.batch, tokens[done + i], impl.positions + static_cast<int64_t>(i), 0, all_logits || (last && !no_logits));
+    }
+    const int status = llama_decode(impl.context.get(), impl.batch);
+    if (status != 0) throw Error(Status::kInternal, impl.name + ": llama_decode failed with " + std::to_string(status));
+    llama_synchronize(impl.context.get());
+    for (size_t i = 0; i < n; ++i) {
+      if (impl.batch.logits[i] == 0) continue;
+      const float* row = llama_get_logits_ith(impl.context.get(), static_cast<int32_t>(i));
+      impl.logits.insert(impl.logits.end(), row, row + impl.vocab);
+    }
+    impl.positions += static_cast<int64_t>(n);
+    done += n;
+  }
+  return impl.logits;
+}
+
+std::span<const float> Peer::step_batch(std::span<const Token> tokens) {
+  Impl& impl = *impl_;
+  impl.logits.clear();
+  impl.batch.n_tokens = 0;
+  std::vector<int64_t> positions;
+  for (size_t s = 0; s < tokens.size(); ++s) {
+    const int64_t at = llama_memory_seq_pos_max(llama_get_memory(impl.context.get()), static_cast<llama_seq_id>(s)) + 1;
+    add(impl.batch, tokens[s], at, static_cast<llama_seq_id>(s), true);
+  }
+  const int status = llama_decode(impl.context.get(), impl.batch);
+  if (status != 0) throw Error(Status::kInternal, impl.name + ": llama_decode failed with " + std::to_string(status));
+  llama_synchronize(impl.context.get());
+  for (size_t s = 0; s < tokens.size(); ++s) {
+    const float* row = llama_get_logits_ith(impl.context.get(), static_cast<int32_t>(s));
+    impl.logits.insert(impl.logits.end(), row, row + impl.vocab);
+  }
+  return impl.logits;
+}
+
+void Peer::fill_batch(std::span<const Token> tokens, int sequences) {
+  Impl& impl = *impl_;
+  clear();
+  step(tokens, false, true);
+  for (int s = 1; s < sequences; ++s) llama_memory_seq_cp(llama_get_memory(impl.context.get()), 0, s, -1, -1);
+}
+
+void Peer::clear() {
+  llama_memory_clear(llama_get_memory(impl_->context.get()), true);
+  impl_->positions = 0;
+}
+
+double Peer::bits_per_element() const {
+  return 8.0 * static_cast<double>(ggml_type_size(impl_->type)) / static_cast<double>(ggml_blck_size(impl_->type));
+}
+
+size_t Peer::cache_bytes(const ModelShape& shape, int64_t tokens) const {
+  // Full-context buffers as libllama lays them out, sliding-window layers at their window; cells are padded to 256.
+  double elements = 0;
+  for (const auto& layer : shape.layers) {
+    int64_t cells = tokens;
+    if (layer.sliding_window > 0) cells = std::min<int64_t>(cells, layer.sliding_window + kChunk);
+    cells = (cells + 255) / 256 * 256;
+    elements += 2.0 * layer.kv_heads * layer.head_dim * static_cast<double>(cells);
+  }
+  return static_cast<size_t>(elements * bits_per_element() / 8);
+}
+
+const std::string& Peer::name() const { return impl_->name; }
+
+}  // namespace kvmix
