@@ -11,8 +11,7 @@ endfunction()
 
 # kvmix_isa_flags(): compiler flags for sources named after an instruction set, *_avx2.cc and so on. Dispatch is at run time.
 function(kvmix_isa_flags)
-  # Contraction off: every implementation of a codec writes the same bytes; kernels ask for fused multiply-adds by name.
-  set(avx2 -mavx2 -mfma -mf16c -ffp-contract=off)
+  set(avx2 -mavx2 -mfma -mf16c)
   set(avx512vnni ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni)
   set(avx512bf16 ${avx512vnni} -mavx512bf16)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 14)

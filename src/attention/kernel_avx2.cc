@@ -1,7 +1,7 @@
 // Attention with AVX2 int8 products (vpmaddubsw) on codes shifted down to 0..2^bits - 1. Sums stay in 16 bits as long as they
 // cannot saturate. 8-bit codes go as two nibbles; widths above 4 bits and exact jobs use weights of two s8 terms.
 #include "attention/page_flow.h"
-#include "attention/simd_avx2.h"
+#include "base/simd_avx2.h"
 
 namespace kvmix {
 namespace {

@@ -1,7 +1,8 @@
 // Attention with AVX-512 bf16 products: codes become 128 + code exactly, queries and probabilities are rounded to bf16, sums
 // are fp32. 8-bit codes, which with 128 added would not fit 8 significant bits, go as two nibbles.
+#include "attention/expand_avx512.h"
 #include "attention/page_flow.h"
-#include "attention/simd_avx512.h"
+#include "base/simd_avx512.h"
 
 namespace kvmix {
 namespace {

@@ -1,8 +1,9 @@
 // Decode and prefill attention with int8 dot products (AVX-512 VNNI): packed codes stay in place as u8, queries and
 // probabilities become s8 with their scales folded in; midpoints stay fp32. Widths above 4 bits and exact jobs use 16-bit
 // weights as two s8 terms, whose rounding (2^-16 of the largest weight) lies below that of bf16.
+#include "attention/expand_avx512.h"
 #include "attention/page_flow.h"
-#include "attention/simd_avx512.h"
+#include "base/simd_avx512.h"
 
 namespace kvmix {
 namespace {

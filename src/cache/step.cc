@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "base/fp16.h"
 #include "cache/state.h"
 #include "cache/transform.h"
+#include "codec/encoders.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -19,13 +19,6 @@ constexpr int64_t kLeastPagesPerUnit = 4;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-void store_row(const float* row, int head_dim, std::byte* out) {
-  for (int i = 0; i < head_dim; ++i) {
-    const uint16_t h = f32_to_f16(row[i]);
-    std::memcpy(out + static_cast<size_t>(i) * 2, &h, 2);
-  }
-}
 
 template <typename T>
 T* grown(std::vector<T>& v, size_t n) {
@@ -163,11 +156,12 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
   const auto dim = static_cast<size_t>(layer.head_dim);
   const auto start = Clock::now();
 
+  const TileEncoder& encoder = best_tile_encoder();
   const std::vector<SealJob>& seals = impl.steps[l].seals;
   for (size_t i = static_cast<size_t>(ith); i < seals.size(); i += static_cast<size_t>(nth)) {
-    encode_tile(s.key.spec, Side::kKey, layer.head_dim, reinterpret_cast<const uint16_t*>(seals[i].open), seals[i].packed);
-    encode_tile(s.value.spec, Side::kValue, layer.head_dim,
-                reinterpret_cast<const uint16_t*>(seals[i].open + s.open_value_offset), seals[i].packed + s.key.bytes);
+    encoder.encode(s.key.spec, Side::kKey, layer.head_dim, reinterpret_cast<const uint16_t*>(seals[i].open), seals[i].packed);
+    encoder.encode(s.value.spec, Side::kValue, layer.head_dim,
+                   reinterpret_cast<const uint16_t*>(seals[i].open + s.open_value_offset), seals[i].packed + s.key.bytes);
   }
   const auto sealed = Clock::now();
   if (!seals.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();
@@ -191,10 +185,10 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
         }
         std::copy_n(k + (entry.row + t) * k_stride + head * layer.head_dim, dim, row);
         transform_row(layer.key.transform, head, layer.head_dim, row);
-        store_row(row, layer.head_dim, key);
+        encoder.to_f16(row, layer.head_dim, reinterpret_cast<uint16_t*>(key));
         std::copy_n(v + (entry.row + t) * v_stride + head * layer.head_dim, dim, row);
         transform_row(layer.value.transform, head, layer.head_dim, row);
-        store_row(row, layer.head_dim, value);
+        encoder.to_f16(row, layer.head_dim, reinterpret_cast<uint16_t*>(value));
       }
     }
   }

@@ -1,4 +1,4 @@
-// AVX2 vectors for page_flow.h; the counterpart of simd_avx512.h.
+// AVX2 vectors: the counterpart of simd_avx512.h.
 #pragma once
 
 #include <immintrin.h>
@@ -63,6 +63,40 @@ struct Avx2 {
     const V b0 = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const V b1 = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
     return add(_mm256_permute2f128_ps(b0, b1, 0x20), _mm256_permute2f128_ps(b0, b1, 0x31));
+  }
+
+  // The rest is for encoders.
+  static V negate(V v) { return _mm256_xor_ps(v, set1(-0.0f)); }
+  static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+  static __m128i to_f16(V v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V round_f16(V v) { return _mm256_cvtph_ps(to_f16(v)); }
+  static void store_f16(uint16_t* p, V v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(v)); }
+  static void store_bytes(uint8_t* p, V v) {
+    const __m256i i = _mm256_cvtps_epi32(v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+  static void store_quads(uint8_t* p, const V* q) {
+    const __m256i low = _mm256_or_si256(_mm256_cvtps_epi32(q[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(q[1]), 8));
+    const __m256i high = _mm256_or_si256(_mm256_cvtps_epi32(q[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(q[3]), 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+  }
+  static void transpose(const V* rows, V* out) {
+    V a[8], b[8];
+    for (int i = 0; i < 4; ++i) {
+      a[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+      a[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        b[4 * i + 2 * h] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0x44);
+        b[4 * i + 2 * h + 1] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0xee);
+      }
+    }
+    for (int k = 0; k < 4; ++k) {
+      out[k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x20);
+      out[4 + k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x31);
+    }
   }
 };
 

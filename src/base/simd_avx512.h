@@ -1,4 +1,5 @@
-// AVX-512 vectors for page_flow.h. Everything has internal linkage: each kernel file is compiled with its own instruction set.
+// AVX-512 vectors, as the code that is written once for several instruction sets sees them. Everything has internal linkage:
+// each kernel file is compiled with its own instruction set.
 #pragma once
 
 #include <immintrin.h>
@@ -79,54 +80,48 @@ struct Avx512 {
     const V d1 = add(_mm512_shuffle_f32x4(c[2], c[3], 0x88), _mm512_shuffle_f32x4(c[2], c[3], 0xdd));
     return add(_mm512_shuffle_f32x4(d0, d1, 0x88), _mm512_shuffle_f32x4(d0, d1, 0xdd));
   }
-};
 
-// The 8 fields of a block of 512 codes, one vector each, as u8 code * field_factor(bits, field % 4). In place where the width
-// allows: one AND a field.
-template <int kBits>
-constexpr int field_factor(int j) {
-  return kBits == 1   ? 1 << j
-         : kBits == 2 ? 1 << (2 * j)
-         : kBits == 3 ? (j % 2 != 0 ? 8 : 1)
-         : kBits == 4 ? (j % 2 != 0 ? 16 : 1)
-                      : 1;
-}
-
-template <int kBits>
-inline void expand_block(const uint8_t* codes, __m512i (&e)[8]) {
-  const auto vec = [codes](int i) { return _mm512_loadu_si512(codes + i * 64); };
-  const auto mask = [](int m) { return _mm512_set1_epi8(static_cast<char>(m)); };
-  const auto take = [&mask](__m512i v, int m) { return _mm512_and_si512(v, mask(m)); };
-  // Bits of `high` where m is set, of `low` elsewhere.
-  const auto merge = [](__m512i low, __m512i high, __m512i m) { return _mm512_ternarylogic_epi32(m, high, low, 0xca); };
-  if constexpr (kBits == 1) {
-    const __m512i v = vec(0), u = _mm512_srli_epi16(v, 4);
-    for (int j = 0; j < 4; ++j) {
-      e[j] = take(v, 1 << j);
-      e[4 + j] = take(u, 1 << j);
-    }
-  } else if constexpr (kBits == 2) {
-    for (int f = 0; f < 8; ++f) e[f] = take(vec(f / 4), 3 << (2 * (f % 4)));
-  } else if constexpr (kBits == 3) {
-    const __m512i a = vec(0), b = vec(1), c = vec(2);
-    const __m512i low = merge(_mm512_srli_epi16(a, 6), _mm512_srli_epi16(b, 4), mask(0x0c));
-    const __m512i rest = merge(low, _mm512_srli_epi16(c, 2), mask(0x30));
-    e[0] = take(a, 7), e[1] = take(a, 56), e[2] = take(b, 7), e[3] = take(b, 56);
-    e[4] = take(c, 7), e[5] = take(c, 56), e[6] = take(rest, 7), e[7] = take(rest, 56);
-  } else if constexpr (kBits == 4) {
-    for (int f = 0; f < 8; ++f) e[f] = take(vec(f / 2), f % 2 != 0 ? 0xf0 : 0x0f);
-  } else if constexpr (kBits == 5 || kBits == 6) {
-    for (int f = 0; f < 8; ++f) {
-      const __m512i v = vec(f / 2), low = f % 2 != 0 ? _mm512_srli_epi16(v, 4) : v;
-      const int bit = kBits == 5 ? f : 2 * (f % 4);
-      const __m512i u = kBits == 5 ? vec(4) : vec(4 + f / 4);
-      const __m512i high = bit < 4 ? _mm512_slli_epi16(u, 4 - bit) : _mm512_srli_epi16(u, bit - 4);
-      e[f] = _mm512_and_si512(merge(low, high, mask(kBits == 5 ? 0x10 : 0x30)), mask(kBits == 5 ? 0x1f : 0x3f));
-    }
-  } else {
-    for (int f = 0; f < 8; ++f) e[f] = vec(f);
+  // The rest is for encoders.
+  static V negate(V v) { return _mm512_xor_ps(v, set1(-0.0f)); }
+  static Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
+  static __m256i to_f16(V v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V round_f16(V v) { return _mm512_cvtph_ps(to_f16(v)); }
+  static void store_f16(uint16_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(v)); }
+  // Small non-negative integers as bytes, in order.
+  static void store_bytes(uint8_t* p, V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
-}
+  // Lane i of q[0..3] as the four bytes of dword i.
+  static void store_quads(uint8_t* p, const V* q) {
+    const __m512i low = _mm512_or_si512(_mm512_cvtps_epi32(q[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(q[1]), 8));
+    const __m512i high = _mm512_or_si512(_mm512_cvtps_epi32(q[2]), _mm512_slli_epi32(_mm512_cvtps_epi32(q[3]), 8));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  // out[i] lane j = rows[j] lane i.
+  static void transpose(const V* rows, V* out) {
+    V a[16], b[16];
+    for (int i = 0; i < 8; ++i) {
+      a[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+      a[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        const __m512d x = _mm512_castps_pd(a[4 * i + h]), y = _mm512_castps_pd(a[4 * i + 2 + h]);
+        b[4 * i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+        b[4 * i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+      }
+    }
+    // b[4 i + k]: 128-bit lane l holds column 4 l + k of rows 4 i .. 4 i + 3.
+    for (int k = 0; k < 4; ++k) {
+      const V even0 = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88), odd0 = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
+      const V even1 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88), odd1 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
+      out[k] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+      out[4 + k] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+      out[8 + k] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+      out[12 + k] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace kvmix

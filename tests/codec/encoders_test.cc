@@ -1,0 +1,80 @@
+// Every encoder writes the bytes of the serial reference.
+#include "codec/encoders.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "base/fp16.h"
+
+namespace kvmix {
+namespace {
+
+struct Input {
+  const char* name;
+  uint16_t (*value)(std::mt19937& random, int token, int channel);
+};
+
+float gauss(std::mt19937& random) { return std::normal_distribution<float>()(random); }
+
+const Input kInputs[] = {
+    {"gaussian", [](std::mt19937& r, int, int) { return f32_to_f16(gauss(r)); }},
+    {"outlier channels",
+     [](std::mt19937& r, int, int c) {
+       return f32_to_f16(gauss(r) * (c % 16 == 3 ? 40.0f : 0.5f) + (c % 32 == 5 ? 30.0f : 0.0f));
+     }},
+    {"constant", [](std::mt19937&, int, int c) { return f32_to_f16(static_cast<float>(c % 3) - 1.0f); }},
+    {"zeros of both signs", [](std::mt19937& r, int, int) { return static_cast<uint16_t>(r() % 2 ? 0x8000 : 0); }},
+    {"subnormal", [](std::mt19937& r, int, int) { return static_cast<uint16_t>((r() & 0x8000u) | (r() % 40)); }},
+    {"huge", [](std::mt19937& r, int, int) { return f32_to_f16(60000.0f * std::tanh(3.0f * gauss(r))); }},
+    {"any bits", [](std::mt19937& r, int, int) { return static_cast<uint16_t>(r()); }},
+};
+
+TEST(Encoders, WriteTheSerialBytes) {
+  const TileEncoder& serial = *tile_encoders().back();
+  for (const TileEncoder* encoder : tile_encoders()) {
+    if (encoder == &serial || !encoder->available()) continue;
+    for (const int head_dim : {32, 48, 64, 80, 96, 128, 256}) {
+      for (const CodecSpec& spec : all_codec_specs()) {
+        std::mt19937 random(static_cast<unsigned>(head_dim));
+        for (const Input& input : kInputs) {
+          // The wide heads repeat what the narrow ones do; one input is enough for them.
+          if (head_dim > 96 && &input != &kInputs[1]) continue;
+          std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * head_dim));
+          for (int i = 0; i < kPageTokens * head_dim; ++i)
+            x[static_cast<size_t>(i)] = input.value(random, i / head_dim, i % head_dim);
+          for (const Side side : {Side::kKey, Side::kValue}) {
+            const size_t bytes = tile_bytes(spec, head_dim);
+            std::vector<std::byte> expected(bytes), got(bytes, std::byte{0xa5});
+            serial.encode(spec, side, head_dim, x.data(), expected.data());
+            encoder->encode(spec, side, head_dim, x.data(), got.data());
+            ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
+                << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name << " "
+                << (side == Side::kKey ? "key" : "value");
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Encoders, ConvertRowsAlike) {
+  const TileEncoder& serial = *tile_encoders().back();
+  std::mt19937 random(7);
+  std::vector<float> x(4096);
+  for (float& v : x) v = gauss(random) * std::exp2(static_cast<float>(static_cast<int>(random() % 60) - 40));
+  x[0] = 65519.9f, x[1] = 65520.0f, x[2] = -0.0f, x[3] = 5.9604645e-8f, x[4] = 2.98e-8f, x[5] = -70000.0f;
+  std::vector<uint16_t> expected(x.size()), got(x.size());
+  serial.to_f16(x.data(), static_cast<int>(x.size()), expected.data());
+  for (const TileEncoder* encoder : tile_encoders()) {
+    if (!encoder->available()) continue;
+    encoder->to_f16(x.data(), static_cast<int>(x.size()), got.data());
+    EXPECT_EQ(expected, got) << encoder->name;
+  }
+}
+
+}  // namespace
+}  // namespace kvmix
