@@ -51,7 +51,7 @@ function(kvmix_build_llama prefix)
 endfunction()
 
 if(KVMIX_SYSTEM_LLAMA)
-  find_package(llama QUIET)
+  find_package(llama QUIET GLOBAL)
 endif()
 if(NOT llama_FOUND)
   # The build is for this processor and compiler, so the folder's name says which.
@@ -70,6 +70,6 @@ if(NOT llama_FOUND)
   endif()
   file(LOCK ${kvmix_cache_dir}/llama.lock RELEASE)
   # The package files are relocatable; they find the prefix they stand in.
-  find_package(ggml REQUIRED PATHS ${llama_prefix} NO_DEFAULT_PATH)
-  find_package(llama REQUIRED PATHS ${llama_prefix} NO_DEFAULT_PATH)
+  find_package(ggml REQUIRED GLOBAL PATHS ${llama_prefix} NO_DEFAULT_PATH)
+  find_package(llama REQUIRED GLOBAL PATHS ${llama_prefix} NO_DEFAULT_PATH)
 endif()
