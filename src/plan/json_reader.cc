@@ -1,0 +1,126 @@
+#include "plan/json_reader.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kDeepest = 16;
+
+std::string shown(const nlohmann::json& value) {
+  std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  if (text.size() > 60) text = text.substr(0, 57) + "...";
+  return text;
+}
+
+}  // namespace
+
+nlohmann::json parse_json(const std::string& text, const std::string& name) {
+  // The parser recurses, so depth is checked before it runs.
+  int depth = 0, deepest = 0;
+  bool quoted = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (quoted) {
+      if (c == '\\') ++i;
+      if (c == '"') quoted = false;
+    } else if (c == '"') {
+      quoted = true;
+    } else if (c == '{' || c == '[') {
+      deepest = std::max(deepest, ++depth);
+    } else if (c == '}' || c == ']') {
+      --depth;
+    }
+  }
+  if (deepest > kDeepest)
+    throw Error(Status::kCorrupt, name + ": nested deeper than " + std::to_string(kDeepest) + "; this is no kvmix file");
+  try {
+    return nlohmann::json::parse(text);
+  } catch (const nlohmann::json::exception& e) {
+    std::string what = e.what();
+    std::string clean;
+    for (const char c : what.substr(0, 160))
+      clean += static_cast<unsigned char>(c) < 0x20 || static_cast<unsigned char>(c) > 0x7e ? '?' : c;
+    throw Error(Status::kCorrupt, name + ": not valid JSON (" + clean + "); write the file again");
+  }
+}
+
+JsonObject::JsonObject(const nlohmann::json& value, std::string name, std::string field)
+    : value_(value), name_(std::move(name)), field_(std::move(field)) {
+  if (!value_.is_object()) {
+    throw Error(Status::kCorrupt,
+                name_ + ": " + (field_.empty() ? "the file" : field_) + " is " + shown(value_) + "; expected an object");
+  }
+}
+
+void JsonObject::fail(const std::string& key, const std::string& what) const {
+  const auto it = value_.find(key);
+  throw Error(Status::kCorrupt,
+              name_ + ": " + path(key) + (it == value_.end() ? " is missing; " : " is " + shown(*it) + "; ") + what);
+}
+
+void JsonObject::finish() const {
+  for (const auto& [key, value] : value_.items()) {
+    if (!read_.contains(key)) {
+      throw Error(Status::kCorrupt,
+                  name_ + ": " + path(key.substr(0, 60)) + " is not a known field; remove it or check its spelling");
+    }
+  }
+}
+
+const nlohmann::json& JsonObject::get(const std::string& key) {
+  read_.insert(key);
+  const auto it = value_.find(key);
+  if (it == value_.end()) fail(key, "add it or make the file again");
+  return *it;
+}
+
+std::string JsonObject::text(const std::string& key, size_t longest) {
+  const nlohmann::json& v = get(key);
+  if (!v.is_string() || v.get_ref<const std::string&>().size() > longest)
+    fail(key, "expected text of at most " + std::to_string(longest) + " bytes");
+  return v;
+}
+
+bool JsonObject::boolean(const std::string& key) {
+  const nlohmann::json& v = get(key);
+  if (!v.is_boolean()) fail(key, "expected true or false");
+  return v;
+}
+
+int64_t JsonObject::integer(const std::string& key, int64_t low, int64_t high) {
+  const nlohmann::json& v = get(key);
+  const bool fits = v.is_number_unsigned() ? v.get<uint64_t>() <= static_cast<uint64_t>(INT64_MAX) : v.is_number_integer();
+  if (!fits || v.get<int64_t>() < low || v.get<int64_t>() > high) {
+    fail(key, "expected a whole number from " + std::to_string(low) + " to " + std::to_string(high));
+  }
+  return v;
+}
+
+double JsonObject::number(const std::string& key, double low, double high) {
+  const nlohmann::json& v = get(key);
+  if (!v.is_number() || !std::isfinite(v.get<double>()) || v.get<double>() < low || v.get<double>() > high) {
+    fail(key, "expected a number from " + nlohmann::json(low).dump() + " to " + nlohmann::json(high).dump());
+  }
+  return v;
+}
+
+const nlohmann::json& JsonObject::array(const std::string& key, size_t least, size_t most) {
+  const nlohmann::json& v = get(key);
+  if (!v.is_array() || v.size() < least || v.size() > most) {
+    fail(key,
+         "expected a list of " + std::to_string(least) + (most == least ? "" : " to " + std::to_string(most)) + " entries");
+  }
+  return v;
+}
+
+std::vector<double> JsonObject::numbers(const std::string& key, size_t least, size_t most, double low, double high) {
+  std::vector<double> out;
+  for (const nlohmann::json& v : array(key, least, most)) {
+    if (!v.is_number() || !std::isfinite(v.get<double>()) || v.get<double>() < low || v.get<double>() > high) {
+      fail(key, "expected numbers from " + nlohmann::json(low).dump() + " to " + nlohmann::json(high).dump() + " only");
+    }
+    out.push_back(v.get<double>());
+  }
+  return out;
+}
+
+}  // namespace kvmix

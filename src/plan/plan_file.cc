@@ -1,0 +1,188 @@
+// Plans as JSON (docs/file-formats.md).
+#include "base/file.h"
+#include "kvmix/plan.h"
+#include "plan/json_reader.h"
+
+namespace kvmix {
+namespace {
+
+constexpr const char* kFormat = "kvmix-plan";
+constexpr int kVersion = 1;
+constexpr size_t kMostLayers = 1024;
+constexpr size_t kMostValues = size_t{1} << 22;
+constexpr size_t kLargestFile = size_t{1} << 30;
+
+using ordered_json = nlohmann::ordered_json;
+
+ordered_json side_json(const SideConfig& side) {
+  ordered_json j;
+  const CodecSpec& c = side.codec;
+  j["bits"] = c.bits;
+  if (!c.is_f16()) {
+    j["axis"] = c.axis == Axis::kChannel ? "channel" : "token";
+    j["group"] = c.group;
+    j["fit"] = c.fit == Fit::kMinMax ? "minmax" : "fitted";
+    j["zero_point"] = c.zero_point;
+  }
+  const TransformSpec& t = side.transform;
+  if (t.hadamard) j["hadamard"] = true;
+  if (!t.signs.empty()) {
+    std::string signs;
+    for (const int8_t s : t.signs) signs += s > 0 ? '+' : '-';
+    j["signs"] = signs;
+  }
+  if (!t.center.empty()) j["center"] = t.center;
+  if (!t.matrix.empty()) {
+    j["matrix"] = t.matrix;
+    j["matrix_inverse"] = t.matrix_inverse;
+  }
+  return j;
+}
+
+std::vector<float> floats(const std::vector<double>& values) { return {values.begin(), values.end()}; }
+
+SideConfig parse_side(JsonObject object) {
+  SideConfig side;
+  CodecSpec& c = side.codec;
+  c.bits = static_cast<int>(object.integer("bits", 1, 16));
+  if (c.bits == 7 || (c.bits > 8 && c.bits < 16)) object.fail("bits", "expected 1, 2, 3, 4, 5, 6, 8 or 16");
+  if (!c.is_f16()) {
+    const std::string axis = object.text("axis"), fit = object.text("fit");
+    if (axis != "channel" && axis != "token") object.fail("axis", "expected \"channel\" or \"token\"");
+    if (fit != "minmax" && fit != "fitted") object.fail("fit", "expected \"minmax\" or \"fitted\"");
+    c.axis = axis == "channel" ? Axis::kChannel : Axis::kToken;
+    c.fit = fit == "minmax" ? Fit::kMinMax : Fit::kLeastSquares;
+    c.group = static_cast<int>(object.integer("group", 32, 128));
+    if (c.group != 32 && c.group != 64 && c.group != 128) object.fail("group", "expected 32, 64 or 128");
+    c.zero_point = object.boolean("zero_point");
+  }
+  TransformSpec& t = side.transform;
+  if (object.has("hadamard")) t.hadamard = object.boolean("hadamard");
+  if (object.has("signs")) {
+    for (const char s : object.text("signs", kMostValues)) {
+      if (s != '+' && s != '-') object.fail("signs", "expected + and - only");
+      t.signs.push_back(s == '+' ? 1 : -1);
+    }
+  }
+  if (object.has("center")) t.center = floats(object.numbers("center", 1, kMostValues, -65504, 65504));
+  if (object.has("matrix")) {
+    t.matrix = floats(object.numbers("matrix", 1, kMostValues, -1e30, 1e30));
+    t.matrix_inverse = floats(object.numbers("matrix_inverse", t.matrix.size(), t.matrix.size(), -1e30, 1e30));
+  }
+  object.finish();
+  return side;
+}
+
+}  // namespace
+
+std::string to_json(const Plan& plan) {
+  ordered_json j;
+  j["format"] = kFormat;
+  j["version"] = kVersion;
+  j["model"] = plan.model;
+  j["fingerprint"] = plan.fingerprint;
+  j["planner"] = plan.planner;
+  j["note"] = plan.note;
+  j["sinks"] = plan.sinks;
+  j["window"] = {
+      {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
+  // A layer a line, so that a person can read and compare plans.
+  const std::string marker = "@layers@";
+  j["layers"] = marker;
+  std::string layers = "[";
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    ordered_json layer;
+    layer["key"] = side_json(plan.layers[l].key);
+    layer["value"] = side_json(plan.layers[l].value);
+    layers += (l == 0 ? "\n    " : ",\n    ") + layer.dump();
+  }
+  layers += "\n  ]";
+  std::string text = j.dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
+  const std::string quoted = "\"" + marker + "\"";
+  text.replace(text.rfind(quoted), quoted.size(), layers);
+  return text + "\n";
+}
+
+Plan parse_plan(const std::string& json, const std::string& name) {
+  const nlohmann::json root = parse_json(json, name);
+  JsonObject object(root, name, "");
+  if (object.text("format") != kFormat) object.fail("format", std::string("expected \"") + kFormat + "\"; this is not a plan");
+  if (object.integer("version", 0, 1000000) != kVersion)
+    object.fail("version", "this build reads version " + std::to_string(kVersion));
+  Plan plan;
+  plan.model = object.text("model");
+  plan.fingerprint = object.text("fingerprint");
+  plan.planner = object.text("planner");
+  plan.note = object.text("note", 65536);
+  plan.sinks = static_cast<int>(object.integer("sinks", 0, 4096));
+  JsonObject window = object.object("window");
+  plan.window.tokens = static_cast<int>(window.integer("tokens", 0, 1 << 20));
+  plan.window.ratio_key = static_cast<float>(window.number("ratio_key", 0, 0.95));
+  plan.window.ratio_value = static_cast<float>(window.number("ratio_value", 0, 0.95));
+  window.finish();
+  const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
+  for (size_t l = 0; l < layers.size(); ++l) {
+    JsonObject layer(layers[l], name, "layers[" + std::to_string(l) + "]");
+    Plan::Layer parsed;
+    parsed.key = parse_side(layer.object("key"));
+    parsed.value = parse_side(layer.object("value"));
+    layer.finish();
+    plan.layers.push_back(std::move(parsed));
+  }
+  object.finish();
+  return plan;
+}
+
+Plan read_plan(const std::string& path) { return parse_plan(read_file(path, kLargestFile), path); }
+
+void write_plan(const Plan& plan, const std::string& path) {
+  const std::string text = to_json(plan);
+  AtomicFile file(path);
+  file.write(text.data(), text.size());
+  file.commit();
+}
+
+void check_plan(const Plan& plan, const ModelShape& model, bool force) {
+  if (plan.fingerprint != model.fingerprint && !force) {
+    throw Error(Status::kMismatch, "the plan was made for another model (" + plan.model + ", " + plan.fingerprint +
+                                       "; this one is " + model.name + ", " + model.fingerprint +
+                                       "): make a plan for this one, or force it");
+  }
+  if (plan.layers.size() != model.layers.size()) {
+    throw Error(Status::kMismatch, "the plan has " + std::to_string(plan.layers.size()) + " layers, the model " +
+                                       std::to_string(model.layers.size()) + ": make a plan for this model");
+  }
+}
+
+CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
+  CacheConfig config;
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    const ModelShape::Layer& shape = model.layers.at(l);
+    LayerConfig layer;
+    layer.q_heads = shape.q_heads;
+    layer.kv_heads = shape.kv_heads;
+    layer.head_dim = shape.head_dim;
+    layer.scale = shape.scale;
+    layer.softcap = shape.softcap;
+    layer.sliding_window = shape.sliding_window;
+    layer.sinks = plan.sinks;
+    layer.window = plan.window;
+    layer.key = plan.layers[l].key;
+    layer.value = plan.layers[l].value;
+    config.layers.push_back(std::move(layer));
+  }
+  return config;
+}
+
+Plan f16_plan(const ModelShape& model) {
+  Plan plan;
+  plan.fingerprint = model.fingerprint;
+  plan.model = model.name;
+  plan.planner = "f16";
+  plan.note = "everything fp16";
+  plan.sinks = 0;
+  plan.layers.resize(model.layers.size());
+  return plan;
+}
+
+}  // namespace kvmix
