@@ -46,33 +46,35 @@ size_t table_bytes(const CacheConfig& config, int64_t length) {
   return bytes;
 }
 
+PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens) {
+  // The state before the last token came: sealing and freeing happen in front of an append.
+  const int64_t before = n_tokens > 0 ? n_tokens - 1 : 0;
+  PagePrediction p{page_count(layer, n_tokens), fixed_seal_target(layer, before), 0};
+  if (layer.window.ratio_key > 0 || layer.window.ratio_value > 0) {
+    // Where the rule settles once it has been applied to its own tail.
+    p.sealed = 0;
+    const auto tail = [&] { return before - layer.sinks - p.sealed * kPageTokens; };
+    while (const int64_t surplus = ratio_surplus_pages(layer, tail())) p.sealed += surplus;
+  }
+  if (layer.sliding_window > 0) {
+    const int64_t first_visible = n_tokens - layer.sliding_window;
+    p.freed = first_visible <= layer.sinks ? 0 : std::min(p.pages, (first_visible - layer.sinks) / kPageTokens);
+  }
+  p.sealed = std::max(p.sealed, p.freed);
+  return p;
+}
+
 size_t predict_bytes(const CacheConfig& config, int64_t n_tokens) {
   if (n_tokens < 0) throw Error(Status::kInvalidArgument, "a sequence cannot have " + std::to_string(n_tokens) + " tokens");
   size_t bytes = table_bytes(config, n_tokens);
   for (const LayerConfig& layer : config.layers) {
     const LayerSizes sizes = layer_sizes(layer);
-    // The state before the last token came: sealing and freeing happen in front of an append.
-    const int64_t before = n_tokens > 0 ? n_tokens - 1 : 0;
-    const int64_t pages = page_count(layer, n_tokens);
-    int64_t sealed = sizes.seals ? fixed_seal_target(layer, before) : 0;
-    if (sizes.seals && (layer.window.ratio_key > 0 || layer.window.ratio_value > 0)) {
-      // Where the rule settles once it has been applied to its own tail.
-      sealed = 0;
-      for (int64_t tail = before - layer.sinks; ratio_surplus_pages(layer, tail) > 0;
-           tail = before - layer.sinks - sealed * kPageTokens) {
-        sealed += ratio_surplus_pages(layer, tail);
-      }
-    }
-    int64_t freed = 0;
-    if (layer.sliding_window > 0) {
-      freed = std::clamp<int64_t>((before - layer.sliding_window + 1 - layer.sinks) / kPageTokens, 0, pages);
-      if (before - layer.sliding_window + 1 < layer.sinks) freed = 0;
-    }
-    sealed = std::max(sealed, freed);
+    PagePrediction p = predict_pages(layer, n_tokens);
+    if (!sizes.seals) p.sealed = p.freed;
     const auto heads = static_cast<size_t>(layer.kv_heads);
     bytes += heads * (n_tokens > 0 && layer.sinks > 0 ? sizes.sink_bytes : 0);
-    bytes += heads * static_cast<size_t>(sealed - freed) * sizes.packed_bytes;
-    bytes += heads * static_cast<size_t>(pages - sealed) * sizes.open_bytes;
+    bytes += heads * static_cast<size_t>(p.sealed - p.freed) * sizes.packed_bytes;
+    bytes += heads * static_cast<size_t>(p.pages - p.sealed) * sizes.open_bytes;
   }
   return bytes;
 }

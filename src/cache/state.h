@@ -136,6 +136,11 @@ LayerSizes layer_sizes(const LayerConfig& layer);
 int64_t fixed_seal_target(const LayerConfig& layer, int64_t length);
 // Pages that the ratio rule (KVmix b.4) seals from an fp16 tail of this many tokens.
 int64_t ratio_surplus_pages(const LayerConfig& layer, int64_t tail_tokens);
+// Pages of one KV head at this length: all that were begun, those sealed (or freed), those freed.
+struct PagePrediction {
+  int64_t pages, sealed, freed;
+};
+PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens);
 // Bytes of the tables of one sequence.
 size_t table_bytes(const CacheConfig& config, int64_t length);
 

@@ -1,0 +1,42 @@
+// A planner is one file and one line in planners.cc.
+#pragma once
+
+#include <string>
+
+#include "kvmix/error.h"
+#include "kvmix/plan.h"
+
+namespace kvmix {
+
+struct Planner {
+  PlannerInfo info;
+  Plan (*make)(const PlannerRequest& request);
+};
+
+// Options as typed values; throw kInvalidArgument naming planner, option and what is expected.
+class PlannerOptions {
+ public:
+  PlannerOptions(const char* planner, const std::map<std::string, std::string>& values) : planner_(planner), values_(values) {}
+  int integer(const std::string& name, int fallback, int low, int high) const;
+  double number(const std::string& name, double fallback, double low, double high) const;
+  std::string choice(const std::string& name, const std::string& fallback, const std::vector<std::string>& accepted) const;
+  int bits(const std::string& name, int fallback) const;
+
+ private:
+  [[noreturn]] void fail(const std::string& name, const std::string& expected) const;
+  const char* planner_;
+  const std::map<std::string, std::string>& values_;
+};
+
+// Header fields filled in, layers sized.
+Plan empty_plan(const PlannerRequest& request, const char* planner);
+
+// The project's recipe: keys per channel in groups of 128 tokens, fitted; values rotated, per token in groups of 64 channels,
+// min-max but fitted at one bit.
+SideConfig recipe_key(int bits, bool hadamard);
+SideConfig recipe_value(int bits);
+
+// The budget as bytes of one sequence at budget.context.
+double budget_bytes(const Budget& budget, const ModelShape& model);
+
+}  // namespace kvmix

@@ -1,0 +1,147 @@
+// The registry of planners and what they share.
+#include <algorithm>
+#include <array>
+#include <charconv>
+
+#include "plan/planner.h"
+
+namespace kvmix {
+
+extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kUniformPlanner;
+
+namespace {
+
+const std::array kPlanners = {
+    &kKvmixPlanner,
+    &kKvmixPaperPlanner,
+    &kUniformPlanner,
+};
+
+}  // namespace
+
+std::span<const PlannerInfo> planners() {
+  static const std::vector<PlannerInfo> kInfos = [] {
+    std::vector<PlannerInfo> infos;
+    for (const Planner* p : kPlanners) infos.push_back(p->info);
+    return infos;
+  }();
+  return kInfos;
+}
+
+Plan make_plan(const std::string& name, const PlannerRequest& request) {
+  std::string names;
+  for (const Planner* planner : kPlanners) {
+    names += (names.empty() ? "" : ", ") + planner->info.name;
+    if (planner->info.name != name) continue;
+    if (request.model == nullptr) throw Error(Status::kInvalidArgument, "a planner needs the model");
+    for (const auto& [option, value] : request.options) {
+      const auto& known = planner->info.options;
+      if (std::none_of(known.begin(), known.end(), [&](const auto& o) { return o.first == option; })) {
+        std::string accepted;
+        for (const auto& [n, help] : known) accepted += (accepted.empty() ? "" : ", ") + n;
+        throw Error(Status::kInvalidArgument, "planner " + name + " has no option \"" + option + "\"; it has " + accepted);
+      }
+    }
+    if (planner->info.needs_profile && request.profile == nullptr) {
+      throw Error(Status::kInvalidArgument, "planner " + name + " needs a profile; make one with kvmix profile");
+    }
+    if (request.profile != nullptr && request.profile->fingerprint != request.model->fingerprint) {
+      throw Error(Status::kMismatch, "the profile was measured on another model (" + request.profile->model + "); measure " +
+                                         request.model->name + " with kvmix profile");
+    }
+    if (request.profile != nullptr && request.profile->key_score.size() != request.model->layers.size()) {
+      throw Error(Status::kMismatch, "the profile has " + std::to_string(request.profile->key_score.size()) +
+                                         " layers, the model " + std::to_string(request.model->layers.size()));
+    }
+    if (planner->info.needs_budget && request.budget.bits <= 0 && request.budget.bytes == 0) {
+      throw Error(Status::kInvalidArgument, "planner " + name + " needs a budget: average bits per element, or bytes");
+    }
+    return planner->make(request);
+  }
+  throw Error(Status::kInvalidArgument, "planner \"" + name + "\" is unknown; expected one of " + names);
+}
+
+void PlannerOptions::fail(const std::string& name, const std::string& expected) const {
+  throw Error(Status::kInvalidArgument, std::string("planner ") + planner_ + ": option " + name + " is \"" + values_.at(name) +
+                                            "\"; expected " + expected);
+}
+
+int PlannerOptions::integer(const std::string& name, int fallback, int low, int high) const {
+  const auto it = values_.find(name);
+  if (it == values_.end()) return fallback;
+  int value = 0;
+  const char* end = it->second.data() + it->second.size();
+  const auto [at, error] = std::from_chars(it->second.data(), end, value);
+  if (error != std::errc{} || at != end || value < low || value > high) {
+    fail(name, "a whole number from " + std::to_string(low) + " to " + std::to_string(high));
+  }
+  return value;
+}
+
+double PlannerOptions::number(const std::string& name, double fallback, double low, double high) const {
+  const auto it = values_.find(name);
+  if (it == values_.end()) return fallback;
+  double value = 0;
+  const char* end = it->second.data() + it->second.size();
+  const auto [at, error] = std::from_chars(it->second.data(), end, value);
+  if (error != std::errc{} || at != end || !(value >= low && value <= high)) {
+    fail(name, "a number from " + std::to_string(low) + " to " + std::to_string(high));
+  }
+  return value;
+}
+
+std::string PlannerOptions::choice(const std::string& name, const std::string& fallback,
+                                   const std::vector<std::string>& accepted) const {
+  const auto it = values_.find(name);
+  if (it == values_.end()) return fallback;
+  if (std::find(accepted.begin(), accepted.end(), it->second) == accepted.end()) {
+    std::string all;
+    for (const std::string& a : accepted) all += (all.empty() ? "" : ", ") + a;
+    fail(name, "one of " + all);
+  }
+  return it->second;
+}
+
+int PlannerOptions::bits(const std::string& name, int fallback) const {
+  const int value = integer(name, fallback, 1, 16);
+  if (value == 7 || (value > 8 && value < 16)) fail(name, "1, 2, 3, 4, 5, 6, 8 or 16");
+  return value;
+}
+
+Plan empty_plan(const PlannerRequest& request, const char* planner) {
+  Plan plan;
+  plan.fingerprint = request.model->fingerprint;
+  plan.model = request.model->name;
+  plan.planner = planner;
+  plan.layers.resize(request.model->layers.size());
+  return plan;
+}
+
+SideConfig recipe_key(int bits, bool hadamard) {
+  SideConfig side;
+  if (bits == 16) return side;
+  side.codec = {bits, Axis::kChannel, 128, Fit::kLeastSquares, true};
+  side.transform.hadamard = hadamard;
+  return side;
+}
+
+SideConfig recipe_value(int bits) {
+  SideConfig side;
+  if (bits == 16) return side;
+  side.codec = {bits, Axis::kToken, 64, bits == 1 ? Fit::kLeastSquares : Fit::kMinMax, true};
+  side.transform.hadamard = true;
+  return side;
+}
+
+double budget_bytes(const Budget& budget, const ModelShape& model) {
+  if (budget.context < 1 || budget.context > (int64_t{1} << 32))
+    throw Error(Status::kInvalidArgument, "the budget's context must be at least 1 token");
+  if (budget.sequences < 1) throw Error(Status::kInvalidArgument, "the budget's number of sequences must be at least 1");
+  if (budget.bytes > 0) return static_cast<double>(budget.bytes) / budget.sequences;
+  double elements = 0;
+  for (const ModelShape::Layer& l : model.layers)
+    elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(budget.context);
+  return budget.bits * elements / 8;
+}
+
+}  // namespace kvmix

@@ -1,0 +1,51 @@
+// The same widths for every layer.
+#include "plan/planner.h"
+
+namespace kvmix {
+namespace {
+
+Plan make(const PlannerRequest& request) {
+  const PlannerOptions options("uniform", request.options);
+  Plan plan = empty_plan(request, "uniform");
+  const int key_bits = options.bits("k-bits", 4), value_bits = options.bits("v-bits", 4);
+  plan.sinks = options.integer("sinks", 16, 0, 4096);
+  plan.window.tokens = options.integer("window", 128, 0, 1 << 20);
+  const bool rotate_keys = options.choice("key-hadamard", "off", {"on", "off"}) == "on";
+  const bool rotate_values = options.choice("value-hadamard", "on", {"on", "off"}) == "on";
+  const int group = options.integer("group", 0, 0, 128);
+  if (group != 0 && group != 32 && group != 64 && group != 128) {
+    throw Error(Status::kInvalidArgument, "planner uniform: option group must be 32, 64 or 128");
+  }
+  const std::string fit = options.choice("fit", "recipe", {"recipe", "minmax", "fitted"});
+  for (Plan::Layer& layer : plan.layers) {
+    layer.key = recipe_key(key_bits, rotate_keys);
+    layer.value = recipe_value(value_bits);
+    layer.value.transform.hadamard = rotate_values && value_bits != 16;
+    for (SideConfig* side : {&layer.key, &layer.value}) {
+      if (side->codec.is_f16()) continue;
+      if (group != 0) side->codec.group = group;
+      if (fit != "recipe") side->codec.fit = fit == "minmax" ? Fit::kMinMax : Fit::kLeastSquares;
+    }
+  }
+  plan.note = "keys " + to_string(plan.layers.front().key.codec) + ", values " + to_string(plan.layers.front().value.codec);
+  return plan;
+}
+
+}  // namespace
+
+extern const Planner kUniformPlanner;
+const Planner kUniformPlanner = {{"uniform",
+                                  "the same widths for every layer",
+                                  {{"k-bits", "key width: 1, 2, 3, 4, 5, 6, 8 or 16 (4)"},
+                                   {"v-bits", "value width (4)"},
+                                   {"key-hadamard", "rotate keys: on or off (off)"},
+                                   {"value-hadamard", "rotate values: on or off (on)"},
+                                   {"group", "32, 64 or 128 for both sides (keys 128, values 64)"},
+                                   {"fit", "minmax or fitted for both sides (keys fitted, values minmax)"},
+                                   {"sinks", "first tokens kept fp16 (16)"},
+                                   {"window", "newest tokens kept fp16 (128)"}},
+                                  false,
+                                  false},
+                                 make};
+
+}  // namespace kvmix
