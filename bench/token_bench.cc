@@ -85,7 +85,7 @@ void token(benchmark::State& state, const std::string& kernel, int bits, bool ex
 
 #ifdef KVMIX_BENCH_GGML
 void token_ggml(benchmark::State& state) {
-  Team team(kThreads);
+  Team team(1);  // a spinning second thread would take a core from ggml's own team
   Eviction eviction;
   ggml_init_params params{size_t{600} << 20, nullptr, false};
   ggml_context* context = ggml_init(params);

@@ -17,8 +17,14 @@ struct Maddubs {
   static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
   static int rows(int terms) { return terms == 1 ? 3 : 1; }
 
-  static Prepared prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w,
-                          ptrdiff_t term_stride) {
+  static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    for (int r = 0; r < rows; ++r) {
+      prepare(terms, from.x + r * from.stride, from.scale, from.mid, n, w + r * terms * term_stride, term_stride, out, r);
+    }
+  }
+
+  static void prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w, ptrdiff_t term_stride,
+                      Prepared& out, int row) {
     const auto product = [&](int i) {
       return s != nullptr ? Avx2::mul(Avx2::load(x + i), Avx2::load(s + i)) : Avx2::load(x + i);
     };
@@ -48,7 +54,9 @@ struct Maddubs {
       }
     }
     const float scale = largest / levels;
-    return {scale, scale * static_cast<float>(add_lanes(sum)), Avx2::reduce_add(middle)};
+    out.scale[row] = scale;
+    out.sum[row] = scale * static_cast<float>(add_lanes(sum));
+    out.mid[row] = Avx2::reduce_add(middle);
   }
 
   using Dots = void (*)(const uint8_t* codes, int blocks, const int8_t* w, const int8_t* w2, ptrdiff_t stride, float* out,

@@ -15,7 +15,11 @@ struct Bf16 {
   static int terms(int, bool) { return 1; }
   static int rows(int) { return 4; }
 
-  static Prepared prepare(int, const float* x, const float* s, const float* mid, int n, uint16_t* w, ptrdiff_t) {
+  static void prepare(const Source& from, int n, int, int rows, uint16_t* w, ptrdiff_t row_stride, Prepared& out) {
+    for (int r = 0; r < rows; ++r) prepare(from.x + r * from.stride, from.scale, from.mid, n, w + r * row_stride, out, r);
+  }
+
+  static void prepare(const float* x, const float* s, const float* mid, int n, uint16_t* w, Prepared& out, int row) {
     __m512 sum = _mm512_setzero_ps(), middle = _mm512_setzero_ps();
     for (int i = 0; i < n; i += 16) {
       const __m512 v = _mm512_loadu_ps(x + i);
@@ -26,7 +30,9 @@ struct Bf16 {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + i), rounded);
       sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
     }
-    return {1.0f, Avx512::reduce_add(sum), Avx512::reduce_add(middle)};
+    out.scale[row] = 1.0f;
+    out.sum[row] = Avx512::reduce_add(sum);
+    out.mid[row] = Avx512::reduce_add(middle);
   }
 
   using Dots = void (*)(const uint8_t* codes, int blocks, const uint16_t* w, const uint16_t* w2, ptrdiff_t stride, float* out,

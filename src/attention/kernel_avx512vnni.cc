@@ -16,42 +16,82 @@ struct Vnni {
   static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
   static int rows(int terms) { return terms == 1 ? 4 : 2; }
 
-  static Prepared prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w,
-                          ptrdiff_t term_stride) {
-    if (s == nullptr)
-      return terms == 1 ? prepare<1, false>(x, s, mid, n, w, term_stride) : prepare<2, false>(x, s, mid, n, w, term_stride);
-    return terms == 1 ? prepare<1, true>(x, s, mid, n, w, term_stride) : prepare<2, true>(x, s, mid, n, w, term_stride);
+  static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    if (terms == 2)
+      return rows == 1 ? prepare<2, 1>(from, n, w, term_stride, out) : prepare<2, 2>(from, n, w, term_stride, out);
+    switch (rows) {
+      case 1:
+        return prepare<1, 1>(from, n, w, term_stride, out);
+      case 2:
+        return prepare<1, 2>(from, n, w, term_stride, out);
+      case 3:
+        return prepare<1, 3>(from, n, w, term_stride, out);
+      default:
+        return prepare<1, 4>(from, n, w, term_stride, out);
+    }
   }
 
-  template <int kTerms, bool kScaled>
-  static Prepared prepare(const float* x, const float* s, const float* mid, int n, int8_t* w, ptrdiff_t term_stride) {
-    const auto product = [&](int i) {
-      return kScaled ? _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(s + i)) : _mm512_loadu_ps(x + i);
-    };
-    __m512 top = _mm512_setzero_ps(), middle = _mm512_setzero_ps();
-    for (int i = 0; i < n; i += 16) top = _mm512_max_ps(top, _mm512_abs_ps(product(i)));
-    if (!kScaled) {
-      for (int i = 0; i < n; i += 16) middle = _mm512_add_ps(middle, _mm512_loadu_ps(x + i));
-    } else if (mid != nullptr) {
-      for (int i = 0; i < n; i += 16) middle = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(mid + i), middle);
+  // The common lengths are unrolled.
+  template <int kTerms, int kRows>
+  static void prepare(const Source& from, int n, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    if (from.scale == nullptr) return prepare<kTerms, kRows, false, 0>(from, n, w, term_stride, out);
+    switch (n) {
+      case 64:
+        return prepare<kTerms, kRows, true, 64>(from, n, w, term_stride, out);
+      case 128:
+        return prepare<kTerms, kRows, true, 128>(from, n, w, term_stride, out);
+      default:
+        return prepare<kTerms, kRows, true, 0>(from, n, w, term_stride, out);
     }
-    constexpr float kLevels = kTerms == 1 ? 127.0f : 127.0f * 256.0f;
-    const float largest = Avx512::reduce_max(top);
-    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? kLevels / largest : 0.0f);
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 16) {
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(product(i), inverse));
-      sum = _mm512_add_epi32(sum, v);
-      if constexpr (kTerms == 1) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(w + i), _mm512_cvtepi32_epi8(v));
-      } else {
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(w + i), _mm512_cvtepi32_epi8(high));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(w + term_stride + i), _mm512_cvtepi32_epi8(v));
+  }
+
+  template <int kTerms, int kRows, bool kScaled, int kLength>
+  static void prepare(const Source& from, int length, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    const int n = kLength != 0 ? kLength : length;
+    const auto product = [&](int r, int i) {
+      const __m512 x = _mm512_loadu_ps(from.x + r * from.stride + i);
+      return kScaled ? _mm512_mul_ps(x, _mm512_loadu_ps(from.scale + i)) : x;
+    };
+    __m512 top[kRows], middle[kRows], sums[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      top[r] = _mm512_abs_ps(product(r, 0));
+      for (int i = 16; i < n; i += 16) top[r] = _mm512_max_ps(top[r], _mm512_abs_ps(product(r, i)));
+      middle[r] = _mm512_setzero_ps();
+      if (!kScaled) {
+        for (int i = 0; i < n; i += 16) middle[r] = _mm512_add_ps(middle[r], _mm512_loadu_ps(from.x + r * from.stride + i));
+      } else if (from.mid != nullptr) {
+        for (int i = 0; i < n; i += 16)
+          middle[r] = _mm512_fmadd_ps(_mm512_loadu_ps(from.x + r * from.stride + i), _mm512_loadu_ps(from.mid + i), middle[r]);
       }
     }
-    const float scale = largest / kLevels;
-    return {scale, scale * static_cast<float>(_mm512_reduce_add_epi32(sum)), Avx512::reduce_add(middle)};
+    constexpr float kLevels = kTerms == 1 ? 127.0f : 127.0f * 256.0f;
+    alignas(16) float largest[4], inverse[4];
+    Avx512::reduce_max(top, kRows, largest);
+    const __m128 l = _mm_load_ps(largest);
+    // Rows whose products vanish keep weights of 0.
+    _mm_store_ps(inverse, _mm_maskz_div_ps(_mm_cmp_ps_mask(l, _mm_set1_ps(1e-30f), _CMP_GT_OQ), _mm_set1_ps(kLevels), l));
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 inv = _mm512_set1_ps(inverse[r]);
+      int8_t* to = w + r * kTerms * term_stride;
+      __m512i total = _mm512_setzero_si512();
+      for (int i = 0; i < n; i += 16) {
+        const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(product(r, i), inv));
+        total = _mm512_add_epi32(total, v);
+        if constexpr (kTerms == 1) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(v));
+        } else {
+          const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(high));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + term_stride + i), _mm512_cvtepi32_epi8(v));
+        }
+      }
+      sums[r] = _mm512_cvtepi32_ps(total);
+    }
+    Avx512::reduce_add(sums, kRows, out.sum);
+    Avx512::reduce_add(middle, kRows, out.mid);
+    const __m128 scale = _mm_mul_ps(l, _mm_set1_ps(1.0f / kLevels));
+    _mm_store_ps(out.scale, scale);
+    _mm_store_ps(out.sum, _mm_mul_ps(_mm_load_ps(out.sum), scale));
   }
 
   // Weight rows at w + (row * terms + term) * stride; w2 serves lane blocks 2 and 3.

@@ -4,7 +4,7 @@
 //   Weight     what a query or probability becomes before it meets codes (int8, bf16)
 //   kRows(terms)                          query rows per block
 //   terms(bits, exact)                    Weight rows per query row: 2 = high and low part
-//   prepare(terms, x, s, mid, n, w, term_stride)  rounds x * s to Weights
+//   prepare(Source, n, terms, rows, w, term_stride, out)  rounds x * s of some rows to Weights
 //   dots(bits, terms, rows, blocks, sets)         the micro-kernel: codes x Weights -> one float per lane
 // Everything has internal linkage (see simd_avx512.h); K lives in an unnamed namespace.
 #pragma once
@@ -23,17 +23,25 @@ inline constexpr int kMaxDim = 256;
 inline constexpr int kMaxScales = 1024;  // of a tile: 256 x 128 elements in groups of 32
 inline constexpr int kMaxBlockRows = 4;
 inline constexpr int kMaxTerms = 2;
+inline constexpr int kBatchPages = 4;  // independent work for the processor between two dependent softmax steps
 inline constexpr float kLog2e = 1.44269504088896341f;
 
-// x * s ~ scale * (Weights); `sum` is the sum of the rounded x * s, `mid` that of x * mid.
+// Per row: x * s ~ scale * (Weights); `sum` is the sum of the rounded x * s, `mid` that of x * mid.
 struct Prepared {
-  float scale, sum, mid;
+  alignas(16) float scale[kMaxBlockRows], sum[kMaxBlockRows], mid[kMaxBlockRows];
+};
+
+// Rows x[r * stride ..] and what multiplies them; null scale: nothing (mid is then the sum of x), null mid: no zero point.
+struct Source {
+  const float* x;
+  ptrdiff_t stride;
+  const float *scale, *mid;
 };
 
 // One side of a layer as the kernels walk it (tile_layout.h). Scales vary either along `reduce`, with one set per `group`
 // lanes (they fold into the weights), or per lane, with one segment per `group` of reduce (they apply after the dot).
 struct SidePlan {
-  int bits, terms, lanes, reduce, group, sets, segments;
+  int bits, terms, lanes, reduce, group, group_shift, sets, segments;
   bool packed, lane_scaled, zero_point;
   float centre;
   size_t scale_bytes, tile_bytes;
@@ -45,6 +53,7 @@ inline SidePlan side_plan(const TileFormat& f, int terms) {
   const int group = f.spec.group;
   SidePlan p{};
   p.bits = f.spec.bits, p.terms = terms, p.lanes = g.lanes, p.reduce = g.reduce, p.group = group;
+  p.group_shift = __builtin_ctz(static_cast<unsigned>(group));
   p.packed = !f.spec.is_f16(), p.lane_scaled = lane_scaled, p.zero_point = f.spec.zero_point;
   p.sets = lane_scaled ? 1 : (g.lanes + group - 1) / group;
   p.segments = lane_scaled ? (g.reduce + group - 1) / group : 1;
@@ -53,15 +62,19 @@ inline SidePlan side_plan(const TileFormat& f, int terms) {
   return p;
 }
 
+struct TileScales {
+  alignas(64) float scale[kMaxScales], mid[kMaxScales];
+};
+
 template <class K>
 struct Work {
-  alignas(64) float key_scale[kMaxScales], key_mid[kMaxScales], value_scale[kMaxScales], value_mid[kMaxScales];
+  TileScales key[kBatchPages], value[kBatchPages];
   alignas(64) typename K::Weight weights[kMaxBlockRows * kMaxTerms * kMaxScales];
   alignas(64) float raw[kMaxBlockRows * kMaxDim];
   alignas(64) float out[kMaxBlockRows * kMaxDim];
-  alignas(64) float p[kMaxBlockRows * kPageTokens];
+  alignas(64) float p[kBatchPages][kMaxBlockRows * kPageTokens];  // scores, then probabilities
   alignas(64) float rows_f32[16 * kMaxDim];
-  alignas(64) float alpha[kMaxBlockRows];
+  alignas(64) float alpha[16];
 };
 
 template <class K>
@@ -102,51 +115,78 @@ class Flow {
     for (int i = 0; i < job_.rows * job_.head_dim; i += kW) S::store(job_.acc + i, S::zero());
     const PageRef* pages = job_.pages.data();
     const size_t n = job_.pages.size();
-    for (size_t i = 0; i < n; ++i) attend_page(pages[i], i + 1 < n && pages[i + 1].packed ? &pages[i + 1] : nullptr);
+    for (size_t i = 0; i < n; i += kBatchPages) {
+      attend_batch(pages + i, n - i < kBatchPages ? static_cast<int>(n - i) : kBatchPages,
+                   static_cast<int>(i + kBatchPages < n));
+    }
     for (int r = 0; r < job_.rows; ++r) {
       job_.l[r] = S::reduce_add(S::load(sums_ + r * kW));
       job_.m[r] *= 1.0f / kLog2e;
     }
   }
 
-  void attend_page(const PageRef& page, const PageRef* next) {
-    const bool packed_key = page.packed && key_.packed, packed_value = page.packed && value_.packed;
-    if (packed_key) load_scales(key_, page.key, kPageTokens, work_.key_scale, work_.key_mid);
-    if (packed_value) load_scales(value_, page.value, page.live, work_.value_scale, work_.value_mid);
-    const int terms_key = packed_key ? key_.terms : 1, terms_value = packed_value ? value_.terms : 1;
-    const int limit = K::rows(terms_key > terms_value ? terms_key : terms_value);
+  // pages[0..count), with `more` pages behind them that may be prefetched.
+  void attend_batch(const PageRef* pages, int count, int more) {
+    int limit = K::rows(1);
+    for (int b = 0; b < count; ++b) {
+      const PageRef& page = pages[b];
+      if (page.packed && key_.packed) {
+        load_scales(key_, page.key, kPageTokens, work_.key[b]);
+        limit = limit < K::rows(key_.terms) ? limit : K::rows(key_.terms);
+      }
+      if (page.packed && value_.packed) {
+        load_scales(value_, page.value, page.live, work_.value[b]);
+        limit = limit < K::rows(value_.terms) ? limit : K::rows(value_.terms);
+      }
+    }
     const int blocks = (job_.rows + limit - 1) / limit, step = (job_.rows + blocks - 1) / blocks;
     for (int r0 = 0; r0 < job_.rows; r0 += step) {
-      const int rows = job_.rows - r0 < step ? job_.rows - r0 : step;
-      int lo = kPageTokens, hi = 0;
+      attend_block(pages, count, more, r0, job_.rows - r0 < step ? job_.rows - r0 : step);
+    }
+  }
+
+  // Query rows r0 .. r0 + rows - 1 over a batch of pages.
+  void attend_block(const PageRef* pages, int count, int more, int r0, int rows) {
+    const int d = job_.head_dim;
+    const float* q = job_.q + static_cast<ptrdiff_t>(r0) * d;
+    const float factor = job_.softcap > 0 ? job_.scale : job_.scale * kLog2e;
+    Range seen[kBatchPages];  // slots that any of the rows sees
+    bool any = false;
+    for (int b = 0; b < count; ++b) {
+      const PageRef& page = pages[b];
+      seen[b] = {kPageTokens, 0};
       for (int r = 0; r < rows; ++r) {
         const Range v = visible(page, job_.position[r0 + r]);
-        if (v.lo < lo) lo = v.lo;
-        if (v.hi > hi) hi = v.hi;
+        if (v.lo < seen[b].lo) seen[b].lo = v.lo;
+        if (v.hi > seen[b].hi) seen[b].hi = v.hi;
       }
-      if (lo >= hi) continue;
-      const float* q = job_.q + static_cast<ptrdiff_t>(r0) * job_.head_dim;
-      const float factor = job_.softcap > 0 ? job_.scale : job_.scale * kLog2e;
-      if (packed_key) {
-        project(key_, page.key, next != nullptr ? next->key : page.key, work_.key_scale, work_.key_mid, q, job_.head_dim, rows,
-                factor);
+      if (seen[b].lo >= seen[b].hi) continue;
+      any = true;
+      if (page.packed && key_.packed) {
+        const std::byte* next = b + 1 < count + more && pages[b + 1].packed ? pages[b + 1].key : page.key;
+        project(key_, page.key, next, work_.key[b], q, d, rows, factor, work_.p[b], kPageTokens);
       } else {
-        score_f16(reinterpret_cast<const uint16_t*>(page.key), q, rows, lo, hi, factor);
+        score_f16(reinterpret_cast<const uint16_t*>(page.key), q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
       }
-      for (int r = 0; r < rows; ++r) softmax(r, r0 + r, visible(page, job_.position[r0 + r]));
-      float* acc = job_.acc + static_cast<ptrdiff_t>(r0) * job_.head_dim;
-      if (packed_value) {
-        project(value_, page.value, next != nullptr ? next->value : page.value, work_.value_scale, work_.value_mid, work_.p,
-                kPageTokens, rows, 1.0f);
+    }
+    if (!any) return;
+    softmax(pages, count, seen, r0, rows);
+    float* acc = job_.acc + static_cast<ptrdiff_t>(r0) * d;
+    for (int b = 0; b < count; ++b) {
+      const PageRef& page = pages[b];
+      if (seen[b].lo >= seen[b].hi) continue;
+      if (page.packed && value_.packed) {
+        const std::byte* next = b + 1 < count + more && pages[b + 1].packed ? pages[b + 1].value : page.value;
+        project(value_, page.value, next, work_.value[b], work_.p[b], kPageTokens, rows, 1.0f, work_.out, kMaxDim);
         for (int r = 0; r < rows; ++r) {
           const V alpha = S::set1(work_.alpha[r]);
-          float* a = acc + static_cast<ptrdiff_t>(r) * job_.head_dim;
-          for (int c = 0; c < job_.head_dim; c += kW)
-            S::store(a + c, S::fma(S::load(a + c), alpha, S::load(work_.out + r * kMaxDim + c)));
+          float* a = acc + static_cast<ptrdiff_t>(r) * d;
+          for (int c = 0; c < d; c += kW) S::store(a + c, S::fma(S::load(a + c), alpha, S::load(work_.out + r * kMaxDim + c)));
         }
       } else {
-        add_f16(reinterpret_cast<const uint16_t*>(page.value), acc, rows, lo, hi);
+        add_f16(reinterpret_cast<const uint16_t*>(page.value), work_.p[b], acc, rows, seen[b].lo, seen[b].hi);
       }
+      S::store(work_.alpha, S::set1(1.0f));  // the old sums are scaled once a batch
     }
   }
 
@@ -166,42 +206,43 @@ class Flow {
   }
 
   // Scales of slots beyond `live` may be anything: they become 0 where they would meet a probability.
-  static void load_scales(const SidePlan& plan, const std::byte* tile, int live, float* scale, float* mid) {
+  static void load_scales(const SidePlan& plan, const std::byte* tile, int live, TileScales& to) {
     const auto* s = reinterpret_cast<const uint16_t*>(tile);
     const int count = plan.lane_scaled ? plan.segments * plan.lanes : plan.sets * plan.reduce;
-    const auto convert = [&](const uint16_t* from, float* to) {
+    const auto convert = [&](const uint16_t* from, float* values) {
       if (live == kPageTokens || plan.lane_scaled) {
-        for (int i = 0; i < count; i += kW) S::store(to + i, S::load_f16(from + i));
+        for (int i = 0; i < count; i += kW) S::store(values + i, S::load_f16(from + i));
       } else {
         for (int i = 0; i < count; i += kW)
-          S::store(to + i, S::select(S::range(i % kPageTokens, 0, live), S::load_f16(from + i), S::zero()));
+          S::store(values + i, S::select(S::range(i % kPageTokens, 0, live), S::load_f16(from + i), S::zero()));
       }
     };
-    convert(s, scale);
-    if (plan.zero_point) convert(s + count, mid);
+    convert(s, to.scale);
+    if (plan.zero_point) convert(s + count, to.mid);
   }
 
-  // out[r][lane] = factor * sum over reduce of x[r][reduce] * decoded(lane, reduce). `next` is the tile to prefetch.
-  void project(const SidePlan& plan, const std::byte* tile, const std::byte* next, const float* scale, const float* mid,
-               const float* x, ptrdiff_t x_stride, int rows, float factor) {
+  // out[r * out_stride + lane] = factor * sum over reduce of x[r][reduce] * decoded(lane, reduce). `next` is prefetched.
+  void project(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales, const float* x,
+               ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
     for (size_t line = 0; line < plan.scale_bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
     if (plan.lane_scaled) {
-      project_lane_scaled(plan, tile, next, scale, mid, x, x_stride, rows, factor);
+      project_lane_scaled(plan, tile, next, scales, x, x_stride, rows, factor, out, out_stride);
     } else {
-      project_weight_scaled(plan, tile, next, scale, mid, x, x_stride, rows, factor);
+      project_weight_scaled(plan, tile, next, scales, x, x_stride, rows, factor, out, out_stride);
     }
   }
 
-  void project_weight_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const float* scale,
-                             const float* mid, const float* x, ptrdiff_t x_stride, int rows, float factor) {
+  void project_weight_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales,
+                             const float* x, ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
     const int n = plan.reduce, row_size = plan.sets * n;
-    float a[kMaxBlockRows][8], b[kMaxBlockRows][8];
-    for (int r = 0; r < rows; ++r) {
-      for (int s = 0; s < plan.sets; ++s) {
-        const Prepared w = K::prepare(plan.terms, x + r * x_stride, scale + s * n, plan.zero_point ? mid + s * n : nullptr, n,
-                                      work_.weights + r * plan.terms * row_size + s * n, row_size);
-        a[r][s] = w.scale * factor;
-        b[r][s] = (w.mid - plan.centre * w.sum) * factor;
+    float a[8][kMaxBlockRows], b[8][kMaxBlockRows];
+    for (int g = 0; g < plan.sets; ++g) {
+      Prepared w;
+      K::prepare({x, x_stride, scales.scale + g * n, plan.zero_point ? scales.mid + g * n : nullptr}, n, plan.terms, rows,
+                 work_.weights + g * n, row_size, w);
+      for (int r = 0; r < kMaxBlockRows; ++r) {
+        a[g][r] = w.scale[r] * factor;
+        b[g][r] = (w.mid[r] - plan.centre * w.sum[r]) * factor;
       }
     }
     const auto* codes = reinterpret_cast<const uint8_t*>(tile) + plan.scale_bytes;
@@ -210,15 +251,15 @@ class Flow {
     for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
       const int width = lane_blocks - first < kLaneGroupBlocks ? lane_blocks - first : kLaneGroupBlocks;
       const int lane = first * kUnitLanes, lanes = width * kUnitLanes;
-      const int set = lane / plan.group, set2 = (lane + lanes - 1) / plan.group;
+      const int set = lane >> plan.group_shift, set2 = (lane + lanes - 1) >> plan.group_shift;
       const int blocks = width * n / (kUnitReduce * kBlockUnits);
       K::dots(plan.bits, plan.terms, rows, width, set2 != set)(codes, blocks, work_.weights + set * n, work_.weights + set2 * n,
                                                                row_size, work_.raw, kMaxDim, ahead);
       for (int r = 0; r < rows; ++r) {
         for (int i = 0; i < lanes; i += kW) {
-          const int s = (lane + i) / plan.group;
-          S::store(work_.out + r * kMaxDim + lane + i,
-                   S::fma(S::load(work_.raw + r * kMaxDim + i), S::set1(a[r][s]), S::set1(b[r][s])));
+          const int g = (lane + i) >> plan.group_shift;
+          S::store(out + r * out_stride + lane + i,
+                   S::fma(S::load(work_.raw + r * kMaxDim + i), S::set1(a[g][r]), S::set1(b[g][r])));
         }
       }
       codes += blocks * plan.bits * kVectorBytes;
@@ -226,16 +267,13 @@ class Flow {
     }
   }
 
-  void project_lane_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const float* scale,
-                           const float* mid, const float* x, ptrdiff_t x_stride, int rows, float factor) {
+  void project_lane_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales,
+                           const float* x, ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
     const int row_size = plan.reduce;
-    Prepared w[kMaxBlockRows][8];
-    for (int r = 0; r < rows; ++r) {
-      for (int g = 0; g < plan.segments; ++g) {
-        const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
-        w[r][g] = K::prepare(plan.terms, x + r * x_stride + begin, nullptr, nullptr, n,
-                             work_.weights + r * plan.terms * row_size + begin, row_size);
-      }
+    Prepared w[8];
+    for (int g = 0; g < plan.segments; ++g) {
+      const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
+      K::prepare({x + begin, x_stride, nullptr, nullptr}, n, plan.terms, rows, work_.weights + begin, row_size, w[g]);
     }
     const auto* codes = reinterpret_cast<const uint8_t*>(tile) + plan.scale_bytes;
     const char* ahead = reinterpret_cast<const char*>(next) + plan.scale_bytes;
@@ -249,14 +287,14 @@ class Flow {
         const int blocks = width * n / (kUnitReduce * kBlockUnits);
         dots(codes, blocks, work_.weights + begin, work_.weights + begin, row_size, work_.raw, kMaxDim, ahead);
         for (int r = 0; r < rows; ++r) {
-          const V a = S::set1(w[r][g].scale * factor), b = S::set1(-plan.centre * w[r][g].sum * factor);
-          const V total = S::set1(w[r][g].mid * factor);
+          const V a = S::set1(w[g].scale[r] * factor), b = S::set1(-plan.centre * w[g].sum[r] * factor);
+          const V total = S::set1(w[g].mid[r] * factor);
           for (int i = 0; i < lanes; i += kW) {
-            float* out = work_.out + r * kMaxDim + lane + i;
+            float* to = out + r * out_stride + lane + i;
             const int at = g * plan.lanes + lane + i;
-            V y = S::mul(S::fma(S::load(work_.raw + r * kMaxDim + i), a, b), S::load(scale + at));
-            if (plan.zero_point) y = S::fma(total, S::load(mid + at), y);
-            S::store(out, g == 0 ? y : S::add(S::load(out), y));
+            V y = S::mul(S::fma(S::load(work_.raw + r * kMaxDim + i), a, b), S::load(scales.scale + at));
+            if (plan.zero_point) y = S::fma(total, S::load(scales.mid + at), y);
+            S::store(to, g == 0 ? y : S::add(S::load(to), y));
           }
         }
         codes += blocks * plan.bits * kVectorBytes;
@@ -265,38 +303,55 @@ class Flow {
     }
   }
 
-  // work_.out holds the scores of block row r; leaves probabilities in work_.p, the old sums' factor in alpha.
-  void softmax(int r, int row, Range v) {
-    float* score = work_.out + r * kMaxDim;
-    float* p = work_.p + r * kPageTokens;
+  // Turns the scores in work_.p into probabilities; leaves the factors of the old sums in alpha.
+  void softmax(const PageRef* pages, int count, const Range* seen, int r0, int rows) {
     const V lowest = S::set1(-INFINITY);
-    if (job_.softcap > 0) cap(score);
-    V top = lowest;
-    if (v.lo > 0 || v.hi < kPageTokens) {
-      for (int i = 0; i < kPageTokens; i += kW)
-        S::store(score + i, S::select(S::range(i, v.lo, v.hi), S::load(score + i), lowest));
+    V top[kMaxBlockRows];
+    for (int r = 0; r < rows; ++r) {
+      V t = lowest;
+      for (int b = 0; b < count; ++b) {
+        if (seen[b].lo >= seen[b].hi) continue;
+        float* score = work_.p[b] + r * kPageTokens;
+        if (job_.softcap > 0) cap(score);
+        const Range v = visible(pages[b], job_.position[r0 + r]);
+        if (v.lo > 0 || v.hi < kPageTokens) {
+          for (int i = 0; i < kPageTokens; i += kW)
+            S::store(score + i, S::select(S::range(i, v.lo, v.hi), S::load(score + i), lowest));
+        }
+        V u = S::load(score);
+        for (int i = kW; i < kPageTokens; i += kW) u = S::max(u, S::load(score + i));
+        t = S::max(t, u);
+      }
+      top[r] = t;
     }
-    for (int i = 0; i < kPageTokens; i += kW) top = S::max(top, S::load(score + i));
-    const float page_max = S::reduce_max(top), old = job_.m[row];
-    const float m = page_max > old ? page_max : old;
-    if (m == -INFINITY) {
-      for (int i = 0; i < kPageTokens; i += kW) S::store(p + i, S::zero());
-      work_.alpha[r] = 1.0f;
-      return;
+    for (int r = rows; r < kMaxBlockRows; ++r) top[r] = top[0];
+    float* m = job_.m + r0;
+    alignas(64) float fresh[kW] = {}, change[kW] = {};
+    S::reduce_max(top, rows, fresh);
+    for (int r = 0; r < rows; ++r) {
+      if (m[r] > fresh[r]) fresh[r] = m[r];
+      change[r] = m[r] - fresh[r];
+      m[r] = fresh[r];
     }
-    const V shift = S::set1(m), alpha = S::exp2(S::set1(old - m));
-    V sum0 = S::mul(S::load(sums_ + row * kW), alpha), sum1 = S::zero();
-    for (int i = 0; i < kPageTokens; i += 2 * kW) {
-      const V p0 = S::exp2(S::sub(S::load(score + i), shift)), p1 = S::exp2(S::sub(S::load(score + i + kW), shift));
-      S::store(p + i, p0);
-      S::store(p + i + kW, p1);
-      sum0 = S::add(sum0, p0);
-      sum1 = S::add(sum1, p1);
+    // A row that has seen nothing yet subtracts infinities; exp2 makes 0 of the NaN.
+    S::store(work_.alpha, S::exp2(S::load(change)));
+    for (int r = 0; r < rows; ++r) {
+      float* sums = sums_ + (r0 + r) * kW;
+      const V shift = S::set1(fresh[r]);
+      V sum0 = S::mul(S::load(sums), S::set1(work_.alpha[r])), sum1 = S::zero();
+      for (int b = 0; b < count; ++b) {
+        if (seen[b].lo >= seen[b].hi) continue;
+        float* p = work_.p[b] + r * kPageTokens;
+        for (int i = 0; i < kPageTokens; i += 2 * kW) {
+          const V p0 = S::exp2(S::sub(S::load(p + i), shift)), p1 = S::exp2(S::sub(S::load(p + i + kW), shift));
+          S::store(p + i, p0);
+          S::store(p + i + kW, p1);
+          sum0 = S::add(sum0, p0);
+          sum1 = S::add(sum1, p1);
+        }
+      }
+      S::store(sums, S::add(sum0, sum1));
     }
-    S::store(sums_ + row * kW, S::add(sum0, sum1));
-    job_.m[row] = m;
-    S::store(work_.raw, alpha);
-    work_.alpha[r] = work_.raw[0];
   }
 
   // score = log2(e) * softcap * tanh(score / softcap), tanh by exp of a non-positive number.
@@ -312,7 +367,7 @@ class Flow {
   }
 
   // Scores against fp16 rows [lo, hi) (token-major). kW tokens at a time are widened once for all query rows.
-  void score_f16(const uint16_t* key, const float* q, int rows, int lo, int hi, float factor) {
+  void score_f16(const uint16_t* key, const float* q, int rows, int lo, int hi, float factor, float* out) {
     const int d = job_.head_dim;
     for (int t0 = lo / kW * kW; t0 < hi; t0 += kW) {
       for (int t = 0; t < kW; ++t) {
@@ -330,12 +385,12 @@ class Flow {
           const V x = S::load(q + r * d + c);
           for (int t = 0; t < kW; ++t) a[t] = S::fma(x, S::load(work_.rows_f32 + t * d + c), a[t]);
         }
-        S::store(work_.out + r * kMaxDim + t0, S::mul(S::transpose_sum(a), S::set1(factor)));
+        S::store(out + r * kPageTokens + t0, S::mul(S::transpose_sum(a), S::set1(factor)));
       }
     }
   }
 
-  void add_f16(const uint16_t* value, float* acc, int rows, int lo, int hi) {
+  void add_f16(const uint16_t* value, const float* p, float* acc, int rows, int lo, int hi) {
     constexpr int kStep = K::kValueVectors;
     const int d = job_.head_dim;
     for (int c = 0; c < d; c += kStep * kW) {
@@ -345,16 +400,16 @@ class Flow {
         float* a = acc + c + i * kW;
         switch (rows) {
           case 1:
-            whole ? add_f16<1, kStep>(v, a, lo, hi) : add_f16<1, 1>(v, a, lo, hi);
+            whole ? add_f16<1, kStep>(v, p, a, lo, hi) : add_f16<1, 1>(v, p, a, lo, hi);
             break;
           case 2:
-            whole ? add_f16<2, kStep>(v, a, lo, hi) : add_f16<2, 1>(v, a, lo, hi);
+            whole ? add_f16<2, kStep>(v, p, a, lo, hi) : add_f16<2, 1>(v, p, a, lo, hi);
             break;
           case 3:
-            whole ? add_f16<3, kStep>(v, a, lo, hi) : add_f16<3, 1>(v, a, lo, hi);
+            whole ? add_f16<3, kStep>(v, p, a, lo, hi) : add_f16<3, 1>(v, p, a, lo, hi);
             break;
           default:
-            whole ? add_f16<4, kStep>(v, a, lo, hi) : add_f16<4, 1>(v, a, lo, hi);
+            whole ? add_f16<4, kStep>(v, p, a, lo, hi) : add_f16<4, 1>(v, p, a, lo, hi);
             break;
         }
       }
@@ -362,7 +417,7 @@ class Flow {
   }
 
   template <int kRows, int kVectors>
-  void add_f16(const uint16_t* value, float* acc, int lo, int hi) {
+  void add_f16(const uint16_t* value, const float* p, float* acc, int lo, int hi) {
     const int d = job_.head_dim;
     V a[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
@@ -371,8 +426,8 @@ class Flow {
       V v[kVectors];
       for (int i = 0; i < kVectors; ++i) v[i] = S::load_f16(value + static_cast<ptrdiff_t>(t) * d + i * kW);
       for (int r = 0; r < kRows; ++r) {
-        const V p = S::set1(work_.p[r * kPageTokens + t]);
-        for (int i = 0; i < kVectors; ++i) a[r][i] = S::fma(p, v[i], a[r][i]);
+        const V weight = S::set1(p[r * kPageTokens + t]);
+        for (int i = 0; i < kVectors; ++i) a[r][i] = S::fma(weight, v[i], a[r][i]);
       }
     }
     for (int r = 0; r < kRows; ++r)

@@ -46,6 +46,13 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
 
+  static void reduce_max(const V* v, int n, float* out) {
+    for (int i = 0; i < n; ++i) out[i] = reduce_max(v[i]);
+  }
+  static void reduce_add(const V* v, int n, float* out) {
+    for (int i = 0; i < n; ++i) out[i] = reduce_add(v[i]);
+  }
+
   static V exp2(V x) {
     const V magic = set1(12582912.0f);  // 1.5 * 2^23: the sum's low bits are round(x)
     const V t = add(x, magic);

@@ -53,7 +53,28 @@ struct Avx512 {
     return _mm512_cvtss_f32(v);
   }
 
-  // 2^x for x <= 0, relative error 2e-7; exactly 0 below -126.
+  // out[i] = the largest lane (sum of the lanes) of v[i], i < n <= 4. `out` has room for 4; those beyond n are undefined.
+  static void reduce_max(const V* v, int n, float* out) {
+    reduce(v, n, out, [](V a, V b) { return max(a, b); });
+  }
+  static void reduce_add(const V* v, int n, float* out) {
+    reduce(v, n, out, [](V a, V b) { return add(a, b); });
+  }
+  template <class Op>
+  static __m128 reduce4(V a, V b, V c, V d, Op op) {
+    const __m512d x = _mm512_castps_pd(op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d y = _mm512_castps_pd(op(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    V z = op(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    z = op(z, _mm512_shuffle_f32x4(z, z, 0x4e));
+    return _mm512_castps512_ps128(op(z, _mm512_shuffle_f32x4(z, z, 0xb1)));
+  }
+  template <class Op>
+  static void reduce(const V* v, int n, float* out, Op op) {
+    const __m128 r = reduce4(v[0], v[n > 1 ? 1 : 0], v[n > 2 ? 2 : 0], v[n > 3 ? 3 : 0], op);
+    _mm_storeu_ps(out, r);  // whole: a masked store would not forward to the load that follows
+  }
+
+  // 2^x for x <= 0, relative error 2e-7; exactly 0 below -126 and for NaN.
   static V exp2(V x) {
     const V magic = set1(12582912.0f);  // 1.5 * 2^23: the sum's low bits are round(x)
     const V t = add(x, magic);
