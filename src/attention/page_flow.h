@@ -306,7 +306,7 @@ class Flow {
   // Turns the scores in work_.p into probabilities; leaves the factors of the old sums in alpha.
   void softmax(const PageRef* pages, int count, const Range* seen, int r0, int rows) {
     const V lowest = S::set1(-INFINITY);
-    V top[kMaxBlockRows];
+    V top[kMaxBlockRows] = {lowest, lowest, lowest, lowest};
     for (int r = 0; r < rows; ++r) {
       V t = lowest;
       for (int b = 0; b < count; ++b) {
@@ -324,7 +324,6 @@ class Flow {
       }
       top[r] = t;
     }
-    for (int r = rows; r < kMaxBlockRows; ++r) top[r] = top[0];
     float* m = job_.m + r0;
     alignas(64) float fresh[kW] = {}, change[kW] = {};
     S::reduce_max(top, rows, fresh);
