@@ -1,1 +1,87 @@
-int main(){return 0;}
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include "command.h"
+#include "console.h"
+#include "kvmix/error.h"
+
+namespace kvmix::app {
+namespace {
+
+// One line adds a sub-command.
+constexpr void (*kCommands[])(CommandContext&) = {
+    add_profile, add_plan, add_generate, add_chat, add_eval, add_bench, add_report, add_inspect, add_list,
+};
+
+int fail(int status, const std::string& message) {
+  Console::clear_line();
+  std::string line = message;
+  for (char& c : line) {
+    if (c == '\n' || c == '\r') c = ' ';
+  }
+  std::fprintf(stderr, "kvmix: %s\n", line.c_str());
+  return status;
+}
+
+int flush_output(int status) {
+  errno = 0;
+  const bool failed = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+  if (!failed) return status;
+  return fail(kExitFailure, std::string("cannot write to standard output: ") + std::strerror(errno == 0 ? EIO : errno));
+}
+
+int run(int argc, char** argv) {
+  CLI::App root("Small, fast key/value caches for language models.", "kvmix");
+  root.require_subcommand(1);
+  root.set_version_flag("--version", KVMIX_VERSION);
+  root.footer("Start with: kvmix profile smollm2 -o profile.json");
+  Common common;
+  Action action;
+  CommandContext context{root, common, action};
+  for (const auto& add : kCommands) add(context);
+  try {
+    root.parse(argc, argv);
+  } catch (const CLI::Success& e) {
+    return flush_output(root.exit(e));  // --help and --version
+  } catch (const CLI::ParseError& e) {
+    const auto chosen = root.get_subcommands();
+    return fail(kExitUsage,
+                std::string(e.what()) + " (see kvmix " + (chosen.empty() ? "" : chosen[0]->get_name() + " ") + "--help)");
+  }
+  try {
+    return flush_output(action(common));
+  } catch (const UsageError& e) {
+    return fail(kExitUsage, e.what());
+  } catch (const Error& e) {
+    if (e.status() == Status::kCancelled || Console::interrupted()) return fail(kExitInterrupted, "interrupted");
+    return fail(e.status() == Status::kInvalidArgument ? kExitUsage : kExitFailure, e.what());
+  } catch (const std::bad_alloc&) {
+    return fail(kExitFailure, "not enough memory: use a shorter context, fewer rows or a smaller plan");
+  } catch (const std::exception& e) {
+    return fail(kExitFailure, e.what());
+  }
+}
+
+}  // namespace
+
+CLI::App* add_command(CommandContext& context, const std::string& name, const std::string& description,
+                      const std::string& example) {
+  CLI::App* command = context.root.add_subcommand(name, description);
+  command->add_option("--threads", context.common.threads, "Threads; 0 takes the physical cores")
+      ->check(CLI::Range(0, 256))
+      ->capture_default_str();
+  command->add_flag("--json", context.common.json, "Print the result as JSON on standard output");
+  command->add_flag("--quiet", context.common.quiet, "No progress on standard error");
+  command->footer("Example:\n  " + example);
+  return command;
+}
+
+}  // namespace kvmix::app
+
+int main(int argc, char** argv) {
+  kvmix::app::Console::install_interrupt_handler();
+  return kvmix::app::run(argc, argv);
+}

@@ -1,0 +1,89 @@
+// kvmix bench: prefill and decode speed at depth, and memory.
+#include <fmt/core.h>
+
+#include <memory>
+
+#include "command.h"
+#include "console.h"
+#include "kvmix/eval.h"
+#include "models.h"
+#include "subjects.h"
+#include "text.h"
+
+namespace kvmix::app {
+namespace {
+
+struct Arguments {
+  std::string model;
+  SubjectArguments subjects;
+  BenchOptions options;
+};
+
+int bench_command(const Arguments& arguments, const Common& common) {
+  const auto model = load_model(arguments.model);
+  BenchOptions options = arguments.options;
+  options.threads = common.threads;
+  options.force_plan = arguments.subjects.force;
+  std::vector<EvalSubject> subjects = make_subjects(arguments.subjects, *model);
+  subjects.insert(subjects.begin(), EvalSubject{"f16", f16_plan(model->shape()), ""});
+  const auto rows = bench(model, subjects, options, progress_reporter(common));
+  if (common.json) {
+    nlohmann::json json = nlohmann::json::array();
+    for (const BenchRow& r : rows) {
+      json.push_back({{"name", r.name},
+                      {"depth", r.depth},
+                      {"decode_tokens_per_s", r.decode_tokens_per_s},
+                      {"decode_min", r.decode_min},
+                      {"decode_max", r.decode_max},
+                      {"prefill_tokens_per_s", r.prefill_tokens_per_s},
+                      {"cache_bytes", r.cache_bytes},
+                      {"peak_rss_bytes", r.peak_rss_bytes},
+                      {"kernel", r.kernel}});
+    }
+    print_json({{"model", model->shape().name}, {"sequences", options.sequences}, {"rows", json}});
+    return kExitOk;
+  }
+  Table table({"cache", "depth", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak", "kernel"});
+  table.left(8);
+  for (const BenchRow& r : rows) {
+    table.add({r.name, std::to_string(r.depth), fmt::format("{:.1f}", r.decode_tokens_per_s),
+               fmt::format("{:.1f}", r.decode_min), fmt::format("{:.1f}", r.decode_max),
+               r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
+               human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_rss_bytes)), r.kernel});
+  }
+  table.print();
+  fmt::print(
+      "\n{}: median of {} interleaved repetitions, {} sequence{}; memory peak is the anonymous memory that the row added\n",
+      model->shape().name, options.repetitions, options.sequences, options.sequences == 1 ? "" : "s together");
+  return kExitOk;
+}
+
+}  // namespace
+
+void add_bench(CommandContext& context) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* command = add_command(context, "bench", "Prefill and decode tokens/s at depth, peak memory",
+                                  "kvmix bench smollm2 --plan plan.json --depths 0,4096 --peer");
+  command->add_option("model", arguments->model, kModelHelp)->required();
+  add_subject_options(command, arguments->subjects);
+  BenchOptions& options = arguments->options;
+  command->add_option("--depths", options.depths, "Tokens in the cache before decoding")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 24))
+      ->capture_default_str();
+  command->add_option("--tokens", options.decode_tokens, "Decoded per repetition and depth")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--repetitions", options.repetitions, "Repetitions, interleaved over the rows")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_option("--sequences", options.sequences, "Sequences decoded together")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_option("--kernel", options.kernel, "Attention kernel by name");
+  command->callback([&context, arguments] {
+    context.action = [arguments](const Common& common) { return bench_command(*arguments, common); };
+  });
+}
+
+}  // namespace kvmix::app

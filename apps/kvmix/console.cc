@@ -1,0 +1,142 @@
+#include "console.h"
+
+#include <fmt/core.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <memory>
+#include <string_view>
+
+#include "text.h"
+
+namespace kvmix::app {
+namespace {
+
+volatile std::sig_atomic_t interrupt_count = 0;
+std::atomic<bool> bar_is_up{false};
+
+void on_interrupt(int) {
+  interrupt_count = interrupt_count + 1;
+  if (interrupt_count < 2) return;
+  constexpr std::string_view kRestore = "\r\033[K\033[0m\033[?25h";
+  if (isatty(STDERR_FILENO) != 0) {
+    [[maybe_unused]] const ssize_t n = write(STDERR_FILENO, kRestore.data(), kRestore.size());
+  }
+  _exit(kExitInterrupted);
+}
+
+int terminal_columns() {
+  winsize size{};
+  return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 20 ? size.ws_col : 80;
+}
+
+using Clock = std::chrono::steady_clock;
+
+class Reporter {
+ public:
+  Reporter(bool quiet) : quiet_(quiet), terminal_(isatty(STDERR_FILENO) != 0) {}
+  ~Reporter() { Console::clear_line(); }
+
+  bool update(double done, double total, const std::string& what) {
+    if (!quiet_) show(done, total, what);
+    return !Console::interrupted();
+  }
+
+ private:
+  void show(double done, double total, const std::string& what) {
+    const auto now = Clock::now();
+    const bool new_part = total != total_ || done < done_ || start_ == Clock::time_point{};
+    if (new_part) {
+      start_ = now;
+      first_done_ = done;
+    }
+    done_ = done;
+    total_ = total;
+    const double since_shown = std::chrono::duration<double>(now - shown_).count();
+    if (!new_part && done < total && since_shown < (terminal_ ? 0.1 : 10.0)) return;
+    if (!terminal_ && done >= total && !new_part && since_shown < 1) return;
+    shown_ = now;
+    const double elapsed = std::chrono::duration<double>(now - start_).count();
+    const double share = total > 0 ? std::clamp(done / total, 0.0, 1.0) : 0;
+    std::string rest;
+    if (elapsed > 0.5 && done > first_done_) {
+      const double rate = (done - first_done_) / elapsed;
+      rest = fmt::format("  {}/s  {} left", short_number(rate), clock_time((total - done) / rate));
+    }
+    if (!terminal_) {
+      fmt::print(stderr, "{}: {:.0f} %{}\n", what, 100 * share, rest);
+      return;
+    }
+    const int room = terminal_columns() - 1 - static_cast<int>(rest.size()) - 8;
+    const int bar = std::clamp(room / 2, 5, 30);
+    const std::string label = what.substr(0, static_cast<size_t>(std::max(0, room - bar - 1)));
+    fmt::print(stderr, "\r\033[K{} {} {:3.0f} %{}", label, gauge(share, bar), 100 * share, rest);
+    std::fflush(stderr);
+    bar_is_up = true;
+    if (done >= total) Console::clear_line();
+  }
+
+  bool quiet_, terminal_;
+  double done_ = 0, total_ = -1, first_done_ = 0;
+  Clock::time_point start_{}, shown_{};
+};
+
+}  // namespace
+
+void Console::install_interrupt_handler() {
+  struct sigaction action {};
+  action.sa_handler = on_interrupt;  // no SA_RESTART: a read from the terminal must return
+  sigaction(SIGINT, &action, nullptr);
+}
+
+bool Console::interrupted() { return interrupt_count > 0; }
+void Console::clear_interrupt() { interrupt_count = 0; }
+
+void Console::clear_line() {
+  if (!bar_is_up.exchange(false)) return;
+  fmt::print(stderr, "\r\033[K");
+  std::fflush(stderr);
+}
+
+Progress progress_reporter(const Common& common) {
+  auto reporter = std::make_shared<Reporter>(common.quiet);
+  return [reporter](double done, double total, const std::string& what) { return reporter->update(done, total, what); };
+}
+
+void Table::print() const {
+  Console::clear_line();
+  std::vector<size_t> widths;
+  for (const auto& row : rows_) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], display_width(row[i]));
+  }
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    std::string line;
+    for (size_t i = 0; i < rows_[r].size(); ++i) {
+      const std::string& cell = rows_[r][i];
+      const std::string pad(widths[i] - display_width(cell), ' ');
+      const bool left = std::find(left_.begin(), left_.end(), i) != left_.end();
+      if (i > 0) line += "  ";
+      line += left ? cell + pad : pad + cell;
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    fmt::print("{}\n", line);
+    if (r == 0) {
+      size_t total = 2 * (widths.size() - 1);
+      for (const size_t w : widths) total += w;
+      fmt::print("{}\n", std::string(total, '-'));
+    }
+  }
+}
+
+void print_json(const nlohmann::json& value) {
+  Console::clear_line();
+  fmt::print("{}\n", value.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
+}
+
+}  // namespace kvmix::app

@@ -1,0 +1,146 @@
+// kvmix eval: what a cache costs in quality, against our f16 cache.
+#include "kvmix/eval.h"
+
+#include <fmt/core.h>
+
+#include <memory>
+
+#include "command.h"
+#include "console.h"
+#include "models.h"
+#include "subjects.h"
+#include "text.h"
+
+namespace kvmix::app {
+namespace {
+
+struct Arguments {
+  std::string model, text;
+  bool needle = false;
+  SubjectArguments subjects;
+  EvalOptions options;
+  NeedleOptions needles;
+};
+
+int eval_text(const Arguments& arguments, const Common& common) {
+  if (arguments.text.empty()) throw UsageError("eval needs --text FILE (- for standard input), or --needle");
+  const std::string text = read_text_file(arguments.text);
+  const auto model = load_model(arguments.model);
+  EvalOptions options = arguments.options;
+  options.threads = common.threads;
+  options.force_plan = arguments.subjects.force;
+  const auto rows = evaluate(model, text, make_subjects(arguments.subjects, *model), options, progress_reporter(common));
+  const double full = static_cast<double>(rows.front().cache_bytes);
+  if (common.json) {
+    nlohmann::json json = nlohmann::json::array();
+    for (const EvalRow& r : rows) {
+      json.push_back({{"name", r.name},
+                      {"perplexity", r.perplexity},
+                      {"perplexity_ratio", r.perplexity_ratio},
+                      {"kl_mean", r.kl_mean},
+                      {"kl_stderr", r.kl_stderr},
+                      {"kl_p99", r.kl_p99},
+                      {"kl_max", r.kl_max},
+                      {"top1", r.top1},
+                      {"bits_per_element", r.bits_per_element},
+                      {"cache_bytes", r.cache_bytes},
+                      {"compression", full / static_cast<double>(r.cache_bytes)},
+                      {"scored_tokens", r.scored_tokens},
+                      {"seconds", r.seconds}});
+    }
+    print_json({{"model", model->shape().name}, {"context", options.context}, {"rows", json}});
+    return kExitOk;
+  }
+  Table table(
+      {"cache", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
+  for (const EvalRow& r : rows) {
+    table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+               fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),
+               fmt::format("{:.2f}x", full / static_cast<double>(r.cache_bytes)), fmt::format("{:.3f}", r.perplexity),
+               fmt::format("{:+.2f} %", 100 * (r.perplexity_ratio - 1)), fmt::format("{:.5f}", r.kl_mean),
+               fmt::format("{:.5f}", r.kl_stderr), fmt::format("{:.4f}", r.kl_p99), fmt::format("{:.3f}", r.kl_max),
+               fmt::format("{:.2f} %", 100 * r.top1)});
+  }
+  table.print();
+  fmt::print("\n{}: {} scored tokens, the second half of each window of {}; KL in nats per token against the first row\n",
+             model->shape().name, rows.front().scored_tokens, options.context);
+  return kExitOk;
+}
+
+int eval_needle(const Arguments& arguments, const Common& common) {
+  const auto model = load_model(arguments.model);
+  NeedleOptions options = arguments.needles;
+  options.threads = common.threads;
+  options.force_plan = arguments.subjects.force;
+  std::vector<EvalSubject> subjects = make_subjects(arguments.subjects, *model);
+  subjects.insert(subjects.begin(), EvalSubject{"f16", f16_plan(model->shape()), ""});
+  const auto cells = evaluate_needle(model, subjects, options, progress_reporter(common));
+  if (common.json) {
+    nlohmann::json json = nlohmann::json::array();
+    for (const NeedleCell& c : cells) {
+      json.push_back({{"name", c.name}, {"context", c.context}, {"depth", c.depth}, {"hits", c.hits}, {"trials", c.trials}});
+    }
+    print_json({{"model", model->shape().name}, {"cells", json}});
+    return kExitOk;
+  }
+  std::vector<std::string> header = {"cache", "context"};
+  for (const double depth : options.depths) header.push_back(fmt::format("at {:.0f} %", 100 * depth));
+  header.push_back("all");
+  Table table(header);
+  for (size_t i = 0; i < cells.size(); i += options.depths.size()) {
+    std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context)};
+    int hits = 0, trials = 0;
+    for (size_t d = 0; d < options.depths.size(); ++d) {
+      const NeedleCell& cell = cells[i + d];
+      row.push_back(fmt::format("{}/{}", cell.hits, cell.trials));
+      hits += cell.hits;
+      trials += cell.trials;
+    }
+    row.push_back(fmt::format("{:.0f} %", 100.0 * hits / trials));
+    table.add(row);
+  }
+  table.print();
+  return kExitOk;
+}
+
+}  // namespace
+
+void add_eval(CommandContext& context) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* command =
+      add_command(context, "eval", "Perplexity, KL divergence and top-1 agreement against the f16 cache; passkey retrieval",
+                  "kvmix eval smollm2 --text book.txt --plan plan.json --uniform 4/4 --peer");
+  command->add_option("model", arguments->model, kModelHelp)->required();
+  command->add_option("--text", arguments->text, "UTF-8 text to score, - for standard input");
+  add_subject_options(command, arguments->subjects);
+  EvalOptions& options = arguments->options;
+  command->add_option("--context", options.context, "Tokens of a window; its second half is scored")
+      ->check(CLI::Range(int64_t{8}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--windows", options.windows, "Windows; 0 takes all that the text has")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--kernel", options.kernel, "Attention kernel by name");
+  command->add_flag("--exact", options.exact, "Attention arithmetic without int8 products");
+  command->add_flag("--needle", arguments->needle, "Passkey retrieval instead of text");
+  NeedleOptions& needles = arguments->needles;
+  command->add_option("--contexts", needles.contexts, "--needle: tokens of the haystacks")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{256}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->add_option("--depths", needles.depths, "--needle: where the passkey stands, 0 to 1")
+      ->delimiter(',')
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--trials", needles.trials, "--needle: passkeys per depth")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_option("--seed", needles.seed, "--needle: seed of the passkeys and distractors")->capture_default_str();
+  command->callback([&context, arguments] {
+    context.action = [arguments](const Common& common) {
+      return arguments->needle ? eval_needle(*arguments, common) : eval_text(*arguments, common);
+    };
+  });
+}
+
+}  // namespace kvmix::app

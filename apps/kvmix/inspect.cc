@@ -1,0 +1,206 @@
+// kvmix inspect: a model, plan, profile or saved cache in words.
+#include <fmt/core.h>
+
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+
+#include "command.h"
+#include "console.h"
+#include "kvmix/cache.h"
+#include "kvmix/error.h"
+#include "models.h"
+#include "plan_view.h"
+#include "text.h"
+
+namespace kvmix::app {
+namespace {
+
+struct Arguments {
+  std::string file, model;
+};
+
+enum class Kind { kModel, kPlan, kProfile, kCache };
+
+Kind kind_of(const std::string& path) {
+  if (!std::filesystem::exists(path)) throw Error(Status::kNotFound, path + ": no such file; check the path");
+  if (std::filesystem::is_directory(path)) throw Error(Status::kInvalidArgument, path + " is a directory; name a file");
+  std::ifstream file(path, std::ios::binary);
+  std::string head(4096, '\0');
+  file.read(head.data(), static_cast<std::streamsize>(head.size()));
+  head.resize(static_cast<size_t>(file.gcount()));
+  if (head.starts_with("GGUF")) return Kind::kModel;
+  const size_t first = head.find_first_not_of(" \t\r\n");
+  if (first == std::string::npos || head[first] != '{') return Kind::kCache;
+  // Both readers check everything; the planner's name is what only a plan has.
+  return head.find("\"kvmix-profile\"") != std::string::npos ? Kind::kProfile : Kind::kPlan;
+}
+
+void inspect_model(const std::string& path, bool json) {
+  const auto model = Model::load(path);
+  const ModelShape& shape = model->shape();
+  const CacheConfig f16 = cache_config(f16_plan(shape), shape);
+  if (json) {
+    nlohmann::json layers = nlohmann::json::array();
+    for (const auto& l : shape.layers) {
+      layers.push_back({{"q_heads", l.q_heads},
+                        {"kv_heads", l.kv_heads},
+                        {"head_dim", l.head_dim},
+                        {"sliding_window", l.sliding_window},
+                        {"scale", l.scale},
+                        {"softcap", l.softcap}});
+    }
+    print_json({{"kind", "model"},
+                {"name", shape.name},
+                {"architecture", shape.architecture},
+                {"fingerprint", shape.fingerprint},
+                {"context_tokens", shape.context_tokens},
+                {"vocab_size", model->vocab_size()},
+                {"weight_bytes", model->weight_bytes()},
+                {"layers", layers},
+                {"f16_bytes_per_token", predict_bytes(f16, 4096) / 4096}});
+    return;
+  }
+  fmt::print("model         {} ({})\n", shape.name, shape.architecture);
+  fmt::print("fingerprint   {}\n", shape.fingerprint);
+  fmt::print("weights       {}\n", human_bytes(static_cast<double>(model->weight_bytes())));
+  fmt::print("vocabulary    {}\n", model->vocab_size());
+  fmt::print("context       {} tokens\n", shape.context_tokens);
+  size_t sliding = 0;
+  for (const auto& l : shape.layers) sliding += l.sliding_window > 0 ? 1 : 0;
+  const auto& l0 = shape.layers.front();
+  fmt::print("layers        {}, {} of them with a sliding window\n", shape.layers.size(), sliding);
+  fmt::print("heads         {} query, {} key/value, dimension {}\n", l0.q_heads, l0.kv_heads, l0.head_dim);
+  fmt::print("f16 cache     ");
+  for (const int64_t n : {1024, 4096, 8192})
+    fmt::print("{} at {} tokens  ", human_bytes(static_cast<double>(predict_bytes(f16, n))), n);
+  fmt::print("\n");
+}
+
+void print_formula(const Plan& plan, const ModelShape& shape) {
+  const CacheConfig config = cache_config(plan, shape);
+  size_t packed = 0, open = 0;
+  for (const LayerConfig& l : config.layers) {
+    const auto heads = static_cast<size_t>(l.kv_heads);
+    packed += heads * (tile_bytes(l.key.codec, l.head_dim) + tile_bytes(l.value.codec, l.head_dim));
+    open += heads * 2 * tile_bytes(CodecSpec{}, l.head_dim);
+  }
+  const double per_token = static_cast<double>(open) / kPageTokens;
+  fmt::print(
+      "formula       {} sinks x {:.0f} B + f16 pages x {} B + sealed pages x {} B + tables; a page is {} tokens of all "
+      "layers\n",
+      plan.sinks, per_token, open, packed, kPageTokens);
+}
+
+void inspect_plan(const Arguments& arguments, bool json) {
+  const Plan plan = read_plan(arguments.file);
+  if (json) {
+    nlohmann::json value = nlohmann::json::parse(to_json(plan));
+    print_json({{"kind", "plan"},
+                {"plan", value},
+                {"mean_key_bits", mean_bits(plan, Side::kKey)},
+                {"mean_value_bits", mean_bits(plan, Side::kValue)}});
+    return;
+  }
+  fmt::print("plan          for {} by {}\n", plan.model, plan.planner);
+  fmt::print("fingerprint   {}\n", plan.fingerprint);
+  if (!plan.note.empty()) fmt::print("note          {}\n", plan.note);
+  if (plan.window.ratio_key > 0 || plan.window.ratio_value > 0) {
+    fmt::print("f16           {} sinks, window {} of keys and {} of values of the f16 tail\n", plan.sinks,
+               plan.window.ratio_key, plan.window.ratio_value);
+  } else {
+    fmt::print("f16           {} sinks, window of {} to {} newest tokens\n", plan.sinks, plan.window.tokens,
+               plan.window.tokens + kPageTokens);
+  }
+  fmt::print("code bits     keys {:.3f}, values {:.3f} on average over layers\n\n", mean_bits(plan, Side::kKey),
+             mean_bits(plan, Side::kValue));
+  print_plan_table(plan, nullptr);
+  if (arguments.model.empty()) {
+    fmt::print("\nWith --model its sizes are shown too.\n");
+    return;
+  }
+  const auto model = load_model(arguments.model);
+  check_plan(plan, model->shape(), false);
+  fmt::print("\n");
+  print_formula(plan, model->shape());
+  print_plan_costs(plan, model->shape());
+}
+
+void inspect_profile(const std::string& path, bool json) {
+  const Profile profile = read_profile(path);
+  if (json) {
+    print_json({{"kind", "profile"}, {"profile", nlohmann::json::parse(to_json(profile))}});
+    return;
+  }
+  fmt::print("profile       of {}: {} prompts, {} tokens, seed {}\n", profile.model, profile.prompts, profile.tokens,
+             profile.seed);
+  fmt::print("fingerprint   {}\n", profile.fingerprint);
+  fmt::print("sensitivities {}\n\n", profile.sensitivities.size());
+  print_score_table(profile);
+}
+
+std::string counted(const std::vector<std::string>& names) {
+  std::string text;
+  for (size_t i = 0; i < names.size();) {
+    size_t same = i;
+    while (same < names.size() && names[same] == names[i]) ++same;
+    text += fmt::format("{}{} x {}", i == 0 ? "" : ", ", same - i, names[i]);
+    i = same;
+  }
+  return text;
+}
+
+void inspect_cache(const std::string& path, bool json) {
+  const SavedCacheInfo info = inspect_saved_cache(path);
+  if (json) {
+    print_json({{"kind", "cache"},
+                {"version", info.version},
+                {"fingerprint", info.fingerprint},
+                {"tokens", info.tokens},
+                {"layers", info.layers},
+                {"file_bytes", info.file_bytes},
+                {"key_codecs", info.key_codecs},
+                {"value_codecs", info.value_codecs}});
+    return;
+  }
+  fmt::print("saved cache   version {}, checksum good\n", info.version);
+  fmt::print("fingerprint   {}\n", info.fingerprint);
+  fmt::print("holds         {} tokens of {} layers in {}\n", info.tokens, info.layers,
+             human_bytes(static_cast<double>(info.file_bytes)));
+  fmt::print("keys          {}\n", counted(info.key_codecs));
+  fmt::print("values        {}\n", counted(info.value_codecs));
+}
+
+}  // namespace
+
+void add_inspect(CommandContext& context) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* command = add_command(context, "inspect", "A plan, profile, model or saved cache in words",
+                                  "kvmix inspect plan.json --model smollm2");
+  command->add_option("file", arguments->file, "The file, or a model's short name")->required();
+  command->add_option("--model", arguments->model, "For a plan: the model whose sizes to compute");
+  command->callback([&context, arguments] {
+    context.action = [arguments](const Common& common) {
+      const std::string path = model_path(arguments->file);
+      arguments->file = path;
+      switch (kind_of(path)) {
+        case Kind::kModel:
+          inspect_model(path, common.json);
+          break;
+        case Kind::kPlan:
+          inspect_plan(*arguments, common.json);
+          break;
+        case Kind::kProfile:
+          inspect_profile(path, common.json);
+          break;
+        case Kind::kCache:
+          inspect_cache(path, common.json);
+          break;
+      }
+      return kExitOk;
+    };
+  });
+}
+
+}  // namespace kvmix::app

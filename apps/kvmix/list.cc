@@ -1,0 +1,90 @@
+// kvmix list: the registries.
+#include <fmt/core.h>
+
+#include <vector>
+
+#include "command.h"
+#include "console.h"
+#include "kvmix/cache.h"
+#include "kvmix/engine.h"
+#include "kvmix/plan.h"
+
+namespace kvmix::app {
+namespace {
+
+// Which kernel and instruction set decode really uses here: asks a small cache that has packed pages.
+CacheStats probe_kernel() {
+  constexpr int kHeadDim = 64;
+  CacheConfig config;
+  LayerConfig layer;
+  layer.q_heads = layer.kv_heads = 1;
+  layer.head_dim = kHeadDim;
+  layer.scale = 0.125f;
+  layer.sinks = 0;
+  layer.window.tokens = 0;
+  layer.key.codec = {4, Axis::kChannel, 128, Fit::kMinMax, true};
+  layer.value.codec = {4, Axis::kToken, 64, Fit::kMinMax, true};
+  config.layers = {layer};
+  Cache cache(config);
+  const SequenceId sequence = cache.create();
+  for (const int n : {kPageTokens, 1}) {
+    const std::vector<float> rows(static_cast<size_t>(n) * kHeadDim, 0.5f);
+    std::vector<float> out(rows.size());
+    const StepItem item{sequence, n};
+    cache.begin_step({&item, 1});
+    cache.append(0, rows.data(), kHeadDim, rows.data(), kHeadDim, 0, 1);
+    cache.attend(0, rows.data(), kHeadDim, out.data(), kHeadDim, 0, 1);
+    cache.end_step();
+  }
+  return cache.stats();
+}
+
+int list(const Common& common) {
+  const CacheStats used = probe_kernel();
+  if (common.json) {
+    nlohmann::json json;
+    for (const auto& c : codecs())
+      json["codecs"].push_back({{"name", c.name}, {"bits", c.bits}, {"description", c.description}});
+    for (const auto& p : planners()) {
+      nlohmann::json options = nlohmann::json::object();
+      for (const auto& [name, help] : p.options) options[name] = help;
+      json["planners"].push_back({{"name", p.name},
+                                  {"description", p.description},
+                                  {"options", options},
+                                  {"needs_profile", p.needs_profile},
+                                  {"needs_budget", p.needs_budget}});
+    }
+    for (const auto& a : architectures()) json["architectures"].push_back({{"name", a.name}, {"description", a.description}});
+    for (const auto& k : attention_kernels()) {
+      json["kernels"].push_back({{"name", k.name}, {"description", k.description}, {"available", k.available}});
+    }
+    json["decode_kernel"] = used.kernel;
+    json["instruction_set"] = used.isa;
+    print_json(json);
+    return kExitOk;
+  }
+  const auto section = [](const char* title, const auto& entries) {
+    fmt::print("{}\n", title);
+    for (const auto& entry : entries) fmt::print("  {:<16} {}\n", entry.name, entry.description);
+    fmt::print("\n");
+  };
+  section("codecs", codecs());
+  section("planners", planners());
+  section("architectures", architectures());
+  fmt::print("attention kernels\n");
+  for (const auto& kernel : attention_kernels()) {
+    fmt::print("  {:<16} {}{}\n", kernel.name, kernel.description, kernel.available ? "" : " (not on this machine)");
+  }
+  fmt::print("\ndecode runs on {} ({})\n", used.kernel, used.isa);
+  return kExitOk;
+}
+
+}  // namespace
+
+void add_list(CommandContext& context) {
+  CLI::App* command =
+      add_command(context, "list", "Codecs, planners, architectures, kernels, instruction set in use", "kvmix list");
+  command->callback([&context] { context.action = list; });
+}
+
+}  // namespace kvmix::app

@@ -1,0 +1,17 @@
+// Plans and profiles as tables for a person.
+#pragma once
+
+#include "kvmix/plan.h"
+
+namespace kvmix::app {
+
+// Layer by layer: scores as bars where a profile is given, codecs, widths as bars.
+void print_plan_table(const Plan& plan, const Profile* profile);
+void print_score_table(const Profile& profile);
+// What the plan costs on a model: bytes and bits at a few context lengths, against fp16.
+void print_plan_costs(const Plan& plan, const ModelShape& model);
+
+// Mean code bits over layers and heads of equal size.
+double mean_bits(const Plan& plan, Side side);
+
+}  // namespace kvmix::app

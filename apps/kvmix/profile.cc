@@ -1,0 +1,65 @@
+// kvmix profile: measures a model once, for planners.
+#include <fmt/core.h>
+
+#include <chrono>
+#include <memory>
+
+#include "command.h"
+#include "console.h"
+#include "kvmix/measure.h"
+#include "models.h"
+#include "plan_view.h"
+
+namespace kvmix::app {
+namespace {
+
+struct Arguments {
+  std::string model, out = "profile.json";
+  CalibrationOptions calibration;
+};
+
+int profile(const Arguments& arguments, const Common& common) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto model = load_model(arguments.model);
+  const Progress progress = progress_reporter(common);
+  const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);
+  Profile measured = profile_gradients(model, prompts, common.threads, progress);
+  measured.seed = arguments.calibration.seed;
+  write_profile(measured, arguments.out);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (common.json) {
+    print_json({{"profile", arguments.out},
+                {"prompts", measured.prompts},
+                {"tokens", measured.tokens},
+                {"seconds", seconds},
+                {"key_score", measured.key_score},
+                {"value_score", measured.value_score}});
+    return kExitOk;
+  }
+  print_score_table(measured);
+  fmt::print("\nwrote {}: {} prompts, {} tokens, {:.0f} s\n", arguments.out, measured.prompts, measured.tokens, seconds);
+  return kExitOk;
+}
+
+}  // namespace
+
+void add_profile(CommandContext& context) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* command = add_command(context, "profile", "Measure how much each layer's keys and values matter to a model",
+                                  "kvmix profile smollm2 --prompts 16 --tokens 512 -o profile.json");
+  command->add_option("model", arguments->model, kModelHelp)->required();
+  CalibrationOptions& calibration = arguments->calibration;
+  command->add_option(
+      "--calib", calibration.file,
+      "Calibration text, .txt or .jsonl with {\"text\": ...}; without it the project's own prompts, continued by the model");
+  command->add_option("--prompts", calibration.prompts, "Prompts")->check(CLI::Range(1, 4096))->capture_default_str();
+  command->add_option("--tokens", calibration.tokens, "Tokens per prompt, continuation included")
+      ->check(CLI::Range(16, 32768))
+      ->capture_default_str();
+  command->add_option("--seed", calibration.seed, "Seed of the continuations")->capture_default_str();
+  command->add_option("-o,--out", arguments->out, "The profile file to write")->capture_default_str();
+  command->callback(
+      [&context, arguments] { context.action = [arguments](const Common& common) { return profile(*arguments, common); }; });
+}
+
+}  // namespace kvmix::app

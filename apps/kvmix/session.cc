@@ -1,0 +1,74 @@
+#include "session.h"
+
+#include <fmt/core.h>
+
+#include "models.h"
+#include "subjects.h"
+#include "text.h"
+
+namespace kvmix::app {
+namespace {
+
+double decode_rate(const GenerateResult& result) {
+  return result.decode_seconds > 0 ? result.new_tokens / result.decode_seconds : 0;
+}
+
+}  // namespace
+
+void add_session_options(CLI::App* command, SessionArguments& arguments) {
+  command->add_option("model", arguments.model, kModelHelp)->required();
+  command->add_option("--cache,--plan", arguments.cache, "The cache: f16, key/value bits such as 4/4, or a plan file")
+      ->capture_default_str();
+  command->add_flag("--force", arguments.force, "Take a plan that was made for another model of the same shape");
+  command->add_option("--kernel", arguments.kernel, "Attention kernel by name; without it the best that runs here");
+  GenerateOptions& g = arguments.generate;
+  command->add_option("-n,--max-tokens", g.max_tokens, "Most new tokens of an answer")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--temperature", g.sampling.temperature, "0 takes the most likely token")
+      ->check(CLI::Range(0.0, 100.0))
+      ->capture_default_str();
+  command->add_option("--top-k", g.sampling.top_k, "0 is off")->check(CLI::Range(0, 1 << 24))->capture_default_str();
+  command->add_option("--top-p", g.sampling.top_p, "1 is off")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  command->add_option("--min-p", g.sampling.min_p, "0 is off")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  command->add_option("--seed", g.sampling.seed, "Seed of the sampling")->capture_default_str();
+  command->add_option("--stop", g.stop, "Text that ends the answer; may be repeated")
+      ->expected(1)
+      ->allow_extra_args(false)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+}
+
+std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Common& common) {
+  const auto model = load_model(arguments.model);
+  const Plan plan = resolve_plan(arguments.cache, *model, arguments.force);
+  EngineOptions options;
+  options.threads = common.threads;
+  options.kernel = arguments.kernel;
+  options.force_plan = arguments.force;
+  return std::make_unique<Engine>(model, plan, options);
+}
+
+void print_closing_line(Engine& engine, const GenerateResult& result) {
+  const MemoryReport memory = engine.cache().memory();
+  fmt::print(stderr, "[{} prompt tokens in {:.2f} s; {} new at {:.1f} tokens/s; cache {} for {} tokens; {}]\n",
+             result.prompt_tokens, result.prefill_seconds, result.new_tokens, decode_rate(result),
+             human_bytes(static_cast<double>(memory.total_bytes)), memory.tokens, result.stop_reason);
+}
+
+nlohmann::json result_json(Engine& engine, const GenerateResult& result) {
+  const MemoryReport memory = engine.cache().memory();
+  const CacheStats stats = engine.cache().stats();
+  return {{"text", result.text},
+          {"stop_reason", result.stop_reason},
+          {"prompt_tokens", result.prompt_tokens},
+          {"new_tokens", result.new_tokens},
+          {"prefill_seconds", result.prefill_seconds},
+          {"decode_seconds", result.decode_seconds},
+          {"decode_tokens_per_s", decode_rate(result)},
+          {"cache_bytes", memory.total_bytes},
+          {"cache_tokens", memory.tokens},
+          {"kernel", stats.kernel},
+          {"instruction_set", stats.isa}};
+}
+
+}  // namespace kvmix::app

@@ -1,0 +1,24 @@
+// What generate and chat share: a model with a cache, sampling options, and the closing line.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "command.h"
+#include "kvmix/engine.h"
+
+namespace kvmix::app {
+
+struct SessionArguments {
+  std::string model, cache = "f16", kernel;
+  GenerateOptions generate;
+  bool force = false;
+};
+
+void add_session_options(CLI::App* command, SessionArguments& arguments);
+std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Common& common);
+// "36 tokens at 61.2 tokens/s ..." on standard error.
+void print_closing_line(Engine& engine, const GenerateResult& result);
+nlohmann::json result_json(Engine& engine, const GenerateResult& result);
+
+}  // namespace kvmix::app

@@ -1,0 +1,71 @@
+#include "subjects.h"
+
+#include <filesystem>
+#include <set>
+
+#include "kvmix/error.h"
+
+namespace kvmix::app {
+namespace {
+
+// Splits "4/3" into its two widths; false if the text is not of that form.
+bool split_widths(const std::string& text, std::string& key, std::string& value) {
+  const size_t slash = text.find('/');
+  if (slash == std::string::npos || text.find_first_not_of("0123456789/") != std::string::npos) return false;
+  key = text.substr(0, slash);
+  value = text.substr(slash + 1);
+  return !key.empty() && !value.empty() && value.find('/') == std::string::npos;
+}
+
+Plan uniform_plan(const std::string& text, const Model& model) {
+  PlannerRequest request;
+  request.model = &model.shape();
+  if (!split_widths(text, request.options["k-bits"], request.options["v-bits"])) {
+    throw UsageError("'" + text + "' is not a pair of widths: write key bits/value bits, e.g. 4/4");
+  }
+  return make_plan("uniform", request);
+}
+
+}  // namespace
+
+void add_subject_options(CLI::App* command, SubjectArguments& arguments) {
+  command->add_option("--plan", arguments.plans, "A plan file as a row; may be repeated")
+      ->expected(1)
+      ->allow_extra_args(false)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  command->add_option("--uniform", arguments.uniforms, "Key/value bits for all layers as a row, e.g. 4/4; may be repeated")
+      ->expected(1)
+      ->allow_extra_args(false)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  command->add_flag("--peer", arguments.peer, "Rows of llama.cpp's own caches, in this process");
+  command->add_option("--peer-types", arguments.peer_types, "Which of them")->delimiter(',')->capture_default_str();
+  command->add_flag("--force", arguments.force, "Take plans that were made for another model of the same shape");
+}
+
+Plan resolve_plan(const std::string& text, const Model& model, bool force) {
+  if (text == "f16") return f16_plan(model.shape());
+  std::string key, value;
+  if (split_widths(text, key, value) && !std::filesystem::exists(text)) return uniform_plan(text, model);
+  Plan plan = read_plan(text);
+  check_plan(plan, model.shape(), force);
+  return plan;
+}
+
+std::vector<EvalSubject> make_subjects(const SubjectArguments& arguments, const Model& model) {
+  std::vector<EvalSubject> subjects;
+  std::set<std::string> names;
+  for (const std::string& text : arguments.uniforms) {
+    subjects.push_back({"uniform " + text, uniform_plan(text, model), ""});
+  }
+  for (const std::string& file : arguments.plans) {
+    std::string name = std::filesystem::path(file).stem().string();
+    if (!names.insert(name).second) name = file;
+    subjects.push_back({name, resolve_plan(file, model, arguments.force), ""});
+  }
+  if (arguments.peer) {
+    for (const std::string& type : arguments.peer_types) subjects.push_back({"llama.cpp " + type, std::nullopt, type});
+  }
+  return subjects;
+}
+
+}  // namespace kvmix::app

@@ -1,0 +1,160 @@
+#include "svg.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+namespace kvmix::app {
+namespace {
+
+constexpr double kWidth = 640, kHeight = 380, kLeft = 78, kRight = 16, kTop = 34, kBottom = 48;
+
+// One axis: value to pixel, with round ticks.
+class Axis1D {
+ public:
+  Axis1D(bool log, double from_pixel, double to_pixel) : log_(log), from_(from_pixel), to_(to_pixel) {}
+
+  void include(double v) {
+    const double t = log_ ? std::log10(v) : v;
+    low_ = std::min(low_, t);
+    high_ = std::max(high_, t);
+  }
+  void finish(bool from_zero) {
+    if (low_ > high_) low_ = 0, high_ = 1;
+    if (!log_ && from_zero) low_ = std::min(low_, 0.0);
+    if (high_ - low_ < 1e-9) high_ = low_ + 1;
+    const double pad = (high_ - low_) * 0.04;
+    if (log_ || low_ != 0) low_ -= pad;
+    high_ += pad;
+  }
+  double pixel(double v) const { return from_ + ((log_ ? std::log10(v) : v) - low_) / (high_ - low_) * (to_ - from_); }
+
+  std::vector<double> ticks() const {
+    std::vector<double> out;
+    if (log_) {
+      const bool few = high_ - low_ < 2;
+      for (int e = static_cast<int>(std::floor(low_)); e <= static_cast<int>(std::ceil(high_)); ++e) {
+        for (const double m : {1.0, 2.0, 5.0}) {
+          const double t = e + std::log10(m);
+          if ((m == 1.0 || few) && t >= low_ && t <= high_) out.push_back(std::pow(10.0, t));
+        }
+      }
+      return out;
+    }
+    const double raw = (high_ - low_) / 6, power = std::pow(10.0, std::floor(std::log10(raw)));
+    double step = power;
+    for (const double m : {1.0, 2.0, 2.5, 5.0, 10.0}) {
+      step = m * power;
+      if (step >= raw) break;
+    }
+    for (double v = std::ceil(low_ / step) * step; v <= high_ + step * 1e-9; v += step)
+      out.push_back(std::abs(v) < step * 1e-6 ? 0 : v);
+    return out;
+  }
+
+ private:
+  bool log_;
+  double from_, to_, low_ = 1e300, high_ = -1e300;
+};
+
+std::string tick_text(double v) {
+  if (std::abs(v) >= 1000 && std::fmod(v, 1000) == 0) return fmt::format("{:g}k", v / 1000);
+  return fmt::format("{:.4g}", v);
+}
+
+}  // namespace
+
+std::string html_escape(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    switch (c) {
+      case '&':
+        out += "&amp;";
+        break;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      default:
+        out += c;
+    }
+  }
+  return out;
+}
+
+const char* series_color(size_t i) {
+  // Okabe and Ito's palette.
+  static constexpr std::array<const char*, 7> kColors = {"#0072b2", "#d55e00", "#009e73", "#cc79a7",
+                                                         "#56b4e9", "#e69f00", "#000000"};
+  return kColors[i % kColors.size()];
+}
+
+std::string line_chart(const Chart& chart) {
+  Axis1D x(chart.log_x, kLeft, kWidth - kRight), y(chart.log_y, kHeight - kBottom, kTop);
+  const auto drawable = [&](const std::pair<double, double>& p) {
+    return std::isfinite(p.first) && std::isfinite(p.second) && (!chart.log_x || p.first > 0) && (!chart.log_y || p.second > 0);
+  };
+  for (const Series& s : chart.series) {
+    for (const auto& p : s.points) {
+      if (drawable(p)) x.include(p.first), y.include(p.second);
+    }
+  }
+  x.finish(false);
+  y.finish(true);
+
+  std::string out =
+      fmt::format("<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">", kWidth, kHeight, html_escape(chart.title));
+  out += fmt::format("<text x=\"{}\" y=\"20\" class=\"title\">{}</text>", kLeft, html_escape(chart.title));
+  for (const double t : x.ticks()) {
+    out += fmt::format(
+        "<path class=\"grid\" d=\"M{0:.1f} {1}V{2}\"/><text class=\"tick\" x=\"{0:.1f}\" y=\"{3}\" "
+        "text-anchor=\"middle\">{4}</text>",
+        x.pixel(t), kTop, kHeight - kBottom, kHeight - kBottom + 16, tick_text(t));
+  }
+  for (const double t : y.ticks()) {
+    out += fmt::format(
+        "<path class=\"grid\" d=\"M{0} {1:.1f}H{2}\"/><text class=\"tick\" x=\"{3}\" y=\"{4:.1f}\" "
+        "text-anchor=\"end\">{5}</text>",
+        kLeft, y.pixel(t), kWidth - kRight, kLeft - 6, y.pixel(t) + 4, tick_text(t));
+  }
+  out += fmt::format("<text class=\"axis\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>", (kLeft + kWidth - kRight) / 2,
+                     kHeight - 10, html_escape(chart.x_label));
+  out += fmt::format("<text class=\"axis\" transform=\"translate(16 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
+                     (kTop + kHeight - kBottom) / 2, html_escape(chart.y_label));
+
+  for (size_t i = 0; i < chart.series.size(); ++i) {
+    const Series& s = chart.series[i];
+    std::string path;
+    for (const auto& p : s.points) {
+      if (drawable(p)) path += fmt::format("{}{:.1f} {:.1f}", path.empty() ? "M" : "L", x.pixel(p.first), y.pixel(p.second));
+    }
+    if (s.line && !path.empty()) out += fmt::format("<path class=\"line\" stroke=\"{}\" d=\"{}\"/>", series_color(i), path);
+    if (s.line && s.points.size() > 32) continue;  // a dense curve needs no marks
+    for (size_t k = 0; k < s.points.size(); ++k) {
+      const auto& p = s.points[k];
+      if (!drawable(p)) continue;
+      const std::string label = html_escape(k < s.labels.size() ? s.labels[k] : s.name);
+      out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3.5\" fill=\"{}\"><title>{}: {:.4g}, {:.4g}</title></circle>",
+                         x.pixel(p.first), y.pixel(p.second), series_color(i), label, p.first, p.second);
+      if (!s.line) {
+        const bool left = x.pixel(p.first) > kWidth * 0.75;
+        out += fmt::format("<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"{}\">{}</text>",
+                           x.pixel(p.first) + (left ? -6 : 6), y.pixel(p.second) - 5, left ? "end" : "start", label);
+      }
+    }
+  }
+  out += "</svg><p class=\"legend\">";
+  for (size_t i = 0; i < chart.series.size(); ++i) {
+    out += fmt::format("<span><i style=\"background:{}\"></i>{}</span>", series_color(i), html_escape(chart.series[i].name));
+  }
+  return out + "</p>";
+}
+
+}  // namespace kvmix::app
