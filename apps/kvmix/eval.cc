@@ -46,6 +46,7 @@ int eval_text(const Arguments& arguments, const Common& common) {
                       {"cache_bytes", r.cache_bytes},
                       {"compression", full / static_cast<double>(r.cache_bytes)},
                       {"scored_tokens", r.scored_tokens},
+                      {"kl_by_position", r.kl_by_position},
                       {"seconds", r.seconds}});
     }
     print_json({{"model", model->shape().name}, {"context", options.context}, {"rows", json}});

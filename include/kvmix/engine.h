@@ -148,6 +148,8 @@ class Peer {
   // One token for each of the first n sequences in one batch (continuous batching).
   std::span<const float> step_batch(std::span<const Token> tokens);
   void clear();
+  // Keeps the first n tokens of every sequence.
+  void truncate(int64_t n);
   // Fills the first `sequences` sequences with the same tokens.
   void fill_batch(std::span<const Token> tokens, int sequences);
   // K and V buffers for a context of this many tokens, as libllama lays them out.

@@ -38,6 +38,7 @@ struct EvalRow {
   double bits_per_element = 0;                                // all bytes, at the end of a window
   size_t cache_bytes = 0;                                     // for one sequence of `context` tokens
   int64_t scored_tokens = 0;
+  std::vector<std::pair<int64_t, double>> kl_by_position;  // position in the window, mean KL around it
   double seconds = 0;
 };
 

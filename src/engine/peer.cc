@@ -142,6 +142,13 @@ void Peer::clear() {
   impl_->positions = 0;
 }
 
+void Peer::truncate(int64_t n) {
+  for (llama_seq_id s = 0; s < static_cast<llama_seq_id>(llama_n_seq_max(impl_->context.get())); ++s) {
+    llama_memory_seq_rm(llama_get_memory(impl_->context.get()), s, static_cast<llama_pos>(n), -1);
+  }
+  impl_->positions = n;
+}
+
 double Peer::bits_per_element() const {
   return 8.0 * static_cast<double>(ggml_type_size(impl_->type)) / static_cast<double>(ggml_blck_size(impl_->type));
 }

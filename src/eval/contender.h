@@ -1,0 +1,40 @@
+// One row of an evaluation or benchmark: our engine with a plan, or the peer, behind one interface.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+
+#include "kvmix/eval.h"
+
+namespace kvmix {
+
+struct ContenderOptions {
+  int64_t context = 0;
+  int threads = 0, sequences = 1, chunk_tokens = 512;
+  std::string kernel;
+  bool exact = false, force_plan = false;
+};
+
+class Contender {
+ public:
+  virtual ~Contender() = default;
+  // Feeds tokens to sequence 0; logits of every token if all_logits, else of none.
+  virtual std::span<const float> feed(std::span<const Token> tokens, bool all_logits) = 0;
+  // One token for every sequence; logits row by row.
+  virtual std::span<const float> decode(std::span<const Token> tokens) = 0;
+  // The same prompt in every sequence, each with memory of its own.
+  virtual void fill(std::span<const Token> tokens) = 0;
+  // Sequences go back to n tokens.
+  virtual void truncate(int64_t n) = 0;
+  virtual void clear() = 0;
+  // Tokens of the first and the following chunks such that chunked feeding stores and sees what decoding one by one would.
+  virtual int64_t first_chunk() const = 0;
+  virtual size_t cache_bytes(int64_t tokens) const = 0;  // of one sequence now
+  virtual std::string kernel() const = 0;
+};
+
+std::unique_ptr<Contender> make_contender(std::shared_ptr<const Model> model, const EvalSubject& subject,
+                                          const ContenderOptions& options);
+
+}  // namespace kvmix

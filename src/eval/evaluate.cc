@@ -1,0 +1,236 @@
+// Perplexity and divergence of caches against our f16 cache, by teacher forcing over what the running cache stores.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <deque>
+#include <thread>
+
+#include "eval/contender.h"
+#include "eval/divergence.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kPositionBins = 32;
+
+struct Tally {
+  std::vector<float> kl;
+  std::vector<double> bin_kl = std::vector<double>(kPositionBins), bin_count = std::vector<double>(kPositionBins);
+  double nll = 0, seconds = 0;
+  int64_t same_top = 0;
+  size_t cache_bytes = 0;
+};
+
+// Runs work(i) for i in [0, n) over threads.
+template <typename Work>
+void parallel(int threads, size_t n, Work work) {
+  std::vector<std::thread> team;
+  const auto member = [&](size_t id) {
+    for (size_t i = id; i < n; i += static_cast<size_t>(threads)) work(i);
+  };
+  for (int t = 1; t < threads; ++t) team.emplace_back(member, static_cast<size_t>(t));
+  member(0);
+  for (auto& t : team) t.join();
+}
+
+class Evaluation {
+ public:
+  Evaluation(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects, const EvalOptions& options)
+      : model_(std::move(model)), options_(options), vocab_(static_cast<size_t>(model_->vocab_size())) {
+    threads_ =
+        options.threads > 0 ? options.threads : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+    ContenderOptions contender;
+    contender.context = options.context;
+    contender.threads = threads_;
+    contender.chunk_tokens = 4096 + kPageTokens;  // the largest first chunk
+    contender.kernel = options.kernel;
+    contender.exact = options.exact;
+    contender.force_plan = options.force_plan;
+    reference_ = make_contender(model_, {"f16", f16_plan(model_->shape()), ""}, contender);
+    for (const EvalSubject& subject : subjects) contenders_.push_back(make_contender(model_, subject, contender));
+    tallies_.resize(subjects.size() + 1);
+    fed_.resize(subjects.size() + 1);
+  }
+
+  void window(std::span<const Token> tokens, const std::function<void(int64_t)>& fed) {
+    tokens_ = tokens;
+    first_scored_ = options_.context / 2;
+    rows_.clear();
+    rows_base_ = first_scored_;
+    reference_->clear();
+    std::fill(fed_.begin(), fed_.end(), int64_t{0});
+    for (auto& c : contenders_) c->clear();
+    while (fed_[0] < options_.context) {
+      fed(advance_reference());
+      for (size_t s = 0; s < contenders_.size(); ++s) {
+        // As far as the reference has rows: a contender's own chunks end where its pages do.
+        while (fed_[s + 1] < options_.context && next_end(*contenders_[s], fed_[s + 1]) <= fed_[0]) fed(advance(s));
+      }
+      const int64_t slowest = *std::min_element(fed_.begin(), fed_.end());
+      for (; rows_base_ < slowest && !rows_.empty(); ++rows_base_) {
+        free_rows_.push_back(std::move(rows_.front()));
+        rows_.pop_front();
+      }
+    }
+  }
+
+  std::vector<Tally>& tallies() { return tallies_; }
+
+ private:
+  int64_t next_end(const Contender& c, int64_t fed) const {
+    return std::min(options_.context, fed == 0 ? c.first_chunk() : fed + kPageTokens);
+  }
+
+  bool scored(int64_t position) const { return position >= first_scored_ && position + 1 < options_.context; }
+
+  int64_t advance_reference() {
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t from = fed_[0], to = std::min(options_.context, from + kPageTokens);
+    const bool wanted = to > first_scored_;
+    const auto logits = reference_->feed(tokens_.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from)), wanted);
+    if (wanted) {
+      const int64_t first = std::max(from, first_scored_);
+      const size_t old = rows_.size();
+      for (int64_t p = first; p < to; ++p) {
+        rows_.push_back(free_rows_.empty() ? ReferenceRow{} : std::move(free_rows_.back()));
+        if (!free_rows_.empty()) free_rows_.pop_back();
+      }
+      Tally& tally = tallies_[0];
+      parallel(threads_, static_cast<size_t>(to - first), [&](size_t i) {
+        set_reference(logits.subspan((static_cast<size_t>(first - from) + i) * vocab_, vocab_), rows_[old + i]);
+      });
+      for (int64_t p = first; p < to; ++p) {
+        if (!scored(p)) continue;
+        const ReferenceRow& row = rows_[old + static_cast<size_t>(p - first)];
+        tally.nll += row.log_sum - static_cast<double>(row.logits[static_cast<size_t>(tokens_[static_cast<size_t>(p + 1)])]);
+        tally.kl.push_back(0);
+        ++tally.same_top;
+      }
+    }
+    fed_[0] = to;
+    tallies_[0].seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (to == options_.context) tallies_[0].cache_bytes = reference_->cache_bytes(options_.context);
+    return to - from;
+  }
+
+  int64_t advance(size_t s) {
+    const auto start = std::chrono::steady_clock::now();
+    Contender& c = *contenders_[s];
+    const int64_t from = fed_[s + 1], to = next_end(c, from);
+    const bool wanted = to > first_scored_;
+    const auto logits = c.feed(tokens_.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from)), wanted);
+    if (wanted) {
+      std::vector<RowScore> scores(static_cast<size_t>(to - from));
+      parallel(threads_, scores.size(), [&](size_t i) {
+        const int64_t p = from + static_cast<int64_t>(i);
+        if (!scored(p)) return;
+        scores[i] = score_row(rows_[static_cast<size_t>(p - rows_base_)], logits.subspan(i * vocab_, vocab_),
+                              tokens_[static_cast<size_t>(p + 1)]);
+      });
+      Tally& tally = tallies_[s + 1];
+      for (size_t i = 0; i < scores.size(); ++i) {
+        const int64_t p = from + static_cast<int64_t>(i);
+        if (!scored(p)) continue;
+        tally.kl.push_back(static_cast<float>(scores[i].kl));
+        tally.nll += scores[i].nll;
+        tally.same_top += scores[i].same_top ? 1 : 0;
+        const auto bin = static_cast<size_t>((p - first_scored_) * kPositionBins / (options_.context - first_scored_));
+        tally.bin_kl[bin] += scores[i].kl;
+        tally.bin_count[bin] += 1;
+      }
+    }
+    fed_[s + 1] = to;
+    tallies_[s + 1].seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (to == options_.context) tallies_[s + 1].cache_bytes = c.cache_bytes(options_.context);
+    return to - from;
+  }
+
+  std::shared_ptr<const Model> model_;
+  EvalOptions options_;
+  size_t vocab_;
+  int threads_;
+  std::unique_ptr<Contender> reference_;
+  std::vector<std::unique_ptr<Contender>> contenders_;
+  std::vector<Tally> tallies_;  // the reference first
+  std::vector<int64_t> fed_;
+  std::span<const Token> tokens_;
+  int64_t first_scored_ = 0, rows_base_ = 0;
+  std::deque<ReferenceRow> rows_;
+  std::vector<ReferenceRow> free_rows_;
+};
+
+EvalRow make_row(const std::string& name, Tally& tally, const Tally& reference, double elements) {
+  EvalRow row;
+  row.name = name;
+  const auto n = static_cast<double>(tally.kl.size());
+  row.scored_tokens = static_cast<int64_t>(tally.kl.size());
+  row.perplexity = std::exp(tally.nll / n);
+  row.perplexity_ratio = std::exp((tally.nll - reference.nll) / n);
+  double sum = 0, squares = 0;
+  for (const float k : tally.kl) {
+    sum += static_cast<double>(k);
+    squares += static_cast<double>(k) * static_cast<double>(k);
+  }
+  row.kl_mean = sum / n;
+  row.kl_stderr = n > 1 ? std::sqrt(std::max(0.0, squares / n - row.kl_mean * row.kl_mean) / (n - 1)) : 0;
+  std::sort(tally.kl.begin(), tally.kl.end());
+  row.kl_p99 = static_cast<double>(tally.kl[std::min(tally.kl.size() - 1, static_cast<size_t>(0.99 * n))]);
+  row.kl_max = static_cast<double>(tally.kl.back());
+  row.top1 = static_cast<double>(tally.same_top) / n;
+  row.cache_bytes = tally.cache_bytes;
+  row.bits_per_element = static_cast<double>(tally.cache_bytes) * 8 / elements;
+  row.seconds = tally.seconds;
+  return row;
+}
+
+}  // namespace
+
+std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
+                              std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress) {
+  if (options.context < 8) throw Error(Status::kInvalidArgument, "a window needs at least 8 tokens");
+  if (options.context > model->shape().context_tokens) {
+    throw Error(Status::kInvalidArgument, "windows of " + std::to_string(options.context) +
+                                              " tokens exceed the model's context of " +
+                                              std::to_string(model->shape().context_tokens));
+  }
+  std::vector<Token> tokens = model->tokenize(text, false);
+  const bool bos = !model->tokenize("", true).empty();
+  const auto context = static_cast<size_t>(options.context);
+  const size_t available = tokens.size() / context;
+  if (available == 0) {
+    throw Error(Status::kInvalidArgument, "the text has " + std::to_string(tokens.size()) +
+                                              " tokens, less than one window of " + std::to_string(context) +
+                                              "; give a longer text or a smaller --context");
+  }
+  const size_t windows = options.windows == 0 ? available : std::min(available, static_cast<size_t>(options.windows));
+  Evaluation evaluation(model, subjects, options);
+  const double total = static_cast<double>(windows * context * (subjects.size() + 1));
+  double done = 0;
+  for (size_t w = 0; w < windows; ++w) {
+    // Windows spread evenly over the text; each starts with BOS where the model is used to it.
+    const std::span<Token> window = std::span(tokens).subspan(w * available / windows * context, context);
+    if (bos && model->bos() >= 0) window[0] = model->bos();
+    evaluation.window(window, [&](int64_t n) {
+      done += static_cast<double>(n);
+      if (progress && !progress(done, total, "evaluating")) throw Error(Status::kCancelled, "stopped while evaluating");
+    });
+  }
+  double elements = 0;
+  for (const auto& l : model->shape().layers) elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(options.context);
+  std::vector<Tally>& tallies = evaluation.tallies();
+  std::vector<EvalRow> rows;
+  for (size_t r = 0; r < tallies.size(); ++r) {
+    rows.push_back(make_row(r == 0 ? "f16" : subjects[r - 1].name, tallies[r], tallies[0], elements));
+    for (int b = 0; r > 0 && b < kPositionBins; ++b) {
+      const auto bin = static_cast<size_t>(b);
+      if (tallies[r].bin_count[bin] == 0) continue;
+      const int64_t half = options.context / 2;
+      rows.back().kl_by_position.emplace_back(half + (2 * b + 1) * (options.context - half) / (2 * kPositionBins),
+                                              tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
+    }
+  }
+  return rows;
+}
+
+}  // namespace kvmix
