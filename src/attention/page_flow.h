@@ -23,7 +23,10 @@ inline constexpr int kMaxDim = 256;
 inline constexpr int kMaxScales = 1024;  // of a tile: 256 x 128 elements in groups of 32
 inline constexpr int kMaxBlockRows = 4;
 inline constexpr int kMaxTerms = 2;
-inline constexpr int kBatchPages = 4;  // independent work for the processor between two dependent softmax steps
+inline constexpr int kAhead = 3;  // pages between use and prefetch
+// Pages whose scores are made before one softmax over them: independent work for the processor. Only when other query rows
+// use the pages again: pages that come from memory are best walked in one direction.
+inline constexpr int kBatchPages = 4;
 inline constexpr float kLog2e = 1.44269504088896341f;
 
 // Per row: x * s ~ scale * (Weights); `sum` is the sum of the rounded x * s, `mid` that of x * mid.
@@ -115,9 +118,9 @@ class Flow {
     for (int i = 0; i < job_.rows * job_.head_dim; i += kW) S::store(job_.acc + i, S::zero());
     const PageRef* pages = job_.pages.data();
     const size_t n = job_.pages.size();
-    for (size_t i = 0; i < n; i += kBatchPages) {
-      attend_batch(pages + i, n - i < kBatchPages ? static_cast<int>(n - i) : kBatchPages,
-                   static_cast<int>(i + kBatchPages < n));
+    const size_t batch = job_.rows > 4 * kMaxBlockRows ? kBatchPages : 1;
+    for (size_t i = 0; i < n; i += batch) {
+      attend_batch(pages + i, static_cast<int>(n - i < batch ? n - i : batch), static_cast<int>(n - i));
     }
     for (int r = 0; r < job_.rows; ++r) {
       job_.l[r] = S::reduce_add(S::load(sums_ + r * kW));
@@ -125,28 +128,27 @@ class Flow {
     }
   }
 
-  // pages[0..count), with `more` pages behind them that may be prefetched.
-  void attend_batch(const PageRef* pages, int count, int more) {
+  // pages[0..count) of the `left` that remain.
+  void attend_batch(const PageRef* pages, int count, int left) {
     int limit = K::rows(1);
     for (int b = 0; b < count; ++b) {
       const PageRef& page = pages[b];
       if (page.packed && key_.packed) {
-        load_scales(key_, page.key, kPageTokens, work_.key[b]);
         limit = limit < K::rows(key_.terms) ? limit : K::rows(key_.terms);
       }
       if (page.packed && value_.packed) {
-        load_scales(value_, page.value, page.live, work_.value[b]);
         limit = limit < K::rows(value_.terms) ? limit : K::rows(value_.terms);
       }
     }
+    for (bool& loaded : scales_loaded_) loaded = false;
     const int blocks = (job_.rows + limit - 1) / limit, step = (job_.rows + blocks - 1) / blocks;
     for (int r0 = 0; r0 < job_.rows; r0 += step) {
-      attend_block(pages, count, more, r0, job_.rows - r0 < step ? job_.rows - r0 : step);
+      attend_block(pages, count, left, r0, job_.rows - r0 < step ? job_.rows - r0 : step);
     }
   }
 
   // Query rows r0 .. r0 + rows - 1 over a batch of pages.
-  void attend_block(const PageRef* pages, int count, int more, int r0, int rows) {
+  void attend_block(const PageRef* pages, int count, int left, int r0, int rows) {
     const int d = job_.head_dim;
     const float* q = job_.q + static_cast<ptrdiff_t>(r0) * d;
     const float factor = job_.softcap > 0 ? job_.scale : job_.scale * kLog2e;
@@ -163,7 +165,9 @@ class Flow {
       if (seen[b].lo >= seen[b].hi) continue;
       any = true;
       if (page.packed && key_.packed) {
-        const std::byte* next = b + 1 < count + more && pages[b + 1].packed ? pages[b + 1].key : page.key;
+        const std::byte* next = b + 1 < left && pages[b + 1].packed ? pages[b + 1].key : page.key;
+        // Scales are widened just before the codes behind them are read: memory is walked in one direction.
+        if (!scales_loaded_[b]) load_scales(key_, page.key, kPageTokens, work_.key[b]);
         project(key_, page.key, next, work_.key[b], q, d, rows, factor, work_.p[b], kPageTokens);
       } else {
         score_f16(reinterpret_cast<const uint16_t*>(page.key), q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
@@ -176,7 +180,8 @@ class Flow {
       const PageRef& page = pages[b];
       if (seen[b].lo >= seen[b].hi) continue;
       if (page.packed && value_.packed) {
-        const std::byte* next = b + 1 < count + more && pages[b + 1].packed ? pages[b + 1].value : page.value;
+        const std::byte* next = b + 1 < left && pages[b + 1].packed ? pages[b + 1].value : page.value;
+        if (!scales_loaded_[b]) load_scales(value_, page.value, page.live, work_.value[b]);
         project(value_, page.value, next, work_.value[b], work_.p[b], kPageTokens, rows, 1.0f, work_.out, kMaxDim);
         for (int r = 0; r < rows; ++r) {
           const V alpha = S::set1(work_.alpha[r]);
@@ -186,6 +191,7 @@ class Flow {
       } else {
         add_f16(reinterpret_cast<const uint16_t*>(page.value), work_.p[b], acc, rows, seen[b].lo, seen[b].hi);
       }
+      scales_loaded_[b] = true;
       S::store(work_.alpha, S::set1(1.0f));  // the old sums are scaled once a batch
     }
   }
@@ -437,6 +443,7 @@ class Flow {
   Work<K>& work_;
   float* sums_;  // [rows][kW] partial sums of exp, one per lane
   const SidePlan key_, value_;
+  bool scales_loaded_[kBatchPages];  // of the batch in progress
 };
 
 }  // namespace
