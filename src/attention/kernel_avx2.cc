@@ -59,8 +59,7 @@ struct Maddubs {
     out.mid[row] = Avx2::reduce_add(middle);
   }
 
-  using Dots = void (*)(const uint8_t* codes, int blocks, const int8_t* w, const int8_t* w2, ptrdiff_t stride, float* out,
-                        ptrdiff_t out_stride, const char* ahead);
+  using Dots = void (*)(const DotJob<int8_t>& job);
 
   static Dots dots(int bits, int terms, int rows, int lane_blocks, bool two_sets) {
     switch (bits) {
@@ -126,8 +125,9 @@ struct Maddubs {
   }
 
   template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets, Part kPart>
-  static void pass(const uint8_t* codes, int blocks, const int8_t* w, const int8_t* w2, ptrdiff_t stride, float* out,
-                   ptrdiff_t out_stride, const char* ahead) {
+  static void pass(const DotJob<int8_t>& job) {
+    const uint8_t* codes = job.codes;
+    const int blocks = job.blocks;
     constexpr int kWeightRows = kRows * kTerms, kQuads = kBlockUnits / kBlocks, kRun = blocks_per_sum<kBits>();
     const __m256i ones = _mm256_set1_epi16(1);
     const auto weight = [](const int8_t* p) {
@@ -147,7 +147,7 @@ struct Maddubs {
         for (int b = b0; b < b1; ++b) {
           const uint8_t* at = codes + b * kBits * kVectorBytes + half * 32;
           if (half == 0) {
-            for (int i = 0; i < kBits; ++i) __builtin_prefetch(ahead + (b * kBits + i) * kVectorBytes, 0, 2);
+            for (int i = 0; i < kBits; ++i) __builtin_prefetch(job.ahead + (b * kBits + i) * kVectorBytes, 0, 2);
           }
 #pragma GCC unroll 8
           for (int q = 0; q < kQuads; ++q) {
@@ -158,7 +158,7 @@ struct Maddubs {
               const __m256i e = field<kBits, kPart>(at, f);
 #pragma GCC unroll 4
               for (int r = 0; r < kWeightRows; ++r) {
-                const __m256i x = weight((kTwoSets && i >= 2 ? w2 : w) + r * stride + offset);
+                const __m256i x = weight(job.weights[kTwoSets && i >= 2] + r * job.stride + offset);
                 acc[r][f % 4] = _mm256_add_epi16(acc[r][f % 4], _mm256_maddubs_epi16(e, x));
               }
             }
@@ -176,8 +176,14 @@ struct Maddubs {
           };
           __m256 y = lanes(0);
           if constexpr (kTerms == 2) y = Avx2::fma(y, Avx2::set1(256.0f), lanes(1));
-          float* to = out + r * out_stride + i * kUnitLanes + half * 8;
-          if constexpr (kPart == Part::kHighNibble) y = Avx2::fma(y, Avx2::set1(16.0f), Avx2::load(to));
+          float* to = job.out + r * job.out_stride + i * kUnitLanes + half * 8;
+          const int set = kTwoSets && i >= 2;
+          const float a = job.a[set][r];
+          if constexpr (kPart == Part::kHighNibble) {
+            y = Avx2::fma(y, Avx2::set1(16.0f * a), Avx2::load(to));
+          } else {
+            y = Avx2::fma(y, Avx2::set1(a), Avx2::set1(job.b[set][r]));
+          }
           Avx2::store(to, y);
         }
       }
@@ -185,13 +191,12 @@ struct Maddubs {
   }
 
   template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
-  static void dots(const uint8_t* codes, int blocks, const int8_t* w, const int8_t* w2, ptrdiff_t stride, float* out,
-                   ptrdiff_t out_stride, const char* ahead) {
+  static void dots(const DotJob<int8_t>& job) {
     if constexpr (kBits == 8) {
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kLowNibble>(codes, blocks, w, w2, stride, out, out_stride, ahead);
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kHighNibble>(codes, blocks, w, w2, stride, out, out_stride, ahead);
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kLowNibble>(job);
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kHighNibble>(job);
     } else {
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kWhole>(codes, blocks, w, w2, stride, out, out_stride, ahead);
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kWhole>(job);
     }
   }
 

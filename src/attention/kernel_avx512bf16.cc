@@ -35,8 +35,7 @@ struct Bf16 {
     out.mid[row] = Avx512::reduce_add(middle);
   }
 
-  using Dots = void (*)(const uint8_t* codes, int blocks, const uint16_t* w, const uint16_t* w2, ptrdiff_t stride, float* out,
-                        ptrdiff_t out_stride, const char* ahead);
+  using Dots = void (*)(const DotJob<uint16_t>& job);
 
   static Dots dots(int bits, int, int rows, int lane_blocks, bool two_sets) {
     switch (bits) {
@@ -70,8 +69,12 @@ struct Bf16 {
   }
 
   template <int kBits, int kRows, int kBlocks, bool kTwoSets>
-  static void dots(const uint8_t* codes, int blocks, const uint16_t* w, const uint16_t* w2, ptrdiff_t stride, float* out,
-                   ptrdiff_t out_stride, const char* ahead) {
+  static void dots(const DotJob<uint16_t>& job) {
+    const uint8_t* codes = job.codes;
+    const char* ahead = job.ahead;
+    const uint16_t *w = job.weights[0], *w2 = job.weights[1];
+    const ptrdiff_t stride = job.stride;
+    const int blocks = job.blocks;
     constexpr int kQuads = kBlockUnits / kBlocks;
     // A bf16 with exponent 2^7 whose mantissa is the field in place. Field 3 of 1 and 2 bits would reach bit 7: it goes one
     // or two bits down. `at` is where a field then starts.
@@ -145,7 +148,11 @@ struct Bf16 {
         y = _mm512_mul_ps(y, _mm512_set1_ps(1.0f / static_cast<float>(1 << at(j))));
         total[j % kBlocks] = j < kBlocks ? y : _mm512_add_ps(total[j % kBlocks], y);
       }
-      for (int i = 0; i < kBlocks; ++i) _mm512_storeu_ps(out + r * out_stride + i * kUnitLanes, total[i]);
+      for (int i = 0; i < kBlocks; ++i) {
+        const int set = kTwoSets && i >= 2;
+        _mm512_storeu_ps(job.out + r * job.out_stride + i * kUnitLanes,
+                         _mm512_fmadd_ps(total[i], _mm512_set1_ps(job.a[set][r]), _mm512_set1_ps(job.b[set][r])));
+      }
     }
   }
 

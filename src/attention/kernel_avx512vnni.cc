@@ -54,8 +54,8 @@ struct Vnni {
     };
     __m512 top[kRows], middle[kRows], sums[kRows];
     for (int r = 0; r < kRows; ++r) {
-      top[r] = _mm512_abs_ps(product(r, 0));
-      for (int i = 16; i < n; i += 16) top[r] = _mm512_max_ps(top[r], _mm512_abs_ps(product(r, i)));
+      top[r] = _mm512_setzero_ps();
+      for (int i = 0; i < n; i += 16) top[r] = _mm512_range_ps(top[r], product(r, i), 0x0b);  // the larger magnitude
       middle[r] = _mm512_setzero_ps();
       if (!kScaled) {
         for (int i = 0; i < n; i += 16) middle[r] = _mm512_add_ps(middle[r], _mm512_loadu_ps(from.x + r * from.stride + i));
@@ -70,21 +70,25 @@ struct Vnni {
     const __m128 l = _mm_load_ps(largest);
     // Rows whose products vanish keep weights of 0.
     _mm_store_ps(inverse, _mm_maskz_div_ps(_mm_cmp_ps_mask(l, _mm_set1_ps(1e-30f), _CMP_GT_OQ), _mm_set1_ps(kLevels), l));
+    // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    const __m512 magic = _mm512_set1_ps(12582912.0f);
+    const __m512i magic_bits = _mm512_castps_si512(magic);
     for (int r = 0; r < kRows; ++r) {
       const __m512 inv = _mm512_set1_ps(inverse[r]);
       int8_t* to = w + r * kTerms * term_stride;
       __m512i total = _mm512_setzero_si512();
       for (int i = 0; i < n; i += 16) {
-        const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(product(r, i), inv));
+        const __m512i v = _mm512_castps_si512(_mm512_fmadd_ps(product(r, i), inv, magic));
         total = _mm512_add_epi32(total, v);
         if constexpr (kTerms == 1) {
           _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(v));
         } else {
-          const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+          const __m512i high = _mm512_srli_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
           _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(high));
           _mm_storeu_si128(reinterpret_cast<__m128i*>(to + term_stride + i), _mm512_cvtepi32_epi8(v));
         }
       }
+      total = _mm512_sub_epi32(total, _mm512_mullo_epi32(magic_bits, _mm512_set1_epi32(n / 16)));
       sums[r] = _mm512_cvtepi32_ps(total);
     }
     Avx512::reduce_add(sums, kRows, out.sum);
@@ -94,13 +98,15 @@ struct Vnni {
     _mm_store_ps(out.sum, _mm_mul_ps(_mm_load_ps(out.sum), scale));
   }
 
-  // Weight rows at w + (row * terms + term) * stride; w2 serves lane blocks 2 and 3.
-  using Dots = void (*)(const uint8_t* codes, int blocks, const int8_t* w, const int8_t* w2, ptrdiff_t stride, float* out,
-                        ptrdiff_t out_stride, const char* ahead);
+  using Dots = void (*)(const DotJob<int8_t>& job);
 
   template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
-  static void dots(const uint8_t* codes, int blocks, const int8_t* w, const int8_t* w2, ptrdiff_t stride, float* out,
-                   ptrdiff_t out_stride, const char* ahead) {
+  static void dots(const DotJob<int8_t>& job) {
+    const uint8_t* codes = job.codes;
+    const char* ahead = job.ahead;
+    const int8_t *w = job.weights[0], *w2 = job.weights[1];
+    const ptrdiff_t stride = job.stride;
+    const int blocks = job.blocks;
     constexpr int kWeightRows = kRows * kTerms, kQuads = kBlockUnits / kBlocks;
     __m512i acc[kWeightRows][4];
     for (int r = 0; r < kWeightRows; ++r)
@@ -144,7 +150,11 @@ struct Vnni {
         const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(factor[j]));
         total[j % kBlocks] = j < kBlocks ? y : _mm512_add_ps(total[j % kBlocks], y);
       }
-      for (int i = 0; i < kBlocks; ++i) _mm512_storeu_ps(out + r * out_stride + i * kUnitLanes, total[i]);
+      for (int i = 0; i < kBlocks; ++i) {
+        const int set = kTwoSets && i >= 2;
+        _mm512_storeu_ps(job.out + r * job.out_stride + i * kUnitLanes,
+                         _mm512_fmadd_ps(total[i], _mm512_set1_ps(job.a[set][r]), _mm512_set1_ps(job.b[set][r])));
+      }
     }
   }
 

@@ -5,7 +5,7 @@
 //   kRows(terms)                          query rows per block
 //   terms(bits, exact)                    Weight rows per query row: 2 = high and low part
 //   prepare(Source, n, terms, rows, w, term_stride, out)  rounds x * s of some rows to Weights
-//   dots(bits, terms, rows, blocks, sets)         the micro-kernel: codes x Weights -> one float per lane
+//   dots(bits, terms, rows, blocks, sets)         the micro-kernel: codes x Weights -> one float per lane, times a plus b
 // Everything has internal linkage (see simd_avx512.h); K lives in an unnamed namespace.
 #pragma once
 
@@ -69,12 +69,26 @@ struct TileScales {
   alignas(64) float scale[kMaxScales], mid[kMaxScales];
 };
 
+// What a micro-kernel reads and writes. Weight rows at weights[half] + (row * terms + term) * stride; half 1 serves lane blocks
+// 2 and 3 and differs from half 0 only where two sets of scales meet in a lane group. out[row * out_stride + lane] =
+// a[half][row] * dot + b[half][row]. `ahead` is prefetched line by line.
+template <class Weight>
+struct DotJob {
+  const uint8_t* codes;
+  int blocks;
+  const Weight* weights[2];
+  ptrdiff_t stride;
+  const float *a[2], *b[2];
+  float* out;
+  ptrdiff_t out_stride;
+  const char* ahead;
+};
+
 template <class K>
 struct Work {
   TileScales key[kBatchPages], value[kBatchPages];
   alignas(64) typename K::Weight weights[kMaxBlockRows * kMaxTerms * kMaxScales];
-  alignas(64) float raw[kMaxBlockRows * kMaxDim];
-  alignas(64) float out[kMaxBlockRows * kMaxDim];
+  alignas(64) float out[kMaxBlockRows * kMaxDim], segment[kMaxBlockRows * kMaxDim];
   alignas(64) float p[kBatchPages][kMaxBlockRows * kPageTokens];  // scores, then probabilities
   alignas(64) float rows_f32[16 * kMaxDim];
   alignas(64) float alpha[16];
@@ -241,7 +255,7 @@ class Flow {
   void project_weight_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales,
                              const float* x, ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
     const int n = plan.reduce, row_size = plan.sets * n;
-    float a[8][kMaxBlockRows], b[8][kMaxBlockRows];
+    alignas(16) float a[8][kMaxBlockRows], b[8][kMaxBlockRows];
     for (int g = 0; g < plan.sets; ++g) {
       Prepared w;
       K::prepare({x, x_stride, scales.scale + g * n, plan.zero_point ? scales.mid + g * n : nullptr}, n, plan.terms, rows,
@@ -259,15 +273,15 @@ class Flow {
       const int lane = first * kUnitLanes, lanes = width * kUnitLanes;
       const int set = lane >> plan.group_shift, set2 = (lane + lanes - 1) >> plan.group_shift;
       const int blocks = width * n / (kUnitReduce * kBlockUnits);
-      K::dots(plan.bits, plan.terms, rows, width, set2 != set)(codes, blocks, work_.weights + set * n, work_.weights + set2 * n,
-                                                               row_size, work_.raw, kMaxDim, ahead);
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < lanes; i += kW) {
-          const int g = (lane + i) >> plan.group_shift;
-          S::store(out + r * out_stride + lane + i,
-                   S::fma(S::load(work_.raw + r * kMaxDim + i), S::set1(a[g][r]), S::set1(b[g][r])));
-        }
-      }
+      K::dots(plan.bits, plan.terms, rows, width, set2 != set)({codes,
+                                                                blocks,
+                                                                {work_.weights + set * n, work_.weights + set2 * n},
+                                                                row_size,
+                                                                {a[set], a[set2]},
+                                                                {b[set], b[set2]},
+                                                                out + lane,
+                                                                out_stride,
+                                                                ahead});
       codes += blocks * plan.bits * kVectorBytes;
       ahead += blocks * plan.bits * kVectorBytes;
     }
@@ -291,14 +305,21 @@ class Flow {
       for (int g = 0; g < plan.segments; ++g) {
         const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
         const int blocks = width * n / (kUnitReduce * kBlockUnits);
-        dots(codes, blocks, work_.weights + begin, work_.weights + begin, row_size, work_.raw, kMaxDim, ahead);
+        float a[kMaxBlockRows], b[kMaxBlockRows];
+        for (int r = 0; r < kMaxBlockRows; ++r) {
+          a[r] = w[g].scale[r] * factor;
+          b[r] = -plan.centre * w[g].sum[r] * factor;
+        }
+        const Weight* weights = work_.weights + begin;
+        float* dot = g == 0 ? out + lane : work_.segment;  // segments after the first are added to it
+        const ptrdiff_t dot_stride = g == 0 ? out_stride : kMaxDim;
+        dots({codes, blocks, {weights, weights}, row_size, {a, a}, {b, b}, dot, dot_stride, ahead});
         for (int r = 0; r < rows; ++r) {
-          const V a = S::set1(w[g].scale[r] * factor), b = S::set1(-plan.centre * w[g].sum[r] * factor);
           const V total = S::set1(w[g].mid[r] * factor);
           for (int i = 0; i < lanes; i += kW) {
             float* to = out + r * out_stride + lane + i;
             const int at = g * plan.lanes + lane + i;
-            V y = S::mul(S::fma(S::load(work_.raw + r * kMaxDim + i), a, b), S::load(scales.scale + at));
+            V y = S::mul(S::load(dot + r * dot_stride + i), S::load(scales.scale + at));
             if (plan.zero_point) y = S::fma(total, S::load(scales.mid + at), y);
             S::store(to, g == 0 ? y : S::add(S::load(to), y));
           }
