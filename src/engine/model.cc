@@ -205,6 +205,14 @@ void GgufModel::repack_weights() {
   }
 }
 
+const ggml_tensor* GgufModel::original(const std::string& name) const {
+  const ggml_tensor* tensor = ggml_get_tensor(tensors_.get(), name.c_str());
+  // The head of a tied model is a copy of the embedding.
+  if (tensor == nullptr && name == "output.weight") tensor = ggml_get_tensor(tensors_.get(), "token_embd.weight");
+  if (tensor == nullptr) throw Error(Status::kInternal, path_ + ": no tensor " + name);
+  return tensor;
+}
+
 std::shared_ptr<const Model> Model::load(const std::string& path) { return std::make_shared<GgufModel>(path); }
 
 const GgufModel& gguf_model(const Model& model) {

@@ -61,6 +61,8 @@ class GgufModel final : public Model {
   const Architecture& architecture() const { return *architecture_; }
   const HyperParameters& parameters() const { return parameters_; }
   const Weights& weights() const { return weights_; }
+  // The tensor as the file has it, also where weights() holds a repacked copy.
+  const ggml_tensor* original(const std::string& name) const;
 
  private:
   void load_weights(const gguf_context* gguf, ggml_context* meta);

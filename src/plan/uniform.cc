@@ -16,7 +16,7 @@ Plan make(const PlannerRequest& request) {
   if (group != 0 && group != 32 && group != 64 && group != 128) {
     throw Error(Status::kInvalidArgument, "planner uniform: option group must be 32, 64 or 128");
   }
-  const std::string fit = options.choice("fit", "recipe", {"recipe", "minmax", "fitted"});
+  const std::string fit = options.choice("codec-fit", "recipe", {"recipe", "minmax", "fitted"});
   for (Plan::Layer& layer : plan.layers) {
     layer.key = recipe_key(key_bits, rotate_keys);
     layer.value = recipe_value(value_bits);
@@ -41,7 +41,7 @@ const Planner kUniformPlanner = {{"uniform",
                                    {"key-hadamard", "rotate keys: on or off (off)"},
                                    {"value-hadamard", "rotate values: on or off (on)"},
                                    {"group", "32, 64 or 128 for both sides (keys 128, values 64)"},
-                                   {"fit", "minmax or fitted for both sides (keys fitted, values minmax)"},
+                                   {"codec-fit", "minmax or fitted for both sides (keys fitted, values minmax)"},
                                    {"sinks", "first tokens kept fp16 (16)"},
                                    {"window", "newest tokens kept fp16 (128)"}},
                                   false,
