@@ -30,4 +30,26 @@ std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model>
 Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts, int threads,
                           const Progress& progress);
 
+struct SensitivityOptions {
+  // "kl": KL divergence of the model's output against the f16 cache with one side of one layer quantised alone, in nats per
+  // scored token; "output": relative squared error of that layer's attention output; "fisher": elementwise Fisher estimate of
+  // the divergence at 2 bits, carried to other widths by the output errors; "fisher-page": errors summed over a page before
+  // squaring, labels drawn from the model, every width for itself.
+  std::string metric = "kl";
+  int64_t tokens = 2048;  // of each window; prompts are joined and cut to it (and to the model's context)
+  int windows = 1;        // as many as the prompts' text allows, at most this many
+  int sinks = 16;         // as the cache will run: first tokens fp16,
+  int window = 128;       // newest tokens fp16
+  int label_samples = 4;  // draws of "fisher-page"
+  uint64_t seed = 0;
+  int threads = 0;                              // 0: all cores
+  std::function<void(const Profile&)> partial;  // called when a layer is complete, to save what there is
+};
+// Adds sensitivities of one metric to a profile of this model, for every layer, side and candidate codec (widths 1, 2, 3, 4, 6
+// and 8, with and without rotation). What the profile already has of the metric is kept and not measured again, so a run that
+// was stopped resumes. "kl" and "fisher" also add "output". Throws kMismatch for another model's profile, kInvalidArgument for
+// an unknown metric or too little text, kCancelled.
+void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
+                         const SensitivityOptions& options, Profile& profile, const Progress& progress);
+
 }  // namespace kvmix
