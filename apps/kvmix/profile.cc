@@ -2,6 +2,7 @@
 #include <fmt/core.h>
 
 #include <chrono>
+#include <filesystem>
 #include <memory>
 
 #include "command.h"
@@ -14,7 +15,8 @@ namespace kvmix::app {
 namespace {
 
 struct Arguments {
-  std::string model, out = "profile.json";
+  std::string model, out = "profile.json", sensitivity;
+  int windows = 2;
   CalibrationOptions calibration;
 };
 
@@ -25,6 +27,22 @@ int profile(const Arguments& arguments, const Common& common) {
   const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);
   Profile measured = profile_gradients(model, prompts, common.threads, progress);
   measured.seed = arguments.calibration.seed;
+  if (!arguments.sensitivity.empty()) {
+    // An interrupted measurement of the same prompts goes on where it stopped.
+    if (std::filesystem::exists(arguments.out)) {
+      const Profile earlier = read_profile(arguments.out);
+      if (earlier.fingerprint == measured.fingerprint && earlier.seed == measured.seed && earlier.prompts == measured.prompts &&
+          earlier.tokens == measured.tokens) {
+        measured.sensitivities = earlier.sensitivities;
+      }
+    }
+    SensitivityOptions options;
+    options.metric = arguments.sensitivity;
+    options.windows = arguments.windows;
+    options.threads = common.threads;
+    options.partial = [&](const Profile& partial) { write_profile(partial, arguments.out); };
+    profile_sensitivity(model, prompts, options, measured, progress);
+  }
   write_profile(measured, arguments.out);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (common.json) {
@@ -57,6 +75,15 @@ void add_profile(CommandContext& context) {
       ->check(CLI::Range(16, 32768))
       ->capture_default_str();
   command->add_option("--seed", calibration.seed, "Seed of the continuations")->capture_default_str();
+  command
+      ->add_option(
+          "--sensitivity", arguments->sensitivity,
+          "Also measure what each codec costs in each layer: kl (on the running cache), fisher (from gradients) or output "
+          "(attention output)")
+      ->check(CLI::IsMember({"kl", "fisher", "fisher-page", "output"}));
+  command->add_option("--windows", arguments->windows, "--sensitivity: windows of up to 2048 tokens, made of the prompts")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   command->add_option("-o,--out", arguments->out, "The profile file to write")->capture_default_str();
   command->callback(
       [&context, arguments] { context.action = [arguments](const Common& common) { return profile(*arguments, common); }; });

@@ -47,6 +47,11 @@ struct EvalRow {
 std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
                               std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress);
 
+// The same over windows given as tokens, each scored in its second half; options.context and windows are not used.
+std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> windows,
+                                     std::span<const EvalSubject> subjects, const EvalOptions& options,
+                                     const Progress& progress);
+
 struct NeedleOptions {
   std::vector<int64_t> contexts = {1024, 2048, 4096, 8192};
   std::vector<double> depths = {0.1, 0.3, 0.5, 0.7, 0.9};

@@ -55,6 +55,7 @@ class Evaluation {
 
   void window(std::span<const Token> tokens, const std::function<void(int64_t)>& fed) {
     tokens_ = tokens;
+    options_.context = static_cast<int64_t>(tokens.size());
     first_scored_ = options_.context / 2;
     rows_.clear();
     rows_base_ = first_scored_;
@@ -186,15 +187,54 @@ EvalRow make_row(const std::string& name, Tally& tally, const Tally& reference, 
 
 }  // namespace
 
-std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
-                              std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress) {
-  if (options.context < 8) throw Error(Status::kInvalidArgument, "a window needs at least 8 tokens");
-  if (options.context > model->shape().context_tokens) {
-    throw Error(Status::kInvalidArgument, "windows of " + std::to_string(options.context) +
+std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> windows,
+                                     std::span<const EvalSubject> subjects, const EvalOptions& options,
+                                     const Progress& progress) {
+  if (windows.empty()) throw Error(Status::kInvalidArgument, "nothing to evaluate: no windows");
+  size_t longest = 0;
+  double total = 0;
+  for (const auto& window : windows) {
+    if (window.size() < 8) throw Error(Status::kInvalidArgument, "a window needs at least 8 tokens");
+    longest = std::max(longest, window.size());
+    total += static_cast<double>(window.size() * (subjects.size() + 1));
+  }
+  EvalOptions sized = options;
+  sized.context = static_cast<int64_t>(longest);
+  if (sized.context > model->shape().context_tokens) {
+    throw Error(Status::kInvalidArgument, "windows of " + std::to_string(sized.context) +
                                               " tokens exceed the model's context of " +
                                               std::to_string(model->shape().context_tokens));
   }
-  std::vector<Token> tokens = model->tokenize(text, false);
+  Evaluation evaluation(model, subjects, sized);
+  double done = 0;
+  for (const auto& window : windows) {
+    evaluation.window(window, [&](int64_t n) {
+      done += static_cast<double>(n);
+      if (progress && !progress(done, total, "evaluating")) throw Error(Status::kCancelled, "stopped while evaluating");
+    });
+  }
+  double elements = 0;
+  for (const auto& l : model->shape().layers)
+    elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(windows.back().size());
+  std::vector<Tally>& tallies = evaluation.tallies();
+  std::vector<EvalRow> rows;
+  for (size_t r = 0; r < tallies.size(); ++r) {
+    rows.push_back(make_row(r == 0 ? "f16" : subjects[r - 1].name, tallies[r], tallies[0], elements));
+    for (int b = 0; r > 0 && b < kPositionBins; ++b) {
+      const auto bin = static_cast<size_t>(b);
+      if (tallies[r].bin_count[bin] == 0) continue;
+      const auto half = static_cast<int64_t>(longest / 2);
+      rows.back().kl_by_position.emplace_back(half + (2 * b + 1) * (static_cast<int64_t>(longest) - half) / (2 * kPositionBins),
+                                              tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
+    }
+  }
+  return rows;
+}
+
+std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
+                              std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress) {
+  if (options.context < 8) throw Error(Status::kInvalidArgument, "a window needs at least 8 tokens");
+  const std::vector<Token> tokens = model->tokenize(text, false);
   const bool bos = !model->tokenize("", true).empty();
   const auto context = static_cast<size_t>(options.context);
   const size_t available = tokens.size() / context;
@@ -203,34 +243,15 @@ std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::str
                                               " tokens, less than one window of " + std::to_string(context) +
                                               "; give a longer text or a smaller --context");
   }
-  const size_t windows = options.windows == 0 ? available : std::min(available, static_cast<size_t>(options.windows));
-  Evaluation evaluation(model, subjects, options);
-  const double total = static_cast<double>(windows * context * (subjects.size() + 1));
-  double done = 0;
-  for (size_t w = 0; w < windows; ++w) {
-    // Windows spread evenly over the text; each starts with BOS where the model is used to it.
-    const std::span<Token> window = std::span(tokens).subspan(w * available / windows * context, context);
-    if (bos && model->bos() >= 0) window[0] = model->bos();
-    evaluation.window(window, [&](int64_t n) {
-      done += static_cast<double>(n);
-      if (progress && !progress(done, total, "evaluating")) throw Error(Status::kCancelled, "stopped while evaluating");
-    });
+  const size_t count = options.windows == 0 ? available : std::min(available, static_cast<size_t>(options.windows));
+  std::vector<std::vector<Token>> windows;
+  for (size_t w = 0; w < count; ++w) {
+    // Spread evenly over the text; each starts with BOS where the model is used to it.
+    const auto start = tokens.begin() + static_cast<ptrdiff_t>(w * available / count * context);
+    windows.emplace_back(start, start + static_cast<ptrdiff_t>(context));
+    if (bos && model->bos() >= 0) windows.back()[0] = model->bos();
   }
-  double elements = 0;
-  for (const auto& l : model->shape().layers) elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(options.context);
-  std::vector<Tally>& tallies = evaluation.tallies();
-  std::vector<EvalRow> rows;
-  for (size_t r = 0; r < tallies.size(); ++r) {
-    rows.push_back(make_row(r == 0 ? "f16" : subjects[r - 1].name, tallies[r], tallies[0], elements));
-    for (int b = 0; r > 0 && b < kPositionBins; ++b) {
-      const auto bin = static_cast<size_t>(b);
-      if (tallies[r].bin_count[bin] == 0) continue;
-      const int64_t half = options.context / 2;
-      rows.back().kl_by_position.emplace_back(half + (2 * b + 1) * (options.context - half) / (2 * kPositionBins),
-                                              tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
-    }
-  }
-  return rows;
+  return evaluate_tokens(std::move(model), windows, subjects, options, progress);
 }
 
 }  // namespace kvmix

@@ -1,0 +1,327 @@
+// What quantising one layer's keys or values alone costs.
+//
+// kl:     the running cache with only that tensor quantised, KL divergence to the f16 cache, at 2 bits; other codecs by the
+// ratio
+//         of their error in the attention output.
+// fisher: second order from gradients at the cached rows, (sum of gradient x error)^2 / 2, element by element at 2 bits with
+// the
+//         same ratios ("fisher"), or summed inside a page first, which sees errors that go together ("fisher-page").
+// output: relative squared error of the attention output (KVTuner's measure, forward only).
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <thread>
+
+#include "base/fp16.h"
+#include "cache/transform.h"
+#include "kvmix/error.h"
+#include "kvmix/eval.h"
+#include "kvmix/measure.h"
+#include "measure/gradients.h"
+#include "plan/planner.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
+constexpr int kSampledQueries = 48;
+constexpr int kTogether = 10;  // contenders that share a reference run
+
+struct Candidate {
+  SideConfig config;
+  double output_error = 0;  // relative to the output's energy
+  double fisher = 0, fisher_page = 0;
+};
+
+// The codecs that plans choose from, the reference choice (2 bits) first.
+std::vector<Candidate> candidates(Side side, int head_dim) {
+  std::vector<SideConfig> configs;
+  for (const int bits : kWidths) {
+    if (side == Side::kKey) {
+      configs.push_back(recipe_key(bits, false));
+      configs.push_back(recipe_key(bits, true));
+    } else {
+      configs.push_back(recipe_value(bits));
+      SideConfig wide = recipe_value(bits);
+      wide.codec.group = 128;
+      wide.codec.fit = Fit::kLeastSquares;
+      if (head_dim >= 128) configs.push_back(wide);
+    }
+  }
+  const auto reference = std::find_if(configs.begin(), configs.end(), [](const SideConfig& c) { return c.codec.bits == 2; });
+  std::rotate(configs.begin(), reference, reference + 1);
+  std::vector<Candidate> out;
+  for (const SideConfig& c : configs) out.push_back({c, 0, 0, 0});
+  return out;
+}
+
+// Rows as the sealed pages of a sequence hold them; sinks and the last, partial page stay as they are.
+std::vector<float> stored_rows(const SideConfig& config, Side side, int head, int dim, int64_t n, int sinks,
+                               const float* rows) {
+  std::vector<float> out(rows, rows + n * dim);
+  std::vector<uint16_t> page(static_cast<size_t>(kPageTokens) * static_cast<size_t>(dim));
+  std::vector<float> decoded(page.size());
+  std::vector<std::byte> tile(tile_bytes(config.codec, dim) + 64);
+  auto* aligned = tile.data() + (64 - reinterpret_cast<uintptr_t>(tile.data()) % 64) % 64;
+  std::vector<float> row(static_cast<size_t>(dim));
+  for (int64_t first = sinks; first + kPageTokens <= n; first += kPageTokens) {
+    for (int t = 0; t < kPageTokens; ++t) {
+      std::copy_n(rows + (first + t) * dim, dim, row.data());
+      transform_row(config.transform, head, dim, row.data());
+      for (int c = 0; c < dim; ++c) page[static_cast<size_t>(t * dim + c)] = f32_to_f16(row[static_cast<size_t>(c)]);
+    }
+    encode_tile(config.codec, side, dim, page.data(), aligned);
+    decode_tile(config.codec, side, dim, aligned, decoded.data());
+    for (int t = 0; t < kPageTokens; ++t) {
+      inverse_row(config.transform, head, dim, &decoded[static_cast<size_t>(t * dim)]);
+      std::copy_n(&decoded[static_cast<size_t>(t * dim)], dim, &out[static_cast<size_t>((first + t) * dim)]);
+    }
+  }
+  return out;
+}
+
+// One layer of one pass: adds to the candidates' errors.
+class LayerErrors {
+ public:
+  LayerErrors(const ModelShape::Layer& shape, const PassResult& pass, size_t layer, int sinks)
+      : shape_(shape),
+        pass_(pass),
+        layer_(layer),
+        sinks_(sinks),
+        n_(static_cast<int64_t>(pass.keys[layer].size()) / (shape.kv_heads * shape.head_dim)) {
+    // Queries spread over the second half of the prompt.
+    const int64_t half = n_ / 2, step = std::max<int64_t>(1, (n_ - half) / kSampledQueries);
+    for (int64_t t = half; t < n_; t += step) queries_.push_back(t);
+    exact_ = outputs(nullptr, nullptr, -1);
+    for (const float x : exact_) energy_ += static_cast<double>(x) * static_cast<double>(x);
+  }
+
+  void add(Candidate& candidate, Side side) {
+    const int dim = shape_.head_dim;
+    const std::vector<float>& rows = side == Side::kKey ? pass_.keys[layer_] : pass_.values[layer_];
+    const std::vector<float>& gradient = side == Side::kKey ? pass_.key_gradient[layer_] : pass_.value_gradient[layer_];
+    double output = 0, element = 0, pages = 0;
+    for (int head = 0; head < shape_.kv_heads; ++head) {
+      const float* x = rows.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+      const float* g = gradient.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+      const std::vector<float> stored = stored_rows(candidate.config, side, head, dim, n_, sinks_, x);
+      const std::vector<float> changed =
+          outputs(side == Side::kKey ? stored.data() : nullptr, side == Side::kValue ? stored.data() : nullptr, head);
+      const size_t width = changed.size() / static_cast<size_t>(shape_.kv_heads);
+      for (size_t i = width * static_cast<size_t>(head); i < width * static_cast<size_t>(head + 1); ++i) {
+        const double d = static_cast<double>(changed[i]) - static_cast<double>(exact_[i]);
+        output += d * d;
+      }
+      for (int64_t first = sinks_; first + kPageTokens <= n_; first += kPageTokens) {
+        double page = 0;
+        for (int64_t i = first * dim; i < (first + kPageTokens) * dim; ++i) {
+          const double gd = static_cast<double>(g[i]) * static_cast<double>(stored[static_cast<size_t>(i)] - x[i]);
+          element += gd * gd;
+          page += gd;
+        }
+        pages += page * page;
+      }
+    }
+    candidate.output_error += output / energy_;
+    candidate.fisher += element / (2.0 * static_cast<double>(n_));
+    candidate.fisher_page += pages / (2.0 * static_cast<double>(n_));
+  }
+
+ private:
+  // Attention outputs of the sampled queries, [kv_head][query][group][head_dim]; one head's rows may be replaced, and then only
+  // that head is computed. A query sees stored rows of pages before its own window and the exact rows after.
+  std::vector<float> outputs(const float* keys, const float* values, int only_head) const {
+    const int dim = shape_.head_dim, group = shape_.q_heads / shape_.kv_heads;
+    std::vector<float> out(static_cast<size_t>(shape_.q_heads) * queries_.size() * static_cast<size_t>(dim), 0.0f);
+    std::vector<float> scores(static_cast<size_t>(n_));
+    for (int head = 0; head < shape_.kv_heads; ++head) {
+      if (only_head >= 0 && head != only_head) continue;
+      const float* k = pass_.keys[layer_].data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+      const float* v = pass_.values[layer_].data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+      for (size_t s = 0; s < queries_.size(); ++s) {
+        const int64_t t = queries_[s];
+        const int64_t page = (t - sinks_) / kPageTokens;
+        const int64_t exact_from = std::max<int64_t>(0, sinks_ + (page - 1) * kPageTokens);
+        const int64_t first = shape_.sliding_window > 0 ? std::max<int64_t>(0, t - shape_.sliding_window + 1) : 0;
+        for (int h = 0; h < group; ++h) {
+          const float* q = pass_.queries[layer_].data() + (static_cast<ptrdiff_t>(head * group + h) * n_ + t) * dim;
+          float top = -INFINITY;
+          for (int64_t u = first; u <= t; ++u) {
+            const float* row = (keys != nullptr && u < exact_from ? keys : k) + u * dim;
+            float lanes[16] = {};
+            for (int c = 0; c < dim; c += 16) {
+              for (int j = 0; j < 16; ++j) lanes[j] += q[c + j] * row[c + j];
+            }
+            float sum = 0;
+            for (const float lane : lanes) sum += lane;
+            scores[static_cast<size_t>(u)] = sum * shape_.scale;
+            top = std::max(top, sum * shape_.scale);
+          }
+          float* o =
+              &out[((static_cast<size_t>(head) * queries_.size() + s) * static_cast<size_t>(group) + static_cast<size_t>(h)) *
+                   static_cast<size_t>(dim)];
+          float norm = 0;
+          for (int64_t u = first; u <= t; ++u) {
+            const float p = std::exp(scores[static_cast<size_t>(u)] - top);
+            norm += p;
+            const float* row = (values != nullptr && u < exact_from ? values : v) + u * dim;
+            for (int c = 0; c < dim; ++c) o[c] += p * row[c];
+          }
+          for (int c = 0; c < dim; ++c) o[c] /= norm;
+        }
+      }
+    }
+    return out;
+  }
+
+  const ModelShape::Layer& shape_;
+  const PassResult& pass_;
+  size_t layer_;
+  int sinks_;
+  int64_t n_;
+  std::vector<int64_t> queries_;
+  std::vector<float> exact_;
+  double energy_ = 1e-30;
+};
+
+Plan single_tensor_plan(const ModelShape& shape, size_t layer, Side side, const SideConfig& config,
+                        const SensitivityOptions& options) {
+  Plan plan = f16_plan(shape);
+  plan.sinks = options.sinks;
+  plan.window.tokens = options.window;
+  (side == Side::kKey ? plan.layers[layer].key : plan.layers[layer].value) = config;
+  return plan;
+}
+
+// The prompts one after the other, cut into windows.
+std::vector<std::vector<Token>> windows_of(std::span<const std::vector<Token>> prompts, const SensitivityOptions& options,
+                                           int64_t context) {
+  const auto length = static_cast<size_t>(std::min(options.tokens, context));
+  std::vector<Token> all;
+  for (const std::vector<Token>& prompt : prompts) all.insert(all.end(), prompt.begin(), prompt.end());
+  std::vector<std::vector<Token>> windows;
+  for (size_t at = 0; at < all.size() && windows.size() < static_cast<size_t>(options.windows); at += length) {
+    const size_t n = std::min(length, all.size() - at);
+    if (n < length && !windows.empty()) break;
+    windows.emplace_back(all.begin() + static_cast<ptrdiff_t>(at), all.begin() + static_cast<ptrdiff_t>(at + n));
+  }
+  if (windows.empty() || static_cast<int>(windows.front().size()) < options.sinks + options.window + 3 * kPageTokens) {
+    throw Error(Status::kInvalidArgument, "sensitivities need at least " +
+                                              std::to_string(options.sinks + options.window + 3 * kPageTokens) +
+                                              " tokens of prompts, so that pages are sealed; use more --prompts or --tokens");
+  }
+  return windows;
+}
+
+}  // namespace
+
+void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
+                         const SensitivityOptions& options, Profile& profile, const Progress& progress) {
+  const std::string& metric = options.metric;
+  if (metric != "kl" && metric != "fisher" && metric != "fisher-page" && metric != "output") {
+    throw Error(Status::kInvalidArgument,
+                "sensitivity \"" + metric + "\" is unknown; expected kl, fisher, fisher-page or output");
+  }
+  const GgufModel& inside = gguf_model(*model);
+  const ModelShape& shape = model->shape();
+  if (profile.fingerprint != shape.fingerprint) {
+    throw Error(Status::kMismatch, "the profile was measured on another model (" + profile.model + "); start a new one");
+  }
+  const size_t layers = shape.layers.size();
+  const int threads =
+      options.threads > 0 ? options.threads : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+  const auto report = [&](double done, double total, const char* what) {
+    if (progress && !progress(done, total, what)) throw Error(Status::kCancelled, "stopped while measuring sensitivities");
+  };
+  const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens);
+
+  // Errors in the attention output and, from the gradients, in the loss.
+  std::vector<std::vector<Candidate>> tensors;
+  for (size_t l = 0; l < layers; ++l) {
+    for (const Side side : {Side::kKey, Side::kValue}) tensors.push_back(candidates(side, shape.layers[l].head_dim));
+  }
+  const TransposedWeights weights(inside);
+  PassOptions pass_options;
+  pass_options.threads = threads;
+  pass_options.later = true;
+  pass_options.sinks = options.sinks;
+  const double passes = static_cast<double>(windows.size());
+  for (size_t i = 0; i < windows.size(); ++i) {
+    const PassResult pass = differentiate(inside, weights, windows[i], pass_options);
+    std::atomic<size_t> next{0};
+    std::vector<std::thread> team;
+    const auto work = [&] {
+      for (size_t l = next++; l < layers; l = next++) {
+        LayerErrors errors(shape.layers[l], pass, l, options.sinks);
+        for (const Side side : {Side::kKey, Side::kValue}) {
+          for (Candidate& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) errors.add(c, side);
+        }
+      }
+    };
+    for (int t = 1; t < threads; ++t) team.emplace_back(work);
+    work();
+    for (auto& t : team) t.join();
+    report(static_cast<double>(i + 1), passes, "errors by layer and codec");
+  }
+
+  const auto store = [&](const std::string& name, size_t tensor, const Candidate& c, double cost) {
+    const auto layer = static_cast<int>(tensor / 2);
+    const Side side = tensor % 2 == 0 ? Side::kKey : Side::kValue;
+    const std::string codec = to_string(c.config.codec);
+    std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) {
+      return s.metric == name && s.layer == layer && s.side == side && s.codec == codec &&
+             s.hadamard == c.config.transform.hadamard;
+    });
+    profile.sensitivities.push_back({name, layer, side, codec, c.config.transform.hadamard, cost});
+  };
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    for (const Candidate& c : tensors[t]) {
+      const double ratio = c.output_error / std::max(tensors[t].front().output_error, 1e-30);
+      store("output", t, c, c.output_error / passes);
+      store("fisher", t, c, tensors[t].front().fisher / passes * ratio);
+      store("fisher-page", t, c, c.fisher_page / passes);
+    }
+  }
+  if (metric != "kl") return;
+
+  // The divergence at two bits, measured on the running cache, a group of tensors at a time against one reference.
+  const auto known = [&](size_t t) {
+    const Candidate& c = tensors[t].front();
+    for (const auto& s : profile.sensitivities) {
+      if (s.metric == "kl" && s.layer == static_cast<int>(t / 2) && (s.side == Side::kKey) == (t % 2 == 0) &&
+          s.codec == to_string(c.config.codec) && s.hadamard == c.config.transform.hadamard) {
+        return true;
+      }
+    }
+    return false;
+  };
+  EvalOptions eval;
+  eval.threads = threads;
+  for (size_t first = 0; first < tensors.size(); first += kTogether) {
+    std::vector<EvalSubject> subjects;
+    std::vector<size_t> members;
+    for (size_t t = first; t < std::min(tensors.size(), first + kTogether); ++t) {
+      if (known(t)) continue;  // from an earlier, interrupted run
+      subjects.push_back(
+          {std::to_string(t),
+           single_tensor_plan(shape, t / 2, t % 2 == 0 ? Side::kKey : Side::kValue, tensors[t].front().config, options), ""});
+      members.push_back(t);
+    }
+    if (!members.empty()) {
+      const std::vector<EvalRow> rows =
+          evaluate_tokens(model, windows, subjects, eval, [&](double done, double total, const std::string&) {
+            return !progress || progress(static_cast<double>(first) + done / total * static_cast<double>(members.size()),
+                                         static_cast<double>(tensors.size()), "divergence by layer and side");
+          });
+      for (size_t m = 0; m < members.size(); ++m) {
+        const size_t t = members[m];
+        for (const Candidate& c : tensors[t]) {
+          store("kl", t, c, rows[m + 1].kl_mean * c.output_error / std::max(tensors[t].front().output_error, 1e-30));
+        }
+      }
+      if (options.partial) options.partial(profile);
+    }
+  }
+}
+
+}  // namespace kvmix
