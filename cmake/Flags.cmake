@@ -5,7 +5,9 @@ function(kvmix_flags target)
     $<$<AND:$<BOOL:${KVMIX_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>)
   if(KVMIX_SANITIZE)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${KVMIX_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
-    target_link_options(${target} PUBLIC $<HOST_LINK:-fsanitize=${KVMIX_SANITIZE}>)
+    # A bare comma would separate arguments of the generator expression.
+    string(REPLACE "," "$<COMMA>" list "${KVMIX_SANITIZE}")
+    target_link_options(${target} PUBLIC $<HOST_LINK:-fsanitize=${list}>)
   endif()
 endfunction()
 
