@@ -174,13 +174,36 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
                                             " has freed what its sliding window left behind");
     }
   }
+  const auto cuts_sealed_page = [&](size_t l) {
+    const int64_t keep = page_count(impl.config.layers[l], n_tokens);
+    return keep > 0 && keep - 1 < sequence.layers[l].sealed &&
+           live_slots(impl.config.layers[l], keep - 1, n_tokens) < kPageTokens;
+  };
+  // The fp16 pages for cut ones come first: when there is no memory for them, nothing has changed.
+  std::vector<std::pair<std::byte*, size_t>> fresh;
+  try {
+    for (size_t l = 0; l < sequence.layers.size(); ++l) {
+      if (!cuts_sealed_page(l)) continue;
+      for (size_t h = 0; h < sequence.layers[l].heads.size(); ++h) {
+        fresh.emplace_back(nullptr, impl.sizes[l].open_bytes);
+        fresh.back().first = impl.pool.allocate(impl.sizes[l].open_bytes);
+      }
+    }
+  } catch (...) {
+    for (const auto& [record, bytes] : fresh) {
+      if (record != nullptr) impl.pool.release(record, bytes);
+    }
+    impl.pool.trim();
+    throw;
+  }
+  size_t next_fresh = 0;
   std::vector<float> rows;
   for (size_t l = 0; l < sequence.layers.size(); ++l) {
     const LayerConfig& layer = impl.config.layers[l];
     const LayerSizes& sizes = impl.sizes[l];
     LayerState& state = sequence.layers[l];
     const int64_t keep = page_count(layer, n_tokens);
-    const bool cuts_sealed = keep > 0 && keep - 1 < state.sealed && live_slots(layer, keep - 1, n_tokens) < kPageTokens;
+    const bool cuts_sealed = cuts_sealed_page(l);
     for (HeadState& head : state.heads) {
       if (n_tokens == 0 && head.sinks != nullptr) {
         impl.pool.release(head.sinks, sizes.sink_bytes);
@@ -194,7 +217,7 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
       if (!cuts_sealed) continue;
       // The cut page is appended to again, so it becomes fp16 rows once more.
       std::byte*& slot = head.pages.back();
-      std::byte* open = impl.pool.allocate(sizes.open_bytes);
+      std::byte* open = fresh[next_fresh++].first;
       rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(layer.head_dim));
       const auto expand = [&](const TileFormat& format, const std::byte* tile, std::byte* out) {
         decode_tile(format.spec, format.side, layer.head_dim, tile, rows.data());

@@ -205,7 +205,8 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     const int64_t pages = page_count(layer, header.tokens);
     const int64_t full = header.tokens <= layer.sinks ? 0 : (header.tokens - layer.sinks) / kPageTokens;
     if (saved.sealed < 0 || saved.sealed > full || saved.freed < 0 || saved.freed > saved.sealed ||
-        pages > (int64_t{1} << 32) || (saved.sealed > saved.freed && !impl.sizes[l].seals)) {
+        saved.freed > predict_pages(layer, header.tokens).freed || pages > (int64_t{1} << 32) ||
+        (saved.sealed > saved.freed && !impl.sizes[l].seals)) {
       in.fail(where + " says " + std::to_string(saved.sealed) + " sealed and " + std::to_string(saved.freed) + " freed pages");
     }
   }

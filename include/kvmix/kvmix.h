@@ -1,0 +1,112 @@
+/* The C ABI of the core: a cache that any engine can call, on the CPU.
+ *
+ * Every function returns a status; none throws, prints or exits. After a failure kvmix_last_error() gives one line for a
+ * person, per thread, until that thread's next failing call. Output arguments are written on success only.
+ * Handles may be used from one thread at a time, except kvmix_cache_append and kvmix_cache_attend (see there). */
+#ifndef KVMIX_KVMIX_H_
+#define KVMIX_KVMIX_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The values of kvmix::Status. */
+typedef enum kvmix_status {
+  KVMIX_OK = 0,
+  KVMIX_INVALID_ARGUMENT = 1,
+  KVMIX_NOT_FOUND = 2,
+  KVMIX_CORRUPT = 3,
+  KVMIX_MISMATCH = 4,
+  KVMIX_OUT_OF_MEMORY = 5,
+  KVMIX_IO = 6,
+  KVMIX_UNSUPPORTED = 7,
+  KVMIX_CANCELLED = 8,
+  KVMIX_INTERNAL = 9
+} kvmix_status;
+
+/* "0.1.0" */
+const char* kvmix_version(void);
+/* Short lower-case name of a status; never null. */
+const char* kvmix_status_name(kvmix_status status);
+/* What the last failing call of this thread said; "" if none failed. */
+const char* kvmix_last_error(void);
+
+/* One layer. Start from kvmix_layer_defaults(), which sets everything but the shape. */
+typedef struct kvmix_layer_config {
+  int32_t q_heads, kv_heads; /* q_heads is a multiple of kv_heads */
+  int32_t head_dim;          /* 32..256, multiple of 16 */
+  float scale;               /* of q.k; 0: 1 / sqrt(head_dim) */
+  float softcap;             /* > 0: scores become softcap * tanh(score / softcap) */
+  int32_t sliding_window;    /* > 0: a query sees this many newest tokens, itself included */
+  int32_t sinks;             /* first tokens kept in fp16 */
+  int32_t window;            /* newest tokens kept in fp16, at least */
+  const char* key_codec;     /* "f16" or e.g. "int3.channel.g128.fitted.zero" */
+  const char* value_codec;   /* "f16" or e.g. "int2.token.g64.minmax.zero" */
+  int32_t key_hadamard;      /* nonzero: rotate before storing */
+  int32_t value_hadamard;
+} kvmix_layer_config;
+
+/* 16 sinks, a window of 128, 3-bit keys, 3-bit values, no transform. */
+void kvmix_layer_defaults(kvmix_layer_config* layer);
+
+typedef struct kvmix_cache_config {
+  const kvmix_layer_config* layers; /* read during the call only */
+  size_t layer_count;
+  int32_t threads;    /* that will call append and attend together, 1..256 */
+  size_t max_bytes;   /* 0: no limit */
+  const char* kernel; /* NULL or "": the best that this machine runs */
+  int32_t exact;      /* nonzero: attention arithmetic at least as exact as bf16 products */
+} kvmix_cache_config;
+
+typedef struct kvmix_cache kvmix_cache;
+typedef int32_t kvmix_sequence;
+
+typedef struct kvmix_step_item {
+  kvmix_sequence sequence;
+  int32_t n_tokens;
+} kvmix_step_item;
+
+/* Real bytes, from the allocator; total is the sum of the others without scratch. */
+typedef struct kvmix_memory {
+  size_t sealed_bytes, open_bytes, sink_bytes, table_bytes, slack_bytes, scratch_bytes, total_bytes;
+  int64_t tokens;
+} kvmix_memory;
+
+kvmix_status kvmix_cache_create(const kvmix_cache_config* config, kvmix_cache** cache);
+/* Null is allowed. */
+void kvmix_cache_destroy(kvmix_cache* cache);
+
+kvmix_status kvmix_sequence_create(kvmix_cache* cache, kvmix_sequence* sequence);
+kvmix_status kvmix_sequence_remove(kvmix_cache* cache, kvmix_sequence sequence);
+/* A copy that shares full pages. */
+kvmix_status kvmix_sequence_fork(kvmix_cache* cache, kvmix_sequence sequence, kvmix_sequence* copy);
+kvmix_status kvmix_sequence_truncate(kvmix_cache* cache, kvmix_sequence sequence, int64_t n_tokens);
+kvmix_status kvmix_sequence_length(const kvmix_cache* cache, kvmix_sequence sequence, int64_t* n_tokens);
+kvmix_status kvmix_sequence_save(const kvmix_cache* cache, kvmix_sequence sequence, const char* path, const char* fingerprint);
+kvmix_status kvmix_sequence_load(kvmix_cache* cache, const char* path, const char* fingerprint, kvmix_sequence* sequence);
+
+/* A step: begin; per layer append, a barrier over the threads, attend; end. KVMIX_OUT_OF_MEMORY from begin changes nothing. */
+kvmix_status kvmix_step_begin(kvmix_cache* cache, const kvmix_step_item* items, size_t item_count);
+kvmix_status kvmix_step_end(kvmix_cache* cache);
+/* Undoes begin; rows appended since are discarded. */
+kvmix_status kvmix_step_abort(kvmix_cache* cache);
+
+/* k, v: [rows][kv_heads][head_dim]; q, out: [rows][q_heads][head_dim]; rows of all items in order, strides in floats, keys
+ * after rotary embedding, out not overlapping q. Called by nth <= threads threads at once, each with its own ith < nth. */
+kvmix_status kvmix_cache_append(kvmix_cache* cache, int32_t layer, const float* k, int64_t k_stride, const float* v,
+                                int64_t v_stride, int32_t ith, int32_t nth);
+kvmix_status kvmix_cache_attend(kvmix_cache* cache, int32_t layer, const float* q, int64_t q_stride, float* out,
+                                int64_t out_stride, int32_t ith, int32_t nth);
+
+kvmix_status kvmix_cache_memory(const kvmix_cache* cache, kvmix_memory* memory);
+/* Name of the attention kernel in use, e.g. "avx512-vnni"; the pointer lives until this thread's next call. */
+kvmix_status kvmix_cache_kernel(const kvmix_cache* cache, const char** name);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KVMIX_KVMIX_H_ */
