@@ -14,7 +14,7 @@ class Gemma3 final : public Architecture {
 
   HyperParameters parameters(const GgufMetadata& m) const override {
     HyperParameters p = common_parameters(m, "gemma3", GGML_ROPE_TYPE_NEOX);
-    p.sliding_window = m.integer_or("gemma3.attention.sliding_window", 0, 0, int64_t{1} << 31);
+    p.sliding_window = m.integer_or("gemma3.attention.sliding_window", 0, 0, INT32_MAX);
     if (p.sliding_window > 0) {
       p.sliding_pattern = 6;
       p.rope_local.base = static_cast<float>(m.number_or("gemma3.rope.freq_base_swa", 10000.0));

@@ -60,13 +60,17 @@ HyperParameters common_parameters(const GgufMetadata& m, const std::string& pref
   p.q_heads = m.integer(key("attention.head_count"), 1, 1024);
   p.kv_heads = m.integer_or(key("attention.head_count_kv"), p.q_heads, 1, 1024);
   p.head_dim = m.integer_or(key("attention.key_length"), p.model_dim / p.q_heads, 1, 1024);
-  p.context = m.integer(key("context_length"), 1, int64_t{1} << 32);
+  p.context = m.integer(key("context_length"), 1, INT32_MAX);
   p.norm_epsilon = static_cast<float>(m.number(key("attention.layer_norm_rms_epsilon")));
   p.attention_scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
   if (p.q_heads % p.kv_heads != 0 || p.head_dim < 32 || p.head_dim > 256 || p.head_dim % 16 != 0) {
     throw Error(Status::kUnsupported, m.path() + ": " + std::to_string(p.q_heads) + " query heads, " +
                                           std::to_string(p.kv_heads) + " KV heads of dimension " + std::to_string(p.head_dim) +
                                           "; supported are head dimensions 32 to 256 in steps of 16 and whole groups");
+  }
+  if (!(p.norm_epsilon >= 0.0f && p.norm_epsilon < 1.0f)) {
+    throw Error(Status::kCorrupt, m.path() + ": attention.layer_norm_rms_epsilon is " + std::to_string(p.norm_epsilon) +
+                                      "; expected 0 to 1, obtain the file again");
   }
   if (m.integer_or(key("attention.value_length"), p.head_dim, 1, 1024) != p.head_dim) {
     throw Error(Status::kUnsupported, m.path() + ": key and value heads of different length are not supported");
@@ -79,9 +83,12 @@ HyperParameters common_parameters(const GgufMetadata& m, const std::string& pref
   r.mode = rope_mode;
   r.dims = static_cast<int>(m.integer_or(key("rope.dimension_count"), p.head_dim, 2, p.head_dim));
   r.base = static_cast<float>(m.number_or(key("rope.freq_base"), 10000.0));
-  r.original_context =
-      static_cast<int>(m.integer_or(key("rope.scaling.original_context_length"), p.context, 1, int64_t{1} << 31));
-  const std::string scaling = m.text_or(key("rope.scaling.type"), "none");
+  if (r.dims % 2 != 0 || !(r.base > 0.0f)) {
+    throw Error(Status::kCorrupt, m.path() + ": rotation of " + std::to_string(r.dims) + " dimensions with base " +
+                                      std::to_string(r.base) + "; expected an even number and a positive base");
+  }
+  r.original_context = static_cast<int>(m.integer_or(key("rope.scaling.original_context_length"), p.context, 1, INT32_MAX));
+  const std::string scaling = m.text_or(key("rope.scaling.type"), "linear");
   if (scaling == "linear" || scaling == "yarn") {
     const double factor = m.number_or(key("rope.scaling.factor"), 1.0);
     if (!(factor >= 1.0))

@@ -13,6 +13,7 @@
 #include <mutex>
 
 #include "base/checksum.h"
+#include "engine/gguf_check.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -24,12 +25,6 @@ std::string hex(uint64_t value) {
   char text[17];
   std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
   return text;
-}
-
-void require_gguf(const MappedFile& file, const std::string& path) {
-  if (file.bytes() < 24 || std::memcmp(file.data(), "GGUF", 4) != 0) {
-    throw Error(Status::kCorrupt, path + " is not a GGUF file; give a model in GGUF format");
-  }
 }
 
 }  // namespace
@@ -61,7 +56,7 @@ MappedFile::~MappedFile() { munmap(data_, bytes_); }
 
 GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
   quiet_libraries();
-  require_gguf(file_, path);
+  check_gguf_header(file_.data(), file_.bytes(), path);
   ggml_context* meta = nullptr;
   const GgufContext gguf(gguf_init_from_file(path.c_str(), {true, &meta}));
   const GgmlContext meta_owner(meta);
@@ -72,11 +67,13 @@ GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
   architecture_ = &find_architecture(metadata.text("general.architecture"), path);
   parameters_ = architecture_->parameters(metadata);
   load_weights(gguf.get(), meta);
+  check_tokenizer(gguf.get(), path);
 
   llama_model_params params = llama_model_default_params();
   params.vocab_only = true;
   vocabulary_.reset(llama_model_load_from_file(path.c_str(), params));
   if (vocabulary_ == nullptr) throw Error(Status::kCorrupt, path + ": its tokenizer cannot be read; obtain the file again");
+  check_special_tokens(llama_model_get_vocab(vocabulary_.get()), path);
   const int tokens = llama_vocab_n_tokens(llama_model_get_vocab(vocabulary_.get()));
   if (tokens != parameters_.vocab) {
     throw Error(Status::kCorrupt, path + ": the tokenizer has " + std::to_string(tokens) + " tokens, the embedding " +
@@ -130,9 +127,18 @@ void GgufModel::load_weights(const gguf_context* gguf, ggml_context* meta) {
 
   const ggml_tensor* embedding = weights_.get("token_embd.weight");
   parameters_.vocab = embedding->ne[1];
+  if (parameters_.vocab < 2 || parameters_.vocab > (1 << 24)) {
+    throw Error(Status::kCorrupt, path_ + ": a vocabulary of " + std::to_string(parameters_.vocab) +
+                                      " tokens; expected 2 to 16777216, obtain the file again");
+  }
   const auto expect = [&](const std::string& name, int64_t ne0, int64_t ne1) {
     const ggml_tensor* t = weights_.get(name);
-    if (t->ne[0] != ne0 || t->ne[1] != ne1 || t->ne[2] != 1) {
+    if (ne1 == 1) {
+      check_vector_type(t, path_);
+    } else {
+      check_matrix_type(t, path_);
+    }
+    if (t->ne[0] != ne0 || t->ne[1] != ne1 || t->ne[2] != 1 || t->ne[3] != 1) {
       throw Error(Status::kCorrupt, path_ + ": tensor " + name + " is " + std::to_string(t->ne[0]) + " x " +
                                         std::to_string(t->ne[1]) + ", its metadata means " + std::to_string(ne0) + " x " +
                                         std::to_string(ne1));
@@ -141,6 +147,7 @@ void GgufModel::load_weights(const gguf_context* gguf, ggml_context* meta) {
   expect("token_embd.weight", p.model_dim, parameters_.vocab);
   expect("output_norm.weight", p.model_dim, 1);
   if (weights_.find("output.weight") != nullptr) expect("output.weight", p.model_dim, parameters_.vocab);
+  if (weights_.find("rope_freqs.weight") != nullptr) expect("rope_freqs.weight", p.rope.dims / 2, 1);
   for (int64_t l = 0; l < p.layers; ++l) {
     const std::string block = "blk." + std::to_string(l) + ".";
     expect(block + "attn_q.weight", p.model_dim, p.q_heads * p.head_dim);
@@ -227,8 +234,13 @@ std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool
   if (text.size() > (size_t{1} << 30))
     throw Error(Status::kInvalidArgument, "a text of more than 1 GiB cannot be tokenised at once");
   std::vector<Token> tokens(text.size() + 8);
-  const int n = llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
-                               static_cast<int32_t>(tokens.size()), bos, special);
+  int n = 0;
+  try {
+    n = llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
+                       static_cast<int32_t>(tokens.size()), bos, special);
+  } catch (const std::exception& e) {
+    throw Error(Status::kUnsupported, path_ + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");
+  }
   if (n < 0) throw Error(Status::kInternal, "the tokenizer needs more room than a token a byte");
   tokens.resize(static_cast<size_t>(n));
   return tokens;

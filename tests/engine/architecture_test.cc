@@ -1,0 +1,158 @@
+// Every architecture on tiny random weights: libllama's logits, chunks and batches, saved and continued caches.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "kvmix/engine.h"
+#include "kvmix/error.h"
+#include "support/tiny_model.h"
+
+namespace kvmix {
+namespace {
+
+constexpr size_t kTokens = 512;
+
+std::vector<Token> random_tokens(size_t n, int vocab, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<Token> tokens(n);
+  for (Token& t : tokens) t = static_cast<Token>(random() % static_cast<unsigned>(vocab));
+  return tokens;
+}
+
+double divergence(std::span<const float> p, std::span<const float> q) {
+  const auto log_sum = [](std::span<const float> x) {
+    double total = 0;
+    for (const float v : x) total += std::exp(static_cast<double>(v));
+    return std::log(total);
+  };
+  const double lp = log_sum(p), lq = log_sum(q);
+  double kl = 0;
+  for (size_t i = 0; i < p.size(); ++i) {
+    const double a = static_cast<double>(p[i]) - lp;
+    kl += std::exp(a) * (a - (static_cast<double>(q[i]) - lq));
+  }
+  return kl;
+}
+
+class TinyArchitecture : public ::testing::TestWithParam<::kvmix::testing::TinyModel> {
+ protected:
+  TinyArchitecture() : folder_("kvmix-tiny"), path_(folder_.file("model.gguf")) {
+    testing::write_tiny_model(GetParam(), path_);
+    model_ = Model::load(path_);
+    tokens_ = random_tokens(kTokens, model_->vocab_size(), 3);
+    vocab_ = static_cast<size_t>(model_->vocab_size());
+  }
+  std::unique_ptr<Engine> engine(int chunk = 512) const {
+    EngineOptions options;
+    options.threads = 2;
+    options.chunk_tokens = chunk;
+    return std::make_unique<Engine>(model_, f16_plan(model_->shape()), options);
+  }
+  static std::vector<float> copy(std::span<const float> logits) { return {logits.begin(), logits.end()}; }
+  static void expect_close(std::span<const float> a, std::span<const float> b) {
+    ASSERT_EQ(a.size(), b.size());
+    EXPECT_LT(divergence(a, b), 1e-5);
+  }
+
+  testing::TemporaryFolder folder_;
+  std::string path_;
+  std::shared_ptr<const Model> model_;
+  std::vector<Token> tokens_;
+  size_t vocab_ = 0;
+};
+
+TEST_P(TinyArchitecture, AgreesWithLibllama) {
+  const auto ours_engine = engine();
+  Peer peer(path_, "f16", 1024, 2);
+  const EngineItem item{ours_engine->cache().create(), tokens_, true};
+  const auto ours = ours_engine->step({&item, 1});
+  const auto theirs = peer.step(tokens_, true);
+  ASSERT_EQ(ours.size(), theirs.size());
+  double kl = 0;
+  int same = 0;
+  for (size_t t = 0; t < kTokens; ++t) {
+    const auto p = theirs.subspan(t * vocab_, vocab_), q = ours.subspan(t * vocab_, vocab_);
+    kl += divergence(p, q);
+    same += std::max_element(p.begin(), p.end()) - p.begin() == std::max_element(q.begin(), q.end()) - q.begin() ? 1 : 0;
+  }
+  EXPECT_LT(kl / kTokens, 1e-3);
+  EXPECT_GT(same, 0.99 * kTokens);
+  RecordProperty("mean_kl", std::to_string(kl / kTokens));
+}
+
+TEST_P(TinyArchitecture, ChunksEqualOneByOne) {
+  const auto chunked = engine(100), single = engine();
+  const auto expected = copy(chunked->prefill(chunked->cache().create(), tokens_));
+  const SequenceId id = single->cache().create();
+  std::span<const float> logits;
+  for (const Token& token : tokens_) {
+    const EngineItem item{id, {&token, 1}};
+    logits = single->step({&item, 1});
+  }
+  expect_close(expected, logits);
+}
+
+TEST_P(TinyArchitecture, ABatchOfRaggedSequencesEqualsSingles) {
+  const auto batched = engine(), single = engine();
+  std::vector<EngineItem> first, second;
+  std::vector<SequenceId> ids;
+  const std::vector<size_t> lengths = {1, 37, 160};
+  for (const size_t n : lengths) {
+    ids.push_back(batched->cache().create());
+    first.push_back({ids.back(), {tokens_.data(), n}, false, true});
+    second.push_back({ids.back(), {&tokens_[n], 2}});
+  }
+  EXPECT_TRUE(batched->step(first).empty());
+  const auto rows = copy(batched->step(second));
+  ASSERT_EQ(rows.size(), lengths.size() * vocab_);
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    const auto alone = single->prefill(single->cache().create(), {tokens_.data(), lengths[s] + 2});
+    expect_close({&rows[s * vocab_], vocab_}, alone);
+  }
+}
+
+TEST_P(TinyArchitecture, ASavedCacheContinuesIdentically) {
+  const auto before = engine(), after = engine();
+  const SequenceId id = before->cache().create();
+  before->prefill(id, {tokens_.data(), 300});
+  before->cache().save(id, folder_.file("cache"), before->cache_fingerprint());
+  const SequenceId loaded = after->cache().load(folder_.file("cache"), after->cache_fingerprint());
+  const auto expected = copy(before->prefill(id, {&tokens_[300], 5}));
+  EXPECT_EQ(expected, copy(after->prefill(loaded, {&tokens_[300], 5})));
+}
+
+TEST_P(TinyArchitecture, RefusesWhatDoesNotFit) {
+  const auto e = engine();
+  const SequenceId id = e->cache().create();
+  EXPECT_THROW(e->prefill(id, {}), Error);
+  EXPECT_THROW(e->prefill(id, random_tokens(1025, 10, 1)), Error);
+  const std::vector<Token> outside = {model_->vocab_size()};
+  EXPECT_THROW(e->prefill(id, outside), Error);
+  EXPECT_EQ(e->cache().length(id), 0);
+}
+
+TEST_P(TinyArchitecture, FingerprintFollowsTheContentNotThePath) {
+  const std::string copy = folder_.file("copy.gguf");
+  std::string bytes = testing::read_bytes(path_);
+  testing::write_bytes(copy, bytes);
+  EXPECT_EQ(Model::load(copy)->shape().fingerprint, model_->shape().fingerprint);
+  // The data section, the embedding's rows first, follows the last tensor's description closely.
+  char& weight = bytes[bytes.rfind("ffn_down.weight") + 256];
+  weight = static_cast<char>(weight ^ 1);
+  testing::write_bytes(copy, bytes);
+  EXPECT_NE(Model::load(copy)->shape().fingerprint, model_->shape().fingerprint);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, TinyArchitecture, ::testing::ValuesIn(::kvmix::testing::tiny_models()),
+                         [](const auto& test) { return testing::tiny_name(test.param); });
+
+TEST(Architectures, EachHasATinyModel) {
+  std::set<std::string> tested;
+  for (const auto& m : ::kvmix::testing::tiny_models()) tested.insert(m.architecture);
+  for (const ArchitectureInfo& a : architectures()) EXPECT_TRUE(tested.contains(a.name)) << a.name;
+}
+
+}  // namespace
+}  // namespace kvmix

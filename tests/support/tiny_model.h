@@ -1,0 +1,175 @@
+// Tiny models with random weights, written as GGUF files: every architecture without a download.
+#pragma once
+
+#include <ggml.h>
+#include <gguf.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace kvmix::testing {
+
+struct TinyModel {
+  std::string architecture;
+  int layers = 3;
+  bool qkv_bias = false, qk_norm = false, post_norms = false, output_head = false, rope_factors = false;
+  std::string rope_scaling = {};  // empty: none
+  int sliding_window = 0;
+  static constexpr int kDim = 128, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kFfn = 192, kContext = 1024;
+};
+
+inline std::vector<TinyModel> tiny_models() {
+  return {{.architecture = "llama", .output_head = true},
+          {.architecture = "llama", .rope_factors = true},
+          {.architecture = "llama", .rope_scaling = "linear"},
+          {.architecture = "llama", .rope_scaling = "yarn"},
+          {.architecture = "qwen2", .qkv_bias = true},
+          {.architecture = "qwen3", .qk_norm = true, .output_head = true},
+          {.architecture = "gemma3", .layers = 7, .qk_norm = true, .post_norms = true, .sliding_window = 96}};
+}
+
+inline std::string tiny_name(const TinyModel& m) {
+  return m.architecture + (m.rope_factors ? "_factors" : "") + (m.rope_scaling.empty() ? "" : "_" + m.rope_scaling);
+}
+
+// Writes the model to `path`. The vocabulary is the smallest that libllama's SentencePiece kind takes: specials, all bytes
+// and some pieces.
+inline void write_tiny_model(const TinyModel& m, const std::string& path) {
+  using Gguf = std::unique_ptr<gguf_context, decltype(&gguf_free)>;
+  using Ggml = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
+  const Gguf gguf(gguf_init_empty(), gguf_free);
+  const Ggml ctx(ggml_init({size_t{8} << 20, nullptr, false}), ggml_free);
+  const std::string& a = m.architecture;
+  const auto number = [&](const std::string& key, int value) {
+    gguf_set_val_u32(gguf.get(), (a + "." + key).c_str(), static_cast<uint32_t>(value));
+  };
+  const auto real = [&](const std::string& key, float value) { gguf_set_val_f32(gguf.get(), (a + "." + key).c_str(), value); };
+  gguf_set_val_str(gguf.get(), "general.architecture", a.c_str());
+  gguf_set_val_str(gguf.get(), "general.name", ("tiny " + tiny_name(m)).c_str());
+  number("block_count", m.layers);
+  number("context_length", TinyModel::kContext);
+  number("embedding_length", TinyModel::kDim);
+  number("feed_forward_length", TinyModel::kFfn);
+  number("attention.head_count", TinyModel::kHeads);
+  number("attention.head_count_kv", TinyModel::kKvHeads);
+  number("attention.key_length", TinyModel::kHeadDim);
+  number("attention.value_length", TinyModel::kHeadDim);
+  real("attention.layer_norm_rms_epsilon", 1e-6f);
+  real("rope.freq_base", 20000.0f);
+  if (m.sliding_window > 0) number("attention.sliding_window", m.sliding_window);
+  if (!m.rope_scaling.empty()) {
+    gguf_set_val_str(gguf.get(), (a + ".rope.scaling.type").c_str(), m.rope_scaling.c_str());
+    real("rope.scaling.factor", 4.0f);
+    number("rope.scaling.original_context_length", TinyModel::kContext / 4);
+  }
+
+  std::vector<std::string> pieces = {"<unk>", "<s>", "</s>"};
+  std::vector<int32_t> types = {2, 3, 3};
+  for (int b = 0; b < 256; ++b) {
+    char text[8];
+    std::snprintf(text, sizeof text, "<0x%02X>", b);
+    pieces.emplace_back(text);
+    types.push_back(6);
+  }
+  for (char c = 'a'; c <= 'z'; ++c) {
+    for (const std::string& piece : {std::string(1, c), "\xe2\x96\x81" + std::string(1, c)}) {
+      pieces.push_back(piece);
+      types.push_back(1);
+    }
+  }
+  const size_t vocab = pieces.size();
+  std::vector<const char*> texts;
+  std::vector<float> scores;
+  for (const std::string& piece : pieces) {
+    texts.push_back(piece.c_str());
+    scores.push_back(-static_cast<float>(texts.size()));
+  }
+  gguf_set_val_str(gguf.get(), "tokenizer.ggml.model", "llama");
+  gguf_set_arr_str(gguf.get(), "tokenizer.ggml.tokens", texts.data(), vocab);
+  gguf_set_arr_data(gguf.get(), "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), vocab);
+  gguf_set_arr_data(gguf.get(), "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), vocab);
+  gguf_set_val_u32(gguf.get(), "tokenizer.ggml.bos_token_id", 1);
+  gguf_set_val_u32(gguf.get(), "tokenizer.ggml.eos_token_id", 2);
+
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto tensor = [&](const std::string& name, int64_t ne0, int64_t ne1, float mean, float deviation) {
+    ggml_tensor* t =
+        ne1 == 1 ? ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, ne0) : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ne0, ne1);
+    ggml_set_name(t, name.c_str());
+    auto* values = static_cast<float*>(t->data);
+    for (int64_t i = 0; i < ne0 * ne1; ++i) values[i] = mean + deviation * normal(random);
+    gguf_add_tensor(gguf.get(), t);
+  };
+  const auto matrix = [&](const std::string& name, int64_t in, int64_t out) {
+    tensor(name, in, out, 0, 1.5f / std::sqrt(static_cast<float>(in)));
+  };
+  const auto norm = [&](const std::string& name, int64_t n) { tensor(name, n, 1, 1.0f, 0.1f); };
+  constexpr int64_t kQ = TinyModel::kHeads * TinyModel::kHeadDim, kKv = TinyModel::kKvHeads * TinyModel::kHeadDim;
+  matrix("token_embd.weight", TinyModel::kDim, static_cast<int64_t>(vocab));
+  norm("output_norm.weight", TinyModel::kDim);
+  if (m.output_head) matrix("output.weight", TinyModel::kDim, static_cast<int64_t>(vocab));
+  if (m.rope_factors) tensor("rope_freqs.weight", TinyModel::kHeadDim / 2, 1, 2.0f, 0.3f);
+  for (int l = 0; l < m.layers; ++l) {
+    const std::string b = "blk." + std::to_string(l) + ".";
+    norm(b + "attn_norm.weight", TinyModel::kDim);
+    matrix(b + "attn_q.weight", TinyModel::kDim, kQ);
+    matrix(b + "attn_k.weight", TinyModel::kDim, kKv);
+    matrix(b + "attn_v.weight", TinyModel::kDim, kKv);
+    matrix(b + "attn_output.weight", kQ, TinyModel::kDim);
+    norm(b + "ffn_norm.weight", TinyModel::kDim);
+    matrix(b + "ffn_gate.weight", TinyModel::kDim, TinyModel::kFfn);
+    matrix(b + "ffn_up.weight", TinyModel::kDim, TinyModel::kFfn);
+    matrix(b + "ffn_down.weight", TinyModel::kFfn, TinyModel::kDim);
+    if (m.qkv_bias) {
+      tensor(b + "attn_q.bias", kQ, 1, 0, 0.5f);
+      tensor(b + "attn_k.bias", kKv, 1, 0, 0.5f);
+      tensor(b + "attn_v.bias", kKv, 1, 0, 0.5f);
+    }
+    if (m.qk_norm) {
+      norm(b + "attn_q_norm.weight", TinyModel::kHeadDim);
+      norm(b + "attn_k_norm.weight", TinyModel::kHeadDim);
+    }
+    if (m.post_norms) {
+      norm(b + "post_attention_norm.weight", TinyModel::kDim);
+      norm(b + "post_ffw_norm.weight", TinyModel::kDim);
+    }
+  }
+  if (!gguf_write_to_file(gguf.get(), path.c_str(), false)) throw std::runtime_error("cannot write " + path);
+}
+
+// A folder of a test's own, removed with what is in it.
+class TemporaryFolder {
+ public:
+  explicit TemporaryFolder(const std::string& name)
+      : path_(std::filesystem::temp_directory_path() / (name + "-" + std::to_string(std::random_device{}()))) {
+    std::filesystem::create_directories(path_);
+  }
+  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  std::string file(const std::string& name) const { return (path_ / name).string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+inline std::string read_bytes(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+inline void write_bytes(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+}
+
+}  // namespace kvmix::testing
