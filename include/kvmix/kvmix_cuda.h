@@ -1,0 +1,85 @@
+/* The C ABI of the CUDA kernels: attention over packed pages in device memory that the caller owns.
+ *
+ * Every function returns a kvmix_status; kvmix_cuda_last_error() says more, per thread. A library built without CUDA
+ * answers KVMIX_UNSUPPORTED. Device work is queued on `stream` (a cudaStream_t) and never waited for; launches are checked.
+ *
+ * A *record* is one packed page: 128 tokens of one KV head, keys and values (src/codec/tile_layout_cuda.h). An *open* page is
+ * fp16: 128 key rows, then 128 value rows, [128][head_dim] each; slots that hold no token may hold anything, NaN included. */
+#ifndef KVMIX_KVMIX_CUDA_H_
+#define KVMIX_KVMIX_CUDA_H_
+
+#include "kvmix/kvmix.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Supported: head_dim 128; key and value bits 1, 2, 4 or 8, chosen apart; keys scaled per channel over key_group tokens (32,
+ * 64, 128), values per token over value_group channels (64, 128), both with midpoints; 1..8 query rows per KV head. */
+typedef struct kvmix_cuda_format {
+  int32_t head_dim;
+  int32_t key_bits, value_bits;
+  int32_t key_group, value_group;
+} kvmix_cuda_format;
+
+/* Bytes of one record, a multiple of 16. */
+kvmix_status kvmix_cuda_record_bytes(const kvmix_cuda_format* format, size_t* bytes);
+
+/* Between the CPU's encoded tiles (kvmix/codec.h: int<bits>.channel.g<key_group>...zero and int<bits>.token.g<value_group>
+ * ...zero) and a record, all in host memory. Lossless. */
+kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* format, const void* key_tile, const void* value_tile,
+                                          void* record);
+kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const void* record, void* key_tile,
+                                          void* value_tile);
+
+/* A piece of work: pages [page_begin, page_end) of one sequence and KV head. */
+typedef struct kvmix_cuda_item {
+  int32_t sequence, kv_head;
+  int32_t page_begin, page_end;
+  int32_t split, splits;   /* this piece of that many of the head */
+  int32_t partial, ticket; /* first partial slot and ticket of the head */
+  int32_t length;          /* tokens of the sequence, the query tokens included */
+  int32_t unused[3];
+} kvmix_cuda_item;
+
+typedef struct kvmix_cuda_attend_params {
+  kvmix_cuda_format format;
+  int32_t sequences, q_heads, kv_heads;
+  int32_t q_tokens;       /* per sequence, its newest; q_tokens * q_heads / kv_heads <= 8 */
+  int32_t sinks;          /* > 0: page 0 is open and holds this many tokens; later pages follow at sinks + 128 i */
+  int32_t sliding_window; /* > 0: a query sees this many newest tokens, itself included */
+  float scale;            /* of q.k; 0: 1 / sqrt(head_dim) */
+  float softcap;          /* > 0 */
+  const void* q;          /* fp16 [sequences][q_tokens][q_heads][head_dim] */
+  void* out;              /* fp16, as q */
+  float* lse;             /* natural log-sum-exp [sequences][q_tokens][q_heads], or null; -inf where nothing is visible */
+  const void* records;    /* record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes */
+  int64_t record_page_stride, record_head_stride;
+  const void* open_pages; /* likewise for open pages */
+  int64_t open_page_stride, open_head_stride;
+  const int32_t* page_table; /* [sequences][page_table_stride]: id >= 0 of a record, or ~id of an open page, in position order */
+  int64_t page_table_stride;
+  const kvmix_cuda_item* items; /* device copy of what kvmix_cuda_plan wrote */
+  int32_t item_count;
+  void* workspace; /* device memory, zeroed once before the first launch; each launch leaves it ready for the next */
+  size_t workspace_bytes;
+  void* stream;
+} kvmix_cuda_attend_params;
+
+/* Cuts the work of kvmix_cuda_attend into pieces of even size for a device of `slots` resident thread blocks (0: ask the
+ * current device). `lengths` [sequences] is host memory. Writes at most `capacity` items and their number; with null items
+ * only the number and the workspace's bytes. Reads the shape of `params`, none of its pointers. The output for given items is
+ * the same to the bit on every launch. */
+kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
+                             kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
+
+/* Decode attention, one launch. Can be captured in a graph. */
+kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
+
+/* What the last failing call of this thread said; "" if none failed. */
+const char* kvmix_cuda_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
