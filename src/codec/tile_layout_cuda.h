@@ -11,8 +11,8 @@
 //   4 bits: words r + 4 (f / 4): bits 4 (f % 4); f % 4 >= 2 after a shift by 8
 //   8 bits: words r + 4 (f / 2): bits 8 (f % 2)
 //
-// Record: key codes | key scales | key midpoints | value codes | value scales and midpoints | 16-byte header.
-// The header's exponents e are the smallest in [-14, 16] with every scale of the side <= 2^e.
+// Record: 16-byte header | key codes | key scales | key midpoints | value codes | value scales and midpoints.
+// The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,13 @@ struct RecordHeader {
   int32_t key_exponent, value_exponent;
   int32_t unused[2];
 };
+
+// The header's exponent for the largest scale of a side (finite, not negative).
+KVMIX_HOST_DEVICE inline int scale_exponent(float largest) {
+  int e = -14;
+  for (float bound = 1.0f / 16384.0f; e < 14 && bound < largest; bound *= 2.0f) ++e;
+  return e;
+}
 
 // The cell of an element of a 16 x 16 operand-A tile.
 struct FragmentCell {
@@ -104,12 +111,13 @@ struct RecordShape {
 
   KVMIX_HOST_DEVICE constexpr int key_groups() const { return kPageTokens / key_group; }
   KVMIX_HOST_DEVICE constexpr int value_groups() const { return kBlockChannels / value_group; }
-  KVMIX_HOST_DEVICE constexpr int key_meta() const { return code_bytes(key_bits); }
+  // Offsets of the key part, from the record's start.
+  KVMIX_HOST_DEVICE constexpr int key_meta() const { return kHeaderBytes + code_bytes(key_bits); }
   KVMIX_HOST_DEVICE constexpr int key_bytes() const { return key_meta() + key_groups() * kBlockChannels * 4; }
-  KVMIX_HOST_DEVICE constexpr int value_meta() const { return code_bytes(value_bits); }  // from the value part's start
+  // Offsets of the value part, from its own start.
+  KVMIX_HOST_DEVICE constexpr int value_meta() const { return code_bytes(value_bits); }
   KVMIX_HOST_DEVICE constexpr int value_bytes() const { return value_meta() + value_groups() * kPageTokens * 4; }
-  KVMIX_HOST_DEVICE constexpr int header() const { return key_bytes() + value_bytes(); }
-  KVMIX_HOST_DEVICE constexpr int bytes() const { return header() + kHeaderBytes; }
+  KVMIX_HOST_DEVICE constexpr int bytes() const { return key_bytes() + value_bytes(); }
 };
 
 }  // namespace kvmix::cuda

@@ -1,0 +1,536 @@
+// The decode kernel. A thread block of kWarps warps takes one item: a run of pages of one sequence and KV head. Each warp walks
+// every kWarps-th page alone, copying packed halves of records (keys, then values) through its own two buffers of shared memory
+// with cp.async, one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16 subnormals (tile_layout_cuda.h)
+// and query rows the eight columns, so codes cost one AND each pair and no conversion:
+//   score = sum_c q_c (mid_c + s_c (code - centre)):  s_c 2^-shift goes into Q, the rest is one number per page and row
+//   out_c = sum_t p_t (mid_t + s_t (code - centre)):  s_t goes into P, 2^-shift into the epilogue, the rest is a second sum
+// The softmax is in base 2; P is held at 2^kLift times its value over the running maximum of score + value exponent, so that
+// P * s_t stays inside fp16 with small weights well above its smallest numbers.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "codec/tile_layout_cuda.h"
+#include "kvmix/kvmix_cuda.h"
+
+namespace kvmix::cuda {
+
+inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kDim = kBlockChannels, kRows = 8, kFields = 8;
+inline constexpr int kMaxSplits = 256;
+inline constexpr float kLift = 12.0f;
+inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are
+
+struct AttendArguments {
+  const __half* q;
+  __half* out;
+  float* lse;
+  const uint8_t* records;
+  int64_t record_page_stride, record_head_stride;
+  const uint8_t* open_pages;
+  int64_t open_page_stride, open_head_stride;
+  const int32_t* page_table;
+  int64_t page_table_stride;
+  const kvmix_cuda_item* items;
+  float* partials;      // [slots][kRows][kDim], then [slots][kRows][2]: maximum, sum
+  float* partial_sums;
+  int32_t* tickets;
+  int kv_heads, group, q_tokens, sinks, sliding_window;
+  float scale, softcap;
+};
+
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline uint32_t transpose(uint32_t v) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(v));
+  return out;
+}
+__device__ inline uint32_t pack(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(h);
+}
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
+  const __half2 r = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(r);
+}
+__device__ inline float half_bits(uint32_t v) { return __half2float(__ushort_as_half(static_cast<unsigned short>(v))); }
+__device__ constexpr uint32_t both(uint32_t v) { return v | (v << 16); }
+// fp16 bits of 2^e, e in [-14, 15]
+__device__ inline uint32_t power_half(int e) { return both(static_cast<uint32_t>(e + 15) << 10); }
+__device__ inline float power(int e) { return __int_as_float((e + 127) << 23); }
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline void copy_async(void* to, const void* from) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(shared), "l"(from) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int pending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
+}
+
+// A lane's words of one block.
+template <int bits>
+__device__ inline void load_words(const uint8_t* block, int lane, uint32_t (&w)[block_words(bits)]) {
+  if constexpr (bits == 1) {
+    const uint2 v = reinterpret_cast<const uint2*>(block)[lane];
+    w[0] = v.x, w[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < block_words(bits) / 4; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(block + 512 * i)[lane];
+      w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+  }
+}
+
+// Operand A of a field: one AND a register, and one shift a word for the fields beyond the mantissa.
+template <int bits>
+__device__ inline void unpack(const uint32_t (&w)[block_words(bits)], int field, uint32_t (&a)[4]) {
+  constexpr int kInPlace = bits == 2 ? 10 : 8;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const CodePlace place = code_place(bits, r, field);
+    const bool above = place.bit >= kInPlace;
+    const uint32_t word = above ? w[place.word] >> kInPlace : w[place.word];
+    a[r] = word & both(((1u << bits) - 1) << (above ? place.bit - kInPlace : place.bit));
+  }
+}
+
+template <int key_bits_, int value_bits_, int key_group_, int value_group_, bool wide_>
+struct Config {
+  static constexpr RecordShape kShape{key_bits_, value_bits_, key_group_, value_group_};
+  static constexpr int key_bits = key_bits_, value_bits = value_bits_;
+  static constexpr int key_groups = kShape.key_groups(), value_groups = kShape.value_groups();
+  // Up to four query rows stand in the even columns: half the softmax.
+  static constexpr bool wide = wide_;
+  static constexpr int columns = wide ? 2 : 1;  // of a lane
+  static constexpr int stage_key = kShape.key_bytes(), stage_value = kShape.value_bytes();
+  static constexpr int ring = stage_key + stage_value;  // per warp
+  static constexpr int query_bytes = kFields * 32 * 8;
+  static constexpr int merge_bytes = kWarps * kRows * (kDim + 4) * 4;
+  static constexpr int ring_bytes = kWarps * ring > merge_bytes ? kWarps * ring : merge_bytes;
+  static constexpr int shared_bytes = ring_bytes + query_bytes;
+};
+
+template <class C>
+struct Warp {
+  float acc[kFields][4];
+  float top[2], sum[2], zero[C::value_groups][2];
+
+  __device__ void reset() {
+#pragma unroll
+    for (int f = 0; f < kFields; ++f)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[f][i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = kFloor, sum[i] = 0.0f;
+#pragma unroll
+      for (int g = 0; g < C::value_groups; ++g) zero[g][i] = 0.0f;
+    }
+  }
+
+  // Raw scores to weights at 2^kLift over the running maximum; `exponent` is the value scales'.
+  __device__ void softmax(float (&s)[kPageBlocks][4], const float (&factor)[2], int first, const int (&begin)[2],
+                          const int (&end)[2], bool masked, float softcap, int exponent, int lane) {
+    float best[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int b = 0; b < kPageBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = i & 1;
+        if (column >= C::columns) continue;
+        float x = s[b][i] * factor[column];
+        if (softcap > 0.0f) x = softcap * tanhf(x / softcap);
+        if (masked) {
+          const int position = first + 16 * b + lane / 4 + 8 * (i >> 1);
+          if (position < begin[column] || position >= end[column]) x = -INFINITY;
+        }
+        s[b][i] = x;
+        best[column] = fmaxf(best[column], x);
+      }
+    }
+    bool grows = false;
+#pragma unroll
+    for (int column = 0; column < C::columns; ++column) {
+      float m = best[column];
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, step));
+      best[column] = m + static_cast<float>(exponent);
+      // Weights may pass the old maximum twofold before everything is rescaled.
+      grows |= best[column] > top[column] + 1.0f;
+    }
+    if (__any_sync(~0u, grows)) {
+#pragma unroll
+      for (int column = 0; column < C::columns; ++column) {
+        const float next = fmaxf(top[column], best[column]);
+        const float shrink = exp2_fast(top[column] - next);
+        top[column] = next;
+        sum[column] *= shrink;
+#pragma unroll
+        for (int g = 0; g < C::value_groups; ++g) zero[g][column] *= shrink;
+#pragma unroll
+        for (int f = 0; f < kFields; ++f) acc[f][column] *= shrink, acc[f][column + 2] *= shrink;
+      }
+    }
+    float offset[2];
+#pragma unroll
+    for (int column = 0; column < C::columns; ++column) offset[column] = kLift - top[column];
+#pragma unroll
+    for (int b = 0; b < kPageBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = i & 1;
+        if (column >= C::columns) {
+          s[b][i] = 0.0f;
+          continue;
+        }
+        s[b][i] = exp2_fast(s[b][i] + offset[column]);
+        sum[column] += s[b][i];
+      }
+    }
+  }
+
+  // Scores of a packed key part against the query fragments.
+  __device__ void packed_scores(const uint8_t* part, const uint2* query, int exponent, float (&s)[kPageBlocks][4], int lane) {
+    constexpr int kBits = C::key_bits;
+    const uint32_t shrink = power_half(-exponent);
+    const uint4* meta = reinterpret_cast<const uint4*>(part + C::kShape.key_meta());
+#pragma unroll
+    for (int group = 0; group < C::key_groups; ++group) {
+      const uint4* scales = meta + group * (kDim / 8) + (lane % 4) * 4;
+      const uint4* mids = scales + C::key_groups * (kDim / 8);
+      uint32_t q0[kFields], q1[kFields];
+      float mid_sum[4] = {}, code_sum[4] = {};
+#pragma unroll
+      for (int f = 0; f < kFields; f += 2) {
+        const uint4 scale = scales[f / 2], mid = mids[f / 2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint2 q = query[(f + i) * 32 + lane];
+          const uint32_t m0 = i == 0 ? mid.x : mid.z, m1 = i == 0 ? mid.y : mid.w;
+          const uint32_t mid_rows[4] = {m0, m0, m1, m1};
+          mma(mid_sum, mid_rows, q.x, q.y);
+          const uint32_t lift = power_half(12 - field_shift(kBits, f + i));
+          q0[f + i] = multiply(multiply(q.x, lift), multiply(i == 0 ? scale.x : scale.z, shrink));
+          q1[f + i] = multiply(multiply(q.y, lift), multiply(i == 0 ? scale.y : scale.w, shrink));
+          const uint32_t top = both(((1u << kBits) - 1) << field_shift(kBits, f + i));
+          const uint32_t tops[4] = {top, top, top, top};
+          mma(code_sum, tops, q0[f + i], q1[f + i]);
+        }
+      }
+      const float mid_factor = power(-12 - exponent);
+      const float start0 = mid_sum[0] * mid_factor - 0.5f * code_sum[0], start1 = mid_sum[1] * mid_factor - 0.5f * code_sum[1];
+#pragma unroll
+      for (int b = 0; b < kPageBlocks / C::key_groups; ++b) {
+        const int block = group * (kPageBlocks / C::key_groups) + b;
+        uint32_t w[block_words(kBits)];
+        load_words<kBits>(part + kHeaderBytes + block * block_bytes(kBits), lane, w);
+        s[block][0] = s[block][2] = start0;
+        s[block][1] = s[block][3] = start1;
+#pragma unroll
+        for (int f = 0; f < kFields; ++f) {
+          uint32_t a[4];
+          unpack<kBits>(w, f, a);
+          mma(s[block], a, q0[f], q1[f]);
+        }
+      }
+    }
+  }
+
+  // Adds weights times a packed value part.
+  __device__ void packed_values(const uint8_t* part, const float (&p)[kPageBlocks][4], bool masked, int live, int lane) {
+    constexpr int kBits = C::value_bits;
+    constexpr float kCentre = ((1 << kBits) - 1) * 0.5f;
+    const uint2* meta = reinterpret_cast<const uint2*>(part + C::kShape.value_meta());
+#pragma unroll
+    for (int block = 0; block < kPageBlocks; ++block) {
+      uint32_t w[block_words(kBits)];
+      load_words<kBits>(part + block * block_bytes(kBits), lane, w);
+#pragma unroll
+      for (int group = 0; group < C::value_groups; ++group) {
+        const uint2 m = meta[group * (kPageTokens / 2) + block * 8 + lane / 4];
+        float s0 = half_bits(m.x & 0xffffu), s1 = half_bits(m.x >> 16);
+        float z0 = half_bits(m.y & 0xffffu) - kCentre * s0, z1 = half_bits(m.y >> 16) - kCentre * s1;
+        if (masked) {  // a slot without a token may hold NaN scales
+          const int slot = 16 * block + lane / 4;
+          if (slot >= live) s0 = z0 = 0.0f;
+          if (slot + 8 >= live) s1 = z1 = 0.0f;
+        }
+#pragma unroll
+        for (int column = 0; column < C::columns; ++column) {
+          zero[group][column] = fmaf(p[block][column], z0, fmaf(p[block][column + 2], z1, zero[group][column]));
+        }
+        const uint32_t b0 = transpose(pack(p[block][0] * s0, p[block][1] * s0));
+        const uint32_t b1 = transpose(pack(p[block][2] * s1, p[block][3] * s1));
+        constexpr int kGroupFields = kFields / C::value_groups;
+#pragma unroll
+        for (int i = 0; i < kGroupFields; ++i) {
+          const int f = group * kGroupFields + i;
+          uint32_t a[4];
+          unpack<kBits>(w, f, a);
+          mma(acc[f], a, b0, b1);
+        }
+      }
+    }
+  }
+
+  // An open page: fp16 rows straight from global memory. `s` comes out as scores in units of factor, as for packed keys.
+  __device__ void open_scores(const __half* keys, int live, const uint2* query, float (&s)[kPageBlocks][4], int lane) {
+    const int row = lane / 4, column = 2 * (lane % 4);
+    const auto load = [&](int token, int channel) {
+      return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * kDim + channel) : 0u;
+    };
+#pragma unroll
+    for (int block = 0; block < kPageBlocks; ++block) {
+      s[block][0] = s[block][1] = s[block][2] = s[block][3] = 0.0f;
+      if (16 * block >= live) continue;
+      const int token = 16 * block + row;
+#pragma unroll
+      for (int f = 0; f < kFields; ++f) {
+        const int channel = 16 * f + column;
+        const uint32_t a[4] = {load(token, channel), load(token + 8, channel), load(token, channel + 8), load(token + 8, channel + 8)};
+        const uint2 q = query[f * 32 + lane];
+        mma(s[block], a, q.x, q.y);
+      }
+    }
+  }
+
+  __device__ void open_values(const __half* values, int live, const float (&p)[kPageBlocks][4], int lane) {
+    const int row = lane / 4, column = 2 * (lane % 4);
+    const auto load = [&](int token, int channel) {
+      return transpose(token < live ? *reinterpret_cast<const uint32_t*>(values + token * kDim + channel) : 0u);
+    };
+    uint32_t b0[kPageBlocks], b1[kPageBlocks];
+#pragma unroll
+    for (int block = 0; block < kPageBlocks; ++block) {
+      b0[block] = transpose(pack(p[block][0], p[block][1]));
+      b1[block] = transpose(pack(p[block][2], p[block][3]));
+    }
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) {
+      float part[4] = {};
+#pragma unroll
+      for (int block = 0; block < kPageBlocks; ++block) {
+        if (16 * block >= live) continue;
+        const int token = 16 * block + row, channel = 16 * f + column;
+        const uint32_t a[4] = {load(token, channel), load(token, channel + 8), load(token + 8, channel),
+                               load(token + 8, channel + 8)};
+        mma(part, a, b0[block], b1[block]);
+      }
+      // Accumulators are in units of the packed codes.
+      const float unit = power(field_shift(C::value_bits, f) - 24);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[f][i] = fmaf(part[i], unit, acc[f][i]);
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 4) attend_kernel(const __grid_constant__ AttendArguments args) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ float row_factor[kRows];
+  __shared__ float weight[kMaxSplits];
+  __shared__ int last;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const kvmix_cuda_item item = args.items[blockIdx.x];
+  const int rows = args.group * args.q_tokens, q_heads = args.kv_heads * args.group;
+  const auto row_offset = [&](int row) {
+    const int token = row / args.group, head = item.kv_head * args.group + row % args.group;
+    return (static_cast<int64_t>(item.sequence) * args.q_tokens + token) * q_heads + head;
+  };
+
+  uint8_t* const ring = shared + warp * C::ring;
+  uint2* const query = reinterpret_cast<uint2*>(shared + C::ring_bytes);
+  const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
+  const auto record_of = [&](int page) {
+    return args.records + table[page] * args.record_page_stride + item.kv_head * args.record_head_stride;
+  };
+  const auto fetch = [&](int page, bool keys) {
+    if (page < item.page_end && table[page] >= 0) {
+      const uint8_t* from = record_of(page) + (keys ? 0 : C::stage_key);
+      uint8_t* to = ring + (keys ? 0 : C::stage_key);
+      const int bytes = keys ? C::stage_key : C::stage_value;
+#pragma unroll 4
+      for (int at = lane * 16; at < bytes; at += 512) copy_async(to + at, from + at);
+    }
+    commit_copies();
+  };
+  fetch(item.page_begin + warp, true);
+  fetch(item.page_begin + warp, false);
+
+  // Query rows, scaled by a power of two to at most 1, in fragment order.
+  __half* const fragments = reinterpret_cast<__half*>(query);
+  for (int column = warp; column < kRows; column += kWarps) {
+    const int row = C::wide ? column : column / 2;
+    const bool used = row < rows && (C::wide || column % 2 == 0);
+    float x[4] = {}, best = 0.0f;
+    if (used) {
+      const uint2 v = reinterpret_cast<const uint2*>(args.q + row_offset(row) * kDim)[lane];
+      x[0] = half_bits(v.x & 0xffffu), x[1] = half_bits(v.x >> 16), x[2] = half_bits(v.y & 0xffffu), x[3] = half_bits(v.y >> 16);
+      best = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+    const int exponent = best > 0.0f ? ilogbf(best) + 1 : 0;
+    if (used && lane == 0) row_factor[row] = args.scale * power(exponent);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int channel = 4 * lane + i, c = channel % 16;
+      const int slot = ((channel / 16) * 32 + column * 4 + (c % 8) / 2) * 4 + (c / 8) * 2 + c % 2;
+      fragments[slot] = __float2half(x[i] * power(-exponent));
+    }
+  }
+  __syncthreads();
+
+  // What each of this lane's columns may see.
+  float factor[2];
+  int begin[2], end[2], latest = 0x7fffffff, earliest = 0;
+#pragma unroll
+  for (int column = 0; column < C::columns; ++column) {
+    const int row = C::wide ? 2 * (lane % 4) + column : lane % 4;
+    factor[column] = row < rows ? row_factor[row] : 0.0f;
+    const int token = row < rows ? row / args.group : 0;
+    end[column] = item.length - (args.q_tokens - 1 - token);
+    begin[column] = args.sliding_window > 0 && end[column] > args.sliding_window ? end[column] - args.sliding_window : 0;
+  }
+  latest = item.length - (args.q_tokens - 1);  // all rows see up to here
+  earliest = args.sliding_window > 0 ? max(item.length - args.sliding_window, 0) : 0;
+
+  Warp<C> state;
+  state.reset();
+  for (int page = item.page_begin + warp; page < item.page_end; page += kWarps) {
+    const int first = args.sinks > 0 ? (page == 0 ? 0 : args.sinks + (page - 1) * kPageTokens) : page * kPageTokens;
+    const int room = args.sinks > 0 && page == 0 ? args.sinks : kPageTokens;
+    const int live = min(room, item.length - first);
+    const bool masked = live < kPageTokens || first + kPageTokens > latest || first < earliest;
+    const int32_t id = table[page];
+    float s[kPageBlocks][4], unit[2];
+    wait_copies<1>();
+    __syncwarp();
+    // A sink page is shorter than its slots: the rest belongs to the next page.
+    int page_end[2];
+#pragma unroll
+    for (int column = 0; column < C::columns; ++column) page_end[column] = min(end[column], first + live);
+    if (id >= 0) {
+      const int2 exponent = *reinterpret_cast<const int2*>(ring);
+      state.packed_scores(ring, query, exponent.x, s, lane);
+#pragma unroll
+      for (int column = 0; column < C::columns; ++column) unit[column] = factor[column] * power(12 + exponent.x);
+      __syncwarp();
+      fetch(page + kWarps, true);
+      state.softmax(s, unit, first, begin, page_end, masked, args.softcap, exponent.y, lane);
+      wait_copies<1>();
+      __syncwarp();
+      state.packed_values(ring + C::stage_key, s, masked, live, lane);
+      __syncwarp();
+      fetch(page + kWarps, false);
+    } else {
+      fetch(page + kWarps, true);
+      const __half* keys = reinterpret_cast<const __half*>(args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride +
+                                                           item.kv_head * args.open_head_stride);
+      state.open_scores(keys, live, query, s, lane);
+      state.softmax(s, factor, first, begin, page_end, masked, args.softcap, 0, lane);
+      state.open_values(keys + kPageTokens * kDim, live, s, lane);
+      wait_copies<1>();
+      fetch(page + kWarps, false);
+    }
+  }
+  wait_copies<0>();
+
+  // Sums over the lanes of a column, then over the warps through shared memory.
+#pragma unroll
+  for (int column = 0; column < C::columns; ++column) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      state.sum[column] += __shfl_xor_sync(~0u, state.sum[column], step);
+#pragma unroll
+      for (int g = 0; g < C::value_groups; ++g) state.zero[g][column] += __shfl_xor_sync(~0u, state.zero[g][column], step);
+    }
+  }
+  __syncthreads();
+  float* const merged = reinterpret_cast<float*>(shared);  // [warp][row][kDim], then [warp][row][2]
+  float* const merged_sums = merged + kWarps * kRows * kDim;
+#pragma unroll
+  for (int column = 0; column < C::columns; ++column) {
+    const int row = C::wide ? 2 * (lane % 4) + column : lane % 4;
+    if (row >= rows) continue;
+    float* to = merged + (warp * kRows + row) * kDim;
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) {
+      const float unit = power(24 - field_shift(C::value_bits, f));
+      const float zero = state.zero[f * C::value_groups / kFields][column];
+      to[16 * f + lane / 4] = fmaf(state.acc[f][column], unit, zero);
+      to[16 * f + lane / 4 + 8] = fmaf(state.acc[f][column + 2], unit, zero);
+    }
+    if (lane < 4) {
+      merged_sums[(warp * kRows + row) * 2] = state.top[column];
+      merged_sums[(warp * kRows + row) * 2 + 1] = state.sum[column];
+    }
+  }
+  __syncthreads();
+  const auto finish = [&](int row, float value, float top, float sum) {
+    const bool seen = sum > 0.0f;
+    args.out[row_offset(row) * kDim + threadIdx.x] = __float2half(seen ? value / sum : 0.0f);
+    if (args.lse != nullptr && threadIdx.x == 0) {
+      args.lse[row_offset(row)] = seen ? (top - kLift + log2f(sum)) * 0.693147180559945f : -INFINITY;
+    }
+  };
+  for (int row = 0; row < rows; ++row) {
+    float top = kFloor, sum = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, merged_sums[(w * kRows + row) * 2]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float scale = exp2_fast(merged_sums[(w * kRows + row) * 2] - top);
+      sum += scale * merged_sums[(w * kRows + row) * 2 + 1];
+      value += scale * merged[(w * kRows + row) * kDim + threadIdx.x];
+    }
+    if (item.splits == 1) {
+      finish(row, value, top, sum);
+    } else {
+      const int64_t slot = static_cast<int64_t>(item.partial + item.split) * kRows + row;
+      args.partials[slot * kDim + threadIdx.x] = value;
+      if (threadIdx.x == 0) args.partial_sums[slot * 2] = top, args.partial_sums[slot * 2 + 1] = sum;
+    }
+  }
+  if (item.splits == 1) return;
+
+  // The block that arrives last adds up the splits, in their order.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(args.tickets + item.ticket, 1) == item.splits - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int row = 0; row < rows; ++row) {
+    const auto slot = [&](int split) { return static_cast<int64_t>(item.partial + split) * kRows + row; };
+    float top = kFloor, sum = 0.0f, value = 0.0f;
+    for (int split = 0; split < item.splits; ++split) top = fmaxf(top, __ldcg(args.partial_sums + slot(split) * 2));
+    __syncthreads();
+    for (int split = threadIdx.x; split < item.splits; split += kThreads) {
+      weight[split] = exp2_fast(__ldcg(args.partial_sums + slot(split) * 2) - top);
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int split = 0; split < item.splits; ++split) {
+      sum = fmaf(weight[split], __ldcg(args.partial_sums + slot(split) * 2 + 1), sum);
+      value = fmaf(weight[split], __ldcg(args.partials + slot(split) * kDim + threadIdx.x), value);
+    }
+    finish(row, value, top, sum);
+  }
+  if (threadIdx.x == 0) args.tickets[item.ticket] = 0;
+}
+
+}  // namespace kvmix::cuda

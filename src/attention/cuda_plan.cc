@@ -1,0 +1,226 @@
+// The CUDA kernels' work list and C ABI. No device code: it is built, tested and answers without CUDA too.
+#include <algorithm>
+#include <span>
+#include <vector>
+
+#include "attention/cuda_support.h"
+#include "codec/record_cuda.h"
+
+namespace kvmix::cuda {
+namespace {
+
+thread_local std::string last_error;
+
+constexpr kvmix_cuda_format kFormats[] = {
+#define KVMIX_ATTEND(k, v, kg, vg) {kBlockChannels, k, v, kg, vg},
+#include "attention/attend_cuda_formats.inc"
+#undef KVMIX_ATTEND
+};
+
+constexpr int kResidentPerProcessor = 4, kMaxSplitsPerHead = 256, kPagesAtOnce = 4;
+
+int page_count(const kvmix_cuda_attend_params& p, int length) {
+  if (p.sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
+  return length == 0 ? 0 : 1 + (std::max(length - p.sinks, 0) + kPageTokens - 1) / kPageTokens;
+}
+
+// First page that the oldest query row of the sequence sees.
+int first_page(const kvmix_cuda_attend_params& p, int length) {
+  if (p.sliding_window == 0) return 0;
+  const int first = std::max(length - p.q_tokens + 1 - p.sliding_window, 0);
+  if (p.sinks == 0) return first / kPageTokens;
+  return first < p.sinks ? 0 : 1 + (first - p.sinks) / kPageTokens;
+}
+
+struct Plan {
+  std::vector<kvmix_cuda_item> items;
+};
+
+Plan make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
+  struct Run {
+    int begin, end;
+  };
+  std::vector<Run> runs;
+  int64_t pages = 0;
+  int longest = 1;
+  for (const int32_t length : lengths) {
+    if (length < 0) throw Error(Status::kInvalidArgument, "plan: length " + std::to_string(length) + " is negative");
+    runs.push_back({first_page(p, length), page_count(p, length)});
+    const int count = runs.back().end - runs.back().begin;
+    pages += static_cast<int64_t>(count) * p.kv_heads;
+    longest = std::max(longest, count);
+  }
+  // The chunk with the smallest estimated time: waves x (pages of a warp + a block's fixed cost, in pages of a warp).
+  constexpr double kFixed = 2.0;
+  int chunk = longest;
+  double best = -1.0;
+  for (int splits = 1; splits <= std::min(longest, kMaxSplitsPerHead); ++splits) {
+    int candidate = (longest + splits - 1) / splits;
+    if (candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
+    int64_t blocks = 0;
+    for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
+    const double waves = std::max(1.0, static_cast<double>(blocks) / slots);
+    const double full = waves <= 4.0 ? static_cast<double>((blocks + slots - 1) / slots) : waves + 0.5;
+    const double time = full * ((candidate + kPagesAtOnce - 1) / kPagesAtOnce + kFixed) + 0.02 * splits;
+    if (best < 0.0 || time < best) best = time, chunk = candidate;
+  }
+  Plan plan;
+  int ticket = 0;
+  for (size_t sequence = 0; sequence < runs.size(); ++sequence) {
+    const Run& r = runs[sequence];
+    // An empty sequence still gets a block, which writes zeros and -inf.
+    const int splits = std::max(1, (r.end - r.begin + chunk - 1) / chunk);
+    for (int head = 0; head < p.kv_heads; ++head) {
+      const int partial = static_cast<int>(plan.items.size());
+      for (int split = 0; split < splits; ++split) {
+        kvmix_cuda_item item{};
+        item.sequence = static_cast<int32_t>(sequence), item.kv_head = head;
+        item.page_begin = r.begin + split * chunk;
+        item.page_end = std::min(item.page_begin + chunk, r.end);
+        item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
+        item.length = lengths[sequence];
+        plan.items.push_back(item);
+      }
+      ++ticket;
+    }
+  }
+  return plan;
+}
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw Error(Status::kInvalidArgument, message);
+}
+
+template <class Body>
+kvmix_status guarded(const Body& body) {
+  try {
+    body();
+    return KVMIX_OK;
+  } catch (const Error& e) {
+    last_error = e.what();
+    return static_cast<kvmix_status>(e.status());
+  } catch (const std::bad_alloc&) {
+    last_error = "out of memory";
+    return KVMIX_OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace
+
+std::string format_name(const kvmix_cuda_format& f) {
+  return "int" + std::to_string(f.key_bits) + ".channel.g" + std::to_string(f.key_group) + " keys, int" +
+         std::to_string(f.value_bits) + ".token.g" + std::to_string(f.value_group) + " values, head_dim " +
+         std::to_string(f.head_dim);
+}
+
+std::string supported_formats() {
+  std::string text = "(key bits/value bits, key group/value group, head_dim)";
+  for (const kvmix_cuda_format& f : kFormats) {
+    text += " " + std::to_string(f.key_bits) + "/" + std::to_string(f.value_bits) + " g" + std::to_string(f.key_group) + "/g" +
+            std::to_string(f.value_group) + " " + std::to_string(f.head_dim);
+  }
+  return text;
+}
+
+void check_format(const kvmix_cuda_format& f) {
+  const auto same = [&](const kvmix_cuda_format& other) {
+    return f.head_dim == other.head_dim && f.key_bits == other.key_bits && f.value_bits == other.value_bits &&
+           f.key_group == other.key_group && f.value_group == other.value_group;
+  };
+  if (std::none_of(std::begin(kFormats), std::end(kFormats), same)) {
+    throw Error(Status::kUnsupported, "no CUDA kernel for " + format_name(f) + "; there are " + supported_formats());
+  }
+}
+
+void check_shape(const kvmix_cuda_attend_params& p) {
+  check_format(p.format);
+  require(p.sequences > 0 && p.kv_heads > 0 && p.q_heads > 0 && p.q_heads % p.kv_heads == 0,
+          "attend: q_heads " + std::to_string(p.q_heads) + " must be a multiple of kv_heads " + std::to_string(p.kv_heads));
+  require(p.q_tokens > 0, "attend: q_tokens must be positive");
+  const int64_t rows = static_cast<int64_t>(p.q_tokens) * (p.q_heads / p.kv_heads);
+  if (rows > 8) {
+    throw Error(Status::kUnsupported, "attend: " + std::to_string(rows) + " query rows per KV head; at most 8 (q_tokens x q_heads / kv_heads)");
+  }
+  require(p.sinks >= 0 && p.sinks <= kPageTokens, "attend: sinks " + std::to_string(p.sinks) + " not in 0..128");
+  require(p.sliding_window >= 0 && p.softcap >= 0.0f && p.scale >= 0.0f, "attend: negative sliding_window, softcap or scale");
+}
+
+WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p) {
+  const size_t tickets = static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * sizeof(int32_t);
+  return {(tickets + 255) / 256 * 256, 8 * 2 * sizeof(float), 8 * sizeof(float) * static_cast<size_t>(p.format.head_dim)};
+}
+
+#ifndef KVMIX_CUDA
+namespace {
+[[noreturn]] void no_cuda() {
+  throw Error(Status::kUnsupported, "CUDA is not available in this build; configure with -DKVMIX_CUDA=ON");
+}
+}  // namespace
+void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
+int resident_blocks() { no_cuda(); }
+#endif
+
+}  // namespace kvmix::cuda
+
+using namespace kvmix;
+using namespace kvmix::cuda;
+
+extern "C" {
+
+kvmix_status kvmix_cuda_record_bytes(const kvmix_cuda_format* format, size_t* bytes) {
+  return guarded([&] {
+    require(format != nullptr && bytes != nullptr, "record_bytes: null argument");
+    check_format(*format);
+    *bytes = static_cast<size_t>(record_shape(*format).bytes());
+  });
+}
+
+kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* format, const void* key_tile, const void* value_tile,
+                                          void* record) {
+  return guarded([&] {
+    require(format != nullptr && key_tile != nullptr && value_tile != nullptr && record != nullptr,
+            "record_from_tiles: null argument");
+    check_format(*format);
+    record_from_tiles(record_shape(*format), static_cast<const uint8_t*>(key_tile), static_cast<const uint8_t*>(value_tile),
+                      static_cast<uint8_t*>(record));
+  });
+}
+
+kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const void* record, void* key_tile,
+                                          void* value_tile) {
+  return guarded([&] {
+    require(format != nullptr && key_tile != nullptr && value_tile != nullptr && record != nullptr,
+            "tiles_from_record: null argument");
+    check_format(*format);
+    tiles_from_record(record_shape(*format), static_cast<const uint8_t*>(record), static_cast<uint8_t*>(key_tile),
+                      static_cast<uint8_t*>(value_tile));
+  });
+}
+
+kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
+                             kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes) {
+  return guarded([&] {
+    require(params != nullptr && lengths != nullptr && item_count != nullptr && workspace_bytes != nullptr, "plan: null argument");
+    check_shape(*params);
+    const int resident = slots > 0 ? slots : resident_blocks() * kResidentPerProcessor;
+    const Plan plan = make_plan(*params, {lengths, static_cast<size_t>(params->sequences)}, resident);
+    const auto count = static_cast<int32_t>(plan.items.size());
+    if (items != nullptr) {
+      require(capacity >= count, "plan: " + std::to_string(count) + " items do not fit a capacity of " + std::to_string(capacity));
+      std::copy(plan.items.begin(), plan.items.end(), items);
+    }
+    *item_count = count;
+    *workspace_bytes = workspace_layout(*params).bytes(count);
+  });
+}
+
+kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params) {
+  return guarded([&] {
+    require(params != nullptr, "attend: null argument");
+    attend(*params);
+  });
+}
+
+const char* kvmix_cuda_last_error(void) { return last_error.c_str(); }
+
+}  // extern "C"

@@ -1,0 +1,30 @@
+// What the host sides of the CUDA kernels share: checks of shapes, names of formats, the workspace's parts.
+#pragma once
+
+#include <string>
+
+#include "codec/tile_layout_cuda.h"
+#include "kvmix/error.h"
+#include "kvmix/kvmix_cuda.h"
+
+namespace kvmix::cuda {
+
+std::string format_name(const kvmix_cuda_format& format);
+std::string supported_formats();
+// Throws kUnsupported for a format without a kernel, kInvalidArgument for one that cannot be.
+void check_format(const kvmix_cuda_format& format);
+void check_shape(const kvmix_cuda_attend_params& params);
+inline RecordShape record_shape(const kvmix_cuda_format& f) { return {f.key_bits, f.value_bits, f.key_group, f.value_group}; }
+
+// Tickets, then per item 8 rows of (maximum, sum), then per item 8 rows of head_dim.
+struct WorkspaceLayout {
+  size_t ticket_bytes, sum_bytes, partial_bytes;
+  size_t bytes(int32_t items) const { return ticket_bytes + (sum_bytes + partial_bytes) * static_cast<size_t>(items); }
+};
+WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
+
+// Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
+void attend(const kvmix_cuda_attend_params& params);
+int resident_blocks();  // multiprocessors of the current device
+
+}  // namespace kvmix::cuda
