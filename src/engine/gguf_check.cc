@@ -4,7 +4,6 @@
 
 #include <cctype>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 #include <unordered_set>
 
@@ -17,96 +16,12 @@ namespace {
   throw Error(Status::kCorrupt, path + ": " + what + "; obtain the file again");
 }
 
-// Walks bytes without ever leaving them.
-class Walker {
- public:
-  Walker(const char* data, size_t bytes, const std::string& path) : data_(data), left_(bytes), path_(path) {}
-
-  template <typename T>
-  T read() {
-    T value;
-    std::memcpy(&value, take(sizeof value), sizeof value);
-    return value;
-  }
-  std::string_view text() {
-    const auto n = read<uint64_t>();
-    return {take(n), n};
-  }
-  const char* take(uint64_t n) {
-    if (n > left_) corrupt(path_, "its header reaches beyond the end of the file");
-    const char* at = data_;
-    data_ += n;
-    left_ -= n;
-    return at;
-  }
-  void skip_each(uint64_t n, uint64_t bytes) {
-    if (n > left_ / bytes) corrupt(path_, "its header reaches beyond the end of the file");
-    take(n * bytes);
-  }
-
- private:
-  const char* data_;
-  uint64_t left_;
-  const std::string& path_;
-};
-
-uint64_t scalar_bytes(uint32_t type, const std::string& path) {
-  switch (type) {
-    case GGUF_TYPE_UINT8:
-    case GGUF_TYPE_INT8:
-    case GGUF_TYPE_BOOL:
-      return 1;
-    case GGUF_TYPE_UINT16:
-    case GGUF_TYPE_INT16:
-      return 2;
-    case GGUF_TYPE_UINT32:
-    case GGUF_TYPE_INT32:
-    case GGUF_TYPE_FLOAT32:
-      return 4;
-    case GGUF_TYPE_UINT64:
-    case GGUF_TYPE_INT64:
-    case GGUF_TYPE_FLOAT64:
-      return 8;
-    default:
-      corrupt(path, "a metadata value has the unknown type " + std::to_string(type));
-  }
-}
-
-void skip_values(Walker& walk, uint32_t type, uint64_t n, const std::string& path) {
-  if (type != GGUF_TYPE_STRING) return walk.skip_each(n, scalar_bytes(type, path));
-  for (uint64_t i = 0; i < n; ++i) walk.text();
-}
-
 bool is_byte_text(std::string_view text) {
   return text.size() == 6 && text.starts_with("<0x") && text.back() == '>' &&
          std::isxdigit(static_cast<unsigned char>(text[3])) != 0 && std::isxdigit(static_cast<unsigned char>(text[4])) != 0;
 }
 
 }  // namespace
-
-void check_gguf_header(const char* data, size_t bytes, const std::string& path) {
-  if (bytes < 24 || std::memcmp(data, "GGUF", 4) != 0) {
-    throw Error(Status::kCorrupt, path + " is not a GGUF file; give a model in GGUF format");
-  }
-  Walker walk(data + 4, bytes - 4, path);
-  const auto version = walk.read<uint32_t>();
-  if (version < 2 || version > GGUF_VERSION) {
-    throw Error(Status::kUnsupported, path + ": GGUF version " + std::to_string(version) + "; versions 2 to " +
-                                          std::to_string(GGUF_VERSION) + " are supported");
-  }
-  walk.read<uint64_t>();  // number of tensors; gguf checks their descriptions itself
-  const auto count = walk.read<uint64_t>();
-  for (uint64_t i = 0; i < count; ++i) {
-    if (walk.text().empty()) corrupt(path, "metadata key " + std::to_string(i) + " has no name");
-    const auto type = walk.read<uint32_t>();
-    if (type != GGUF_TYPE_ARRAY) {
-      skip_values(walk, type, 1, path);
-      continue;
-    }
-    const auto element = walk.read<uint32_t>();
-    skip_values(walk, element, walk.read<uint64_t>(), path);
-  }
-}
 
 void check_tokenizer(const gguf_context* gguf, const std::string& path) {
   const int64_t model = gguf_find_key(gguf, "tokenizer.ggml.model");

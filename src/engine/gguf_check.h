@@ -1,18 +1,16 @@
-// What must hold of a GGUF before ggml and libllama may read it: both end the process on input that breaks their
-// assumptions, so those are checked here first. Errors name the file, the field and the remedy.
+// What must hold of a GGUF before libllama builds its vocabulary and ggml computes with its weights: both end the process on
+// input that breaks their assumptions, so those are checked here first; gguf's own reader checks the header. Errors name the
+// file, the field and the remedy.
 #pragma once
 
 #include <ggml.h>
 #include <gguf.h>
 #include <llama.h>
 
-#include <cstddef>
 #include <string>
 
 namespace kvmix {
 
-// Header and metadata keys of a mapped file, before gguf_init_from_file. Throws kCorrupt.
-void check_gguf_header(const char* data, size_t bytes, const std::string& path);
 // Token texts and types, before libllama builds its vocabulary. Throws kCorrupt or kUnsupported.
 void check_tokenizer(const gguf_context* gguf, const std::string& path);
 // The special tokens that libllama would insert. Throws kCorrupt.

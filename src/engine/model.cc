@@ -56,7 +56,9 @@ MappedFile::~MappedFile() { munmap(data_, bytes_); }
 
 GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
   quiet_libraries();
-  check_gguf_header(file_.data(), file_.bytes(), path);
+  if (file_.bytes() < 4 || std::memcmp(file_.data(), "GGUF", 4) != 0) {
+    throw Error(Status::kCorrupt, path + " is not a GGUF file; give a model in GGUF format");
+  }
   ggml_context* meta = nullptr;
   const GgufContext gguf(gguf_init_from_file(path.c_str(), {true, &meta}));
   const GgmlContext meta_owner(meta);

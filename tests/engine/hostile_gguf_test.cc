@@ -70,8 +70,12 @@ TEST_F(HostileGguf, MislabelledFilesAreRefused) {
 
 TEST_F(HostileGguf, AMetadataKeyWithoutNameIsRefused) {
   // The first key's length stands behind magic, version and two counts.
+  constexpr size_t kLengthAt = 24, kNameAt = 32;
+  uint64_t length = 0;
   std::string bytes = bytes_;
-  std::memset(&bytes[24], 0, 8);
+  std::memcpy(&length, &bytes[kLengthAt], sizeof length);
+  std::memset(&bytes[kLengthAt], 0, sizeof length);
+  bytes.erase(kNameAt, length);
   EXPECT_TRUE(refuses(bytes));
 }
 

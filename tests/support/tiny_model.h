@@ -24,6 +24,7 @@ struct TinyModel {
   bool qkv_bias = false, qk_norm = false, post_norms = false, output_head = false, rope_factors = false;
   std::string rope_scaling = {};  // empty: none
   int sliding_window = 0;
+  float rope_base = 20000.0f;
   static constexpr int kDim = 128, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kFfn = 192, kContext = 1024;
 };
 
@@ -64,7 +65,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
   number("attention.key_length", TinyModel::kHeadDim);
   number("attention.value_length", TinyModel::kHeadDim);
   real("attention.layer_norm_rms_epsilon", 1e-6f);
-  real("rope.freq_base", 20000.0f);
+  real("rope.freq_base", m.rope_base);
   if (m.sliding_window > 0) number("attention.sliding_window", m.sliding_window);
   if (!m.rope_scaling.empty()) {
     gguf_set_val_str(gguf.get(), (a + ".rope.scaling.type").c_str(), m.rope_scaling.c_str());
