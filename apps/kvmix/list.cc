@@ -59,7 +59,6 @@ int list(const Common& common) {
       json["kernels"].push_back({{"name", k.name}, {"description", k.description}, {"available", k.available}});
     }
     json["decode_kernel"] = used.kernel;
-    json["instruction_set"] = used.isa;
     print_json(json);
     return kExitOk;
   }
@@ -75,7 +74,7 @@ int list(const Common& common) {
   for (const auto& kernel : attention_kernels()) {
     fmt::print("  {:<16} {}{}\n", kernel.name, kernel.description, kernel.available ? "" : " (not on this machine)");
   }
-  fmt::print("\ndecode runs on {} ({})\n", used.kernel, used.isa);
+  fmt::print("\ndecode runs on {} here\n", used.kernel);
   return kExitOk;
 }
 

@@ -67,8 +67,7 @@ nlohmann::json result_json(Engine& engine, const GenerateResult& result) {
           {"decode_tokens_per_s", decode_rate(result)},
           {"cache_bytes", memory.total_bytes},
           {"cache_tokens", memory.tokens},
-          {"kernel", stats.kernel},
-          {"instruction_set", stats.isa}};
+          {"kernel", stats.kernel}};
 }
 
 }  // namespace kvmix::app

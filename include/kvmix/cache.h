@@ -82,9 +82,8 @@ struct MemoryReport {
 };
 
 struct CacheStats {
-  std::string kernel;  // decode kernel that ran, e.g. "avx512-vnni"; per-layer mixes are joined with '+'
-  std::string isa;
-  int64_t sealed_pages = 0;                                         // since creation
+  std::string kernel;        // decode kernel that ran, e.g. "avx512-vnni"; per-layer mixes are joined with '+'
+  int64_t sealed_pages = 0;  // since creation
   double seal_seconds = 0, append_seconds = 0, attend_seconds = 0;  // summed over threads
 };
 

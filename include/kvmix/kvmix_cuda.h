@@ -57,7 +57,8 @@ typedef struct kvmix_cuda_attend_params {
   int64_t record_page_stride, record_head_stride;
   const void* open_pages; /* likewise for open pages */
   int64_t open_page_stride, open_head_stride;
-  const int32_t* page_table; /* [sequences][page_table_stride]: id >= 0 of a record, or ~id of an open page, in position order */
+  const int32_t*
+      page_table; /* [sequences][page_table_stride]: id >= 0 of a record, or ~id of an open page, in position order */
   int64_t page_table_stride;
   const kvmix_cuda_item* items; /* device copy of what kvmix_cuda_plan wrote */
   int32_t item_count;

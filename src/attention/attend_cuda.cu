@@ -28,7 +28,8 @@ void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments)
 template <int key_bits, int value_bits, int key_group, int value_group>
 bool try_launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
   const kvmix_cuda_format& f = p.format;
-  if (f.key_bits != key_bits || f.value_bits != value_bits || f.key_group != key_group || f.value_group != value_group) return false;
+  if (f.key_bits != key_bits || f.value_bits != value_bits || f.key_group != key_group || f.value_group != value_group)
+    return false;
   if (arguments.group * arguments.q_tokens > 4) {
     launch<Config<key_bits, value_bits, key_group, value_group, true>>(p, arguments);
   } else {
@@ -71,14 +72,19 @@ void attend(const kvmix_cuda_attend_params& p) {
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
       ;
-  if (!launched) throw Error(Status::kUnsupported, "attend: no kernel for " + format_name(p.format) + "; there are " + supported_formats());
+  if (!launched)
+    throw Error(Status::kUnsupported, "attend: no kernel for " + format_name(p.format) + "; there are " + supported_formats());
 }
 
-int resident_blocks() {
-  int device = 0, processors = 0;
+int resident_blocks(const RecordShape& shape) {
+  int device = 0, processors = 0, shared = 0;
   check(cudaGetDevice(&device), "plan: device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "plan: device");
-  return processors;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "plan: device");
+  // Two buffers a warp, the query fragments, 1.1 KB of static variables and 1 KB that the driver keeps.
+  const int block = kWarps * shape.bytes() + kFields * 32 * 8 + 2200;
+  const int most = shared / block < kBlocksPerProcessor ? shared / block : kBlocksPerProcessor;
+  return processors * (most > 0 ? most : 1);
 }
 
 }  // namespace kvmix::cuda

@@ -18,7 +18,7 @@
 namespace kvmix::cuda {
 
 inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kDim = kBlockChannels, kRows = 8, kFields = 8;
-inline constexpr int kMaxSplits = 256;
+inline constexpr int kMaxSplits = 256, kBlocksPerProcessor = 4;
 inline constexpr float kLift = 12.0f;
 inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are
 
@@ -33,7 +33,7 @@ struct AttendArguments {
   const int32_t* page_table;
   int64_t page_table_stride;
   const kvmix_cuda_item* items;
-  float* partials;      // [slots][kRows][kDim], then [slots][kRows][2]: maximum, sum
+  float* partials;  // [slots][kRows][kDim], then [slots][kRows][2]: maximum, sum
   float* partial_sums;
   int32_t* tickets;
   int kv_heads, group, q_tokens, sinks, sliding_window;
@@ -119,7 +119,7 @@ struct Config {
   static constexpr int ring = stage_key + stage_value;  // per warp
   static constexpr int query_bytes = kFields * 32 * 8;
   static constexpr int merge_bytes = kWarps * kRows * (kDim + 4) * 4;
-  static constexpr int ring_bytes = kWarps * ring > merge_bytes ? kWarps * ring : merge_bytes;
+  static constexpr int ring_bytes = kWarps * ring > merge_bytes ? kWarps* ring : merge_bytes;
   static constexpr int shared_bytes = ring_bytes + query_bytes;
 };
 
@@ -300,7 +300,8 @@ struct Warp {
 #pragma unroll
       for (int f = 0; f < kFields; ++f) {
         const int channel = 16 * f + column;
-        const uint32_t a[4] = {load(token, channel), load(token + 8, channel), load(token, channel + 8), load(token + 8, channel + 8)};
+        const uint32_t a[4] = {load(token, channel), load(token + 8, channel), load(token, channel + 8),
+                               load(token + 8, channel + 8)};
         const uint2 q = query[f * 32 + lane];
         mma(s[block], a, q.x, q.y);
       }
@@ -338,7 +339,7 @@ struct Warp {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 4) attend_kernel(const __grid_constant__ AttendArguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(const __grid_constant__ AttendArguments args) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float row_factor[kRows];
   __shared__ float weight[kMaxSplits];
@@ -378,7 +379,8 @@ __global__ void __launch_bounds__(kThreads, 4) attend_kernel(const __grid_consta
     float x[4] = {}, best = 0.0f;
     if (used) {
       const uint2 v = reinterpret_cast<const uint2*>(args.q + row_offset(row) * kDim)[lane];
-      x[0] = half_bits(v.x & 0xffffu), x[1] = half_bits(v.x >> 16), x[2] = half_bits(v.y & 0xffffu), x[3] = half_bits(v.y >> 16);
+      x[0] = half_bits(v.x & 0xffffu), x[1] = half_bits(v.x >> 16), x[2] = half_bits(v.y & 0xffffu),
+      x[3] = half_bits(v.y >> 16);
       best = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
     }
 #pragma unroll

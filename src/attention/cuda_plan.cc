@@ -17,7 +17,7 @@ constexpr kvmix_cuda_format kFormats[] = {
 #undef KVMIX_ATTEND
 };
 
-constexpr int kResidentPerProcessor = 4, kMaxSplitsPerHead = 256, kPagesAtOnce = 4;
+constexpr int kMaxSplitsPerHead = 256, kPagesAtOnce = 4;
 
 int page_count(const kvmix_cuda_attend_params& p, int length) {
   if (p.sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
@@ -108,7 +108,7 @@ kvmix_status guarded(const Body& body) {
 }  // namespace
 
 std::string format_name(const kvmix_cuda_format& f) {
-  return "int" + std::to_string(f.key_bits) + ".channel.g" + std::to_string(f.key_group) + " keys, int" +
+  return std::string("int") + std::to_string(f.key_bits) + ".channel.g" + std::to_string(f.key_group) + " keys, int" +
          std::to_string(f.value_bits) + ".token.g" + std::to_string(f.value_group) + " values, head_dim " +
          std::to_string(f.head_dim);
 }
@@ -116,8 +116,8 @@ std::string format_name(const kvmix_cuda_format& f) {
 std::string supported_formats() {
   std::string text = "(key bits/value bits, key group/value group, head_dim)";
   for (const kvmix_cuda_format& f : kFormats) {
-    text += " " + std::to_string(f.key_bits) + "/" + std::to_string(f.value_bits) + " g" + std::to_string(f.key_group) + "/g" +
-            std::to_string(f.value_group) + " " + std::to_string(f.head_dim);
+    text += std::string(" ") + std::to_string(f.key_bits) + "/" + std::to_string(f.value_bits) + " g" +
+            std::to_string(f.key_group) + "/g" + std::to_string(f.value_group) + " " + std::to_string(f.head_dim);
   }
   return text;
 }
@@ -139,7 +139,8 @@ void check_shape(const kvmix_cuda_attend_params& p) {
   require(p.q_tokens > 0, "attend: q_tokens must be positive");
   const int64_t rows = static_cast<int64_t>(p.q_tokens) * (p.q_heads / p.kv_heads);
   if (rows > 8) {
-    throw Error(Status::kUnsupported, "attend: " + std::to_string(rows) + " query rows per KV head; at most 8 (q_tokens x q_heads / kv_heads)");
+    throw Error(Status::kUnsupported,
+                "attend: " + std::to_string(rows) + " query rows per KV head; at most 8 (q_tokens x q_heads / kv_heads)");
   }
   require(p.sinks >= 0 && p.sinks <= kPageTokens, "attend: sinks " + std::to_string(p.sinks) + " not in 0..128");
   require(p.sliding_window >= 0 && p.softcap >= 0.0f && p.scale >= 0.0f, "attend: negative sliding_window, softcap or scale");
@@ -157,7 +158,7 @@ namespace {
 }
 }  // namespace
 void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
-int resident_blocks() { no_cuda(); }
+int resident_blocks(const RecordShape&) { no_cuda(); }
 #endif
 
 }  // namespace kvmix::cuda
@@ -200,13 +201,15 @@ kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const
 kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
                              kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes) {
   return guarded([&] {
-    require(params != nullptr && lengths != nullptr && item_count != nullptr && workspace_bytes != nullptr, "plan: null argument");
+    require(params != nullptr && lengths != nullptr && item_count != nullptr && workspace_bytes != nullptr,
+            "plan: null argument");
     check_shape(*params);
-    const int resident = slots > 0 ? slots : resident_blocks() * kResidentPerProcessor;
+    const int resident = slots > 0 ? slots : resident_blocks(record_shape(params->format));
     const Plan plan = make_plan(*params, {lengths, static_cast<size_t>(params->sequences)}, resident);
     const auto count = static_cast<int32_t>(plan.items.size());
     if (items != nullptr) {
-      require(capacity >= count, "plan: " + std::to_string(count) + " items do not fit a capacity of " + std::to_string(capacity));
+      require(capacity >= count,
+              "plan: " + std::to_string(count) + " items do not fit a capacity of " + std::to_string(capacity));
       std::copy(plan.items.begin(), plan.items.end(), items);
     }
     *item_count = count;

@@ -42,7 +42,8 @@ void each_scale(const RecordShape& shape, bool key, const Visit& visit) {
   const int groups = scale_groups(spec, kBlockChannels);
   for (int g = 0; g < groups; ++g) {
     for (int i = 0; i < 128; ++i) {  // channels of a key group, tokens of a value group
-      const int index = key ? scale_index(spec, kBlockChannels, g * spec.group, i) : scale_index(spec, kBlockChannels, i, g * spec.group);
+      const int index =
+          key ? scale_index(spec, kBlockChannels, g * spec.group, i) : scale_index(spec, kBlockChannels, i, g * spec.group);
       if (key) {
         const int at = g * kBlockChannels + key_scale_slot(i);
         visit(index, 2 * at, 2 * (at + groups * kBlockChannels));

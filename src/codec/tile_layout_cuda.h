@@ -102,9 +102,7 @@ KVMIX_HOST_DEVICE constexpr int key_scale_slot(int channel) {
   return ((c % 8) / 2) * 32 + (channel / 16) * 4 + (c / 8) * 2 + c % 2;
 }
 // Index of a value scale in its channel group; its midpoint is two further.
-KVMIX_HOST_DEVICE constexpr int value_scale_slot(int token) {
-  return ((token / 16) * 8 + token % 8) * 4 + (token / 8) % 2;
-}
+KVMIX_HOST_DEVICE constexpr int value_scale_slot(int token) { return ((token / 16) * 8 + token % 8) * 4 + (token / 8) % 2; }
 
 struct RecordShape {
   int key_bits, value_bits, key_group, value_group;  // head_dim is kBlockChannels

@@ -2,9 +2,47 @@
 
 #include <algorithm>
 #include <thread>
+#include <vector>
 
 namespace kvmix {
 namespace {
+
+// The lengths at which a cache of this configuration seals pages when it is fed one token at a time, ascending: found by
+// feeding one to small caches with the same sinks and windows.
+std::vector<int64_t> seal_lengths(const CacheConfig& config, int64_t context) {
+  CacheConfig probe;
+  for (const LayerConfig& layer : config.layers) {
+    const bool known = std::any_of(probe.layers.begin(), probe.layers.end(), [&](const LayerConfig& p) {
+      return p.sinks == layer.sinks && p.window == layer.window && p.key.codec == layer.key.codec &&
+             p.value.codec == layer.value.codec;
+    });
+    if (known) continue;
+    LayerConfig small;
+    small.q_heads = small.kv_heads = 1;
+    small.head_dim = 32;
+    small.scale = 1;
+    small.sinks = layer.sinks;
+    small.window = layer.window;
+    small.key.codec = layer.key.codec;
+    small.value.codec = layer.value.codec;
+    probe.layers.push_back(small);
+  }
+  Cache cache(probe);
+  const StepItem token{cache.create(), 1};
+  const std::vector<float> row(32);
+  std::vector<int64_t> lengths;
+  int64_t sealed = 0;
+  for (int64_t length = 0; length < context; ++length) {
+    cache.begin_step({&token, 1});
+    for (size_t l = 0; l < probe.layers.size(); ++l) cache.append(static_cast<int>(l), row.data(), 32, row.data(), 32, 0, 1);
+    cache.end_step();
+    if (const int64_t now = cache.stats().sealed_pages; now != sealed) {
+      sealed = now;
+      lengths.push_back(length);
+    }
+  }
+  return lengths;
+}
 
 class Ours final : public Contender {
  public:
@@ -15,6 +53,7 @@ class Ours final : public Contender {
     options.kernel = o.kernel;
     options.exact = o.exact;
     options.force_plan = o.force_plan;
+    seals_ = seal_lengths(cache_config(plan, model->shape()), o.context);
     engine_ = std::make_unique<Engine>(std::move(model), plan, options);
     clear();
   }
@@ -39,7 +78,10 @@ class Ours final : public Contender {
     ids_.clear();
     for (int s = 0; s < sequences_; ++s) ids_.push_back(engine_->cache().create());
   }
-  int64_t first_chunk() const override { return engine_->plan().sinks + kPageTokens; }
+  int64_t chunk_end(int64_t from) const override {
+    const auto next = std::upper_bound(seals_.begin(), seals_.end(), from);
+    return next == seals_.end() ? from + kPageTokens : std::min(*next, from + kPageTokens);
+  }
   size_t cache_bytes(int64_t) const override {
     const MemoryReport memory = engine_->cache().memory();
     return memory.total_bytes / ids_.size();
@@ -51,6 +93,7 @@ class Ours final : public Contender {
   std::unique_ptr<Engine> engine_;
   std::vector<SequenceId> ids_;
   std::vector<EngineItem> items_;
+  std::vector<int64_t> seals_;
 };
 
 class Theirs final : public Contender {
@@ -71,7 +114,7 @@ class Theirs final : public Contender {
   }
   void truncate(int64_t n) override { peer_.truncate(n); }
   void clear() override { peer_.clear(); }
-  int64_t first_chunk() const override { return kPageTokens; }
+  int64_t chunk_end(int64_t from) const override { return from + kPageTokens; }
   size_t cache_bytes(int64_t tokens) const override { return peer_.cache_bytes(model_->shape(), tokens); }
   std::string kernel() const override { return "ggml"; }
 

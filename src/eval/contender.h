@@ -28,8 +28,9 @@ class Contender {
   // Sequences go back to n tokens.
   virtual void truncate(int64_t n) = 0;
   virtual void clear() = 0;
-  // Tokens of the first and the following chunks such that chunked feeding stores and sees what decoding one by one would.
-  virtual int64_t first_chunk() const = 0;
+  // Where a chunk that starts at `from` may end at the latest, so that chunked feeding stores and sees what decoding one by
+  // one would: no page is sealed between two tokens of a chunk. At most kPageTokens away.
+  virtual int64_t chunk_end(int64_t from) const = 0;
   virtual size_t cache_bytes(int64_t tokens) const = 0;  // of one sequence now
   virtual std::string kernel() const = 0;
 };

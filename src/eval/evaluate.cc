@@ -43,7 +43,7 @@ class Evaluation {
     ContenderOptions contender;
     contender.context = options.context;
     contender.threads = threads_;
-    contender.chunk_tokens = 4096 + kPageTokens;  // the largest first chunk
+    contender.chunk_tokens = kPageTokens;
     contender.kernel = options.kernel;
     contender.exact = options.exact;
     contender.force_plan = options.force_plan;
@@ -79,9 +79,7 @@ class Evaluation {
   std::vector<Tally>& tallies() { return tallies_; }
 
  private:
-  int64_t next_end(const Contender& c, int64_t fed) const {
-    return std::min(options_.context, fed == 0 ? c.first_chunk() : fed + kPageTokens);
-  }
+  int64_t next_end(const Contender& c, int64_t fed) const { return std::min(options_.context, c.chunk_end(fed)); }
 
   bool scored(int64_t position) const { return position >= first_scored_ && position + 1 < options_.context; }
 
