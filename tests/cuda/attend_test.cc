@@ -1,0 +1,300 @@
+// The decode kernel against a double-precision oracle on the same codes. Needs a GPU; skips loudly without one.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "base/fp16.h"
+#include "codec/tile_layout.h"
+#include "kvmix/codec.h"
+#include "kvmix/kvmix_cuda.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kDim = 128;
+
+#define ASSERT_CUDA(call) ASSERT_EQ(call, cudaSuccess)
+
+bool has_gpu() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+// A tile at a 64-byte boundary.
+class AlignedBytes {
+ public:
+  explicit AlignedBytes(size_t bytes) : storage_(bytes + 64), size_(bytes) {}
+  std::byte* data() { return storage_.data() + shift(); }
+  const std::byte* data() const { return storage_.data() + shift(); }
+  size_t size() const { return size_; }
+  friend bool operator==(const AlignedBytes& a, const AlignedBytes& b) {
+    return a.size_ == b.size_ && std::memcmp(a.data(), b.data(), a.size_) == 0;
+  }
+
+ private:
+  size_t shift() const { return (64 - reinterpret_cast<uintptr_t>(storage_.data()) % 64) % 64; }
+  std::vector<std::byte> storage_;
+  size_t size_;
+};
+
+struct DeviceBytes {
+  void* data = nullptr;
+  explicit DeviceBytes(size_t bytes) {
+    if (cudaMalloc(&data, std::max<size_t>(bytes, 16)) != cudaSuccess) data = nullptr;
+  }
+  DeviceBytes(const DeviceBytes&) = delete;
+  DeviceBytes& operator=(const DeviceBytes&) = delete;
+  ~DeviceBytes() { cudaFree(data); }
+  template <class T>
+  void upload(const std::vector<T>& v) {
+    ASSERT_CUDA(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+};
+
+struct Case {
+  kvmix_cuda_format format;
+  int q_heads, kv_heads, q_tokens, sinks, open, sliding_window, slots;
+  float softcap;
+  std::vector<int32_t> lengths;
+  float scale_of_values = 1.0f;
+};
+
+// Everything of one case: pages, tables, and the values that the pages stand for.
+class World {
+ public:
+  explicit World(const Case& c) : c_(c), random_(7) {
+    EXPECT_EQ(kvmix_cuda_record_bytes(&c.format, &record_bytes_), KVMIX_OK) << kvmix_cuda_last_error();
+    key_.bits = c.format.key_bits, key_.axis = Axis::kChannel, key_.group = c.format.key_group;
+    value_.bits = c.format.value_bits, value_.axis = Axis::kToken, value_.group = c.format.value_group;
+    table_stride_ = 1;
+    for (int length : c.lengths) table_stride_ = std::max(table_stride_, pages(length) + 1);
+    const size_t sequences = c.lengths.size();
+    table_.assign(sequences * static_cast<size_t>(table_stride_), 1 << 30);
+    keys_.resize(sequences * static_cast<size_t>(c.kv_heads));
+    values_ = keys_;
+    for (size_t s = 0; s < sequences; ++s) {
+      for (int h = 0; h < c.kv_heads; ++h) {
+        keys_[s * static_cast<size_t>(c.kv_heads) + static_cast<size_t>(h)].resize(static_cast<size_t>(c.lengths[s]) * kDim);
+        values_[s * static_cast<size_t>(c.kv_heads) + static_cast<size_t>(h)].resize(static_cast<size_t>(c.lengths[s]) * kDim);
+      }
+      for (int page = 0; page < pages(c.lengths[s]); ++page) add_page(s, page);
+    }
+    q_.resize(sequences * static_cast<size_t>(c.q_tokens * c.q_heads) * kDim);
+    std::normal_distribution<float> normal;
+    for (auto& x : q_) x = f32_to_f16(3.0f * normal(random_));
+  }
+
+  int pages(int length) const {
+    if (c_.sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
+    return length == 0 ? 0 : 1 + (std::max(length - c_.sinks, 0) + kPageTokens - 1) / kPageTokens;
+  }
+  int first(int page) const { return c_.sinks == 0 ? page * kPageTokens : page == 0 ? 0 : c_.sinks + (page - 1) * kPageTokens; }
+
+  void run(std::vector<uint16_t>* out, std::vector<float>* lse) const {
+    kvmix_cuda_attend_params p{};
+    p.format = c_.format;
+    p.sequences = static_cast<int32_t>(c_.lengths.size());
+    p.q_heads = c_.q_heads, p.kv_heads = c_.kv_heads, p.q_tokens = c_.q_tokens;
+    p.sinks = c_.sinks, p.sliding_window = c_.sliding_window, p.softcap = c_.softcap;
+    int32_t count = 0;
+    ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, nullptr, 0, &count, &p.workspace_bytes), KVMIX_OK)
+        << kvmix_cuda_last_error();
+    std::vector<kvmix_cuda_item> items(static_cast<size_t>(count));
+    ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, items.data(), count, &p.item_count, &p.workspace_bytes),
+              KVMIX_OK);
+    DeviceBytes q(q_.size() * 2), o(q_.size() * 2), l(q_.size() / kDim * 4), records(records_.size()), open(open_.size() * 2);
+    DeviceBytes table(table_.size() * 4), work(items.size() * sizeof items[0]), space(p.workspace_bytes);
+    q.upload(q_), records.upload(records_), open.upload(open_), table.upload(table_), work.upload(items);
+    ASSERT_CUDA(cudaMemset(space.data, 0, p.workspace_bytes));
+    p.q = q.data, p.out = o.data, p.lse = static_cast<float*>(l.data);
+    p.records = records.data, p.open_pages = open.data;
+    p.record_head_stride = static_cast<int64_t>(record_bytes_), p.record_page_stride = p.record_head_stride * c_.kv_heads;
+    p.open_head_stride = 2 * kPageTokens * kDim * 2, p.open_page_stride = p.open_head_stride * c_.kv_heads;
+    p.page_table = static_cast<int32_t*>(table.data), p.page_table_stride = table_stride_;
+    p.items = static_cast<kvmix_cuda_item*>(work.data), p.workspace = space.data;
+    std::vector<uint16_t> again(q_.size());
+    out->resize(q_.size()), lse->resize(q_.size() / kDim);
+    for (auto* to : {out, &again}) {
+      ASSERT_CUDA(cudaMemset(o.data, 0xff, q_.size() * 2));
+      ASSERT_EQ(kvmix_cuda_attend(&p), KVMIX_OK) << kvmix_cuda_last_error();
+      ASSERT_CUDA(cudaDeviceSynchronize());
+      ASSERT_CUDA(cudaMemcpy(to->data(), o.data, q_.size() * 2, cudaMemcpyDeviceToHost));
+    }
+    EXPECT_EQ(*out, again) << "a second launch differs";
+    ASSERT_CUDA(cudaMemcpy(lse->data(), l.data, lse->size() * 4, cudaMemcpyDeviceToHost));
+  }
+
+  // Largest error of a row relative to the row's norm over sqrt(head_dim), and of the log-sum-exp.
+  void compare(const std::vector<uint16_t>& out, const std::vector<float>& lse, double* worst, double* worst_lse) const {
+    const int group = c_.q_heads / c_.kv_heads;
+    *worst = *worst_lse = 0.0;
+    for (size_t s = 0; s < c_.lengths.size(); ++s) {
+      for (int t = 0; t < c_.q_tokens; ++t) {
+        for (int h = 0; h < c_.q_heads; ++h) {
+          const size_t row = (s * static_cast<size_t>(c_.q_tokens) + static_cast<size_t>(t)) * static_cast<size_t>(c_.q_heads) +
+                             static_cast<size_t>(h);
+          const size_t kv = s * static_cast<size_t>(c_.kv_heads) + static_cast<size_t>(h / group);
+          const int end = c_.lengths[s] - (c_.q_tokens - 1 - t);
+          const int begin = c_.sliding_window > 0 ? std::max(end - c_.sliding_window, 0) : 0;
+          std::vector<double> score;
+          double top = -INFINITY;
+          for (int i = begin; i < end; ++i) {
+            double x = 0.0;
+            for (int c = 0; c < kDim; ++c)
+              x += f16_to_f32(q_[row * kDim + static_cast<size_t>(c)]) *
+                   keys_[kv][static_cast<size_t>(i) * kDim + static_cast<size_t>(c)];
+            x /= std::sqrt(static_cast<double>(kDim));
+            if (c_.softcap > 0.0f) x = c_.softcap * std::tanh(x / c_.softcap);
+            score.push_back(x), top = std::max(top, x);
+          }
+          std::vector<double> expected(kDim, 0.0);
+          double sum = 0.0, norm = 0.0;
+          for (int i = begin; i < end; ++i) {
+            const double w = std::exp(score[static_cast<size_t>(i - begin)] - top);
+            sum += w;
+            for (size_t c = 0; c < kDim; ++c) expected[c] += w * values_[kv][static_cast<size_t>(i) * kDim + c];
+          }
+          if (begin >= end) {
+            EXPECT_EQ(lse[row], -INFINITY);
+          } else {
+            *worst_lse = std::max(*worst_lse, std::abs(lse[row] - (top + std::log(sum))));
+          }
+          double error = 0.0;
+          for (size_t c = 0; c < kDim; ++c) {
+            const double want = sum > 0.0 ? expected[c] / sum : 0.0, got = f16_to_f32(out[row * kDim + c]);
+            ASSERT_FALSE(std::isnan(got)) << "sequence " << s << " head " << h << " channel " << c;
+            error += (want - got) * (want - got), norm += want * want;
+          }
+          *worst = std::max(*worst, norm > 0.0 ? std::sqrt(error / norm) : std::sqrt(error));
+        }
+      }
+    }
+  }
+
+ private:
+  void add_page(size_t s, int page) {
+    const int length = c_.lengths[s], begin = first(page), room = page == 0 && c_.sinks > 0 ? c_.sinks : kPageTokens;
+    const int live = std::min(room, length - begin);
+    const bool open = live < kPageTokens || begin + kPageTokens > length - c_.open;
+    std::normal_distribution<float> normal;
+    const size_t heads = static_cast<size_t>(c_.kv_heads);
+    table_[s * static_cast<size_t>(table_stride_) + static_cast<size_t>(page)] =
+        open ? ~static_cast<int32_t>(open_.size() / (heads * 2 * kPageTokens * kDim))
+             : static_cast<int32_t>(records_.size() / (heads * record_bytes_));
+    for (size_t h = 0; h < heads; ++h) {
+      std::vector<uint16_t> k(kPageTokens * kDim, 0x7e00), v = k;
+      for (size_t i = 0; i < static_cast<size_t>(live) * kDim; ++i) {
+        k[i] = f32_to_f16(normal(random_) * (i % kDim == 5 ? 12.0f : 1.0f) + static_cast<float>(i % 3));
+        v[i] = f32_to_f16((normal(random_) + 0.5f) * c_.scale_of_values);
+      }
+      auto& keys = keys_[s * heads + h];
+      auto& values = values_[s * heads + h];
+      if (open) {
+        open_.insert(open_.end(), k.begin(), k.end());
+        open_.insert(open_.end(), v.begin(), v.end());
+        for (size_t i = 0; i < static_cast<size_t>(live) * kDim; ++i) {
+          keys[static_cast<size_t>(begin) * kDim + i] = f16_to_f32(k[i]);
+          values[static_cast<size_t>(begin) * kDim + i] = f16_to_f32(v[i]);
+        }
+        continue;
+      }
+      AlignedBytes key_tile(tile_bytes(key_, kDim)), value_tile(tile_bytes(value_, kDim));
+      encode_tile(key_, Side::kKey, kDim, k.data(), key_tile.data());
+      encode_tile(value_, Side::kValue, kDim, v.data(), value_tile.data());
+      const size_t at = records_.size();
+      records_.resize(at + record_bytes_);
+      EXPECT_EQ(kvmix_cuda_record_from_tiles(&c_.format, key_tile.data(), value_tile.data(), records_.data() + at), KVMIX_OK);
+      AlignedBytes key_back(key_tile.size()), value_back(value_tile.size());
+      EXPECT_EQ(kvmix_cuda_tiles_from_record(&c_.format, records_.data() + at, key_back.data(), value_back.data()), KVMIX_OK);
+      EXPECT_TRUE(key_back == key_tile);
+      EXPECT_TRUE(value_back == value_tile);
+      decode(key_, Side::kKey, key_tile, &keys[static_cast<size_t>(begin) * kDim]);
+      decode(value_, Side::kValue, value_tile, &values[static_cast<size_t>(begin) * kDim]);
+    }
+  }
+
+  static void decode(const CodecSpec& spec, Side side, const AlignedBytes& tile, double* out) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(tile.data());
+    const int count = scale_count(spec, kDim);
+    const uint8_t* codes = bytes + (count * 4 + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    const auto* scales = reinterpret_cast<const uint16_t*>(bytes);
+    const TileGeometry geometry = tile_geometry(side, kDim);
+    for (int t = 0; t < kPageTokens; ++t) {
+      for (int c = 0; c < kDim; ++c) {
+        const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
+        const int code = get_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce));
+        const int index = scale_index(spec, kDim, t, c);
+        out[t * kDim + c] = f16_to_f32(scales[count + index]) +
+                            static_cast<double>(f16_to_f32(scales[index])) * (code - ((1 << spec.bits) - 1) * 0.5);
+      }
+    }
+  }
+
+  Case c_;
+  std::mt19937 random_;
+  CodecSpec key_, value_;
+  size_t record_bytes_ = 0;
+  int table_stride_ = 1;
+  std::vector<uint8_t> records_;
+  std::vector<uint16_t> open_, q_;
+  std::vector<int32_t> table_;
+  std::vector<std::vector<double>> keys_, values_;
+};
+
+constexpr kvmix_cuda_format kFormats[] = {
+#define KVMIX_ATTEND(k, v, kg, vg) {kDim, k, v, kg, vg},
+#include "attention/attend_cuda_formats.inc"
+#undef KVMIX_ATTEND
+};
+
+void check(const Case& c) {
+  World world(c);
+  std::vector<uint16_t> out;
+  std::vector<float> lse;
+  world.run(&out, &lse);
+  if (::testing::Test::HasFatalFailure()) return;
+  double worst = 0.0, worst_lse = 0.0;
+  world.compare(out, lse, &worst, &worst_lse);
+  // Products carry fp16 roundings of Q s (scores) and of P s.
+  EXPECT_LT(worst, 4e-3);
+  EXPECT_LT(worst_lse, 2e-2);
+  std::printf("  %d/%d g%d/g%d heads %d/%d tokens %d sinks %d open %d window %d cap %g: error %.2g lse %.2g\n",
+              c.format.key_bits, c.format.value_bits, c.format.key_group, c.format.value_group, c.q_heads, c.kv_heads,
+              c.q_tokens, c.sinks, c.open, c.sliding_window, static_cast<double>(c.softcap), worst, worst_lse);
+}
+
+class CudaAttend : public ::testing::TestWithParam<kvmix_cuda_format> {
+ protected:
+  void SetUp() override {
+    if (!has_gpu()) GTEST_SKIP() << "NO GPU: the CUDA kernels were not run";
+  }
+};
+
+const std::vector<int32_t> kRagged = {0, 1, 127, 128, 129, 700, 2048, 16};
+
+TEST_P(CudaAttend, MultiHead) { check({GetParam(), 3, 3, 1, 0, 0, 0, 0, 0.0f, kRagged}); }
+TEST_P(CudaAttend, Grouped4) { check({GetParam(), 8, 2, 1, 0, 0, 0, 16, 0.0f, kRagged}); }
+TEST_P(CudaAttend, Grouped8) { check({GetParam(), 8, 1, 1, 0, 0, 0, 16, 0.0f, kRagged}); }
+TEST_P(CudaAttend, SinksAndWindow) {
+  check({GetParam(), 6, 2, 1, 16, 200, 0, 0, 0.0f, {0, 1, 15, 16, 17, 143, 144, 145, 1500}});
+}
+TEST_P(CudaAttend, SpeculativeTokens) { check({GetParam(), 4, 2, 4, 16, 128, 0, 8, 0.0f, {4, 5, 130, 147, 900}}); }
+TEST_P(CudaAttend, SlidingWindow) { check({GetParam(), 4, 1, 2, 0, 128, 300, 0, 0.0f, {2, 299, 301, 1024, 1111}}); }
+TEST_P(CudaAttend, SoftCap) { check({GetParam(), 4, 2, 1, 0, 64, 0, 0, 20.0f, {1, 128, 900}}); }
+TEST_P(CudaAttend, LongContext) { check({GetParam(), 4, 1, 1, 16, 128, 0, 0, 0.0f, {20000}}); }
+TEST_P(CudaAttend, SmallValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 1e-3f}); }
+TEST_P(CudaAttend, LargeValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 3000.0f}); }
+
+INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(kFormats), [](const auto& entry) {
+  const kvmix_cuda_format& f = entry.param;
+  return std::string("k") + std::to_string(f.key_bits) + "v" + std::to_string(f.value_bits) + "g" +
+         std::to_string(f.key_group) + "g" + std::to_string(f.value_group);
+});
+
+}  // namespace
+}  // namespace kvmix
