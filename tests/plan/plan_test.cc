@@ -1,0 +1,248 @@
+#include "kvmix/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <random>
+
+#include "kvmix/error.h"
+#include "plan/allocate.h"
+
+namespace kvmix {
+namespace {
+
+ModelShape shape(int layers) {
+  ModelShape model;
+  model.name = "test model";
+  model.architecture = "llama";
+  model.fingerprint = "0123456789abcdef";
+  model.context_tokens = 32768;
+  for (int l = 0; l < layers; ++l) model.layers.push_back({9, 3, 64, 0, 0.125f, 0.0f});
+  return model;
+}
+
+Profile profile(const ModelShape& model) {
+  Profile p;
+  p.fingerprint = model.fingerprint;
+  p.model = model.name;
+  p.prompts = 1;
+  p.tokens = 100;
+  for (size_t l = 0; l < model.layers.size(); ++l) {
+    p.key_score.push_back(1.0 + static_cast<double>((l * 7) % 11));
+    p.value_score.push_back(1.0 + static_cast<double>((l * 5) % 13));
+  }
+  return p;
+}
+
+double mean_bits(const Plan& plan, Side side) {
+  double sum = 0;
+  for (const auto& l : plan.layers) sum += (side == Side::kKey ? l.key : l.value).codec.bits;
+  return sum / static_cast<double>(plan.layers.size());
+}
+
+TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
+  const ModelShape model = shape(32);
+  const Profile scores = profile(model);
+  PlannerRequest request;
+  request.model = &model;
+  request.profile = &scores;
+  const Plan plan = make_plan("kvmix-paper", request);
+  EXPECT_DOUBLE_EQ(mean_bits(plan, Side::kKey), 2.1875);
+  EXPECT_DOUBLE_EQ(mean_bits(plan, Side::kValue), 2.375);
+  // Every layer above the threshold by score is a chosen one; ties go to the lower index.
+  for (size_t a = 0; a < 32; ++a) {
+    for (size_t b = 0; b < 32; ++b) {
+      const bool better = scores.key_score[a] > scores.key_score[b] || (scores.key_score[a] == scores.key_score[b] && a < b);
+      if (better) {
+        EXPECT_GE(plan.layers[a].key.codec.bits, plan.layers[b].key.codec.bits) << a << " and " << b;
+      }
+    }
+  }
+  request.options["k-fraction"] = "0.109375";  // 3.5 of 32 rounds half up
+  EXPECT_DOUBLE_EQ(mean_bits(make_plan("kvmix-paper", request), Side::kKey), 2.0 + 4.0 / 32);
+}
+
+TEST(Planners, EveryOneMeetsItsBudgetAndRoundTrips) {
+  const ModelShape model = shape(30);
+  const Profile scores = profile(model);
+  for (const PlannerInfo& planner : planners()) {
+    for (const double bits : {2.5, 3.0, 4.5}) {
+      PlannerRequest request;
+      request.model = &model;
+      request.profile = &scores;
+      request.budget.bits = bits;
+      const Plan plan = make_plan(planner.name, request);
+      EXPECT_EQ(plan.layers.size(), 30u) << planner.name;
+      const CacheConfig config = cache_config(plan, model);
+      if (planner.needs_budget) {
+        EXPECT_LE(predict_bits_per_element(config, 8192), bits) << planner.name;
+        EXPECT_GT(predict_bits_per_element(config, 8192), bits - 0.06) << planner.name;
+      }
+      EXPECT_EQ(to_json(parse_plan(to_json(plan), "memory")), to_json(plan)) << planner.name;
+    }
+  }
+}
+
+TEST(Planners, ImpossibleBudgetsNameTheSmallestThatWorks) {
+  const ModelShape model = shape(30);
+  const Profile scores = profile(model);
+  PlannerRequest request;
+  request.model = &model;
+  request.profile = &scores;
+  request.budget.bits = 0.5;
+  try {
+    make_plan("kvmix", request);
+    FAIL() << "half a bit was enough";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("smallest plan takes"), std::string::npos) << e.what();
+  }
+  Profile other = scores;
+  other.fingerprint = "another";
+  request.profile = &other;
+  request.budget.bits = 3;
+  EXPECT_THROW(make_plan("kvmix", request), Error);
+  request.profile = nullptr;
+  EXPECT_THROW(make_plan("kvmix", request), Error);
+  EXPECT_THROW(make_plan("guess", request), Error);
+  request.options["colour"] = "red";
+  EXPECT_THROW(make_plan("uniform", request), Error);
+}
+
+TEST(Allocate, EqualsExhaustiveSearch) {
+  std::mt19937 random(3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<std::vector<Choice>> items(4);
+    for (auto& choices : items) {
+      const size_t n = 1 + random() % 4;
+      for (size_t c = 0; c < n; ++c)
+        choices.push_back({static_cast<int64_t>(64 * (1 + random() % 20)), static_cast<double>(random() % 1000)});
+    }
+    const int64_t budget = 64 * static_cast<int64_t>(4 + random() % 60);
+    double best = INFINITY;
+    for (size_t code = 0; code < 256; ++code) {
+      int64_t bytes = 0;
+      double cost = 0;
+      bool valid = true;
+      for (size_t i = 0; i < 4 && valid; ++i) {
+        const size_t c = (code >> (2 * i)) & 3;
+        valid = c < items[i].size();
+        if (valid) bytes += items[i][c].bytes, cost += items[i][c].cost;
+      }
+      if (valid && bytes <= budget) best = std::min(best, cost);
+    }
+    const std::vector<size_t> chosen = allocate(items, budget);
+    if (std::isinf(best)) {
+      EXPECT_TRUE(chosen.empty());
+      continue;
+    }
+    ASSERT_EQ(chosen.size(), 4u);
+    int64_t bytes = 0;
+    double cost = 0;
+    for (size_t i = 0; i < 4; ++i) bytes += items[i][chosen[i]].bytes, cost += items[i][chosen[i]].cost;
+    EXPECT_LE(bytes, budget);
+    EXPECT_DOUBLE_EQ(cost, best);
+  }
+}
+
+TEST(Plans, AreTiedToTheirModel) {
+  const ModelShape model = shape(4);
+  Plan plan = f16_plan(model);
+  check_plan(plan, model, false);
+  plan.fingerprint = "another";
+  EXPECT_THROW(check_plan(plan, model, false), Error);
+  check_plan(plan, model, true);
+  plan.layers.pop_back();
+  EXPECT_THROW(check_plan(plan, model, true), Error);
+}
+
+TEST(Files, WhatIsWrongIsNamed) {
+  const ModelShape model = shape(2);
+  PlannerRequest request;
+  request.model = &model;
+  const std::string good = to_json(make_plan("uniform", request));
+  const auto refused = [&](std::string from, const std::string& to, const std::string& expected) {
+    std::string bad = good;
+    const size_t at = bad.find(from);
+    ASSERT_NE(at, std::string::npos) << from;
+    bad.replace(at, from.size(), to);
+    try {
+      parse_plan(bad, "plan.json");
+      FAIL() << from << " -> " << to << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(expected), std::string::npos) << e.what();
+      EXPECT_EQ(std::string(e.what()).find('\n'), std::string::npos);
+    }
+  };
+  refused("\"bits\":4", "\"bits\":7", "layers[0].key.bits");
+  refused("\"bits\":4", "\"bits\":-1", "layers[0].key.bits");
+  refused("\"group\":128", "\"group\":100", "group");
+  refused("\"sinks\"", "\"sink\"", "sink");
+  refused("kvmix-plan", "kvmix-profile", "format");
+  refused("\"tokens\": 128", "\"tokens\": 1e400", "");
+  refused("{", std::string(200000, '['), "nested");
+  EXPECT_THROW(read_plan("/nonexistent/plan.json"), Error);
+}
+
+// Random damage must end in an Error or in a plan that is valid, never in anything else.
+template <typename Parse>
+void mutate(const std::string& good, Parse parse) {
+  std::mt19937 random(11);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(4);
+  int refused = 0, tried = 0;
+  while (std::chrono::steady_clock::now() < end) {
+    std::string bad = good;
+    for (size_t k = 1 + random() % 4; k > 0 && !bad.empty(); --k) {
+      const size_t at = random() % bad.size();
+      switch (random() % 4) {
+        case 0:
+          bad[at] = static_cast<char>(random());
+          break;
+        case 1:
+          bad.erase(at, random() % 20);
+          break;
+        case 2:
+          bad.insert(at, bad.substr(random() % bad.size(), random() % 30));
+          break;
+        default:
+          bad.resize(at + 1);
+      }
+    }
+    ++tried;
+    try {
+      parse(bad);
+    } catch (const Error& e) {
+      EXPECT_NE(e.status(), Status::kInternal);
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, tried / 2);
+}
+
+TEST(Files, DamagedPlansAndProfilesNeverCrash) {
+  const ModelShape model = shape(3);
+  PlannerRequest request;
+  request.model = &model;
+  mutate(to_json(make_plan("uniform", request)), [&](const std::string& text) {
+    const Plan plan = parse_plan(text, "fuzz");
+    // A plan that was accepted either fits a cache or is refused by it.
+    if (plan.layers.size() == model.layers.size()) Cache cache(cache_config(plan, model));
+  });
+  Profile p = profile(model);
+  p.sensitivities.push_back({"kl", 1, Side::kKey, "int2.channel.g128.fitted.zero", true, 0.01});
+  mutate(to_json(p), [](const std::string& text) { parse_profile(text, "fuzz"); });
+  EXPECT_EQ(to_json(parse_profile(to_json(p), "memory")), to_json(p));
+}
+
+TEST(Files, AreWrittenWholeOrNotAtAll) {
+  const ModelShape model = shape(2);
+  EXPECT_THROW(write_plan(f16_plan(model), "/nonexistent/folder/plan.json"), Error);
+  const std::string path = ::testing::TempDir() + "/kvmix_plan.json";
+  write_plan(f16_plan(model), path);
+  EXPECT_EQ(to_json(read_plan(path)), to_json(f16_plan(model)));
+  std::filesystem::remove(path);
+}
+
+}  // namespace
+}  // namespace kvmix
