@@ -82,6 +82,11 @@ CLI::App* add_command(CommandContext& context, const std::string& name, const st
 }  // namespace kvmix::app
 
 int main(int argc, char** argv) {
-  kvmix::app::Console::install_interrupt_handler();
-  return kvmix::app::run(argc, argv);
+  try {
+    kvmix::app::Console::install_interrupt_handler();
+    return kvmix::app::run(argc, argv);
+  } catch (...) {  // out of memory while reporting an error
+    std::fputs("kvmix: stopped by an unexpected error\n", stderr);
+    return kvmix::app::kExitFailure;
+  }
 }
