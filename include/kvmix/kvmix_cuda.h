@@ -14,8 +14,9 @@
 extern "C" {
 #endif
 
-/* Supported: head_dim 128; key and value bits 1, 2, 4 or 8, chosen apart; keys scaled per channel over key_group tokens (32,
- * 64, 128), values per token over value_group channels (64, 128), both with midpoints; 1..8 query rows per KV head. */
+/* Keys are scaled per channel over key_group tokens, values per token over value_group channels, both with midpoints. Built
+ * for head_dim 128 and (key bits/value bits, key group/value group) 2/2, 4/4, 2/1, 4/2, 8/8 at 128/128; other formats
+ * answer KVMIX_UNSUPPORTED with that list. */
 typedef struct kvmix_cuda_format {
   int32_t head_dim;
   int32_t key_bits, value_bits;
@@ -76,6 +77,22 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
 
 /* Decode attention, one launch. Can be captured in a graph. */
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
+
+typedef struct kvmix_cuda_seal_params {
+  kvmix_cuda_format format;
+  int32_t pages, kv_heads;
+  int32_t fitted; /* 0: min-max scales; otherwise fitted by least squares */
+  const void* open_pages; /* full: all 128 slots hold tokens */
+  int64_t open_page_stride, open_head_stride;
+  void* records;
+  int64_t record_page_stride, record_head_stride;
+  const int32_t* open_ids;   /* [pages], device memory: the open page ... */
+  const int32_t* record_ids; /* ... and the record it becomes */
+  void* stream;
+} kvmix_cuda_seal_params;
+
+/* Seals open pages into records: scales and codes equal the CPU codec's to the bit. One launch. */
+kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params);
 
 /* What the last failing call of this thread said; "" if none failed. */
 const char* kvmix_cuda_last_error(void);

@@ -1,5 +1,6 @@
 // The CUDA kernels' work list and C ABI. No device code: it is built, tested and answers without CUDA too.
 #include <algorithm>
+#include <cstdio>
 #include <span>
 #include <vector>
 
@@ -108,18 +109,20 @@ kvmix_status guarded(const Body& body) {
 }  // namespace
 
 std::string format_name(const kvmix_cuda_format& f) {
-  return std::string("int") + std::to_string(f.key_bits) + ".channel.g" + std::to_string(f.key_group) + " keys, int" +
-         std::to_string(f.value_bits) + ".token.g" + std::to_string(f.value_group) + " values, head_dim " +
-         std::to_string(f.head_dim);
+  char text[160];
+  std::snprintf(text, sizeof text, "int%d.channel.g%d keys, int%d.token.g%d values, head_dim %d", f.key_bits, f.key_group,
+                f.value_bits, f.value_group, f.head_dim);
+  return text;
 }
 
 std::string supported_formats() {
-  std::string text = "(key bits/value bits, key group/value group, head_dim)";
+  std::string list = "(key bits/value bits, key group/value group, head_dim)";
   for (const kvmix_cuda_format& f : kFormats) {
-    text += std::string(" ") + std::to_string(f.key_bits) + "/" + std::to_string(f.value_bits) + " g" +
-            std::to_string(f.key_group) + "/g" + std::to_string(f.value_group) + " " + std::to_string(f.head_dim);
+    char text[96];
+    std::snprintf(text, sizeof text, " %d/%d g%d/g%d %d", f.key_bits, f.value_bits, f.key_group, f.value_group, f.head_dim);
+    list += text;
   }
-  return text;
+  return list;
 }
 
 void check_format(const kvmix_cuda_format& f) {
@@ -158,6 +161,7 @@ namespace {
 }
 }  // namespace
 void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
+void seal(const kvmix_cuda_seal_params&) { no_cuda(); }
 int resident_blocks(const RecordShape&) { no_cuda(); }
 #endif
 
@@ -221,6 +225,15 @@ kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params) {
   return guarded([&] {
     require(params != nullptr, "attend: null argument");
     attend(*params);
+  });
+}
+
+kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params) {
+  return guarded([&] {
+    require(params != nullptr, "seal: null argument");
+    check_format(params->format);
+    require(params->pages >= 0 && params->kv_heads > 0 && params->kv_heads <= 65535, "seal: pages or kv_heads out of range");
+    if (params->pages > 0) seal(*params);
   });
 }
 

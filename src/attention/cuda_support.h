@@ -25,6 +25,7 @@ WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
 void attend(const kvmix_cuda_attend_params& params);
+void seal(const kvmix_cuda_seal_params& params);
 int resident_blocks(const RecordShape& shape);  // blocks of attend that the current device runs at once
 
 }  // namespace kvmix::cuda

@@ -290,6 +290,52 @@ TEST_P(CudaAttend, LongContext) { check({GetParam(), 4, 1, 1, 16, 128, 0, 0, 0.0
 TEST_P(CudaAttend, SmallValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 1e-3f}); }
 TEST_P(CudaAttend, LargeValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 3000.0f}); }
 
+// Records sealed on the GPU equal those converted from the CPU codec's tiles, byte for byte.
+TEST_P(CudaAttend, SealEqualsCpu) {
+  const kvmix_cuda_format format = GetParam();
+  constexpr int kPages = 3, kHeads = 2;
+  size_t bytes = 0;
+  ASSERT_EQ(kvmix_cuda_record_bytes(&format, &bytes), KVMIX_OK);
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> open(kPages * kHeads * 2 * kPageTokens * kDim);
+  for (size_t i = 0; i < open.size(); ++i)
+    open[i] = i % 997 == 0 ? 0x7c00 : f32_to_f16(normal(random) * (i % kDim == 5 ? 12.0f : 1.0f));
+  for (size_t i = 0; i < kPageTokens * kDim; i += kDim) open[i + 9] = f32_to_f16(0.25f);  // a constant channel
+  const std::vector<int32_t> open_ids = {0, 1, 2}, record_ids = {2, 0, 1};
+  DeviceBytes pages(open.size() * 2), from(12), to(12), records(kPages * kHeads * bytes);
+  pages.upload(open), from.upload(open_ids), to.upload(record_ids);
+  for (const bool fitted : {false, true}) {
+    kvmix_cuda_seal_params p{};
+    p.format = format, p.pages = kPages, p.kv_heads = kHeads, p.fitted = fitted;
+    p.open_pages = pages.data, p.open_head_stride = 2 * kPageTokens * kDim * 2,
+    p.open_page_stride = kHeads * p.open_head_stride;
+    p.records = records.data, p.record_head_stride = static_cast<int64_t>(bytes),
+    p.record_page_stride = kHeads * p.record_head_stride;
+    p.open_ids = static_cast<int32_t*>(from.data), p.record_ids = static_cast<int32_t*>(to.data);
+    ASSERT_EQ(kvmix_cuda_seal(&p), KVMIX_OK) << kvmix_cuda_last_error();
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    std::vector<uint8_t> got(kPages * kHeads * bytes), want(bytes);
+    ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
+    CodecSpec key, value;
+    key.bits = format.key_bits, key.group = format.key_group;
+    value.bits = format.value_bits, value.group = format.value_group, value.axis = Axis::kToken;
+    key.fit = value.fit = fitted ? Fit::kLeastSquares : Fit::kMinMax;
+    AlignedBytes key_tile(tile_bytes(key, kDim)), value_tile(tile_bytes(value, kDim));
+    for (size_t page = 0; page < kPages; ++page) {
+      for (size_t head = 0; head < kHeads; ++head) {
+        const uint16_t* x = open.data() + (page * kHeads + head) * 2 * kPageTokens * kDim;
+        encode_tile(key, Side::kKey, kDim, x, key_tile.data());
+        encode_tile(value, Side::kValue, kDim, x + kPageTokens * kDim, value_tile.data());
+        ASSERT_EQ(kvmix_cuda_record_from_tiles(&format, key_tile.data(), value_tile.data(), want.data()), KVMIX_OK);
+        const auto at = static_cast<size_t>(record_ids[page]) * kHeads + head;
+        EXPECT_EQ(std::memcmp(want.data(), got.data() + at * bytes, bytes), 0)
+            << "page " << page << " head " << head << " fitted " << fitted;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(kFormats), [](const auto& entry) {
   const kvmix_cuda_format& f = entry.param;
   return std::string("k") + std::to_string(f.key_bits) + "v" + std::to_string(f.value_bits) + "g" +
