@@ -81,7 +81,7 @@ kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 typedef struct kvmix_cuda_seal_params {
   kvmix_cuda_format format;
   int32_t pages, kv_heads;
-  int32_t fitted; /* 0: min-max scales; otherwise fitted by least squares */
+  int32_t fitted;         /* 0: min-max scales; otherwise fitted by least squares */
   const void* open_pages; /* full: all 128 slots hold tokens */
   int64_t open_page_stride, open_head_stride;
   void* records;
