@@ -236,14 +236,21 @@ std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool
   if (text.size() > (size_t{1} << 30))
     throw Error(Status::kInvalidArgument, "a text of more than 1 GiB cannot be tokenised at once");
   std::vector<Token> tokens(text.size() + 8);
-  int n = 0;
-  try {
-    n = llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
-                       static_cast<int32_t>(tokens.size()), bos, special);
-  } catch (const std::exception& e) {
-    throw Error(Status::kUnsupported, path_ + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");
+  const auto run = [&] {
+    try {
+      return llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
+                            static_cast<int32_t>(tokens.size()), bos, special);
+    } catch (const std::exception& e) {
+      throw Error(Status::kUnsupported,
+                  path_ + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");
+    }
+  };
+  int n = run();
+  if (n < 0 && n != INT32_MIN) {  // more tokens than bytes: a space may become three byte tokens
+    tokens.resize(static_cast<size_t>(-n));
+    n = run();
   }
-  if (n < 0) throw Error(Status::kInternal, "the tokenizer needs more room than a token a byte");
+  if (n < 0) throw Error(Status::kInvalidArgument, "the text has more tokens than the tokenizer can count; give it in parts");
   tokens.resize(static_cast<size_t>(n));
   return tokens;
 }

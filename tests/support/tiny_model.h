@@ -42,6 +42,8 @@ inline std::string tiny_name(const TinyModel& m) {
   return m.architecture + (m.rope_factors ? "_factors" : "") + (m.rope_scaling.empty() ? "" : "_" + m.rope_scaling);
 }
 
+inline void PrintTo(const TinyModel& m, std::ostream* out) { *out << tiny_name(m); }
+
 // Writes the model to `path`. The vocabulary is the smallest that libllama's SentencePiece kind takes: specials, all bytes
 // and some pieces.
 inline void write_tiny_model(const TinyModel& m, const std::string& path) {
