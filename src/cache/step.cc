@@ -277,7 +277,9 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
     if (remaining.fetch_add(1, std::memory_order_acq_rel) != unit.parts - 1) continue;
     remaining.store(0, std::memory_order_relaxed);
     for (int r = 0; r < rows; ++r) {
-      const auto at = [&](int part) { return static_cast<ptrdiff_t>(unit.part_slot + part * rows + r); };
+      const auto at = [&](int part) {
+        return static_cast<ptrdiff_t>(unit.part_slot) + static_cast<ptrdiff_t>(part) * rows + r;
+      };
       float top = -INFINITY;
       for (int part = 0; part < unit.parts; ++part) top = std::max(top, impl.part_m[static_cast<size_t>(at(part))]);
       float* acc = scratch.acc.data();

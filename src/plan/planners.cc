@@ -34,12 +34,12 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     names += (names.empty() ? "" : ", ") + planner->info.name;
     if (planner->info.name != name) continue;
     if (request.model == nullptr) throw Error(Status::kInvalidArgument, "a planner needs the model");
-    for (const auto& [option, value] : request.options) {
+    for (const auto& given : request.options) {
       const auto& known = planner->info.options;
-      if (std::none_of(known.begin(), known.end(), [&](const auto& o) { return o.first == option; })) {
+      if (std::none_of(known.begin(), known.end(), [&](const auto& o) { return o.first == given.first; })) {
         std::string accepted;
         for (const auto& [n, help] : known) accepted += (accepted.empty() ? "" : ", ") + n;
-        throw Error(Status::kInvalidArgument, "planner " + name + " has no option \"" + option + "\"; it has " + accepted);
+        throw Error(Status::kInvalidArgument, "planner " + name + " has no option \"" + given.first + "\"; it has " + accepted);
       }
     }
     if (planner->info.needs_profile && request.profile == nullptr) {

@@ -50,5 +50,49 @@ TEST(Evaluate, WiderCodesAreCloserToF16) {
   EXPECT_LT(rows[3].cache_bytes, rows[0].cache_bytes);
 }
 
+// The same window through libllama, scored here from the definition: only arithmetic noise lies between the two.
+TEST(Evaluate, PerplexityIsTheDefinitionsAndF16IsItsOwnReference) {
+  constexpr size_t kContext = 512;
+  const std::string path = testing::model_file("smollm2");
+  const auto model = Model::load(path);
+  const std::string text = testing::long_text(60);
+  const EvalSubject again{"again", f16_plan(model->shape()), ""};
+  EvalOptions options;
+  options.context = kContext;
+  options.windows = 1;
+  const auto rows = evaluate(model, text, {&again, 1}, options, {});
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[1].kl_mean, 0);
+  EXPECT_EQ(rows[1].kl_max, 0);
+  EXPECT_EQ(rows[1].top1, 1);
+  EXPECT_EQ(rows[1].perplexity, rows[0].perplexity);
+
+  std::vector<Token> tokens = model->tokenize(text, false);
+  tokens.resize(kContext);
+  Peer peer(path, "f16", kContext, 2);
+  const auto logits = peer.step(tokens, true);
+  const auto vocab = static_cast<size_t>(model->vocab_size());
+  double nll = 0;
+  for (size_t p = kContext / 2; p + 1 < kContext; ++p) {
+    double sum = 0;
+    for (size_t i = 0; i < vocab; ++i) sum += std::exp(static_cast<double>(logits[p * vocab + i]));
+    nll += std::log(sum) - static_cast<double>(logits[p * vocab + static_cast<size_t>(tokens[p + 1])]);
+  }
+  const double perplexity = std::exp(nll / (kContext / 2 - 1));
+  EXPECT_NEAR(rows[0].perplexity, perplexity, 0.02 * perplexity);
+}
+
+TEST(Needle, IsFoundInAnF16CacheAtAThousandTokens) {
+  const auto model = Model::load(testing::model_file("smollm2"));
+  const EvalSubject f16{"f16", f16_plan(model->shape()), ""};
+  NeedleOptions options;
+  options.contexts = {1024};
+  options.depths = {0.1, 0.5, 0.9};
+  options.trials = 1;
+  const auto cells = evaluate_needle(model, {&f16, 1}, options, {});
+  ASSERT_EQ(cells.size(), 3u);
+  for (const NeedleCell& cell : cells) EXPECT_EQ(cell.hits, cell.trials) << "at " << cell.depth;
+}
+
 }  // namespace
 }  // namespace kvmix
