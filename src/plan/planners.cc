@@ -22,6 +22,7 @@ const std::array kPlanners = {
 std::span<const PlannerInfo> planners() {
   static const std::vector<PlannerInfo> kInfos = [] {
     std::vector<PlannerInfo> infos;
+    infos.reserve(std::size(kPlanners));
     for (const Planner* p : kPlanners) infos.push_back(p->info);
     return infos;
   }();
