@@ -49,7 +49,10 @@ int eval_text(const Arguments& arguments, const Common& common) {
                       {"kl_by_position", r.kl_by_position},
                       {"seconds", r.seconds}});
     }
-    print_json({{"model", model->shape().name}, {"context", options.context}, {"rows", json}});
+    print_json({{"model", model->shape().name},
+                {"context", options.context},
+                {"float_weights", options.float_weights},
+                {"rows", json}});
     return kExitOk;
   }
   Table table(
@@ -63,8 +66,9 @@ int eval_text(const Arguments& arguments, const Common& common) {
                fmt::format("{:.2f} %", 100 * r.top1)});
   }
   table.print();
-  fmt::print("\n{}: {} scored tokens, the second half of each window of {}; KL in nats per token against the first row\n",
-             model->shape().name, rows.front().scored_tokens, options.context);
+  fmt::print("\n{}: {} scored tokens, the second half of each window of {}; KL in nats per token against the first row{}\n",
+             model->shape().name, rows.front().scored_tokens, options.context,
+             options.float_weights ? "; weights in fp32" : "");
   return kExitOk;
 }
 
@@ -123,6 +127,9 @@ void add_eval(CommandContext& context) {
       ->capture_default_str();
   command->add_option("--kernel", options.kernel, "Attention kernel by name");
   command->add_flag("--exact", options.exact, "Attention arithmetic without int8 products");
+  command->add_flag("--float-weights", options.float_weights,
+                    "Run everything, peers too, on a temporary fp32 copy of the weights: rows are then free of the noise that "
+                    "8-bit activations add to any change");
   command->add_flag("--needle", arguments->needle, "Passkey retrieval instead of text");
   NeedleOptions& needles = arguments->needles;
   command->add_option("--contexts", needles.contexts, "--needle: tokens of the haystacks")

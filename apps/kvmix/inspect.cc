@@ -1,9 +1,11 @@
 // kvmix inspect: a model, plan, profile or saved cache in words.
 #include <fmt/core.h>
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <memory>
 
 #include "command.h"
@@ -20,6 +22,26 @@ namespace {
 struct Arguments {
   std::string file, model;
 };
+
+// Spearman's rank correlation; ties share their mean rank.
+double spearman(const std::vector<double>& a, const std::vector<double>& b) {
+  const auto ranks = [](const std::vector<double>& x) {
+    std::vector<double> rank(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      for (const double other : x) rank[i] += other < x[i] ? 1.0 : other == x[i] ? 0.5 : 0.0;
+    }
+    return rank;
+  };
+  const std::vector<double> ra = ranks(a), rb = ranks(b);
+  const double mean = static_cast<double>(a.size()) / 2;
+  double cross = 0, aa = 0, bb = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    cross += (ra[i] - mean) * (rb[i] - mean);
+    aa += (ra[i] - mean) * (ra[i] - mean);
+    bb += (rb[i] - mean) * (rb[i] - mean);
+  }
+  return aa > 0 && bb > 0 ? cross / std::sqrt(aa * bb) : 0.0;
+}
 
 enum class Kind { kModel, kPlan, kProfile, kCache };
 
@@ -127,6 +149,57 @@ void inspect_plan(const Arguments& arguments, bool json) {
   print_plan_costs(plan, model->shape());
 }
 
+// Do two halves of the prompts rank the layers alike, and do the sensitivities rank alike what they measured?
+void print_rank_statistics(const Profile& profile) {
+  const size_t prompts = profile.key_score_by_prompt.size(), layers = profile.key_score.size();
+  if (prompts >= 2) {
+    const auto half = [&](const std::vector<std::vector<double>>& by_prompt, size_t first, size_t last) {
+      std::vector<double> mean(layers, 0.0);
+      for (size_t p = first; p < last; ++p) {
+        for (size_t l = 0; l < layers; ++l) mean[l] += by_prompt[p][l];
+      }
+      return mean;
+    };
+    const auto stability = [&](const std::vector<std::vector<double>>& by_prompt) {
+      return spearman(half(by_prompt, 0, prompts / 2), half(by_prompt, prompts / 2, prompts));
+    };
+    fmt::print("gradients     two halves of the prompts rank the layers alike: Spearman {:.3f} keys, {:.3f} values\n",
+               stability(profile.key_score_by_prompt), stability(profile.value_score_by_prompt));
+  }
+  // At the two-bit codec that is measured; others follow by ratios.
+  std::map<std::string, std::vector<double>> costs;
+  for (const auto& s : profile.sensitivities) {
+    if (parse_codec(s.codec).bits == 2 && s.hadamard == (s.side == Side::kValue) &&
+        parse_codec(s.codec).group != (s.side == Side::kValue ? 128 : 0)) {
+      auto& list = costs[s.metric];
+      const size_t at = static_cast<size_t>(s.layer) * 2 + (s.side == Side::kKey ? 0 : 1);
+      list.resize(2 * layers, 0.0);
+      list[at] = s.cost;
+    }
+  }
+  const auto kl = costs.find("kl");
+  if (kl == costs.end()) return;
+  const auto pick = [&](const std::vector<double>& all, int side) {
+    std::vector<double> out;
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (side == 2 || static_cast<int>(i % 2) == side) out.push_back(all[i]);
+    }
+    return out;
+  };
+  std::vector<double> gradients(2 * layers);
+  for (size_t l = 0; l < layers; ++l) {
+    gradients[2 * l] = profile.key_score[l];
+    gradients[2 * l + 1] = profile.value_score[l];
+  }
+  costs["gradient"] = gradients;
+  for (const auto& [metric, list] : costs) {
+    if (metric == "kl") continue;
+    fmt::print("{:<13} Spearman with kl at 2 bits: {:.3f} keys, {:.3f} values, {:.3f} together\n", metric,
+               spearman(pick(list, 0), pick(kl->second, 0)), spearman(pick(list, 1), pick(kl->second, 1)),
+               spearman(list, kl->second));
+  }
+}
+
 void inspect_profile(const std::string& path, bool json) {
   const Profile profile = read_profile(path);
   if (json) {
@@ -136,7 +209,9 @@ void inspect_profile(const std::string& path, bool json) {
   fmt::print("profile       of {}: {} prompts, {} tokens, seed {}\n", profile.model, profile.prompts, profile.tokens,
              profile.seed);
   fmt::print("fingerprint   {}\n", profile.fingerprint);
-  fmt::print("sensitivities {}\n\n", profile.sensitivities.size());
+  fmt::print("sensitivities {}\n", profile.sensitivities.size());
+  print_rank_statistics(profile);
+  fmt::print("\n");
   print_score_table(profile);
 }
 

@@ -52,7 +52,7 @@ struct EngineOptions {
   int threads = 0;         // 0: physical cores
   int chunk_tokens = 512;  // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
   size_t max_cache_bytes = 0;
-  std::string kernel;  // see CacheConfig::kernel
+  std::string kernel = {};  // see CacheConfig::kernel
   bool exact = false;
   bool force_plan = false;  // accept a plan whose fingerprint differs
 };

@@ -28,6 +28,7 @@ struct EvalOptions {
   bool exact = false;
   std::string kernel;
   bool force_plan = false;
+  bool float_weights = false;  // run everything on a temporary fp32 copy of the weights, which rounds no activations
 };
 
 struct EvalRow {

@@ -5,6 +5,7 @@
 #include <deque>
 #include <thread>
 
+#include "engine/float_copy.h"
 #include "eval/contender.h"
 #include "eval/divergence.h"
 #include "kvmix/error.h"
@@ -249,7 +250,15 @@ std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::str
     windows.emplace_back(start, start + static_cast<ptrdiff_t>(context));
     if (bos && model->bos() >= 0) windows.back()[0] = model->bos();
   }
-  return evaluate_tokens(std::move(model), windows, subjects, options, progress);
+  if (!options.float_weights) return evaluate_tokens(std::move(model), windows, subjects, options, progress);
+  // The copy has another fingerprint; plans are held to the model that was named.
+  for (const EvalSubject& s : subjects) {
+    if (s.plan) check_plan(*s.plan, model->shape(), options.force_plan);
+  }
+  const FloatCopy copy(model->path());
+  EvalOptions forced = options;
+  forced.force_plan = true;
+  return evaluate_tokens(Model::load(copy.path()), windows, subjects, forced, progress);
 }
 
 }  // namespace kvmix

@@ -1,8 +1,7 @@
 // What quantising one layer's keys or values alone costs.
 //
-// kl:     the running cache with only that tensor quantised, KL divergence to the f16 cache, at 2 bits; other codecs by the
-// ratio
-//         of their error in the attention output.
+// kl:     KL divergence to the exact model with only that tensor quantised, at 2 bits, in fp32 so that nothing else differs;
+//         other codecs by the ratio of their error in the attention output.
 // fisher: second order from gradients at the cached rows, (sum of gradient x error)^2 / 2, element by element at 2 bits with
 // the
 //         same ratios ("fisher"), or summed inside a page first, which sees errors that go together ("fisher-page").
@@ -10,14 +9,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <thread>
 
 #include "base/fp16.h"
 #include "cache/transform.h"
+#include "eval/divergence.h"
 #include "kvmix/error.h"
-#include "kvmix/eval.h"
 #include "kvmix/measure.h"
 #include "measure/gradients.h"
+#include "measure/layerwise.h"
 #include "plan/planner.h"
 
 namespace kvmix {
@@ -25,7 +26,8 @@ namespace {
 
 constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
 constexpr int kSampledQueries = 48;
-constexpr int kTogether = 10;  // contenders that share a reference run
+constexpr int kScoredRows = 512;                        // of a window's second half,
+constexpr int64_t kReferenceLogits = int64_t{1} << 26;  // and fewer where the vocabulary is so large
 
 struct Candidate {
   SideConfig config;
@@ -184,14 +186,50 @@ class LayerErrors {
   double energy_ = 1e-30;
 };
 
-Plan single_tensor_plan(const ModelShape& shape, size_t layer, Side side, const SideConfig& config,
-                        const SensitivityOptions& options) {
-  Plan plan = f16_plan(shape);
-  plan.sinks = options.sinks;
-  plan.window.tokens = options.window;
-  (side == Side::kKey ? plan.layers[layer].key : plan.layers[layer].value) = config;
-  return plan;
-}
+// A window run with nothing quantised: the residual stream at every layer, to restart from, and what the model then says.
+class ExactRun {
+ public:
+  ExactRun(Layerwise& runner, std::span<const Token> tokens, int threads) : threads_(threads) {
+    hidden_.push_back(runner.embed(tokens));
+    for (int l = 0; l < runner.layers(); ++l) hidden_.push_back(runner.forward(l, runner.layer_config(l), hidden_.back()));
+    const auto n = static_cast<int>(tokens.size()), half = n / 2;
+    const int most = std::clamp(static_cast<int>(kReferenceLogits / runner.vocab()), 1, kScoredRows);
+    const int step = std::max(1, (n - half + most - 1) / most);
+    for (int t = half; t < n; t += step) rows_.push_back(t);
+    const std::span<const float> logits = runner.logits(hidden_.back(), rows_);
+    reference_.resize(rows_.size());
+    const size_t vocab = logits.size() / rows_.size();
+    over_rows([&](size_t r) { set_reference(logits.subspan(r * vocab, vocab), reference_[r]); });
+  }
+
+  // Mean KL divergence of the second half when one layer runs with `config`: the layers before it are not run again.
+  double divergence(Layerwise& runner, int layer, const LayerConfig& config) const {
+    std::vector<float> hidden = runner.forward(layer, config, hidden_[static_cast<size_t>(layer)]);
+    for (int l = layer + 1; l < runner.layers(); ++l) hidden = runner.forward(l, runner.layer_config(l), hidden);
+    const std::span<const float> logits = runner.logits(hidden, rows_);
+    const size_t vocab = logits.size() / rows_.size();
+    std::vector<double> kl(rows_.size());
+    over_rows([&](size_t r) { kl[r] = score_row(reference_[r], logits.subspan(r * vocab, vocab), 0).kl; });
+    return std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(kl.size());
+  }
+
+ private:
+  template <typename Work>
+  void over_rows(Work work) const {
+    std::vector<std::thread> team;
+    const auto member = [&](size_t id) {
+      for (size_t r = id; r < rows_.size(); r += static_cast<size_t>(threads_)) work(r);
+    };
+    for (int i = 1; i < threads_; ++i) team.emplace_back(member, static_cast<size_t>(i));
+    member(0);
+    for (std::thread& t : team) t.join();
+  }
+
+  int threads_;
+  std::vector<std::vector<float>> hidden_;
+  std::vector<int> rows_;
+  std::vector<ReferenceRow> reference_;
+};
 
 // The prompts one after the other, cut into windows.
 std::vector<std::vector<Token>> windows_of(std::span<const std::vector<Token>> prompts, const SensitivityOptions& options,
@@ -284,43 +322,35 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   }
   if (metric != "kl") return;
 
-  // The divergence at two bits, measured on the running cache, a group of tensors at a time against one reference.
+  // The divergence at the first candidate's two bits, one tensor at a time.
   const auto known = [&](size_t t) {
     const Candidate& c = tensors[t].front();
-    for (const auto& s : profile.sensitivities) {
-      if (s.metric == "kl" && s.layer == static_cast<int>(t / 2) && (s.side == Side::kKey) == (t % 2 == 0) &&
-          s.codec == to_string(c.config.codec) && s.hadamard == c.config.transform.hadamard) {
-        return true;
-      }
-    }
-    return false;
+    return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(), [&](const Profile::Sensitivity& s) {
+      return s.metric == "kl" && s.layer == static_cast<int>(t / 2) && (s.side == Side::kKey) == (t % 2 == 0) &&
+             s.codec == to_string(c.config.codec) && s.hadamard == c.config.transform.hadamard;
+    });
   };
-  EvalOptions eval;
-  eval.threads = threads;
-  for (size_t first = 0; first < tensors.size(); first += kTogether) {
-    std::vector<EvalSubject> subjects;
-    std::vector<size_t> members;
-    for (size_t t = first; t < std::min(tensors.size(), first + kTogether); ++t) {
-      if (known(t)) continue;  // from an earlier, interrupted run
-      subjects.push_back(
-          {std::to_string(t),
-           single_tensor_plan(shape, t / 2, t % 2 == 0 ? Side::kKey : Side::kValue, tensors[t].front().config, options), ""});
-      members.push_back(t);
-    }
-    if (!members.empty()) {
-      const std::vector<EvalRow> rows =
-          evaluate_tokens(model, windows, subjects, eval, [&](double done, double total, const std::string&) {
-            return !progress || progress(static_cast<double>(first) + done / total * static_cast<double>(members.size()),
-                                         static_cast<double>(tensors.size()), "divergence by layer and side");
-          });
-      for (size_t m = 0; m < members.size(); ++m) {
-        const size_t t = members[m];
-        for (const Candidate& c : tensors[t]) {
-          store("kl", t, c, rows[m + 1].kl_mean * c.output_error / std::max(tensors[t].front().output_error, 1e-30));
-        }
-      }
-      if (options.partial) options.partial(profile);
-    }
+  std::vector<size_t> wanted;  // last layer first: its suffix is short, so a first result comes soon
+  for (size_t t = tensors.size(); t-- > 0;) {
+    if (!known(t)) wanted.push_back(t);  // others are from an earlier, interrupted run
+  }
+  if (wanted.empty()) return;
+  Layerwise runner(inside, threads, options.sinks, options.window);
+  std::vector<ExactRun> exact;
+  for (const std::vector<Token>& window : windows) exact.emplace_back(runner, window, threads);
+  double done = 0, total = 0;
+  for (const size_t t : wanted) total += static_cast<double>(layers - t / 2);
+  for (const size_t t : wanted) {
+    const auto layer = static_cast<int>(t / 2);
+    LayerConfig config = runner.layer_config(layer);
+    (t % 2 == 0 ? config.key : config.value) = tensors[t].front().config;
+    double divergence = 0;
+    for (const ExactRun& run : exact) divergence += run.divergence(runner, layer, config) / passes;
+    for (const Candidate& c : tensors[t])
+      store("kl", t, c, divergence * c.output_error / std::max(tensors[t].front().output_error, 1e-30));
+    if (options.partial) options.partial(profile);
+    done += static_cast<double>(layers - t / 2);
+    report(done, total, "divergence by layer and side");
   }
 }
 

@@ -20,6 +20,18 @@ std::vector<bool> top_layers(const std::vector<double>& scores, double fraction)
   return top;
 }
 
+// The same number of layers, drawn at random: what the scores are worth is the difference to this (method d.5).
+void shuffle(std::vector<bool>& top, uint64_t seed, uint64_t side) {
+  uint64_t state = seed * 2 + side;
+  for (size_t i = top.size(); i > 1; --i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    const size_t j = static_cast<size_t>(state >> 33) % i;
+    const bool kept = top[i - 1];
+    top[i - 1] = top[j];
+    top[j] = kept;
+  }
+}
+
 float ratio_of(int bits) { return bits == 1 ? 0.1f : bits >= 4 ? 0.3f : 0.2f; }
 
 Plan make(const PlannerRequest& request) {
@@ -32,8 +44,13 @@ Plan make(const PlannerRequest& request) {
   if (group != 32 && group != 64 && group != 128)
     throw Error(Status::kInvalidArgument, "planner kvmix-paper: option group must be 32, 64 or 128");
   plan.sinks = options.integer("sinks", 0, 0, 4096);
-  const std::vector<bool> key_top = top_layers(request.profile->key_score, key_fraction);
-  const std::vector<bool> value_top = top_layers(request.profile->value_score, value_fraction);
+  std::vector<bool> key_top = top_layers(request.profile->key_score, key_fraction);
+  std::vector<bool> value_top = top_layers(request.profile->value_score, value_fraction);
+  const int seed = options.integer("shuffle", 0, 0, 1 << 30);
+  if (seed > 0) {
+    shuffle(key_top, static_cast<uint64_t>(seed), 0);
+    shuffle(value_top, static_cast<uint64_t>(seed), 1);
+  }
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     plan.layers[l].key.codec = {key_top[l] ? key_high : key_low, Axis::kChannel, group, Fit::kMinMax, true};
     plan.layers[l].value.codec = {value_top[l] ? value_high : value_low, Axis::kToken, group, Fit::kMinMax, true};
@@ -44,9 +61,10 @@ Plan make(const PlannerRequest& request) {
     plan.window.ratio_key = ratio_of(key_fraction > 0.5 ? key_high : key_low);
     plan.window.ratio_value = ratio_of(value_fraction > 0.5 ? value_high : value_low);
   }
-  plan.note = "top " + std::to_string(key_fraction) + " of layers by gradient norm: keys " + std::to_string(key_high) + "/" +
-              std::to_string(key_low) + " bits, values " + std::to_string(value_high) + "/" + std::to_string(value_low) +
-              ", group " + std::to_string(group);
+  plan.note = (seed > 0 ? "random layers, as many as the top " : "top ") + std::to_string(key_fraction) +
+              " of layers by gradient norm: keys " + std::to_string(key_high) + "/" + std::to_string(key_low) +
+              " bits, values " + std::to_string(value_high) + "/" + std::to_string(value_low) + ", group " +
+              std::to_string(group);
   return plan;
 }
 
@@ -63,6 +81,7 @@ const Planner kKvmixPaperPlanner = {{"kvmix-paper",
                                       {"v-low", "value width of the others (2)"},
                                       {"group", "32 as the paper, 64 or 128 (32)"},
                                       {"sinks", "first tokens kept fp16 (0, as the paper)"},
+                                      {"shuffle", "a seed above 0 gives the high widths to random layers: the control (0)"},
                                       {"window", "ratio as the paper, or fixed at 128 (ratio)"}},
                                      true,
                                      false},

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <memory>
 
+#include "engine/float_copy.h"
 #include "kvmix/engine.h"
 #include "support/models.h"
 
@@ -86,48 +87,6 @@ class Libllama {
   llama_batch batch_;
 };
 
-// The same model with every tensor in fp32, as a file that removes itself.
-class Fp32Copy {
- public:
-  explicit Fp32Copy(const std::string& source) : path_(::testing::TempDir() + "/kvmix_fp32_copy.gguf") {
-    ggml_context* data = nullptr;
-    gguf_context* from = gguf_init_from_file(source.c_str(), {false, &data});
-    gguf_context* to = gguf_init_empty();
-    gguf_set_kv(to, from);
-    size_t bytes = 0;
-    const int64_t n = gguf_get_n_tensors(from);
-    for (ggml_tensor* t = ggml_get_first_tensor(data); t != nullptr; t = ggml_get_next_tensor(data, t)) {
-      bytes += static_cast<size_t>(ggml_nelements(t)) * sizeof(float) + 64 + ggml_tensor_overhead();
-    }
-    ggml_context* wide = ggml_init({bytes + static_cast<size_t>(n + 1) * 256, nullptr, false});
-    for (int64_t i = 0; i < n; ++i) {
-      const char* name = gguf_get_tensor_name(from, i);
-      const ggml_tensor* t = ggml_get_tensor(data, name);
-      ggml_tensor* w = ggml_new_tensor(wide, GGML_TYPE_F32, ggml_n_dims(t), t->ne);
-      ggml_set_name(w, name);
-      if (t->type == GGML_TYPE_F32) {
-        std::memcpy(w->data, t->data, ggml_nbytes(t));
-      } else {
-        ggml_get_type_traits(t->type)->to_float(t->data, static_cast<float*>(w->data), ggml_nelements(t));
-      }
-      gguf_add_tensor(to, w);
-    }
-    const bool written = gguf_write_to_file(to, path_.c_str(), false);
-    ggml_free(wide);
-    ggml_free(data);
-    gguf_free(from);
-    gguf_free(to);
-    if (!written) throw std::runtime_error("cannot write " + path_);
-  }
-  ~Fp32Copy() { std::filesystem::remove(path_); }
-  Fp32Copy(const Fp32Copy&) = delete;
-  Fp32Copy& operator=(const Fp32Copy&) = delete;
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
 // Ours against libllama, and libllama without against with flash attention if `noise` is given.
 Agreement compare(const std::string& path, size_t tokens_n, Agreement* noise) {
   const auto model = Model::load(path);
@@ -165,7 +124,7 @@ Agreement compare(const std::string& path, size_t tokens_n, Agreement* noise) {
 class RealModel : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(RealModel, InFp32AgreesWithLibllama) {
-  const Fp32Copy copy(testing::model_file(GetParam()));
+  const FloatCopy copy(testing::model_file(GetParam()));
   const bool small = std::string(GetParam()) == "smollm2";
   const Agreement a = compare(copy.path(), small ? 4096 : 1024, nullptr);
   EXPECT_LT(a.mean_kl(), 1e-3);
