@@ -11,6 +11,8 @@
 namespace kvmix {
 namespace {
 
+constexpr size_t kSlackBytes = size_t{1} << 20;  // less is not worth a system call
+
 void check_config(const CacheConfig& config) {
   const auto fail = [](const std::string& what) { throw Error(Status::kInvalidArgument, "cache: " + what); };
   if (config.layers.empty()) fail("no layers; describe at least one");
@@ -313,7 +315,11 @@ void Cache::end_step() {
     }
   }
   impl.in_step = false;
-  if (trim) impl.pool.trim();
+  // A prompt's chunks need more fp16 pages than the window; once decoding starts the system gets them back.
+  const bool decoding = std::all_of(impl.entries.begin(), impl.entries.end(),
+                                    [](const StepEntry& entry) { return entry.n_tokens < kPageTokens; });
+  const size_t slack = impl.pool.taken_bytes() - impl.pool.used_bytes();
+  if (trim || (decoding && slack > impl.pool.used_bytes() / 16 + kSlackBytes)) impl.pool.trim();
 }
 
 void Cache::abort_step() {
