@@ -164,7 +164,9 @@ std::vector<AttentionKernelInfo> attention_kernels();
 // Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
 // expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
 size_t predict_bytes(const CacheConfig& config, int64_t n_tokens);
-// Bits per element, all bytes included: predict_bytes * 8 / (2 * n_tokens * sum of kv_heads * head_dim).
+// Elements of K and V that attention still needs after n_tokens: all tokens of a layer, or its sliding window's newest.
+double live_elements(const CacheConfig& config, int64_t n_tokens);
+// Bits per live element, all bytes included: predict_bytes * 8 / live_elements.
 double predict_bits_per_element(const CacheConfig& config, int64_t n_tokens);
 
 }  // namespace kvmix

@@ -1,4 +1,5 @@
 // What a sequence costs, by formula.
+#include <algorithm>
 #include <cmath>
 
 #include "cache/state.h"
@@ -79,10 +80,17 @@ size_t predict_bytes(const CacheConfig& config, int64_t n_tokens) {
   return bytes;
 }
 
-double predict_bits_per_element(const CacheConfig& config, int64_t n_tokens) {
+double live_elements(const CacheConfig& config, int64_t n_tokens) {
   double elements = 0;
-  for (const LayerConfig& layer : config.layers)
-    elements += 2.0 * layer.kv_heads * layer.head_dim * static_cast<double>(n_tokens);
+  for (const LayerConfig& layer : config.layers) {
+    const int64_t live = layer.sliding_window > 0 ? std::min<int64_t>(n_tokens, layer.sliding_window) : n_tokens;
+    elements += 2.0 * layer.kv_heads * layer.head_dim * static_cast<double>(live);
+  }
+  return elements;
+}
+
+double predict_bits_per_element(const CacheConfig& config, int64_t n_tokens) {
+  const double elements = live_elements(config, n_tokens);
   return elements > 0 ? static_cast<double>(predict_bytes(config, n_tokens)) * 8 / elements : 0;
 }
 

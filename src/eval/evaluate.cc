@@ -212,9 +212,8 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
       if (progress && !progress(done, total, "evaluating")) throw Error(Status::kCancelled, "stopped while evaluating");
     });
   }
-  double elements = 0;
-  for (const auto& l : model->shape().layers)
-    elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(windows.back().size());
+  const double elements =
+      live_elements(cache_config(f16_plan(model->shape()), model->shape()), static_cast<int64_t>(windows.back().size()));
   std::vector<Tally>& tallies = evaluation.tallies();
   std::vector<EvalRow> rows;
   for (size_t r = 0; r < tallies.size(); ++r) {

@@ -1,7 +1,7 @@
 // What quantising one layer's keys or values alone costs.
 //
-// kl:     KL divergence to the exact model with only that tensor quantised, at 2 bits, in fp32 so that nothing else differs;
-//         other codecs by the ratio of their error in the attention output.
+// kl:     KL divergence to the exact model with only that tensor quantised, at 1, 2 and 3 bits, in fp32 so that nothing else
+//         differs; other codecs by the ratio of their error in the attention output.
 // fisher: second order from gradients at the cached rows, (sum of gradient x error)^2 / 2, element by element at 2 bits with
 // the
 //         same ratios ("fisher"), or summed inside a page first, which sees errors that go together ("fisher-page").
@@ -25,6 +25,7 @@ namespace kvmix {
 namespace {
 
 constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
+constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
 constexpr int kSampledQueries = 48;
 constexpr int kScoredRows = 512;                        // of a window's second half,
 constexpr int64_t kReferenceLogits = int64_t{1} << 26;  // and fewer where the vocabulary is so large
@@ -322,35 +323,52 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   }
   if (metric != "kl") return;
 
-  // The divergence at the first candidate's two bits, one tensor at a time.
-  const auto known = [&](size_t t) {
-    const Candidate& c = tensors[t].front();
-    return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(), [&](const Profile::Sensitivity& s) {
-      return s.metric == "kl" && s.layer == static_cast<int>(t / 2) && (s.side == Side::kKey) == (t % 2 == 0) &&
-             s.codec == to_string(c.config.codec) && s.hadamard == c.config.transform.hadamard;
-    });
+  // The divergence at the narrow widths, where errors are large and ratios mislead, one tensor at a time; the other codecs of a
+  // width, and wider ones, by the ratio of their error in the attention output.
+  struct Run {
+    size_t tensor;
+    const Candidate* measured;
+    std::vector<const Candidate*> follow;  // `measured` among them
   };
-  std::vector<size_t> wanted;  // last layer first: its suffix is short, so a first result comes soon
-  for (size_t t = tensors.size(); t-- > 0;) {
-    if (!known(t)) wanted.push_back(t);  // others are from an earlier, interrupted run
+  std::vector<Run> runs;
+  double total = 0;
+  for (size_t t = tensors.size(); t-- > 0;) {  // last layer first: its suffix is short, so a first result comes soon
+    for (const int bits : kMeasuredWidths) {
+      Run run{t, nullptr, {}};
+      for (const Candidate& c : tensors[t]) {
+        const bool widest = bits == kMeasuredWidths[std::size(kMeasuredWidths) - 1];
+        if (c.config.codec.bits != bits && !(widest && c.config.codec.bits > bits)) continue;
+        run.follow.push_back(&c);
+        const bool better = run.measured == nullptr || c.output_error < run.measured->output_error;
+        if (c.config.codec.bits == bits && better) run.measured = &c;
+      }
+      const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Candidate* c) {
+        return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(), [&](const Profile::Sensitivity& s) {
+          return s.metric == "kl" && s.layer == static_cast<int>(t / 2) && (s.side == Side::kKey) == (t % 2 == 0) &&
+                 s.codec == to_string(c->config.codec) && s.hadamard == c->config.transform.hadamard;
+        });
+      });
+      if (known) continue;  // from an earlier, interrupted run
+      total += static_cast<double>(layers - t / 2);
+      runs.push_back(std::move(run));
+    }
   }
-  if (wanted.empty()) return;
+  if (runs.empty()) return;
   Layerwise runner(inside, threads, options.sinks, options.window);
   std::vector<ExactRun> exact;
   for (const std::vector<Token>& window : windows) exact.emplace_back(runner, window, threads);
-  double done = 0, total = 0;
-  for (const size_t t : wanted) total += static_cast<double>(layers - t / 2);
-  for (const size_t t : wanted) {
-    const auto layer = static_cast<int>(t / 2);
+  double done = 0;
+  for (const Run& run : runs) {
+    const auto layer = static_cast<int>(run.tensor / 2);
     LayerConfig config = runner.layer_config(layer);
-    (t % 2 == 0 ? config.key : config.value) = tensors[t].front().config;
+    (run.tensor % 2 == 0 ? config.key : config.value) = run.measured->config;
     double divergence = 0;
-    for (const ExactRun& run : exact) divergence += run.divergence(runner, layer, config) / passes;
-    for (const Candidate& c : tensors[t])
-      store("kl", t, c, divergence * c.output_error / std::max(tensors[t].front().output_error, 1e-30));
+    for (const ExactRun& e : exact) divergence += e.divergence(runner, layer, config) / passes;
+    for (const Candidate* c : run.follow)
+      store("kl", run.tensor, *c, divergence * c->output_error / std::max(run.measured->output_error, 1e-30));
     if (options.partial) options.partial(profile);
-    done += static_cast<double>(layers - t / 2);
-    report(done, total, "divergence by layer and side");
+    done += static_cast<double>(layers - run.tensor / 2);
+    report(done, total, "divergence by layer, side and width");
   }
 }
 

@@ -101,8 +101,7 @@ Plan make(const PlannerRequest& request) {
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   const std::vector<size_t> chosen = allocate(items, budget - fixed);
   if (chosen.empty()) {
-    double elements = 0;
-    for (const LayerConfig& l : base.layers) elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(context);
+    const double elements = live_elements(base, context);
     const int64_t least = fixed + least_bytes(items);
     char text[256];
     std::snprintf(text, sizeof text,

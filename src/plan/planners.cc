@@ -139,10 +139,7 @@ double budget_bytes(const Budget& budget, const ModelShape& model) {
     throw Error(Status::kInvalidArgument, "the budget's context must be at least 1 token");
   if (budget.sequences < 1) throw Error(Status::kInvalidArgument, "the budget's number of sequences must be at least 1");
   if (budget.bytes > 0) return static_cast<double>(budget.bytes) / budget.sequences;
-  double elements = 0;
-  for (const ModelShape::Layer& l : model.layers)
-    elements += 2.0 * l.kv_heads * l.head_dim * static_cast<double>(budget.context);
-  return budget.bits * elements / 8;
+  return budget.bits * live_elements(cache_config(f16_plan(model), model), budget.context) / 8;
 }
 
 }  // namespace kvmix
