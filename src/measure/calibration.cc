@@ -91,7 +91,8 @@ std::vector<std::vector<Token>> own_prompts(std::shared_ptr<const Model> model, 
       texts[i] = model->tokenize(kPrompts[index % kPrompts.size()], true);
       texts[i].resize(std::min(texts[i].size(), length));
       ids.push_back(engine.cache().create());
-      SamplingOptions sampling;
+      // Close to the model's own distribution: cut tails make text so predictable that errors hardly show.
+      SamplingOptions sampling{.temperature = 1.0f, .top_k = 1000, .top_p = 1.0f, .min_p = 0.0f};
       sampling.seed = options.seed * 1000003 + index;
       samplers.emplace_back(sampling);
     }
