@@ -26,55 +26,69 @@ struct PageTile {
   static constexpr int shared_bytes = page_bytes > merge_bytes ? page_bytes : merge_bytes;
 };
 
-// Two codes of a register, as floats.
+__device__ inline __half2 half2_of(uint32_t v) { return reinterpret_cast<const __half2&>(v); }
+__device__ inline __half2 low_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x5410)); }
+__device__ inline __half2 high_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x7632)); }
+
+// The two codes of a register, exact as halves: under the exponent of 1024 they are its last bits.
 template <int bits>
-__device__ inline float2 codes_of(const uint32_t (&w)[block_words(bits)], int reg, int field) {
-  constexpr uint32_t kMask = (1u << bits) - 1;
+__device__ inline __half2 codes_of(const uint32_t (&w)[block_words(bits)], int reg, int field) {
+  constexpr uint32_t kMask = both((1u << (bits % 16)) - 1), kBias = both(0x6400u);
   const CodePlace place = code_place(bits, reg, field);
-  uint32_t low, high;
+  uint32_t code = (w[place.word] >> place.bit) & kMask;
   if (bits == 3 && field == 7 && reg >= 2) {
-    const uint32_t w0 = w[place.word], w1 = w[(place.word + 1) % block_words(bits)],
-                   w2 = w[(place.word + 2) % block_words(bits)];
-    low = ((w0 >> 15) & 1u) | ((w1 >> 14) & 2u) | ((w2 >> 13) & 4u);
-    high = (w0 >> 31) | ((w1 >> 30) & 2u) | ((w2 >> 29) & 4u);
-  } else {
-    low = (w[place.word] >> place.bit) & kMask, high = (w[place.word] >> (place.bit + 16)) & kMask;
+    const uint32_t w1 = w[(place.word + 1) % block_words(bits)], w2 = w[(place.word + 2) % block_words(bits)];
+    code = ((w[place.word] >> 15) & both(1)) | ((w1 >> 14) & both(2)) | ((w2 >> 13) & both(4));
   }
-  constexpr uint32_t kBias = 0x4b000000u;  // 2^23
-  return {__int_as_float(static_cast<int>(low | kBias)) - 8388608.0f,
-          __int_as_float(static_cast<int>(high | kBias)) - 8388608.0f};
+  return __hsub2(half2_of(code | kBias), half2_of(kBias));
 }
 
 // A packed side to shared memory: keys row = token, values row = channel.
 template <int dim, bool key, int bits>
 __device__ inline void expand_side(const uint8_t* part, const SideShape& side, __half* out) {
   constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row, kTiles = dim / 16;
-  constexpr float kCentre = ((1 << (bits % 16)) - 1) * 0.5f;
+  const __half2 centre = __float2half2_rn(((1 << (bits % 16)) - 1) * 0.5f);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
-  const int mid_step = side.mid_step();
+  const uint8_t* const meta = part + side.meta();
+  const int group_shift = 31 - __clz(side.group), mid_bytes = 2 * side.mid_step();
   for (int block = warp; block < dim / 16; block += kWarps) {
     uint32_t w[block_words(bits)];
     load_words<bits>(part + block * block_bytes(bits), lane, w);
 #pragma unroll
     for (int field = 0; field < kFields; ++field) {
       const int tile = block * kFields + field, token0 = tile / kTiles * 16, channel0 = tile % kTiles * 16;
+      // Scales and midpoints of the pairs of each register. A tile lies in one group; what a lane needs of it lies together.
+      __half2 scale[4], mid[4];
+      if constexpr (bits != 16) {
+        if (!key) {
+          const int slot = (channel0 >> group_shift) * kPageTokens * 2 + (token0 / 2 + 2 * (lane % 4)) * 4;
+          const uint4 v = *reinterpret_cast<const uint4*>(meta + 2 * slot);
+          scale[0] = scale[1] = low_half2(v.x, v.z), scale[2] = scale[3] = high_half2(v.x, v.z);
+          mid[0] = mid[1] = low_half2(v.y, v.w), mid[2] = mid[3] = high_half2(v.y, v.w);
+        } else if (side.per_token) {
+          const int slot = (channel0 >> group_shift) * kPageTokens * 2 + (token0 / 2 + lane / 4) * 4;
+          const uint2 v = *reinterpret_cast<const uint2*>(meta + 2 * slot);
+          scale[0] = scale[2] = low_half2(v.x, v.x), scale[1] = scale[3] = high_half2(v.x, v.x);
+          mid[0] = mid[2] = low_half2(v.y, v.y), mid[1] = mid[3] = high_half2(v.y, v.y);
+        } else {
+          const int slot = (token0 >> group_shift) * dim + (lane % 4) * (dim / 4) + channel0 / 4;
+          const uint2 v = *reinterpret_cast<const uint2*>(meta + 2 * slot);
+          const uint2 m = *reinterpret_cast<const uint2*>(meta + 2 * slot + mid_bytes);
+          scale[0] = scale[1] = half2_of(v.x), scale[2] = scale[3] = half2_of(v.y);
+          mid[0] = mid[1] = half2_of(m.x), mid[2] = mid[3] = half2_of(m.y);
+        }
+      }
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
         const int token = token0 + (key ? row : column), channel = channel0 + (key ? column : row);
-        uint32_t pair;
+        __half2 pair;
         if constexpr (bits == 16) {
-          pair = w[code_place(16, reg, field).word];
+          pair = half2_of(w[code_place(16, reg, field).word]);
         } else {
-          const int at = side.scale_at(token, channel), next = side.scale_at(token + !key, channel + key);
-          const float s0 = __half2float(__ushort_as_half(meta[at])), s1 = __half2float(__ushort_as_half(meta[next]));
-          const float m0 = __half2float(__ushort_as_half(meta[at + mid_step]));
-          const float m1 = __half2float(__ushort_as_half(meta[next + mid_step]));
-          const float2 code = codes_of<bits>(w, reg, field);
-          pair = pack(fmaf(s0, code.x - kCentre, m0), fmaf(s1, code.y - kCentre, m1));
+          pair = __hfma2(scale[reg], __hsub2(codes_of<bits>(w, reg, field), centre), mid[reg]);
         }
-        *reinterpret_cast<uint32_t*>(out + (key ? token * kRow + channel : channel * kRow + token)) = pair;
+        *reinterpret_cast<__half2*>(out + (key ? token * kRow + channel : channel * kRow + token)) = pair;
       }
     }
   }

@@ -31,9 +31,18 @@ KVMIX_HOST_DEVICE inline uint16_t saturate_f16(float v) {
   return f32_to_f16(limited);
 }
 
+// v to 0..top.
+KVMIX_HOST_DEVICE inline float limit_code(float v, float top) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(fminf(v, top), 0.0f);
+#else
+  return v > top ? top : (v < 0.0f ? 0.0f : v);
+#endif
+}
+
 KVMIX_HOST_DEVICE inline float quantize_code(float x, float mid, float inverse_scale, float centre, float top) {
   const float v = (x - mid) * inverse_scale + centre;
-  return round_even(v > top ? top : (v < 0.0f ? 0.0f : v));
+  return round_even(limit_code(v, top));
 }
 
 // Quantises x[0..n) with stored scale and mid into codes, unless null; returns the squared error. Values: float x[i].
@@ -76,6 +85,8 @@ KVMIX_HOST_DEVICE inline GroupScale quantize_range(const Values& x, int n, Group
     return min_max;
   }
 
+  float sum_x = 0.0f;
+  for (int i = 0; i < n; ++i) sum_x = sum_x + (x[i] - middle);
   const int starts = bits <= 3 ? 3 : 2;
   GroupScale best = min_max;
   float best_error = -1.0f;
@@ -84,12 +95,11 @@ KVMIX_HOST_DEVICE inline GroupScale quantize_range(const Values& x, int n, Group
     float scale = clip * range / top, mid = middle;
     for (int round = 0; round < 3; ++round) {
       const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-      float sum_q = 0.0f, sum_x = 0.0f, sum_qq = 0.0f, sum_qx = 0.0f;
+      float sum_q = 0.0f, sum_qq = 0.0f, sum_qx = 0.0f;
       for (int i = 0; i < n; ++i) {
         const float q = quantize_code(x[i], mid, inverse, centre, top) - centre;
         const float y = x[i] - middle;
         sum_q = sum_q + q;
-        sum_x = sum_x + y;
         sum_qq = sum_qq + q * q;
         sum_qx = sum_qx + q * y;
       }

@@ -50,12 +50,13 @@ struct TileValues {
   __device__ float operator[](int i) const { return __half2float(first[i * step]); }
 };
 
-template <bool key, int bits>
+template <int dim, bool key, int bits>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const float2* groups, uint8_t* part) {
   constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1), kCentre = kTop * 0.5f;
   constexpr uint32_t kMask = (1u << bits) - 1;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int row_halves = tile_row(side.head_dim), tiles = side.head_dim / 16;
+  constexpr int row_halves = tile_row(dim), tiles = dim / 16;
+  const int group_shift = 31 - __clz(side.group);
   for (int block = warp; block < tiles; block += kSealWarps) {
     uint32_t w[block_words(bits)] = {};
 #pragma unroll
@@ -77,7 +78,7 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const floa
         } else {
           // (midpoint, inverse scale) of both; neighbours in their order unless they are the same group.
           const int group =
-              side.per_token ? channel / side.group * kPageTokens + token : token / side.group * side.head_dim + channel;
+              side.per_token ? (channel >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + channel;
           float4 g;
           if (key && side.per_token) {
             const float2 same = groups[group];
@@ -115,21 +116,21 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const floa
   }
 }
 
-template <bool key>
+template <int dim, bool key>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const float2* groups, uint8_t* part) {
   switch (side.bits) {
     case 1:
-      return pack_codes<key, 1>(side, tile, groups, part);
+      return pack_codes<dim, key, 1>(side, tile, groups, part);
     case 2:
-      return pack_codes<key, 2>(side, tile, groups, part);
+      return pack_codes<dim, key, 2>(side, tile, groups, part);
     case 3:
-      return pack_codes<key, 3>(side, tile, groups, part);
+      return pack_codes<dim, key, 3>(side, tile, groups, part);
     case 4:
-      return pack_codes<key, 4>(side, tile, groups, part);
+      return pack_codes<dim, key, 4>(side, tile, groups, part);
     case 8:
-      return pack_codes<key, 8>(side, tile, groups, part);
+      return pack_codes<dim, key, 8>(side, tile, groups, part);
     default:
-      return pack_codes<key, 16>(side, tile, groups, part);
+      return pack_codes<dim, key, 16>(side, tile, groups, part);
   }
 }
 
@@ -140,12 +141,14 @@ __device__ inline uint32_t finite_pair(uint32_t v) {
   return v;
 }
 
+template <int dim>
 __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t space[];
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
   const SideShape side = key ? args.shape.key() : args.shape.value();
-  const int thread = static_cast<int>(threadIdx.x), dim = side.head_dim, row_halves = tile_row(dim);
+  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int row_halves = tile_row(dim), octets = dim / 8;
   const SealSpace layout = seal_space(side);
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
@@ -159,7 +162,6 @@ __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constan
                           static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
   uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
 
-  const int octets = dim / 8;
 #pragma unroll 8
   for (int at = thread; at < kPageTokens * octets; at += kSealThreads) {
     const uint4 v = __ldcs(source + at);
@@ -175,21 +177,24 @@ __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constan
   float most = 0.0f;
   if (side.bits != 16) {
     // Ranges of 32 tokens of two channels, or of 32 channels of a token.
-    const int lines = side.per_token ? kPageTokens : dim / 2,
-              segments = side.per_token ? dim / kSegment : kPageTokens / kSegment;
-    for (int at = thread; at < lines * segments; at += kSealThreads) {
-      const int line = at % lines, segment = at / lines;
-      const auto* x = reinterpret_cast<const __half2*>(side.per_token ? tile + line * row_halves + segment * kSegment
-                                                                      : tile + segment * kSegment * row_halves + 2 * line);
-      const int step = side.per_token ? 1 : row_halves / 2, count = side.per_token ? kSegment / 2 : kSegment;
-      __half2 low = x[0], high = x[0];
-#pragma unroll 8
-      for (int i = 1; i < count; ++i) {
-        const __half2 v = x[i * step];
-        low = __hmin2(low, v), high = __hmax2(high, v);
+    const auto ranges = [&](int lines, int segments, int line_step, int segment_step, int step, int count) {
+      for (int at = thread; at < lines * segments; at += kSealThreads) {
+        const auto* x = reinterpret_cast<const __half2*>(tile + at % lines * line_step + at / lines * segment_step);
+        __half2 low = x[0], high = x[0];
+#pragma unroll
+        for (int i = 1; i < count; ++i) {
+          const __half2 v = x[i * step];
+          low = __hmin2(low, v), high = __hmax2(high, v);
+        }
+        lows[at] = low, highs[at] = high;
       }
-      lows[at] = low, highs[at] = high;
+    };
+    if (side.per_token) {
+      ranges(kPageTokens, dim / kSegment, row_halves, kSegment, 1, kSegment / 2);
+    } else {
+      ranges(dim / 2, kPageTokens / kSegment, 2, kSegment * row_halves, row_halves / 2, kSegment);
     }
+    const int lines = side.per_token ? kPageTokens : dim / 2;
     __syncthreads();
     auto* const meta = reinterpret_cast<uint16_t*>(part + side.meta());
     const int width = side.per_token ? kPageTokens : dim;
@@ -226,9 +231,9 @@ __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constan
     if (key) header[2] = header[3] = 0;
   }
   if (key) {
-    pack_codes<true>(side, tile, groups, part);
+    pack_codes<dim, true>(side, tile, groups, part);
   } else {
-    pack_codes<false>(side, tile, groups, part);
+    pack_codes<dim, false>(side, tile, groups, part);
   }
 }
 
@@ -276,9 +281,13 @@ void seal(const kvmix_cuda_seal_params& p) {
                         p.fitted != 0 ? Fit::kLeastSquares : Fit::kMinMax};
   const int keys = seal_space(a.shape.key()).bytes, values = seal_space(a.shape.value()).bytes;
   const int shared = keys > values ? keys : values;
-  check(cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "seal: shared memory");
+  auto* const kernel = p.format.head_dim == 64    ? seal_kernel<64>
+                       : p.format.head_dim == 96  ? seal_kernel<96>
+                       : p.format.head_dim == 128 ? seal_kernel<128>
+                                                  : seal_kernel<256>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
-  seal_kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
+  kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
   check(cudaGetLastError(), "seal: launch");
 }
 
