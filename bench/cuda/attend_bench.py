@@ -191,7 +191,7 @@ def attend_table(lib, copy, formats, repeat):
     print("| shape (batch, q heads, KV heads, tokens) | head_dim | bits K/V | group | fp16 ms | packed ms | ratio | of copy bandwidth |"
           " kernel |")
     print("|---|--:|---|--:|--:|--:|--:|--:|---|")
-    cases = [(shape, DIM, [(bits, 128) for bits in formats] + ([((2, 2), 32), ((3, 4), 32)] if shape[0] == 16 else []))
+    cases = [(shape, DIM, [(bits, 128) for bits in formats] + ([((2, 2), 32), ((3, 4), 32), ((4, 3), 128)] if shape[0] == 16 else []))
              for shape in SHAPES]
     cases += [((16, 32, 32, 8192), 64, [((2, 2), 128)]), ((16, 32, 8, 8192), 256, [((2, 2), 128), ((4, 4), 128)])]
     for shape, dim, cells in cases:
