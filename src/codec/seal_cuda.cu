@@ -1,6 +1,6 @@
 // Seals open pages into records, and appends rows to open pages.
 //
-// A block of 128 threads seals one side of one page of one KV head: the tile goes to shared memory as fp16, ranges are taken
+// A block seals one side of one page of one KV head: the tile goes to shared memory as fp16, ranges are taken
 // per 32 elements with packed minima and maxima, one thread a group makes scale and midpoint with quantize.h's arithmetic
 // (compiled without fused multiply-adds, so scales and codes equal the CPU codec's to the bit), and every lane packs the words
 // of its fragments (tile_layout_cuda.h) straight from the tile.
@@ -15,7 +15,8 @@
 namespace kvmix::cuda {
 namespace {
 
-constexpr int kSealThreads = 128, kSealWarps = kSealThreads / 32, kSegment = 32;
+constexpr int kSegment = 32;
+__host__ __device__ constexpr int seal_threads(bool fitted) { return fitted ? 128 : 256; }
 
 struct SealArguments {
   const uint8_t* open_pages;
@@ -28,16 +29,17 @@ struct SealArguments {
   Fit fit;
 };
 
-// Halves of a row of the tile: an odd number of words, so that neither rows nor columns share a bank.
-__host__ __device__ constexpr int tile_row(int head_dim) { return head_dim + 2; }
+// Halves of a row of the tile. Fits walk rows side by side: an odd number of words. Otherwise fragments are what is read most:
+// four banks further a row.
+__host__ __device__ constexpr int tile_row(int head_dim, bool fitted) { return head_dim + (fitted ? 2 : 8); }
 
 // Shared memory: the tile, the ranges of segments (half2 low, high), midpoint and inverse scale of every group.
 struct SealSpace {
   int ranges, groups, bytes;
 };
-__host__ __device__ inline SealSpace seal_space(const SideShape& side) {
+__host__ __device__ inline SealSpace seal_space(const SideShape& side, bool fitted) {
   SealSpace space{};
-  space.ranges = (kPageTokens * tile_row(side.head_dim) * 2 + 15) / 16 * 16;
+  space.ranges = (kPageTokens * tile_row(side.head_dim, fitted) * 2 + 15) / 16 * 16;
   space.groups = space.ranges + kPageTokens / kSegment * side.head_dim * 8;
   space.bytes = space.groups + side.meta_bytes() / 4 * 8 + 16;
   return space;
@@ -50,14 +52,14 @@ struct TileValues {
   __device__ float operator[](int i) const { return __half2float(first[i * step]); }
 };
 
-template <int dim, bool key, int bits>
+template <int dim, bool fitted, bool key, int bits>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const float2* groups, uint8_t* part) {
   constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1), kCentre = kTop * 0.5f;
   constexpr uint32_t kMask = (1u << bits) - 1;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  constexpr int row_halves = tile_row(dim), tiles = dim / 16;
+  constexpr int row_halves = tile_row(dim, fitted), tiles = dim / 16;
   const int group_shift = 31 - __clz(side.group);
-  for (int block = warp; block < tiles; block += kSealWarps) {
+  for (int block = warp; block < tiles; block += seal_threads(fitted) / 32) {
     uint32_t w[block_words(bits)] = {};
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
@@ -116,21 +118,21 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const floa
   }
 }
 
-template <int dim, bool key>
+template <int dim, bool fitted, bool key>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const float2* groups, uint8_t* part) {
   switch (side.bits) {
     case 1:
-      return pack_codes<dim, key, 1>(side, tile, groups, part);
+      return pack_codes<dim, fitted, key, 1>(side, tile, groups, part);
     case 2:
-      return pack_codes<dim, key, 2>(side, tile, groups, part);
+      return pack_codes<dim, fitted, key, 2>(side, tile, groups, part);
     case 3:
-      return pack_codes<dim, key, 3>(side, tile, groups, part);
+      return pack_codes<dim, fitted, key, 3>(side, tile, groups, part);
     case 4:
-      return pack_codes<dim, key, 4>(side, tile, groups, part);
+      return pack_codes<dim, fitted, key, 4>(side, tile, groups, part);
     case 8:
-      return pack_codes<dim, key, 8>(side, tile, groups, part);
+      return pack_codes<dim, fitted, key, 8>(side, tile, groups, part);
     default:
-      return pack_codes<dim, key, 16>(side, tile, groups, part);
+      return pack_codes<dim, fitted, key, 16>(side, tile, groups, part);
   }
 }
 
@@ -141,15 +143,16 @@ __device__ inline uint32_t finite_pair(uint32_t v) {
   return v;
 }
 
-template <int dim>
-__global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constant__ SealArguments args) {
+template <int dim, bool fitted>
+__global__ void __launch_bounds__(seal_threads(fitted)) seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t space[];
+  constexpr int kSealThreads = seal_threads(fitted), kSealWarps = kSealThreads / 32;
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
   const SideShape side = key ? args.shape.key() : args.shape.value();
   const int thread = static_cast<int>(threadIdx.x);
-  constexpr int row_halves = tile_row(dim), octets = dim / 8;
-  const SealSpace layout = seal_space(side);
+  constexpr int row_halves = tile_row(dim, fitted), octets = dim / 8;
+  const SealSpace layout = seal_space(side, fitted);
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
   auto* const highs = lows + kPageTokens / kSegment * dim;
@@ -166,6 +169,11 @@ __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constan
   for (int at = thread; at < kPageTokens * octets; at += kSealThreads) {
     const uint4 v = __ldcs(source + at);
     auto* const to = reinterpret_cast<uint32_t*>(tile + at / octets * row_halves + at % octets * 8);
+    if constexpr (!fitted) {
+      *reinterpret_cast<uint4*>(to) =
+          side.bits == 16 ? v : uint4{finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
+      continue;
+    }
     if (side.bits == 16) {
       to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     } else {
@@ -180,10 +188,12 @@ __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constan
     const auto ranges = [&](int lines, int segments, int line_step, int segment_step, int step, int count) {
       for (int at = thread; at < lines * segments; at += kSealThreads) {
         const auto* x = reinterpret_cast<const __half2*>(tile + at % lines * line_step + at / lines * segment_step);
-        __half2 low = x[0], high = x[0];
+        // Lanes that walk rows start at different words, for the sake of banks.
+        const int turn = step == 1 && !fitted ? thread / 8 % 4 : 0;
+        __half2 low = x[turn], high = low;
 #pragma unroll
         for (int i = 1; i < count; ++i) {
-          const __half2 v = x[i * step];
+          const __half2 v = x[(i + turn) % count * step];
           low = __hmin2(low, v), high = __hmax2(high, v);
         }
         lows[at] = low, highs[at] = high;
@@ -225,15 +235,16 @@ __global__ void __launch_bounds__(kSealThreads) seal_kernel(const __grid_constan
   if (thread % 32 == 0) largest[thread / 32] = most;
   __syncthreads();
   if (thread == 0) {
-    const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    float all = 0.0f;
+    for (int warp = 0; warp < kSealWarps; ++warp) all = fmaxf(all, largest[warp]);
     auto* const header = reinterpret_cast<int32_t*>(record);
     header[key ? 0 : 1] = side.bits == 16 ? 0 : scale_exponent(all);
     if (key) header[2] = header[3] = 0;
   }
   if (key) {
-    pack_codes<dim, true>(side, tile, groups, part);
+    pack_codes<dim, fitted, true>(side, tile, groups, part);
   } else {
-    pack_codes<dim, false>(side, tile, groups, part);
+    pack_codes<dim, fitted, false>(side, tile, groups, part);
   }
 }
 
@@ -268,6 +279,24 @@ void check(cudaError_t status, const char* what) {
 
 }  // namespace
 
+namespace {
+
+template <bool fitted>
+auto kernel_of(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return seal_kernel<64, fitted>;
+    case 96:
+      return seal_kernel<96, fitted>;
+    case 128:
+      return seal_kernel<128, fitted>;
+    default:
+      return seal_kernel<256, fitted>;
+  }
+}
+
+}  // namespace
+
 void seal(const kvmix_cuda_seal_params& p) {
   const SealArguments a{static_cast<const uint8_t*>(p.open_pages),
                         p.open_page_stride,
@@ -279,15 +308,13 @@ void seal(const kvmix_cuda_seal_params& p) {
                         p.record_ids,
                         record_shape(p.format),
                         p.fitted != 0 ? Fit::kLeastSquares : Fit::kMinMax};
-  const int keys = seal_space(a.shape.key()).bytes, values = seal_space(a.shape.value()).bytes;
+  const bool fitted = p.fitted != 0;
+  const int keys = seal_space(a.shape.key(), fitted).bytes, values = seal_space(a.shape.value(), fitted).bytes;
   const int shared = keys > values ? keys : values;
-  auto* const kernel = p.format.head_dim == 64    ? seal_kernel<64>
-                       : p.format.head_dim == 96  ? seal_kernel<96>
-                       : p.format.head_dim == 128 ? seal_kernel<128>
-                                                  : seal_kernel<256>;
+  auto* const kernel = fitted ? kernel_of<true>(p.format.head_dim) : kernel_of<false>(p.format.head_dim);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
-  kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
+  kernel<<<grid, seal_threads(fitted), static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
   check(cudaGetLastError(), "seal: launch");
 }
 
