@@ -5,7 +5,7 @@
 // otherwise they share the tokens and split the rows. The softmax is in base 2, weights are held at 2^kLift over the maximum.
 #pragma once
 
-#include "attention/attend_cuda.cuh"
+#include "attention/attend_cuda_common.cuh"
 
 namespace kvmix::cuda {
 
