@@ -16,7 +16,7 @@ PAGE, DIM = 128, 128
 
 
 class Format(c.Structure):
-    _fields_ = [(n, c.c_int32) for n in ("head_dim", "key_bits", "value_bits", "key_group", "value_group")]
+    _fields_ = [(n, c.c_int32) for n in ("head_dim", "key_bits", "value_bits", "key_group", "value_group", "key_per_token")]
 
 
 class Item(c.Structure):
@@ -32,7 +32,21 @@ class Params(c.Structure):
         ("open_pages", c.c_void_p), ("open_page_stride", c.c_int64), ("open_head_stride", c.c_int64),
         ("page_table", c.c_void_p), ("page_table_stride", c.c_int64),
         ("items", c.c_void_p), ("item_count", c.c_int32), ("workspace", c.c_void_p), ("workspace_bytes", c.c_size_t),
-        ("stream", c.c_void_p)]
+        ("stream", c.c_void_p), ("bf16", c.c_int32)]
+
+
+class Seal(c.Structure):
+    _fields_ = [("format", Format), ("pages", c.c_int32), ("kv_heads", c.c_int32), ("fitted", c.c_int32),
+                ("open_pages", c.c_void_p), ("open_page_stride", c.c_int64), ("open_head_stride", c.c_int64),
+                ("records", c.c_void_p), ("record_page_stride", c.c_int64), ("record_head_stride", c.c_int64),
+                ("open_ids", c.c_void_p), ("record_ids", c.c_void_p), ("stream", c.c_void_p)]
+
+
+class Append(c.Structure):
+    _fields_ = [("rows", c.c_int32), ("kv_heads", c.c_int32), ("head_dim", c.c_int32), ("bf16", c.c_int32),
+                ("keys", c.c_void_p), ("values", c.c_void_p), ("row_stride", c.c_int64), ("head_stride", c.c_int64),
+                ("open_pages", c.c_void_p), ("open_page_stride", c.c_int64), ("open_head_stride", c.c_int64),
+                ("slots", c.c_void_p), ("stream", c.c_void_p)]
 
 
 def timed(launches, repeat):
@@ -58,11 +72,11 @@ def flush():
     torch.cuda._sleep(200000)
 
 
-def fp16(batch, q_heads, kv_heads, length, repeat):
-    q = torch.randn(batch, q_heads, 1, DIM, dtype=torch.float16, device="cuda")
-    k = torch.randn(batch, kv_heads, length, DIM, dtype=torch.float16, device="cuda")
+def fp16(batch, q_heads, kv_heads, length, repeat, dim=DIM):
+    q = torch.randn(batch, q_heads, 1, dim, dtype=torch.float16, device="cuda")
+    k = torch.randn(batch, kv_heads, length, dim, dtype=torch.float16, device="cuda")
     v = torch.randn_like(k)
-    folded = q.view(batch, kv_heads, q_heads // kv_heads, DIM)
+    folded = q.view(batch, kv_heads, q_heads // kv_heads, dim)
     results = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         for fold in (False, True):
@@ -81,31 +95,73 @@ def fp16(batch, q_heads, kv_heads, length, repeat):
     return best, results[best]
 
 
-def packed(lib, bits, batch, q_heads, kv_heads, length, repeat, groups=(128, 128)):
-    p = Params(format=Format(DIM, bits[0], bits[1], *groups), sequences=batch, q_heads=q_heads, kv_heads=kv_heads, q_tokens=1)
-    size = c.c_size_t()
-    check(lib, lib.kvmix_cuda_record_bytes(c.byref(p.format), c.byref(size)))
-    record, pages = size.value, length // PAGE
-    # Random codes, scales and midpoints of fp16 bytes 0x2020..0x2c2c (positive, about 0.01), exponents 0.
-    pool = torch.randint(0x20, 0x2D, (batch * pages * kv_heads, record), dtype=torch.uint8, device="cuda")
-    pool[:, :16] = 0
-    table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages).contiguous()
-    q = torch.randn(batch, 1, q_heads, DIM, dtype=torch.float16, device="cuda")
-    out = torch.empty_like(q)
-    lengths = (c.c_int32 * batch)(*[length] * batch)
-    count, space = c.c_int32(), c.c_size_t()
-    check(lib, lib.kvmix_cuda_plan(c.byref(p), lengths, 0, None, 0, c.byref(count), c.byref(space)))
-    host = (Item * count.value)()
-    check(lib, lib.kvmix_cuda_plan(c.byref(p), lengths, 0, c.byref(host), count.value, c.byref(count), c.byref(space)))
-    items = torch.frombuffer(bytearray(bytes(host)), dtype=torch.uint8).cuda()
-    work = torch.zeros(space.value, dtype=torch.uint8, device="cuda")
-    p.q, p.out, p.records, p.page_table = q.data_ptr(), out.data_ptr(), pool.data_ptr(), table.data_ptr()
-    p.record_head_stride, p.record_page_stride, p.page_table_stride = record, record * kv_heads, pages
-    p.items, p.item_count, p.workspace, p.workspace_bytes = items.data_ptr(), count.value, work.data_ptr(), space.value
-    p.stream = torch.cuda.current_stream().cuda_stream
-    time = timed([lambda: check(lib, lib.kvmix_cuda_attend(c.byref(p)))], repeat)
-    assert torch.isfinite(out).all()
-    return time, pool.numel(), count.value
+class Packed:
+    """A packed cache of random records, all pages of one format, and a launch of attention over it."""
+
+    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM):
+        self.lib = lib
+        p = self.p = Params(format=Format(dim, bits[0], bits[1], *groups, 0), sequences=batch, q_heads=q_heads,
+                            kv_heads=kv_heads, q_tokens=1)
+        size = c.c_size_t()
+        check(lib, lib.kvmix_cuda_record_bytes(c.byref(p.format), c.byref(size)))
+        record, pages = size.value, length // PAGE
+        # Random codes, scales and midpoints of fp16 bytes 0x2020..0x2c2c (positive, about 0.01), exponents 0.
+        self.pool = torch.randint(0x20, 0x2D, (batch * pages * kv_heads, record), dtype=torch.uint8, device="cuda")
+        self.pool[:, :16] = 0
+        self.bytes = self.pool.numel()
+        self.table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages).contiguous()
+        self.q = torch.randn(batch, 1, q_heads, dim, dtype=torch.float16, device="cuda")
+        self.out = torch.empty_like(self.q)
+        lengths = (c.c_int32 * batch)(*[length] * batch)
+        count, space = c.c_int32(), c.c_size_t()
+        check(lib, lib.kvmix_cuda_plan(c.byref(p), lengths, 0, None, 0, c.byref(count), c.byref(space)))
+        host = (Item * count.value)()
+        check(lib, lib.kvmix_cuda_plan(c.byref(p), lengths, 0, c.byref(host), count.value, c.byref(count), c.byref(space)))
+        self.items = torch.frombuffer(bytearray(bytes(host)), dtype=torch.uint8).cuda()
+        self.work = torch.zeros(space.value, dtype=torch.uint8, device="cuda")
+        p.q, p.out, p.records, p.page_table = (t.data_ptr() for t in (self.q, self.out, self.pool, self.table))
+        p.record_head_stride, p.record_page_stride, p.page_table_stride = record, record * kv_heads, pages
+        p.items, p.item_count = self.items.data_ptr(), count.value
+        p.workspace, p.workspace_bytes = self.work.data_ptr(), space.value
+        p.stream = torch.cuda.current_stream().cuda_stream
+        self.kernel = lib.kvmix_cuda_attend_kernel(c.byref(p)).decode()
+
+    def launch(self):
+        check(self.lib, self.lib.kvmix_cuda_attend(c.byref(self.p)))
+
+
+def packed(lib, bits, batch, q_heads, kv_heads, length, repeat, groups=(128, 128), dim=DIM):
+    cache = Packed(lib, bits, batch, q_heads, kv_heads, length, groups, dim)
+    time = timed([cache.launch], repeat)
+    assert torch.isfinite(cache.out).all()
+    return time, cache.bytes, cache.p.item_count, cache.kernel
+
+
+class Sealing:
+    """Open pages of random rows, and launches that seal them and that append to them."""
+
+    def __init__(self, lib, bits, pages, kv_heads, fitted, groups=(128, 128), dim=DIM):
+        self.lib = lib
+        size, form = c.c_size_t(), Format(dim, bits[0], bits[1], *groups, 0)
+        check(lib, lib.kvmix_cuda_record_bytes(c.byref(form), c.byref(size)))
+        self.open = torch.randn(pages, kv_heads, 2, PAGE, dim, dtype=torch.float16, device="cuda")
+        self.records = torch.empty(pages * kv_heads * size.value, dtype=torch.uint8, device="cuda")
+        self.ids = torch.randperm(pages, device="cuda").to(torch.int32)
+        self.bytes = self.open.numel() * 2 + self.records.numel()
+        stream, head = torch.cuda.current_stream().cuda_stream, 2 * PAGE * dim * 2
+        self.p = Seal(form, pages, kv_heads, int(fitted), self.open.data_ptr(), head * kv_heads, head, self.records.data_ptr(),
+                      size.value * kv_heads, size.value, self.ids.data_ptr(), self.ids.data_ptr(), stream)
+        self.rows = torch.randn(2, pages, kv_heads, dim, dtype=torch.float16, device="cuda")
+        self.slots = torch.arange(pages, device="cuda") * PAGE + 5
+        row = kv_heads * dim * 2
+        self.a = Append(pages, kv_heads, dim, 0, self.rows[0].data_ptr(), self.rows[1].data_ptr(), row, dim * 2,
+                        self.open.data_ptr(), head * kv_heads, head, self.slots.data_ptr(), stream)
+
+    def seal(self):
+        check(self.lib, self.lib.kvmix_cuda_seal(c.byref(self.p)))
+
+    def append(self):
+        check(self.lib, self.lib.kvmix_cuda_append(c.byref(self.a)))
 
 
 def check(lib, status):
@@ -113,34 +169,65 @@ def check(lib, status):
         raise RuntimeError(lib.kvmix_cuda_last_error().decode())
 
 
-def main():
+SHAPES = ((16, 32, 32, 8192), (32, 32, 32, 8192), (1, 32, 32, 131072), (64, 32, 8, 8192), (16, 32, 8, 8192),
+          (1, 32, 8, 131072), (8, 32, 8, 4096), (1, 32, 8, 4096))
+
+
+def load(path):
     global scratch
-    parser = argparse.ArgumentParser()
-    parser.add_argument("library")
-    parser.add_argument("--repeat", type=int, default=30)
-    parser.add_argument("--formats", default="2/2,4/4")
-    args = parser.parse_args()
-    lib = c.CDLL(args.library)
-    lib.kvmix_cuda_last_error.restype = c.c_char_p
+    lib = c.CDLL(path)
+    lib.kvmix_cuda_last_error.restype = lib.kvmix_cuda_attend_kernel.restype = c.c_char_p
     scratch = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    return lib
+
+
+def copy_rate(repeat):
     big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(big)
-    copy = 2 * big.numel() / timed([lambda: other.copy_(big)], args.repeat) / 1e9
-    del big, other
-    print(f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.2f} TB/s")
-    print("| shape (batch, q heads, kv heads, tokens) | format | fp16 ms (kernel) | packed ms | ratio | TB/s | of copy | blocks |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
-    formats = [tuple(map(int, f.split("/"))) for f in args.formats.split(",")]
-    for shape in ((16, 32, 32, 8192), (32, 32, 32, 8192), (1, 32, 32, 131072), (64, 32, 8, 8192), (16, 32, 8, 8192),
-                  (1, 32, 8, 131072), (8, 32, 8, 4096), (1, 32, 8, 4096)):
-        name, base = fp16(*shape, args.repeat)
+    return 2 * big.numel() / timed([lambda: other.copy_(big)], repeat) / 1e9
+
+
+def attend_table(lib, copy, formats, repeat):
+    print("| shape (batch, q heads, KV heads, tokens) | head_dim | bits K/V | group | fp16 ms | packed ms | ratio | of copy bandwidth |"
+          " kernel |")
+    print("|---|--:|---|--:|--:|--:|--:|--:|---|")
+    cases = [(shape, DIM, [(bits, 128) for bits in formats] + ([((2, 2), 32), ((3, 4), 32), ((4, 3), 128)] if shape[0] == 16 else []))
+             for shape in SHAPES]
+    cases += [((16, 32, 32, 8192), 64, [((2, 2), 128)]), ((16, 32, 8, 8192), 256, [((2, 2), 128), ((4, 4), 128)])]
+    for shape, dim, cells in cases:
+        base = fp16(*shape, repeat, dim)[1]
         torch.cuda.empty_cache()
-        for bits in formats:
-            ms, size, blocks = packed(lib, bits, *shape, args.repeat)
+        for bits, group in cells:
+            ms, size, _, kernel = packed(lib, bits, *shape, repeat, (group, group), dim)
             torch.cuda.empty_cache()
-            rate = size / ms / 1e9
-            print(f"| {shape} | {bits[0]}/{bits[1]} | {base:.4f} ({name}) | {ms:.4f} | {base / ms:.2f} | {rate:.2f} | "
-                  f"{rate / copy:.0%} | {blocks} |", flush=True)
+            print(f"| {shape} | {dim} | {bits[0]}/{bits[1]} | {group} | {base:.4f} | {ms:.4f} | {base / ms:.2f} | "
+                  f"{size / ms / 1e9 / copy:.0%} | {kernel} |", flush=True)
+
+
+def seal_table(lib, copy, repeat):
+    print("| seal, 1024 pages x 32 heads | group | scales | ms | of copy bandwidth |")
+    print("|---|--:|---|--:|--:|")
+    for bits, group in (((2, 2), 128), ((3, 4), 128), ((4, 4), 128), ((2, 2), 32)):
+        for fitted in (False, True):
+            work = Sealing(lib, bits, 1024, 32, fitted, (group, group))
+            ms = timed([work.seal], repeat)
+            print(f"| {bits[0]}/{bits[1]} | {group} | {'fitted' if fitted else 'min-max'} | {ms:.4f} | "
+                  f"{work.bytes / ms / 1e9 / copy:.0%} |", flush=True)
+            del work
+            torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("library")
+    parser.add_argument("--repeat", type=int, default=11)
+    parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
+    args = parser.parse_args()
+    lib = load(args.library)
+    copy = copy_rate(args.repeat)
+    print(f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.2f} TB/s")
+    attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
+    seal_table(lib, copy, args.repeat)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@
 extern "C" {
 #endif
 
-/* Keys are scaled per channel over key_group tokens, values per token over value_group channels, both with midpoints. Built
- * for head_dim 128 and (key bits/value bits, key group/value group) 2/2, 4/4, 2/1, 4/2, 8/8 at 128/128; other formats
- * answer KVMIX_UNSUPPORTED with that list. */
+/* Keys are scaled per channel over key_group tokens or per token over key_group channels, values per token over value_group
+ * channels, all with midpoints. Widths 1, 2, 3, 4, 8 and 16 (plain fp16, whose group does not matter) in any combination,
+ * groups 32, 64 and 128, head_dim 64, 96, 128 and 256; anything else answers KVMIX_UNSUPPORTED with this list. */
 typedef struct kvmix_cuda_format {
   int32_t head_dim;
   int32_t key_bits, value_bits;
   int32_t key_group, value_group;
+  int32_t key_per_token; /* 0: a key scale per channel; otherwise per token, as values */
 } kvmix_cuda_format;
 
 /* Bytes of one record, a multiple of 16. */
@@ -46,13 +47,13 @@ typedef struct kvmix_cuda_item {
 typedef struct kvmix_cuda_attend_params {
   kvmix_cuda_format format;
   int32_t sequences, q_heads, kv_heads;
-  int32_t q_tokens;       /* per sequence, its newest; q_tokens * q_heads / kv_heads <= 8 */
+  int32_t q_tokens;       /* per sequence, its newest, causal among themselves: 1 in decode, a chunk's tokens in prefill */
   int32_t sinks;          /* > 0: page 0 is open and holds this many tokens; later pages follow at sinks + 128 i */
   int32_t sliding_window; /* > 0: a query sees this many newest tokens, itself included */
   float scale;            /* of q.k; 0: 1 / sqrt(head_dim) */
   float softcap;          /* > 0 */
-  const void* q;          /* fp16 [sequences][q_tokens][q_heads][head_dim] */
-  void* out;              /* fp16, as q */
+  const void* q;          /* fp16 (or bf16) [sequences][q_tokens][q_heads][head_dim], 16-byte aligned */
+  void* out;              /* as q */
   float* lse;             /* natural log-sum-exp [sequences][q_tokens][q_heads], or null; -inf where nothing is visible */
   const void* records;    /* record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes */
   int64_t record_page_stride, record_head_stride;
@@ -66,6 +67,7 @@ typedef struct kvmix_cuda_attend_params {
   void* workspace; /* device memory, zeroed once before the first launch; each launch leaves it ready for the next */
   size_t workspace_bytes;
   void* stream;
+  int32_t bf16; /* q and out are bf16 instead of fp16 */
 } kvmix_cuda_attend_params;
 
 /* Cuts the work of kvmix_cuda_attend into pieces of even size for a device of `slots` resident thread blocks (0: ask the
@@ -75,8 +77,28 @@ typedef struct kvmix_cuda_attend_params {
 kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
                              kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
-/* Decode attention, one launch. Can be captured in a graph. */
+/* Attention in one launch, decode and prefill. Can be captured in a graph. Every slot of a packed page must be finite. */
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
+
+/* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
+ * codes) for head_dim 128 and common formats, "pages-16" and "pages-64" (pages dequantised in shared memory) for the rest. Null
+ * where the shape is refused. */
+const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
+
+/* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */
+typedef struct kvmix_cuda_append_params {
+  int32_t rows, kv_heads, head_dim;
+  int32_t bf16;              /* the input is bf16 (finite values beyond fp16 saturate) instead of fp16 */
+  const void *keys, *values; /* row i, head h at i * row_stride + h * head_stride bytes; 16-byte aligned */
+  int64_t row_stride, head_stride;
+  void* open_pages;
+  int64_t open_page_stride, open_head_stride;
+  const int64_t* slots; /* [rows], device memory; negative: the row is left out */
+  void* stream;
+} kvmix_cuda_append_params;
+
+/* One launch. */
+kvmix_status kvmix_cuda_append(const kvmix_cuda_append_params* params);
 
 typedef struct kvmix_cuda_seal_params {
   kvmix_cuda_format format;

@@ -8,98 +8,21 @@
 // P * s_t stays inside fp16 with small weights well above its smallest numbers.
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
-#include "codec/tile_layout_cuda.h"
-#include "kvmix/kvmix_cuda.h"
+#include "attention/attend_cuda_common.cuh"
 
 namespace kvmix::cuda {
-
-inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kDim = kBlockChannels, kRows = 8, kFields = 8;
-inline constexpr int kMaxSplits = 256, kBlocksPerProcessor = 4;
-inline constexpr float kLift = 12.0f;
-inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are
-
-struct AttendArguments {
-  const __half* q;
-  __half* out;
-  float* lse;
-  const uint8_t* records;
-  int64_t record_page_stride, record_head_stride;
-  const uint8_t* open_pages;
-  int64_t open_page_stride, open_head_stride;
-  const int32_t* page_table;
-  int64_t page_table_stride;
-  const kvmix_cuda_item* items;
-  float* partials;  // [slots][kRows][kDim], then [slots][kRows][2]: maximum, sum
-  float* partial_sums;
-  int32_t* tickets;
-  int kv_heads, group, q_tokens, sinks, sliding_window;
-  float scale, softcap;
-};
-
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ inline uint32_t transpose(uint32_t v) {
-  uint32_t out;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(v));
-  return out;
-}
-__device__ inline uint32_t pack(float low, float high) {
-  const __half2 h = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(h);
-}
-__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
-  const __half2 r = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
-  return reinterpret_cast<const uint32_t&>(r);
-}
-__device__ inline float half_bits(uint32_t v) { return __half2float(__ushort_as_half(static_cast<unsigned short>(v))); }
-__device__ constexpr uint32_t both(uint32_t v) { return v | (v << 16); }
-// fp16 bits of 2^e, e in [-14, 15]
-__device__ inline uint32_t power_half(int e) { return both(static_cast<uint32_t>(e + 15) << 10); }
-__device__ inline float power(int e) { return __int_as_float((e + 127) << 23); }
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline void copy_async(void* to, const void* from) {
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(shared), "l"(from) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int pending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
-}
-
-// A lane's words of one block.
-template <int bits>
-__device__ inline void load_words(const uint8_t* block, int lane, uint32_t (&w)[block_words(bits)]) {
-  if constexpr (bits == 1) {
-    const uint2 v = reinterpret_cast<const uint2*>(block)[lane];
-    w[0] = v.x, w[1] = v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < block_words(bits) / 4; ++i) {
-      const uint4 v = reinterpret_cast<const uint4*>(block + 512 * i)[lane];
-      w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-    }
-  }
-}
 
 // Operand A of a field: one AND a register, and one shift a word for the fields beyond the mantissa.
 template <int bits>
 __device__ inline void unpack(const uint32_t (&w)[block_words(bits)], int field, uint32_t (&a)[4]) {
-  constexpr int kInPlace = bits == 2 ? 10 : 8;
+  constexpr int kInPlace = bits == 2 ? 10 : bits == 3 ? 9 : 8;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
+    if (bits == 3 && field == 7 && r >= 2) {  // in the spare bits of three words
+      const int first = code_place(bits, r, field).word;
+      a[r] = ((w[first] >> 9) & both(1u << 6)) | ((w[first + 1] >> 8) & both(1u << 7)) | ((w[first + 2] >> 7) & both(1u << 8));
+      continue;
+    }
     const CodePlace place = code_place(bits, r, field);
     const bool above = place.bit >= kInPlace;
     const uint32_t word = above ? w[place.word] >> kInPlace : w[place.word];
@@ -109,16 +32,16 @@ __device__ inline void unpack(const uint32_t (&w)[block_words(bits)], int field,
 
 template <int key_bits_, int value_bits_, int key_group_, int value_group_, bool wide_>
 struct Config {
-  static constexpr RecordShape kShape{key_bits_, value_bits_, key_group_, value_group_};
+  static constexpr RecordShape kShape{kDim, key_bits_, value_bits_, key_group_, value_group_};
   static constexpr int key_bits = key_bits_, value_bits = value_bits_;
   static constexpr int key_groups = kShape.key_groups(), value_groups = kShape.value_groups();
   // Up to four query rows stand in the even columns: half the softmax.
   static constexpr bool wide = wide_;
   static constexpr int columns = wide ? 2 : 1;  // of a lane
-  static constexpr int stage_key = kShape.key_bytes(), stage_value = kShape.value_bytes();
+  static constexpr int stage_key = kShape.key_bytes(), stage_value = kShape.value().bytes();
   static constexpr int ring = stage_key + stage_value;  // per warp
   static constexpr int query_bytes = kFields * 32 * 8;
-  static constexpr int merge_bytes = kWarps * kRows * (kDim + 4) * 4;
+  static constexpr int merge_bytes = kWarps * kRows * (kMergeRow + 2) * 4;
   static constexpr int ring_bytes = kWarps * ring > merge_bytes ? kWarps* ring : merge_bytes;
   static constexpr int shared_bytes = ring_bytes + query_bytes;
 };
@@ -144,23 +67,35 @@ struct Warp {
   // Raw scores to weights at 2^kLift over the running maximum; `exponent` is the value scales'.
   __device__ void softmax(float (&s)[kPageBlocks][4], const float (&factor)[2], int first, const int (&begin)[2],
                           const int (&end)[2], bool masked, float softcap, int exponent, int lane) {
+    // One branch each for what is rare, so that the common path is straight.
+#pragma unroll
+    for (int b = 0; b < kPageBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if ((i & 1) < C::columns) s[b][i] *= factor[i & 1];
+    if (softcap > 0.0f) {
+      const float inverse = 1.0f / softcap;
+#pragma unroll
+      for (int b = 0; b < kPageBlocks; ++b)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if ((i & 1) < C::columns) s[b][i] = softcap * tanh_fast(s[b][i] * inverse);
+    }
+    if (masked) {
+#pragma unroll
+      for (int b = 0; b < kPageBlocks; ++b)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = i & 1, position = first + 16 * b + lane / 4 + 8 * (i >> 1);
+          if (column < C::columns && (position < begin[column] || position >= end[column])) s[b][i] = -INFINITY;
+        }
+    }
     float best[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int b = 0; b < kPageBlocks; ++b) {
+    for (int b = 0; b < kPageBlocks; ++b)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = i & 1;
-        if (column >= C::columns) continue;
-        float x = s[b][i] * factor[column];
-        if (softcap > 0.0f) x = softcap * tanhf(x / softcap);
-        if (masked) {
-          const int position = first + 16 * b + lane / 4 + 8 * (i >> 1);
-          if (position < begin[column] || position >= end[column]) x = -INFINITY;
-        }
-        s[b][i] = x;
-        best[column] = fmaxf(best[column], x);
-      }
-    }
+      for (int i = 0; i < 4; ++i)
+        if ((i & 1) < C::columns) best[i & 1] = fmaxf(best[i & 1], s[b][i]);
     bool grows = false;
 #pragma unroll
     for (int column = 0; column < C::columns; ++column) {
@@ -206,54 +141,61 @@ struct Warp {
   __device__ void packed_scores(const uint8_t* part, const uint2* query, int exponent, float (&s)[kPageBlocks][4], int lane) {
     constexpr int kBits = C::key_bits;
     const uint32_t shrink = power_half(-exponent);
-    const uint4* meta = reinterpret_cast<const uint4*>(part + C::kShape.key_meta());
+    const uint4* meta = reinterpret_cast<const uint4*>(part + kHeaderBytes + C::kShape.key().meta());
 #pragma unroll
     for (int group = 0; group < C::key_groups; ++group) {
       const uint4* scales = meta + group * (kDim / 8) + (lane % 4) * 4;
       const uint4* mids = scales + C::key_groups * (kDim / 8);
       uint32_t q0[kFields], q1[kFields];
-      float mid_sum[4] = {}, code_sum[4] = {};
+      // Rows 0..7 sum query times midpoint, rows 8..15 query times scale; two chains.
+      float sums[2][4] = {};
 #pragma unroll
       for (int f = 0; f < kFields; f += 2) {
         const uint4 scale = scales[f / 2], mid = mids[f / 2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint2 q = query[(f + i) * 32 + lane];
-          const uint32_t m0 = i == 0 ? mid.x : mid.z, m1 = i == 0 ? mid.y : mid.w;
-          const uint32_t mid_rows[4] = {m0, m0, m1, m1};
-          mma(mid_sum, mid_rows, q.x, q.y);
+          const uint32_t s0 = i == 0 ? scale.x : scale.z, s1 = i == 0 ? scale.y : scale.w;
+          const uint32_t rows[4] = {i == 0 ? mid.x : mid.z, s0, i == 0 ? mid.y : mid.w, s1};
+          mma(sums[i], rows, q.x, q.y);
           const uint32_t lift = power_half(12 - field_shift(kBits, f + i));
-          q0[f + i] = multiply(multiply(q.x, lift), multiply(i == 0 ? scale.x : scale.z, shrink));
-          q1[f + i] = multiply(multiply(q.y, lift), multiply(i == 0 ? scale.y : scale.w, shrink));
-          const uint32_t top = both(((1u << kBits) - 1) << field_shift(kBits, f + i));
-          const uint32_t tops[4] = {top, top, top, top};
-          mma(code_sum, tops, q0[f + i], q1[f + i]);
+          q0[f + i] = multiply(multiply(q.x, lift), multiply(s0, shrink));
+          q1[f + i] = multiply(multiply(q.y, lift), multiply(s1, shrink));
         }
       }
-      const float mid_factor = power(-12 - exponent);
-      const float start0 = mid_sum[0] * mid_factor - 0.5f * code_sum[0], start1 = mid_sum[1] * mid_factor - 0.5f * code_sum[1];
+      constexpr float kCentre = ((1 << kBits) - 1) * 0.5f;
+      const float unit = power(-12 - exponent);
+      const float start0 = (sums[0][0] + sums[1][0] - kCentre * (sums[0][2] + sums[1][2])) * unit;
+      const float start1 = (sums[0][1] + sums[1][1] - kCentre * (sums[0][3] + sums[1][3])) * unit;
+      constexpr int kAtOnce = kBits <= 4 ? 2 : 1;  // chains of mma side by side
 #pragma unroll
-      for (int b = 0; b < kPageBlocks / C::key_groups; ++b) {
+      for (int b = 0; b < kPageBlocks / C::key_groups; b += kAtOnce) {
         const int block = group * (kPageBlocks / C::key_groups) + b;
-        uint32_t w[block_words(kBits)];
-        load_words<kBits>(part + kHeaderBytes + block * block_bytes(kBits), lane, w);
-        s[block][0] = s[block][2] = start0;
-        s[block][1] = s[block][3] = start1;
+        uint32_t w[kAtOnce][block_words(kBits)];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          load_words<kBits>(part + kHeaderBytes + (block + j) * block_bytes(kBits), lane, w[j]);
+          s[block + j][0] = s[block + j][2] = start0;
+          s[block + j][1] = s[block + j][3] = start1;
+        }
 #pragma unroll
         for (int f = 0; f < kFields; ++f) {
-          uint32_t a[4];
-          unpack<kBits>(w, f, a);
-          mma(s[block], a, q0[f], q1[f]);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            uint32_t a[4];
+            unpack<kBits>(w[j], f, a);
+            mma(s[block + j], a, q0[f], q1[f]);
+          }
         }
       }
     }
   }
 
   // Adds weights times a packed value part.
-  __device__ void packed_values(const uint8_t* part, const float (&p)[kPageBlocks][4], bool masked, int live, int lane) {
+  __device__ void packed_values(const uint8_t* part, const float (&p)[kPageBlocks][4], int lane) {
     constexpr int kBits = C::value_bits;
     constexpr float kCentre = ((1 << kBits) - 1) * 0.5f;
-    const uint2* meta = reinterpret_cast<const uint2*>(part + C::kShape.value_meta());
+    const uint2* meta = reinterpret_cast<const uint2*>(part + C::kShape.value().meta());
 #pragma unroll
     for (int block = 0; block < kPageBlocks; ++block) {
       uint32_t w[block_words(kBits)];
@@ -261,13 +203,8 @@ struct Warp {
 #pragma unroll
       for (int group = 0; group < C::value_groups; ++group) {
         const uint2 m = meta[group * (kPageTokens / 2) + block * 8 + lane / 4];
-        float s0 = half_bits(m.x & 0xffffu), s1 = half_bits(m.x >> 16);
-        float z0 = half_bits(m.y & 0xffffu) - kCentre * s0, z1 = half_bits(m.y >> 16) - kCentre * s1;
-        if (masked) {  // a slot without a token may hold NaN scales
-          const int slot = 16 * block + lane / 4;
-          if (slot >= live) s0 = z0 = 0.0f;
-          if (slot + 8 >= live) s1 = z1 = 0.0f;
-        }
+        const float s0 = half_bits(m.x & 0xffffu), s1 = half_bits(m.x >> 16);
+        const float z0 = half_bits(m.y & 0xffffu) - kCentre * s0, z1 = half_bits(m.y >> 16) - kCentre * s1;
 #pragma unroll
         for (int column = 0; column < C::columns; ++column) {
           zero[group][column] = fmaf(p[block][column], z0, fmaf(p[block][column + 2], z1, zero[group][column]));
@@ -342,7 +279,6 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(const __grid_constant__ AttendArguments args) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float row_factor[kRows];
-  __shared__ float weight[kMaxSplits];
   __shared__ int last;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const kvmix_cuda_item item = args.items[blockIdx.x];
@@ -378,9 +314,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     const bool used = row < rows && (C::wide || column % 2 == 0);
     float x[4] = {}, best = 0.0f;
     if (used) {
-      const uint2 v = reinterpret_cast<const uint2*>(args.q + row_offset(row) * kDim)[lane];
-      x[0] = half_bits(v.x & 0xffffu), x[1] = half_bits(v.x >> 16), x[2] = half_bits(v.y & 0xffffu),
-      x[3] = half_bits(v.y >> 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = load_query(args, row_offset(row) * kDim + 4 * lane + i);
       best = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
     }
 #pragma unroll
@@ -435,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
       state.softmax(s, unit, first, begin, page_end, masked, args.softcap, exponent.y, lane);
       wait_copies<1>();
       __syncwarp();
-      state.packed_values(ring + C::stage_key, s, masked, live, lane);
+      state.packed_values(ring + C::stage_key, s, lane);
       __syncwarp();
       fetch(page + kWarps, false);
     } else {
@@ -462,13 +397,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     }
   }
   __syncthreads();
-  float* const merged = reinterpret_cast<float*>(shared);  // [warp][row][kDim], then [warp][row][2]
-  float* const merged_sums = merged + kWarps * kRows * kDim;
+  float* const merged = reinterpret_cast<float*>(shared);  // [warp][row][kMergeRow], then [warp][row][2]
+  float* const merged_sums = merged + kWarps * kRows * kMergeRow;
 #pragma unroll
   for (int column = 0; column < C::columns; ++column) {
     const int row = C::wide ? 2 * (lane % 4) + column : lane % 4;
     if (row >= rows) continue;
-    float* to = merged + (warp * kRows + row) * kDim;
+    float* to = merged + (warp * kRows + row) * kMergeRow;
 #pragma unroll
     for (int f = 0; f < kFields; ++f) {
       const float unit = power(24 - field_shift(C::value_bits, f));
@@ -482,57 +417,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     }
   }
   __syncthreads();
-  const auto finish = [&](int row, float value, float top, float sum) {
-    const bool seen = sum > 0.0f;
-    args.out[row_offset(row) * kDim + threadIdx.x] = __float2half(seen ? value / sum : 0.0f);
-    if (args.lse != nullptr && threadIdx.x == 0) {
-      args.lse[row_offset(row)] = seen ? (top - kLift + log2f(sum)) * 0.693147180559945f : -INFINITY;
-    }
+  // Four channels of a row a thread from here on.
+  constexpr int kQuads = kDim / 4;
+  const auto finish = [&](int row, int quad, const float4& value, float top, float sum) {
+    store_output(args, row_offset(row) * kQuads + quad, value, sum > 0.0f ? 1.0f / sum : 0.0f);
+    if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(top, sum);
   };
-  for (int row = 0; row < rows; ++row) {
-    float top = kFloor, sum = 0.0f, value = 0.0f;
+  for (int at = static_cast<int>(threadIdx.x); at < rows * kQuads; at += kThreads) {
+    const int row = at / kQuads, quad = at % kQuads;
+    float top = kFloor, sum = 0.0f;
+    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, merged_sums[(w * kRows + row) * 2]);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float scale = exp2_fast(merged_sums[(w * kRows + row) * 2] - top);
       sum += scale * merged_sums[(w * kRows + row) * 2 + 1];
-      value += scale * merged[(w * kRows + row) * kDim + threadIdx.x];
+      add_weighted(value, scale, reinterpret_cast<const float4*>(merged + (w * kRows + row) * kMergeRow)[quad]);
     }
     if (item.splits == 1) {
-      finish(row, value, top, sum);
+      finish(row, quad, value, top, sum);
     } else {
-      const int64_t slot = static_cast<int64_t>(item.partial + item.split) * kRows + row;
-      args.partials[slot * kDim + threadIdx.x] = value;
-      if (threadIdx.x == 0) args.partial_sums[slot * 2] = top, args.partial_sums[slot * 2 + 1] = sum;
+      store_partial(args, item.partial + item.split, row, rows, quad, kQuads, value, top, sum);
     }
   }
-  if (item.splits == 1) return;
-
-  // The block that arrives last adds up the splits, in their order.
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(args.tickets + item.ticket, 1) == item.splits - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int row = 0; row < rows; ++row) {
-    const auto slot = [&](int split) { return static_cast<int64_t>(item.partial + split) * kRows + row; };
-    float top = kFloor, sum = 0.0f, value = 0.0f;
-    for (int split = 0; split < item.splits; ++split) top = fmaxf(top, __ldcg(args.partial_sums + slot(split) * 2));
-    __syncthreads();
-    for (int split = threadIdx.x; split < item.splits; split += kThreads) {
-      weight[split] = exp2_fast(__ldcg(args.partial_sums + slot(split) * 2) - top);
-    }
-    __syncthreads();
-#pragma unroll 8
-    for (int split = 0; split < item.splits; ++split) {
-      sum = fmaf(weight[split], __ldcg(args.partial_sums + slot(split) * 2 + 1), sum);
-      value = fmaf(weight[split], __ldcg(args.partials + slot(split) * kDim + threadIdx.x), value);
-    }
-    finish(row, value, top, sum);
-  }
-  if (threadIdx.x == 0) args.tickets[item.ticket] = 0;
+  if (item.splits == 1 || !arrived_last(args, item, &last)) return;
+  combine_splits<kQuads>(args, item, rows, reinterpret_cast<float2*>(shared), finish);
 }
 
 }  // namespace kvmix::cuda

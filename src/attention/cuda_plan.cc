@@ -1,6 +1,7 @@
 // The CUDA kernels' work list and C ABI. No device code: it is built, tested and answers without CUDA too.
 #include <algorithm>
 #include <cstdio>
+#include <initializer_list>
 #include <span>
 #include <vector>
 
@@ -13,12 +14,15 @@ namespace {
 thread_local std::string last_error;
 
 constexpr kvmix_cuda_format kFormats[] = {
-#define KVMIX_ATTEND(k, v, kg, vg) {kBlockChannels, k, v, kg, vg},
+#define KVMIX_ATTEND(k, v, kg, vg) {kBlockChannels, k, v, kg, vg, 0},
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
 };
 
 constexpr int kMaxSplitsPerHead = 256, kPagesAtOnce = 4;
+constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
+
+int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * (p.q_heads / p.kv_heads); }
 
 int page_count(const kvmix_cuda_attend_params& p, int length) {
   if (p.sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
@@ -55,14 +59,17 @@ Plan make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengt
   constexpr double kFixed = 2.0;
   int chunk = longest;
   double best = -1.0;
-  for (int splits = 1; splits <= std::min(longest, kMaxSplitsPerHead); ++splits) {
+  // A block of the fast kernel takes four pages at once, the page kernel one after the other.
+  const int step = uses_fast_kernel(p) ? kPagesAtOnce : 1;
+  const int most = query_rows(p) > kTileRows ? 1 : kMaxSplitsPerHead;
+  for (int splits = 1; splits <= std::min(longest, most); ++splits) {
     int candidate = (longest + splits - 1) / splits;
-    if (candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
+    if (candidate > step) candidate = (candidate + step - 1) / step * step;
     int64_t blocks = 0;
     for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
     const double waves = std::max(1.0, static_cast<double>(blocks) / slots);
     const double full = waves <= 4.0 ? static_cast<double>((blocks + slots - 1) / slots) : waves + 0.5;
-    const double time = full * ((candidate + kPagesAtOnce - 1) / kPagesAtOnce + kFixed) + 0.02 * splits;
+    const double time = full * ((candidate + step - 1) / step + kFixed) + 0.02 * splits;
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
   Plan plan;
@@ -110,48 +117,49 @@ kvmix_status guarded(const Body& body) {
 
 std::string format_name(const kvmix_cuda_format& f) {
   char text[160];
-  std::snprintf(text, sizeof text, "int%d.channel.g%d keys, int%d.token.g%d values, head_dim %d", f.key_bits, f.key_group,
-                f.value_bits, f.value_group, f.head_dim);
+  std::snprintf(text, sizeof text, "int%d.%s.g%d keys, int%d.token.g%d values, head_dim %d", f.key_bits,
+                f.key_per_token != 0 ? "token" : "channel", f.key_group, f.value_bits, f.value_group, f.head_dim);
   return text;
 }
 
-std::string supported_formats() {
-  std::string list = "(key bits/value bits, key group/value group, head_dim)";
-  for (const kvmix_cuda_format& f : kFormats) {
-    char text[96];
-    std::snprintf(text, sizeof text, " %d/%d g%d/g%d %d", f.key_bits, f.value_bits, f.key_group, f.value_group, f.head_dim);
-    list += text;
+void check_format(const kvmix_cuda_format& f) {
+  const auto one_of = [](int32_t v, std::initializer_list<int32_t> list) {
+    return std::find(list.begin(), list.end(), v) != list.end();
+  };
+  const auto width = [&](int32_t bits) { return one_of(bits, {1, 2, 3, 4, 8, 16}); };
+  const auto group = [&](int32_t g, int32_t bits) { return bits == 16 || one_of(g, {32, 64, 128}); };
+  if (!one_of(f.head_dim, {64, 96, 128, 256}) || !width(f.key_bits) || !width(f.value_bits) ||
+      !group(f.key_group, f.key_bits) || !group(f.value_group, f.value_bits)) {
+    throw Error(Status::kUnsupported,
+                "no CUDA kernel for " + format_name(f) +
+                    "; there are widths 1, 2, 3, 4, 8, 16, groups 32, 64, 128, head_dim 64, 96, 128, 256");
   }
-  return list;
 }
 
-void check_format(const kvmix_cuda_format& f) {
+bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
+  const kvmix_cuda_format& f = p.format;
   const auto same = [&](const kvmix_cuda_format& other) {
     return f.head_dim == other.head_dim && f.key_bits == other.key_bits && f.value_bits == other.value_bits &&
-           f.key_group == other.key_group && f.value_group == other.value_group;
+           f.key_group == other.key_group && f.value_group == other.value_group && f.key_per_token == 0;
   };
-  if (std::none_of(std::begin(kFormats), std::end(kFormats), same)) {
-    throw Error(Status::kUnsupported, "no CUDA kernel for " + format_name(f) + "; there are " + supported_formats());
-  }
+  return query_rows(p) <= 8 && std::any_of(std::begin(kFormats), std::end(kFormats), same);
 }
 
 void check_shape(const kvmix_cuda_attend_params& p) {
   check_format(p.format);
   require(p.sequences > 0 && p.kv_heads > 0 && p.q_heads > 0 && p.q_heads % p.kv_heads == 0,
           "attend: q_heads " + std::to_string(p.q_heads) + " must be a multiple of kv_heads " + std::to_string(p.kv_heads));
-  require(p.q_tokens > 0, "attend: q_tokens must be positive");
-  const int64_t rows = static_cast<int64_t>(p.q_tokens) * (p.q_heads / p.kv_heads);
-  if (rows > 8) {
-    throw Error(Status::kUnsupported,
-                "attend: " + std::to_string(rows) + " query rows per KV head; at most 8 (q_tokens x q_heads / kv_heads)");
-  }
+  require(p.q_tokens > 0 && p.q_tokens <= 65536 && query_rows(p) <= 65535 * kTileRows,
+          "attend: q_tokens " + std::to_string(p.q_tokens) + " not in 1..65536");
   require(p.sinks >= 0 && p.sinks <= kPageTokens, "attend: sinks " + std::to_string(p.sinks) + " not in 0..128");
   require(p.sliding_window >= 0 && p.softcap >= 0.0f && p.scale >= 0.0f, "attend: negative sliding_window, softcap or scale");
 }
 
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p) {
   const size_t tickets = static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * sizeof(int32_t);
-  return {(tickets + 255) / 256 * 256, 8 * 2 * sizeof(float), 8 * sizeof(float) * static_cast<size_t>(p.format.head_dim)};
+  const auto rows = static_cast<size_t>(query_rows(p) > kTileRows ? 0 : query_rows(p));
+  return {(tickets + 255) / 256 * 256, (rows * 2 * sizeof(float) + 15) / 16 * 16,
+          rows * sizeof(float) * static_cast<size_t>(p.format.head_dim)};
 }
 
 #ifndef KVMIX_CUDA
@@ -162,7 +170,8 @@ namespace {
 }  // namespace
 void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
 void seal(const kvmix_cuda_seal_params&) { no_cuda(); }
-int resident_blocks(const RecordShape&) { no_cuda(); }
+void append(const kvmix_cuda_append_params&) { no_cuda(); }
+int resident_blocks(const kvmix_cuda_attend_params&) { no_cuda(); }
 #endif
 
 }  // namespace kvmix::cuda
@@ -208,7 +217,7 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
     require(params != nullptr && lengths != nullptr && item_count != nullptr && workspace_bytes != nullptr,
             "plan: null argument");
     check_shape(*params);
-    const int resident = slots > 0 ? slots : resident_blocks(record_shape(params->format));
+    const int resident = slots > 0 ? slots : resident_blocks(*params);
     const Plan plan = make_plan(*params, {lengths, static_cast<size_t>(params->sequences)}, resident);
     const auto count = static_cast<int32_t>(plan.items.size());
     if (items != nullptr) {
@@ -235,6 +244,27 @@ kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params) {
     require(params->pages >= 0 && params->kv_heads > 0 && params->kv_heads <= 65535, "seal: pages or kv_heads out of range");
     if (params->pages > 0) seal(*params);
   });
+}
+
+kvmix_status kvmix_cuda_append(const kvmix_cuda_append_params* params) {
+  return guarded([&] {
+    require(params != nullptr, "append: null argument");
+    require(params->rows >= 0 && params->kv_heads > 0 && params->kv_heads <= 65535, "append: rows or kv_heads out of range");
+    require(params->head_dim > 0 && params->head_dim % 8 == 0 && params->head_dim <= 1024,
+            "append: head_dim " + std::to_string(params->head_dim) + " is not a multiple of 8 up to 1024");
+    if (params->rows > 0) append(*params);
+  });
+}
+
+const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params) {
+  const char* name = nullptr;
+  const kvmix_status status = guarded([&] {
+    require(params != nullptr, "attend_kernel: null argument");
+    check_shape(*params);
+    const bool few = query_rows(*params) <= 4, some = query_rows(*params) <= 16;
+    name = uses_fast_kernel(*params) ? (few ? "codes-4" : "codes-8") : some ? "pages-16" : "pages-64";
+  });
+  return status == KVMIX_OK ? name : nullptr;
 }
 
 const char* kvmix_cuda_last_error(void) { return last_error.c_str(); }

@@ -14,9 +14,11 @@ std::string supported_formats();
 // Throws kUnsupported for a format without a kernel, kInvalidArgument for one that cannot be.
 void check_format(const kvmix_cuda_format& format);
 void check_shape(const kvmix_cuda_attend_params& params);
-inline RecordShape record_shape(const kvmix_cuda_format& f) { return {f.key_bits, f.value_bits, f.key_group, f.value_group}; }
+inline RecordShape record_shape(const kvmix_cuda_format& f) {
+  return {f.head_dim, f.key_bits, f.value_bits, f.key_group, f.value_group, f.key_per_token != 0};
+}
 
-// Tickets, then per item 8 rows of (maximum, sum), then per item 8 rows of head_dim.
+// Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row.
 struct WorkspaceLayout {
   size_t ticket_bytes, sum_bytes, partial_bytes;
   size_t bytes(int32_t items) const { return ticket_bytes + (sum_bytes + partial_bytes) * static_cast<size_t>(items); }
@@ -26,6 +28,10 @@ WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
 void attend(const kvmix_cuda_attend_params& params);
 void seal(const kvmix_cuda_seal_params& params);
-int resident_blocks(const RecordShape& shape);  // blocks of attend that the current device runs at once
+void append(const kvmix_cuda_append_params& params);
+int resident_blocks(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the whole current device
+
+// Whether attend_cuda.cuh has a kernel for this; pages_cuda.cuh takes the rest.
+bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
 
 }  // namespace kvmix::cuda

@@ -31,13 +31,23 @@ KVMIX_HOST_DEVICE inline uint16_t saturate_f16(float v) {
   return f32_to_f16(limited);
 }
 
-KVMIX_HOST_DEVICE inline float quantize_code(float x, float mid, float inverse_scale, float centre, float top) {
-  const float v = (x - mid) * inverse_scale + centre;
-  return round_even(v > top ? top : (v < 0.0f ? 0.0f : v));
+// v to 0..top.
+KVMIX_HOST_DEVICE inline float limit_code(float v, float top) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(fminf(v, top), 0.0f);
+#else
+  return v > top ? top : (v < 0.0f ? 0.0f : v);
+#endif
 }
 
-// Quantises x[0..n) with stored scale and mid into codes; returns the squared error.
-KVMIX_HOST_DEVICE inline float quantize_with(const float* x, int n, int bits, GroupScale stored, uint8_t* codes) {
+KVMIX_HOST_DEVICE inline float quantize_code(float x, float mid, float inverse_scale, float centre, float top) {
+  const float v = (x - mid) * inverse_scale + centre;
+  return round_even(limit_code(v, top));
+}
+
+// Quantises x[0..n) with stored scale and mid into codes, unless null; returns the squared error. Values: float x[i].
+template <class Values>
+KVMIX_HOST_DEVICE inline float quantize_with(const Values& x, int n, int bits, GroupScale stored, uint8_t* codes) {
   const float scale = f16_to_f32(stored.scale), mid = f16_to_f32(stored.mid);
   const float centre = code_centre(bits), top = static_cast<float>((1 << bits) - 1);
   // A scale of zero (constant or vanishing group) leaves the midpoint alone.
@@ -45,20 +55,23 @@ KVMIX_HOST_DEVICE inline float quantize_with(const float* x, int n, int bits, Gr
   float error = 0.0f;
   for (int i = 0; i < n; ++i) {
     const float code = quantize_code(x[i], mid, inverse, centre, top);
-    codes[i] = static_cast<uint8_t>(code);
+    if (codes != nullptr) codes[i] = static_cast<uint8_t>(code);
     const float delta = x[i] - (mid + scale * (code - centre));
     error = error + delta * delta;
   }
   return error;
 }
 
-// x: n finite floats (1 <= n <= kMaxGroup); codes: n bytes.
-KVMIX_HOST_DEVICE inline GroupScale quantize_group(const float* x, int n, int bits, Fit fit, bool zero_point, uint8_t* codes) {
-  float low = x[0], high = x[0];
-  for (int i = 1; i < n; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-  }
+// The smallest and largest of a group; of zeros, the first.
+struct GroupRange {
+  float low, high;
+};
+
+// x: n finite floats (1 <= n <= kMaxGroup); codes: n bytes, or null for the scale alone.
+template <class Values>
+KVMIX_HOST_DEVICE inline GroupScale quantize_range(const Values& x, int n, GroupRange limits, int bits, Fit fit,
+                                                   bool zero_point, uint8_t* codes) {
+  float low = limits.low, high = limits.high;
   if (!zero_point) {
     const float magnitude = high > -low ? high : -low;
     low = -magnitude;
@@ -68,10 +81,12 @@ KVMIX_HOST_DEVICE inline GroupScale quantize_group(const float* x, int n, int bi
   const float range = high - low, middle = zero_point ? (high + low) * 0.5f : 0.0f;
   const GroupScale min_max{saturate_f16(range / top), saturate_f16(middle)};
   if (fit == Fit::kMinMax || !(range > 0.0f)) {
-    quantize_with(x, n, bits, min_max, codes);
+    if (codes != nullptr) quantize_with(x, n, bits, min_max, codes);
     return min_max;
   }
 
+  float sum_x = 0.0f;
+  for (int i = 0; i < n; ++i) sum_x = sum_x + (x[i] - middle);
   const int starts = bits <= 3 ? 3 : 2;
   GroupScale best = min_max;
   float best_error = -1.0f;
@@ -80,12 +95,11 @@ KVMIX_HOST_DEVICE inline GroupScale quantize_group(const float* x, int n, int bi
     float scale = clip * range / top, mid = middle;
     for (int round = 0; round < 3; ++round) {
       const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-      float sum_q = 0.0f, sum_x = 0.0f, sum_qq = 0.0f, sum_qx = 0.0f;
+      float sum_q = 0.0f, sum_qq = 0.0f, sum_qx = 0.0f;
       for (int i = 0; i < n; ++i) {
         const float q = quantize_code(x[i], mid, inverse, centre, top) - centre;
         const float y = x[i] - middle;
         sum_q = sum_q + q;
-        sum_x = sum_x + y;
         sum_qq = sum_qq + q * q;
         sum_qx = sum_qx + q * y;
       }
@@ -102,14 +116,23 @@ KVMIX_HOST_DEVICE inline GroupScale quantize_group(const float* x, int n, int bi
       }
     }
     const GroupScale candidate{saturate_f16(scale), saturate_f16(mid)};
-    const float error = quantize_with(x, n, bits, candidate, codes);
+    const float error = quantize_with(x, n, bits, candidate, static_cast<uint8_t*>(nullptr));
     if (best_error < 0.0f || error < best_error) {
       best_error = error;
       best = candidate;
     }
   }
-  quantize_with(x, n, bits, best, codes);
+  if (codes != nullptr) quantize_with(x, n, bits, best, codes);
   return best;
+}
+
+KVMIX_HOST_DEVICE inline GroupScale quantize_group(const float* x, int n, int bits, Fit fit, bool zero_point, uint8_t* codes) {
+  GroupRange limits{x[0], x[0]};
+  for (int i = 1; i < n; ++i) {
+    limits.low = x[i] < limits.low ? x[i] : limits.low;
+    limits.high = x[i] > limits.high ? x[i] : limits.high;
+  }
+  return quantize_range(x, n, limits, bits, fit, zero_point, codes);
 }
 
 }  // namespace kvmix

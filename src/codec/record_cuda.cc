@@ -10,86 +10,110 @@
 namespace kvmix::cuda {
 namespace {
 
-CodecSpec side_spec(const RecordShape& shape, bool key) {
+CodecSpec side_spec(const SideShape& side) {
   CodecSpec spec;
-  spec.bits = key ? shape.key_bits : shape.value_bits;
-  spec.axis = key ? Axis::kChannel : Axis::kToken;
-  spec.group = key ? shape.key_group : shape.value_group;
+  spec.bits = side.bits, spec.group = side.group;
+  spec.axis = side.per_token ? Axis::kToken : Axis::kChannel;
   return spec;
 }
 
-size_t tile_scale_bytes(const CodecSpec& spec) {
-  const size_t bytes = static_cast<size_t>(scale_count(spec, kBlockChannels)) * 2 * sizeof(uint16_t);
-  return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-}
-
-// Calls visit(tile code unit, byte, address in the record's codes) for every code of a side.
+// Calls visit(token, channel, cell in the record) for every code of a side.
 template <class Visit>
-void each_code(bool key, int bits, const Visit& visit) {
-  const TileGeometry geometry = tile_geometry(key ? Side::kKey : Side::kValue, kBlockChannels);
+void each_code(bool key, int head_dim, const Visit& visit) {
   for (int token = 0; token < kPageTokens; ++token) {
-    for (int channel = 0; channel < kBlockChannels; ++channel) {
-      const int lane = key ? token : channel, reduce = key ? channel : token;
-      visit(unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce), code_address(key, bits, token, channel));
-    }
+    for (int channel = 0; channel < head_dim; ++channel) visit(token, channel, code_cell(key, head_dim, token, channel));
   }
 }
 
-// Calls visit(scale index in the tile, byte offset of the scale, of the midpoint from the part's scales).
+// The 16-bit half of the record's codes that holds a bit of a code.
+struct BitAddress {
+  int half, bit;
+};
+BitAddress bit_address(int bits, const CodeCell& cell, int bit) {
+  const CodePlace place = code_bit_place(bits, cell.at.reg, cell.field, bit);
+  return {(cell.block * block_bytes(bits) + word_offset(bits, cell.at.lane, place.word)) / 2 + cell.at.half, place.bit};
+}
+
+// A code's place in the CPU's tile.
+struct TilePlace {
+  int unit, byte;
+};
+TilePlace tile_place(bool key, int head_dim, int token, int channel) {
+  const int lane = key ? token : channel, reduce = key ? channel : token;
+  return {unit_index(tile_geometry(key ? Side::kKey : Side::kValue, head_dim), lane, reduce), byte_in_unit(lane, reduce)};
+}
+
+uint16_t half_at(const uint8_t* bytes, int index) {
+  uint16_t v;
+  std::memcpy(&v, bytes + 2 * index, sizeof v);
+  return v;
+}
+void set_half(uint8_t* bytes, int index, uint16_t v) { std::memcpy(bytes + 2 * index, &v, sizeof v); }
+
+// Calls visit(scale index in the tile, index of the scale, of the midpoint among the record's scales).
 template <class Visit>
-void each_scale(const RecordShape& shape, bool key, const Visit& visit) {
-  const CodecSpec spec = side_spec(shape, key);
-  const int groups = scale_groups(spec, kBlockChannels);
-  for (int g = 0; g < groups; ++g) {
-    for (int i = 0; i < 128; ++i) {  // channels of a key group, tokens of a value group
-      const int index =
-          key ? scale_index(spec, kBlockChannels, g * spec.group, i) : scale_index(spec, kBlockChannels, i, g * spec.group);
-      if (key) {
-        const int at = g * kBlockChannels + key_scale_slot(i);
-        visit(index, 2 * at, 2 * (at + groups * kBlockChannels));
-      } else {
-        const int at = g * kPageTokens * 2 + value_scale_slot(i);
-        visit(index, 2 * at, 2 * (at + 2));
-      }
+void each_scale(const SideShape& side, const Visit& visit) {
+  const CodecSpec spec = side_spec(side);
+  for (int g = 0; g < side.groups(); ++g) {
+    for (int i = 0; i < (side.per_token ? kPageTokens : side.head_dim); ++i) {
+      const int token = side.per_token ? i : g * side.group, channel = side.per_token ? g * side.group : i;
+      const int at = side.scale_at(token, channel);
+      visit(scale_index(spec, side.head_dim, token, channel), at, at + side.mid_step());
     }
   }
 }
 
-void pack_side(const RecordShape& shape, bool key, const uint8_t* tile, uint8_t* codes, uint8_t* meta, int32_t* exponent) {
-  const CodecSpec spec = side_spec(shape, key);
-  const uint8_t* const tile_codes = tile + tile_scale_bytes(spec);
-  each_code(key, spec.bits, [&](int unit, int byte, CodeAddress to) {
-    uint16_t half;
-    std::memcpy(&half, codes + to.offset, sizeof half);
-    half = static_cast<uint16_t>(half | (get_code(spec.bits, tile_codes, unit, byte) << to.bit));
-    std::memcpy(codes + to.offset, &half, sizeof half);
+void pack_side(const SideShape& side, bool key, const uint8_t* tile, uint8_t* part, int32_t* exponent) {
+  const CodecSpec spec = side_spec(side);
+  const uint8_t* const tile_codes = tile + tile_scale_bytes(spec, side.head_dim);
+  each_code(key, side.head_dim, [&](int token, int channel, const CodeCell& cell) {
+    if (side.bits == 16) {
+      set_half(part, bit_address(16, cell, 0).half, half_at(tile, token * side.head_dim + channel));
+      return;
+    }
+    const TilePlace from = tile_place(key, side.head_dim, token, channel);
+    const int code = get_code(side.bits, tile_codes, from.unit, from.byte);
+    for (int b = 0; b < side.bits; ++b) {
+      const BitAddress to = bit_address(side.bits, cell, b);
+      set_half(part, to.half, static_cast<uint16_t>(half_at(part, to.half) | (((code >> b) & 1) << to.bit)));
+    }
   });
-  const int count = scale_count(spec, kBlockChannels);
+  *exponent = 0;
+  if (side.bits == 16) return;
+  const int count = scale_count(spec, side.head_dim);
+  uint8_t* const meta = part + side.meta();
   float largest = 0.0f;
-  each_scale(shape, key, [&](int index, int scale_at, int mid_at) {
-    uint16_t scale;
-    std::memcpy(&scale, tile + 2 * index, sizeof scale);
-    std::memcpy(meta + scale_at, &scale, sizeof scale);
-    std::memcpy(meta + mid_at, tile + 2 * (count + index), sizeof scale);
-    largest = std::max(largest, f16_to_f32(scale));
+  each_scale(side, [&](int index, int scale_to, int mid_to) {
+    set_half(meta, scale_to, half_at(tile, index));
+    set_half(meta, mid_to, half_at(tile, count + index));
+    largest = std::max(largest, f16_to_f32(half_at(tile, index)));
   });
   *exponent = scale_exponent(largest);
 }
 
-void unpack_side(const RecordShape& shape, bool key, const uint8_t* codes, const uint8_t* meta, uint8_t* tile) {
-  const CodecSpec spec = side_spec(shape, key);
-  const size_t scale_bytes = tile_scale_bytes(spec);
-  uint8_t* const tile_codes = tile + scale_bytes;
-  std::memset(tile, 0, scale_bytes + static_cast<size_t>(code_bytes(spec.bits)));
-  each_code(key, spec.bits, [&](int unit, int byte, CodeAddress from) {
-    uint16_t half;
-    std::memcpy(&half, codes + from.offset, sizeof half);
-    put_code(spec.bits, tile_codes, unit, byte, (half >> from.bit) & ((1 << spec.bits) - 1));
+void unpack_side(const SideShape& side, bool key, const uint8_t* part, uint8_t* tile) {
+  const CodecSpec spec = side_spec(side);
+  uint8_t* const tile_codes = tile + tile_scale_bytes(spec, side.head_dim);
+  std::memset(tile, 0, tile_bytes(spec, side.head_dim));
+  each_code(key, side.head_dim, [&](int token, int channel, const CodeCell& cell) {
+    if (side.bits == 16) {
+      set_half(tile, token * side.head_dim + channel, half_at(part, bit_address(16, cell, 0).half));
+      return;
+    }
+    int code = 0;
+    for (int b = 0; b < side.bits; ++b) {
+      const BitAddress from = bit_address(side.bits, cell, b);
+      code |= ((half_at(part, from.half) >> from.bit) & 1) << b;
+    }
+    const TilePlace to = tile_place(key, side.head_dim, token, channel);
+    put_code(side.bits, tile_codes, to.unit, to.byte, code);
   });
-  const int count = scale_count(spec, kBlockChannels);
-  each_scale(shape, key, [&](int index, int scale_at, int mid_at) {
-    std::memcpy(tile + 2 * index, meta + scale_at, sizeof(uint16_t));
-    std::memcpy(tile + 2 * (count + index), meta + mid_at, sizeof(uint16_t));
+  if (side.bits == 16) return;
+  const int count = scale_count(spec, side.head_dim);
+  const uint8_t* const meta = part + side.meta();
+  each_scale(side, [&](int index, int scale_from, int mid_from) {
+    set_half(tile, index, half_at(meta, scale_from));
+    set_half(tile, count + index, half_at(meta, mid_from));
   });
 }
 
@@ -98,16 +122,14 @@ void unpack_side(const RecordShape& shape, bool key, const uint8_t* codes, const
 void record_from_tiles(const RecordShape& shape, const uint8_t* key_tile, const uint8_t* value_tile, uint8_t* record) {
   std::memset(record, 0, static_cast<size_t>(shape.bytes()));
   RecordHeader header{};
-  pack_side(shape, true, key_tile, record + kHeaderBytes, record + shape.key_meta(), &header.key_exponent);
-  uint8_t* const values = record + shape.key_bytes();
-  pack_side(shape, false, value_tile, values, values + shape.value_meta(), &header.value_exponent);
+  pack_side(shape.key(), true, key_tile, record + kHeaderBytes, &header.key_exponent);
+  pack_side(shape.value(), false, value_tile, record + shape.key_bytes(), &header.value_exponent);
   std::memcpy(record, &header, sizeof header);
 }
 
 void tiles_from_record(const RecordShape& shape, const uint8_t* record, uint8_t* key_tile, uint8_t* value_tile) {
-  unpack_side(shape, true, record + kHeaderBytes, record + shape.key_meta(), key_tile);
-  const uint8_t* const values = record + shape.key_bytes();
-  unpack_side(shape, false, values, values + shape.value_meta(), value_tile);
+  unpack_side(shape.key(), true, record + kHeaderBytes, key_tile);
+  unpack_side(shape.value(), false, record + shape.key_bytes(), value_tile);
 }
 
 }  // namespace kvmix::cuda

@@ -1,17 +1,23 @@
 // The GPU's page record: one packed page of kPageTokens tokens of one KV head, keys then values, in the order of the fragments
 // of mma.m16n8k16 with the codes as operand A (keys: row = token, column = channel; values: row = channel, column = token).
 //
-// A *block* holds 16 tokens x 128 channels: 32 lanes x 4 registers x 8 fields x 2 halves. Register r and half h of lane l are
-// element (row, column) of a 16 x 16 tile; the field is the tile's index along the channels. A lane's 2 * bits words hold word
-// w at 16-byte chunk w / 4 of the block (512 bytes a chunk; a last chunk of two words takes 256), so that a warp reads a chunk
-// with one vector load per lane. A code lies inside one half of a word at bit field_shift() of the half after at most one right
-// shift of the word: read as fp16 it is the subnormal code * 2^shift * 2^-24, and shift depends on the field alone.
-//   1 bit:  word r / 2: registers r even in fields 0..7, r odd in fields 8..15 (one shift by 8)
-//   2 bits: word r: bits 2 f; f >= 5 after a shift by 10
-//   4 bits: words r + 4 (f / 4): bits 4 (f % 4); f % 4 >= 2 after a shift by 8
-//   8 bits: words r + 4 (f / 2): bits 8 (f % 2)
+// A side is a row of 16 x 16 tiles (token tile first, then channel tile); a *block* holds 8 tiles, its fields: 32 lanes x 4
+// registers x 8 fields x 2 halves. With 128 channels a block is 16 tokens. Register r and half h of lane l are element (row,
+// column) of a tile. A lane's 2 * bits words hold word w at 16-byte chunk w / 4 of the block (512 bytes a chunk; a last chunk
+// of two words takes 256), so that a warp reads a chunk with one vector load per lane. A code lies inside one half of a word at
+// bit field_shift() of the half after at most one right shift of the word: read as fp16 it is the subnormal code * 2^shift *
+// 2^-24, and shift depends on the field alone.
+//   1 bit:   word r / 2: registers r even in fields 0..7, r odd in fields 8..15 (one shift by 8)
+//   2 bits:  word r: bits 2 f; f >= 5 after a shift by 10
+//   3 bits:  five codes a half at bits 0, 3, 6 and, after a shift by 9, 9 and 12; registers 2 and 3 of field 7 are bit 15 of
+//   words
+//            0..2 and 3..5
+//   4 bits:  words r + 4 (f / 4): bits 4 (f % 4); f % 4 >= 2 after a shift by 8
+//   8 bits:  words r + 4 (f / 2): bits 8 (f % 2)
+//   16 bits: word r + 4 f, the fp16 numbers themselves, without scales
 //
 // Record: 16-byte header | key codes | key scales | key midpoints | value codes | value scales and midpoints.
+// Keys with a scale per token keep their scales and midpoints as values do.
 // The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e.
 #pragma once
 
@@ -54,11 +60,25 @@ KVMIX_HOST_DEVICE constexpr CodePlace code_place(int bits, int reg, int field) {
       return {reg / 2, 8 * (reg % 2) + field};
     case 2:
       return {reg, 2 * field};
+    case 3: {
+      if (field >= 6) return field == 6 ? CodePlace{reg, 6} : reg < 2 ? CodePlace{4 + reg, 6} : CodePlace{3 * (reg - 2), 15};
+      const int index = 4 * (field % 3) + reg, low = 3 * (field / 3);
+      return {index % 6, index < 6 ? low : low + 9};
+    }
     case 4:
       return {reg + 4 * (field / 4), 4 * (field % 4)};
+    case 16:
+      return {reg + 4 * field, 0};
     default:
       return {reg + 4 * (field / 2), 8 * (field % 2)};
   }
+}
+
+// Where bit `bit` of a code lies.
+KVMIX_HOST_DEVICE constexpr CodePlace code_bit_place(int bits, int reg, int field, int bit) {
+  const CodePlace place = code_place(bits, reg, field);
+  if (bits == 3 && field == 7 && reg >= 2) return {place.word + bit, place.bit};
+  return {place.word, place.bit + bit};
 }
 
 // The power of two that a field's codes carry once unpacked.
@@ -68,6 +88,8 @@ KVMIX_HOST_DEVICE constexpr int field_shift(int bits, int field) {
       return field;
     case 2:
       return field < 5 ? 2 * field : 2 * (field - 5);
+    case 3:
+      return field < 6 ? 3 * (field / 3) : 6;
     case 4:
       return 4 * (field % 2);
     default:
@@ -77,7 +99,7 @@ KVMIX_HOST_DEVICE constexpr int field_shift(int bits, int field) {
 
 KVMIX_HOST_DEVICE constexpr int block_words(int bits) { return 2 * bits; }  // per lane
 KVMIX_HOST_DEVICE constexpr int block_bytes(int bits) { return 32 * 4 * block_words(bits); }
-KVMIX_HOST_DEVICE constexpr int code_bytes(int bits) { return kPageBlocks * block_bytes(bits); }
+KVMIX_HOST_DEVICE constexpr int code_bytes(int bits, int head_dim) { return head_dim / 16 * block_bytes(bits); }
 
 // Byte offset in a block of a lane's word.
 KVMIX_HOST_DEVICE constexpr int word_offset(int bits, int lane, int word) {
@@ -85,37 +107,55 @@ KVMIX_HOST_DEVICE constexpr int word_offset(int bits, int lane, int word) {
   return 512 * (word / 4) + 4 * (lane * width + word % 4);
 }
 
-// Byte offset in a side's codes and bit in that byte's 16-bit half-word of code (token, channel).
-struct CodeAddress {
-  int offset, bit;  // offset of the 16-bit half
+// The block, lane, register, field and half of code (token, channel).
+struct CodeCell {
+  int block, field;
+  FragmentCell at;
 };
-KVMIX_HOST_DEVICE constexpr CodeAddress code_address(bool key, int bits, int token, int channel) {
-  const int t = token % 16, c = channel % 16, field = channel / 16;
-  const FragmentCell cell = key ? fragment_cell(t, c) : fragment_cell(c, t);
-  const CodePlace place = code_place(bits, cell.reg, field);
-  return {(token / 16) * block_bytes(bits) + word_offset(bits, cell.lane, place.word) + 2 * cell.half, place.bit};
+KVMIX_HOST_DEVICE constexpr CodeCell code_cell(bool key, int head_dim, int token, int channel) {
+  const int t = token % 16, c = channel % 16, tile = token / 16 * (head_dim / 16) + channel / 16;
+  return {tile / 8, tile % 8, key ? fragment_cell(t, c) : fragment_cell(c, t)};
 }
 
-// Index of a key scale among the 128 of its token group: the four that lane l needs for a field lie together, fields in a row.
-KVMIX_HOST_DEVICE constexpr int key_scale_slot(int channel) {
+// Index of a key scale among the head_dim of its token group: the four that lane l needs for a channel tile lie together, tiles
+// in a row.
+KVMIX_HOST_DEVICE constexpr int key_scale_slot(int head_dim, int channel) {
   const int c = channel % 16;
-  return ((c % 8) / 2) * 32 + (channel / 16) * 4 + (c / 8) * 2 + c % 2;
+  return ((c % 8) / 2) * (head_dim / 4) + (channel / 16) * 4 + (c / 8) * 2 + c % 2;
 }
 // Index of a value scale in its channel group; its midpoint is two further.
 KVMIX_HOST_DEVICE constexpr int value_scale_slot(int token) { return ((token / 16) * 8 + token % 8) * 4 + (token / 8) % 2; }
 
-struct RecordShape {
-  int key_bits, value_bits, key_group, value_group;  // head_dim is kBlockChannels
+// Where one side of a record lies; offsets from the side's start.
+struct SideShape {
+  int head_dim, bits, group;
+  bool per_token;
 
-  KVMIX_HOST_DEVICE constexpr int key_groups() const { return kPageTokens / key_group; }
-  KVMIX_HOST_DEVICE constexpr int value_groups() const { return kBlockChannels / value_group; }
-  // Offsets of the key part, from the record's start.
-  KVMIX_HOST_DEVICE constexpr int key_meta() const { return kHeaderBytes + code_bytes(key_bits); }
-  KVMIX_HOST_DEVICE constexpr int key_bytes() const { return key_meta() + key_groups() * kBlockChannels * 4; }
-  // Offsets of the value part, from its own start.
-  KVMIX_HOST_DEVICE constexpr int value_meta() const { return code_bytes(value_bits); }
-  KVMIX_HOST_DEVICE constexpr int value_bytes() const { return value_meta() + value_groups() * kPageTokens * 4; }
-  KVMIX_HOST_DEVICE constexpr int bytes() const { return key_bytes() + value_bytes(); }
+  KVMIX_HOST_DEVICE constexpr int groups() const {
+    if (bits == 16) return 0;
+    return per_token ? (head_dim + group - 1) / group : kPageTokens / group;
+  }
+  KVMIX_HOST_DEVICE constexpr int meta() const { return code_bytes(bits, head_dim); }
+  KVMIX_HOST_DEVICE constexpr int meta_bytes() const { return groups() * (per_token ? kPageTokens : head_dim) * 4; }
+  KVMIX_HOST_DEVICE constexpr int bytes() const { return meta() + meta_bytes(); }
+  // Index, in halves from meta(), of the scale of (token, channel), and how much further its midpoint lies.
+  KVMIX_HOST_DEVICE constexpr int scale_at(int token, int channel) const {
+    return per_token ? channel / group * kPageTokens * 2 + value_scale_slot(token)
+                     : token / group * head_dim + key_scale_slot(head_dim, channel);
+  }
+  KVMIX_HOST_DEVICE constexpr int mid_step() const { return per_token ? 2 : groups() * head_dim; }
+};
+
+struct RecordShape {
+  int head_dim, key_bits, value_bits, key_group, value_group;
+  bool key_per_token = false;
+
+  KVMIX_HOST_DEVICE constexpr SideShape key() const { return {head_dim, key_bits, key_group, key_per_token}; }
+  KVMIX_HOST_DEVICE constexpr SideShape value() const { return {head_dim, value_bits, value_group, true}; }
+  KVMIX_HOST_DEVICE constexpr int key_groups() const { return key().groups(); }
+  KVMIX_HOST_DEVICE constexpr int value_groups() const { return value().groups(); }
+  KVMIX_HOST_DEVICE constexpr int key_bytes() const { return kHeaderBytes + key().bytes(); }
+  KVMIX_HOST_DEVICE constexpr int bytes() const { return key_bytes() + value().bytes(); }
 };
 
 }  // namespace kvmix::cuda

@@ -1,4 +1,5 @@
-// The decode kernel against a double-precision oracle on the same codes. Needs a GPU; skips loudly without one.
+// The CUDA kernels: attention against a double-precision oracle on the same codes, sealing against the CPU codec. What needs a
+// GPU skips loudly without one.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -6,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "base/fp16.h"
@@ -15,8 +17,6 @@
 
 namespace kvmix {
 namespace {
-
-constexpr int kDim = 128;
 
 #define ASSERT_CUDA(call) ASSERT_EQ(call, cudaSuccess)
 
@@ -62,15 +62,34 @@ struct Case {
   float softcap;
   std::vector<int32_t> lengths;
   float scale_of_values = 1.0f;
+  bool bf16 = false;
 };
+
+CodecSpec spec_of(const kvmix_cuda_format& f, bool key) {
+  CodecSpec spec;
+  spec.bits = key ? f.key_bits : f.value_bits, spec.group = key ? f.key_group : f.value_group;
+  spec.axis = key && f.key_per_token == 0 ? Axis::kChannel : Axis::kToken;
+  return spec;
+}
+
+uint16_t to_bf16(float x) {  // of a float that bf16 holds
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+float from_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 // Everything of one case: pages, tables, and the values that the pages stand for.
 class World {
  public:
-  explicit World(const Case& c) : c_(c), random_(7) {
+  explicit World(const Case& c) : c_(c), dim_(static_cast<size_t>(c.format.head_dim)), random_(7) {
     EXPECT_EQ(kvmix_cuda_record_bytes(&c.format, &record_bytes_), KVMIX_OK) << kvmix_cuda_last_error();
-    key_.bits = c.format.key_bits, key_.axis = Axis::kChannel, key_.group = c.format.key_group;
-    value_.bits = c.format.value_bits, value_.axis = Axis::kToken, value_.group = c.format.value_group;
+    key_ = spec_of(c.format, true), value_ = spec_of(c.format, false);
     table_stride_ = 1;
     for (int length : c.lengths) table_stride_ = std::max(table_stride_, pages(length) + 1);
     const size_t sequences = c.lengths.size();
@@ -79,14 +98,17 @@ class World {
     values_ = keys_;
     for (size_t s = 0; s < sequences; ++s) {
       for (int h = 0; h < c.kv_heads; ++h) {
-        keys_[s * static_cast<size_t>(c.kv_heads) + static_cast<size_t>(h)].resize(static_cast<size_t>(c.lengths[s]) * kDim);
-        values_[s * static_cast<size_t>(c.kv_heads) + static_cast<size_t>(h)].resize(static_cast<size_t>(c.lengths[s]) * kDim);
+        keys_[s * static_cast<size_t>(c.kv_heads) + static_cast<size_t>(h)].resize(static_cast<size_t>(c.lengths[s]) * dim_);
+        values_[s * static_cast<size_t>(c.kv_heads) + static_cast<size_t>(h)].resize(static_cast<size_t>(c.lengths[s]) * dim_);
       }
       for (int page = 0; page < pages(c.lengths[s]); ++page) add_page(s, page);
     }
-    q_.resize(sequences * static_cast<size_t>(c.q_tokens * c.q_heads) * kDim);
+    q_.resize(sequences * static_cast<size_t>(c.q_tokens * c.q_heads) * dim_);
     std::normal_distribution<float> normal;
-    for (auto& x : q_) x = f32_to_f16(3.0f * normal(random_));
+    for (auto& x : q_) {
+      x = f32_to_f16(3.0f * normal(random_));
+      if (c.bf16) x = to_bf16(f16_to_f32(x));
+    }
   }
 
   int pages(int length) const {
@@ -95,33 +117,52 @@ class World {
   }
   int first(int page) const { return c_.sinks == 0 ? page * kPageTokens : page == 0 ? 0 : c_.sinks + (page - 1) * kPageTokens; }
 
-  void run(std::vector<uint16_t>* out, std::vector<float>* lse) const {
+  void run(std::vector<uint16_t>* out, std::vector<float>* lse, bool graph = false) const {
     kvmix_cuda_attend_params p{};
     p.format = c_.format;
     p.sequences = static_cast<int32_t>(c_.lengths.size());
     p.q_heads = c_.q_heads, p.kv_heads = c_.kv_heads, p.q_tokens = c_.q_tokens;
     p.sinks = c_.sinks, p.sliding_window = c_.sliding_window, p.softcap = c_.softcap;
+    p.bf16 = c_.bf16;
     int32_t count = 0;
     ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, nullptr, 0, &count, &p.workspace_bytes), KVMIX_OK)
         << kvmix_cuda_last_error();
     std::vector<kvmix_cuda_item> items(static_cast<size_t>(count));
     ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, items.data(), count, &p.item_count, &p.workspace_bytes),
               KVMIX_OK);
-    DeviceBytes q(q_.size() * 2), o(q_.size() * 2), l(q_.size() / kDim * 4), records(records_.size()), open(open_.size() * 2);
+    DeviceBytes q(q_.size() * 2), o(q_.size() * 2), l(q_.size() / dim_ * 4), records(records_.size()), open(open_.size() * 2);
     DeviceBytes table(table_.size() * 4), work(items.size() * sizeof items[0]), space(p.workspace_bytes);
     q.upload(q_), records.upload(records_), open.upload(open_), table.upload(table_), work.upload(items);
     ASSERT_CUDA(cudaMemset(space.data, 0, p.workspace_bytes));
     p.q = q.data, p.out = o.data, p.lse = static_cast<float*>(l.data);
     p.records = records.data, p.open_pages = open.data;
     p.record_head_stride = static_cast<int64_t>(record_bytes_), p.record_page_stride = p.record_head_stride * c_.kv_heads;
-    p.open_head_stride = 2 * kPageTokens * kDim * 2, p.open_page_stride = p.open_head_stride * c_.kv_heads;
+    p.open_head_stride = static_cast<int64_t>(2 * kPageTokens * dim_ * 2),
+    p.open_page_stride = p.open_head_stride * c_.kv_heads;
     p.page_table = static_cast<int32_t*>(table.data), p.page_table_stride = table_stride_;
     p.items = static_cast<kvmix_cuda_item*>(work.data), p.workspace = space.data;
     std::vector<uint16_t> again(q_.size());
-    out->resize(q_.size()), lse->resize(q_.size() / kDim);
+    out->resize(q_.size()), lse->resize(q_.size() / dim_);
     for (auto* to : {out, &again}) {
       ASSERT_CUDA(cudaMemset(o.data, 0xff, q_.size() * 2));
+      cudaStream_t stream = nullptr;
+      if (graph) {
+        ASSERT_CUDA(cudaStreamCreate(&stream));
+        ASSERT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+        p.stream = stream;
+      }
       ASSERT_EQ(kvmix_cuda_attend(&p), KVMIX_OK) << kvmix_cuda_last_error();
+      if (graph) {
+        cudaGraph_t captured;
+        cudaGraphExec_t executable;
+        ASSERT_CUDA(cudaStreamEndCapture(stream, &captured));
+        ASSERT_CUDA(cudaGraphInstantiate(&executable, captured, 0));
+        for (int i = 0; i < 3; ++i) ASSERT_CUDA(cudaGraphLaunch(executable, stream));
+        ASSERT_CUDA(cudaStreamSynchronize(stream));
+        ASSERT_CUDA(cudaGraphExecDestroy(executable));
+        ASSERT_CUDA(cudaGraphDestroy(captured));
+        ASSERT_CUDA(cudaStreamDestroy(stream));
+      }
       ASSERT_CUDA(cudaDeviceSynchronize());
       ASSERT_CUDA(cudaMemcpy(to->data(), o.data, q_.size() * 2, cudaMemcpyDeviceToHost));
     }
@@ -129,9 +170,16 @@ class World {
     ASSERT_CUDA(cudaMemcpy(lse->data(), l.data, lse->size() * 4, cudaMemcpyDeviceToHost));
   }
 
-  // Largest error of a row relative to the row's norm over sqrt(head_dim), and of the log-sum-exp.
+  float number(uint16_t h) const { return c_.bf16 ? from_bf16(h) : f16_to_f32(h); }
+
+  // Largest error of a row and of a log-sum-exp, as a share of what the formats imply. Operands are rounded to fp16 once (the
+  // query times the key scales, or the dequantised key; weights times value scales, or the dequantised value; codes count from
+  // zero, so twice the largest magnitude bounds a product), each by 2^-11 of itself at most, and the errors add up as
+  // independent ones do. A score that is off by e moves the output by e |v| at most; four more roundings are the weights' and
+  // the output's.
   void compare(const std::vector<uint16_t>& out, const std::vector<float>& lse, double* worst, double* worst_lse) const {
     const int group = c_.q_heads / c_.kv_heads;
+    const double round = 1.0 / 2048.0, scale = 1.0 / std::sqrt(static_cast<double>(dim_));
     *worst = *worst_lse = 0.0;
     for (size_t s = 0; s < c_.lengths.size(); ++s) {
       for (int t = 0; t < c_.q_tokens; ++t) {
@@ -141,36 +189,40 @@ class World {
           const size_t kv = s * static_cast<size_t>(c_.kv_heads) + static_cast<size_t>(h / group);
           const int end = c_.lengths[s] - (c_.q_tokens - 1 - t);
           const int begin = c_.sliding_window > 0 ? std::max(end - c_.sliding_window, 0) : 0;
-          std::vector<double> score;
-          double top = -INFINITY;
+          std::vector<double> score, most_key(dim_, 0.0), most_value(dim_, 0.0), expected(dim_, 0.0);
+          double top = -INFINITY, sum = 0.0;
           for (int i = begin; i < end; ++i) {
             double x = 0.0;
-            for (int c = 0; c < kDim; ++c)
-              x += f16_to_f32(q_[row * kDim + static_cast<size_t>(c)]) *
-                   keys_[kv][static_cast<size_t>(i) * kDim + static_cast<size_t>(c)];
-            x /= std::sqrt(static_cast<double>(kDim));
+            for (size_t c = 0; c < dim_; ++c) {
+              const double k = keys_[kv][static_cast<size_t>(i) * dim_ + c];
+              x += number(q_[row * dim_ + c]) * k;
+              most_key[c] = std::max(most_key[c], std::abs(k));
+              most_value[c] = std::max(most_value[c], std::abs(values_[kv][static_cast<size_t>(i) * dim_ + c]));
+            }
+            x *= scale;
             if (c_.softcap > 0.0f) x = c_.softcap * std::tanh(x / c_.softcap);
             score.push_back(x), top = std::max(top, x);
           }
-          std::vector<double> expected(kDim, 0.0);
-          double sum = 0.0, norm = 0.0;
           for (int i = begin; i < end; ++i) {
             const double w = std::exp(score[static_cast<size_t>(i - begin)] - top);
             sum += w;
-            for (size_t c = 0; c < kDim; ++c) expected[c] += w * values_[kv][static_cast<size_t>(i) * kDim + c];
+            for (size_t c = 0; c < dim_; ++c) expected[c] += w * values_[kv][static_cast<size_t>(i) * dim_ + c];
           }
+          double noise = 0.0, size = 0.0, error = 0.0;
+          for (size_t c = 0; c < dim_; ++c) {
+            const double want = sum > 0.0 ? expected[c] / sum : 0.0, got = number(out[row * dim_ + c]);
+            ASSERT_FALSE(std::isnan(got)) << "sequence " << s << " head " << h << " channel " << c;
+            const double part = 2.0 * number(q_[row * dim_ + c]) * most_key[c];
+            noise += part * part, size += most_value[c] * most_value[c], error += (want - got) * (want - got);
+          }
+          const double allowed = round * ((c_.bf16 ? 8.0 : 4.0) + scale * std::sqrt(noise));
           if (begin >= end) {
             EXPECT_EQ(lse[row], -INFINITY);
+            EXPECT_EQ(error, 0.0);
           } else {
-            *worst_lse = std::max(*worst_lse, std::abs(lse[row] - (top + std::log(sum))));
+            *worst = std::max(*worst, std::sqrt(error / size) / allowed);
+            *worst_lse = std::max(*worst_lse, std::abs(lse[row] - (top + std::log(sum))) / allowed);
           }
-          double error = 0.0;
-          for (size_t c = 0; c < kDim; ++c) {
-            const double want = sum > 0.0 ? expected[c] / sum : 0.0, got = f16_to_f32(out[row * kDim + c]);
-            ASSERT_FALSE(std::isnan(got)) << "sequence " << s << " head " << h << " channel " << c;
-            error += (want - got) * (want - got), norm += want * want;
-          }
-          *worst = std::max(*worst, norm > 0.0 ? std::sqrt(error / norm) : std::sqrt(error));
         }
       }
     }
@@ -184,12 +236,12 @@ class World {
     std::normal_distribution<float> normal;
     const size_t heads = static_cast<size_t>(c_.kv_heads);
     table_[s * static_cast<size_t>(table_stride_) + static_cast<size_t>(page)] =
-        open ? ~static_cast<int32_t>(open_.size() / (heads * 2 * kPageTokens * kDim))
+        open ? ~static_cast<int32_t>(open_.size() / (heads * 2 * kPageTokens * dim_))
              : static_cast<int32_t>(records_.size() / (heads * record_bytes_));
     for (size_t h = 0; h < heads; ++h) {
-      std::vector<uint16_t> k(kPageTokens * kDim, 0x7e00), v = k;
-      for (size_t i = 0; i < static_cast<size_t>(live) * kDim; ++i) {
-        k[i] = f32_to_f16(normal(random_) * (i % kDim == 5 ? 12.0f : 1.0f) + static_cast<float>(i % 3));
+      std::vector<uint16_t> k(kPageTokens * dim_, 0x7e00), v = k;
+      for (size_t i = 0; i < static_cast<size_t>(live) * dim_; ++i) {
+        k[i] = f32_to_f16(normal(random_) * (i % dim_ == 5 ? 12.0f : 1.0f) + static_cast<float>(i % 3));
         v[i] = f32_to_f16((normal(random_) + 0.5f) * c_.scale_of_values);
       }
       auto& keys = keys_[s * heads + h];
@@ -197,15 +249,15 @@ class World {
       if (open) {
         open_.insert(open_.end(), k.begin(), k.end());
         open_.insert(open_.end(), v.begin(), v.end());
-        for (size_t i = 0; i < static_cast<size_t>(live) * kDim; ++i) {
-          keys[static_cast<size_t>(begin) * kDim + i] = f16_to_f32(k[i]);
-          values[static_cast<size_t>(begin) * kDim + i] = f16_to_f32(v[i]);
+        for (size_t i = 0; i < static_cast<size_t>(live) * dim_; ++i) {
+          keys[static_cast<size_t>(begin) * dim_ + i] = f16_to_f32(k[i]);
+          values[static_cast<size_t>(begin) * dim_ + i] = f16_to_f32(v[i]);
         }
         continue;
       }
-      AlignedBytes key_tile(tile_bytes(key_, kDim)), value_tile(tile_bytes(value_, kDim));
-      encode_tile(key_, Side::kKey, kDim, k.data(), key_tile.data());
-      encode_tile(value_, Side::kValue, kDim, v.data(), value_tile.data());
+      AlignedBytes key_tile(tile_bytes(key_, c_.format.head_dim)), value_tile(tile_bytes(value_, c_.format.head_dim));
+      encode_tile(key_, Side::kKey, c_.format.head_dim, k.data(), key_tile.data());
+      encode_tile(value_, Side::kValue, c_.format.head_dim, v.data(), value_tile.data());
       const size_t at = records_.size();
       records_.resize(at + record_bytes_);
       EXPECT_EQ(kvmix_cuda_record_from_tiles(&c_.format, key_tile.data(), value_tile.data(), records_.data() + at), KVMIX_OK);
@@ -213,29 +265,35 @@ class World {
       EXPECT_EQ(kvmix_cuda_tiles_from_record(&c_.format, records_.data() + at, key_back.data(), value_back.data()), KVMIX_OK);
       EXPECT_TRUE(key_back == key_tile);
       EXPECT_TRUE(value_back == value_tile);
-      decode(key_, Side::kKey, key_tile, &keys[static_cast<size_t>(begin) * kDim]);
-      decode(value_, Side::kValue, value_tile, &values[static_cast<size_t>(begin) * kDim]);
+      decode(key_, Side::kKey, key_tile, &keys[static_cast<size_t>(begin) * dim_]);
+      decode(value_, Side::kValue, value_tile, &values[static_cast<size_t>(begin) * dim_]);
     }
   }
 
-  static void decode(const CodecSpec& spec, Side side, const AlignedBytes& tile, double* out) {
+  void decode(const CodecSpec& spec, Side side, const AlignedBytes& tile, double* out) const {
+    const int dim = static_cast<int>(dim_);
+    if (spec.is_f16()) {
+      for (size_t i = 0; i < kPageTokens * dim_; ++i) out[i] = f16_to_f32(reinterpret_cast<const uint16_t*>(tile.data())[i]);
+      return;
+    }
     const auto* bytes = reinterpret_cast<const uint8_t*>(tile.data());
-    const int count = scale_count(spec, kDim);
+    const int count = scale_count(spec, dim);
     const uint8_t* codes = bytes + (count * 4 + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
     const auto* scales = reinterpret_cast<const uint16_t*>(bytes);
-    const TileGeometry geometry = tile_geometry(side, kDim);
+    const TileGeometry geometry = tile_geometry(side, dim);
     for (int t = 0; t < kPageTokens; ++t) {
-      for (int c = 0; c < kDim; ++c) {
+      for (int c = 0; c < dim; ++c) {
         const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
         const int code = get_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce));
-        const int index = scale_index(spec, kDim, t, c);
-        out[t * kDim + c] = f16_to_f32(scales[count + index]) +
-                            static_cast<double>(f16_to_f32(scales[index])) * (code - ((1 << spec.bits) - 1) * 0.5);
+        const int index = scale_index(spec, dim, t, c);
+        out[t * dim + c] = f16_to_f32(scales[count + index]) +
+                           static_cast<double>(f16_to_f32(scales[index])) * (code - ((1 << spec.bits) - 1) * 0.5);
       }
     }
   }
 
   Case c_;
+  size_t dim_;
   std::mt19937 random_;
   CodecSpec key_, value_;
   size_t record_bytes_ = 0;
@@ -246,10 +304,16 @@ class World {
   std::vector<std::vector<double>> keys_, values_;
 };
 
+// (head_dim, key bits, value bits, key group, value group, key per token): every fast kernel, then every width, group, head_dim
+// and key axis in the page kernel.
 constexpr kvmix_cuda_format kFormats[] = {
-#define KVMIX_ATTEND(k, v, kg, vg) {kDim, k, v, kg, vg},
+#define KVMIX_ATTEND(k, v, kg, vg) {128, k, v, kg, vg, 0},
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
+    {64, 2, 2, 32, 32, 0},      {64, 3, 1, 128, 128, 0},  {64, 8, 16, 64, 64, 0}, {96, 2, 3, 64, 64, 0},
+    {96, 4, 4, 32, 128, 1},     {96, 16, 2, 128, 32, 0},  {128, 1, 1, 64, 64, 0}, {128, 3, 8, 32, 32, 0},
+    {128, 16, 16, 128, 128, 0}, {128, 2, 2, 128, 128, 1}, {128, 8, 3, 32, 64, 1}, {256, 2, 2, 128, 128, 0},
+    {256, 3, 4, 64, 32, 0},     {256, 1, 8, 128, 64, 1},
 };
 
 void check(const Case& c) {
@@ -260,12 +324,11 @@ void check(const Case& c) {
   if (::testing::Test::HasFatalFailure()) return;
   double worst = 0.0, worst_lse = 0.0;
   world.compare(out, lse, &worst, &worst_lse);
-  // Products carry fp16 roundings of Q s (scores) and of P s.
-  EXPECT_LT(worst, 4e-3);
-  EXPECT_LT(worst_lse, 2e-2);
-  std::printf("  %d/%d g%d/g%d heads %d/%d tokens %d sinks %d open %d window %d cap %g: error %.2g lse %.2g\n",
-              c.format.key_bits, c.format.value_bits, c.format.key_group, c.format.value_group, c.q_heads, c.kv_heads,
-              c.q_tokens, c.sinks, c.open, c.sliding_window, static_cast<double>(c.softcap), worst, worst_lse);
+  EXPECT_LT(worst, 1.0);
+  EXPECT_LT(worst_lse, 1.0);
+  std::printf("  heads %d/%d tokens %d sinks %d open %d window %d cap %g: error %.2g, log-sum-exp %.2g of the bound\n",
+              c.q_heads, c.kv_heads, c.q_tokens, c.sinks, c.open, c.sliding_window, static_cast<double>(c.softcap), worst,
+              worst_lse);
 }
 
 class CudaAttend : public ::testing::TestWithParam<kvmix_cuda_format> {
@@ -286,6 +349,10 @@ TEST_P(CudaAttend, SinksAndWindow) {
 TEST_P(CudaAttend, SpeculativeTokens) { check({GetParam(), 4, 2, 4, 16, 128, 0, 8, 0.0f, {4, 5, 130, 147, 900}}); }
 TEST_P(CudaAttend, SlidingWindow) { check({GetParam(), 4, 1, 2, 0, 128, 300, 0, 0.0f, {2, 299, 301, 1024, 1111}}); }
 TEST_P(CudaAttend, SoftCap) { check({GetParam(), 4, 2, 1, 0, 64, 0, 0, 20.0f, {1, 128, 900}}); }
+TEST_P(CudaAttend, Bfloat16) { check({GetParam(), 4, 2, 1, 0, 64, 0, 0, 0.0f, {1, 128, 900}, 1.0f, true}); }
+TEST_P(CudaAttend, EightTokensGrouped4) { check({GetParam(), 4, 1, 8, 4, 128, 0, 16, 0.0f, {8, 9, 260, 1111}}); }
+TEST_P(CudaAttend, Prefill) { check({GetParam(), 4, 2, 150, 16, 256, 0, 0, 0.0f, {150, 161, 700}}); }
+TEST_P(CudaAttend, PrefillSlidingWindow) { check({GetParam(), 2, 1, 130, 0, 130, 100, 0, 30.0f, {130, 400}}); }
 TEST_P(CudaAttend, LongContext) { check({GetParam(), 4, 1, 1, 16, 128, 0, 0, 0.0f, {20000}}); }
 TEST_P(CudaAttend, SmallValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 1e-3f}); }
 TEST_P(CudaAttend, LargeValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 3000.0f}); }
@@ -294,21 +361,25 @@ TEST_P(CudaAttend, LargeValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f
 TEST_P(CudaAttend, SealEqualsCpu) {
   const kvmix_cuda_format format = GetParam();
   constexpr int kPages = 3, kHeads = 2;
+  const size_t dim = static_cast<size_t>(format.head_dim);
   size_t bytes = 0;
   ASSERT_EQ(kvmix_cuda_record_bytes(&format, &bytes), KVMIX_OK);
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
-  std::vector<uint16_t> open(kPages * kHeads * 2 * kPageTokens * kDim);
+  std::vector<uint16_t> open(kPages * kHeads * 2 * kPageTokens * dim);
   for (size_t i = 0; i < open.size(); ++i)
-    open[i] = i % 997 == 0 ? 0x7c00 : f32_to_f16(normal(random) * (i % kDim == 5 ? 12.0f : 1.0f));
-  for (size_t i = 0; i < kPageTokens * kDim; i += kDim) open[i + 9] = f32_to_f16(0.25f);  // a constant channel
+    open[i] = i % 997 == 0 && format.key_bits != 16 && format.value_bits != 16
+                  ? 0x7c00
+                  : f32_to_f16(normal(random) * (i % dim == 5 ? 12.0f : 1.0f));
+  for (size_t i = 0; i < kPageTokens * dim; i += dim) open[i + 9] = f32_to_f16(0.25f);     // a constant channel
+  for (size_t i = 0; i < kPageTokens * dim; i += dim) open[i + 11] = i == 0 ? 0x8000 : 0;  // zeros of both signs
   const std::vector<int32_t> open_ids = {0, 1, 2}, record_ids = {2, 0, 1};
   DeviceBytes pages(open.size() * 2), from(12), to(12), records(kPages * kHeads * bytes);
   pages.upload(open), from.upload(open_ids), to.upload(record_ids);
   for (const bool fitted : {false, true}) {
     kvmix_cuda_seal_params p{};
     p.format = format, p.pages = kPages, p.kv_heads = kHeads, p.fitted = fitted;
-    p.open_pages = pages.data, p.open_head_stride = 2 * kPageTokens * kDim * 2,
+    p.open_pages = pages.data, p.open_head_stride = static_cast<int64_t>(2 * kPageTokens * dim * 2),
     p.open_page_stride = kHeads * p.open_head_stride;
     p.records = records.data, p.record_head_stride = static_cast<int64_t>(bytes),
     p.record_page_stride = kHeads * p.record_head_stride;
@@ -317,16 +388,14 @@ TEST_P(CudaAttend, SealEqualsCpu) {
     ASSERT_CUDA(cudaDeviceSynchronize());
     std::vector<uint8_t> got(kPages * kHeads * bytes), want(bytes);
     ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
-    CodecSpec key, value;
-    key.bits = format.key_bits, key.group = format.key_group;
-    value.bits = format.value_bits, value.group = format.value_group, value.axis = Axis::kToken;
+    CodecSpec key = spec_of(format, true), value = spec_of(format, false);
     key.fit = value.fit = fitted ? Fit::kLeastSquares : Fit::kMinMax;
-    AlignedBytes key_tile(tile_bytes(key, kDim)), value_tile(tile_bytes(value, kDim));
+    AlignedBytes key_tile(tile_bytes(key, format.head_dim)), value_tile(tile_bytes(value, format.head_dim));
     for (size_t page = 0; page < kPages; ++page) {
       for (size_t head = 0; head < kHeads; ++head) {
-        const uint16_t* x = open.data() + (page * kHeads + head) * 2 * kPageTokens * kDim;
-        encode_tile(key, Side::kKey, kDim, x, key_tile.data());
-        encode_tile(value, Side::kValue, kDim, x + kPageTokens * kDim, value_tile.data());
+        const uint16_t* x = open.data() + (page * kHeads + head) * 2 * kPageTokens * dim;
+        encode_tile(key, Side::kKey, format.head_dim, x, key_tile.data());
+        encode_tile(value, Side::kValue, format.head_dim, x + kPageTokens * dim, value_tile.data());
         ASSERT_EQ(kvmix_cuda_record_from_tiles(&format, key_tile.data(), value_tile.data(), want.data()), KVMIX_OK);
         const auto at = static_cast<size_t>(record_ids[page]) * kHeads + head;
         EXPECT_EQ(std::memcmp(want.data(), got.data() + at * bytes, bytes), 0)
@@ -336,10 +405,77 @@ TEST_P(CudaAttend, SealEqualsCpu) {
   }
 }
 
+// A captured launch replays to the same bits; the second launch of World::run checks repetition.
+TEST_P(CudaAttend, Graph) {
+  World world({GetParam(), 4, 2, 1, 0, 64, 0, 64, 0.0f, {700, 1111}});
+  std::vector<uint16_t> direct, replayed;
+  std::vector<float> lse;
+  world.run(&direct, &lse);
+  world.run(&replayed, &lse, true);
+  EXPECT_EQ(direct, replayed);
+}
+
+TEST(CudaAppend, WritesRowsOfBothTypes) {
+  if (!has_gpu()) GTEST_SKIP() << "NO GPU: the CUDA kernels were not run";
+  constexpr size_t kAppendRows = 5, kHeads = 3, kDim = 96, kPages = 2;
+  constexpr size_t kSide = kPageTokens * kDim, kPage = kHeads * 2 * kSide;
+  const std::vector<int64_t> slots = {0, 127, 128, -1, 200};
+  for (const bool bf16 : {false, true}) {
+    std::vector<uint16_t> keys(kAppendRows * kHeads * kDim), values(keys.size()), pages(kPages * kPage, 0x1234);
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const float x = static_cast<float>(i % 255) - 127.0f;
+      keys[i] = bf16 ? to_bf16(x) : f32_to_f16(x), values[i] = bf16 ? to_bf16(-x) : f32_to_f16(-x);
+    }
+    if (bf16) keys[0] = to_bf16(131072.0f);
+    DeviceBytes k(keys.size() * 2), v(keys.size() * 2), open(pages.size() * 2), to(slots.size() * 8);
+    k.upload(keys), v.upload(values), open.upload(pages), to.upload(slots);
+    kvmix_cuda_append_params p{};
+    p.rows = kAppendRows, p.kv_heads = kHeads, p.head_dim = kDim, p.bf16 = bf16;
+    p.keys = k.data, p.values = v.data, p.row_stride = kHeads * kDim * 2, p.head_stride = kDim * 2;
+    p.open_pages = open.data, p.open_page_stride = kPage * 2, p.open_head_stride = 2 * kSide * 2;
+    p.slots = static_cast<int64_t*>(to.data);
+    ASSERT_EQ(kvmix_cuda_append(&p), KVMIX_OK) << kvmix_cuda_last_error();
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    std::vector<uint16_t> want = pages, got(pages.size());
+    for (size_t row = 0; row < kAppendRows; ++row) {
+      if (slots[row] < 0) continue;
+      const size_t page = static_cast<size_t>(slots[row]) / kPageTokens, slot = static_cast<size_t>(slots[row]) % kPageTokens;
+      for (size_t h = 0; h < kHeads; ++h) {
+        for (size_t c = 0; c < kDim; ++c) {
+          const size_t from = (row * kHeads + h) * kDim + c, at = page * kPage + h * 2 * kSide + slot * kDim + c;
+          const auto half = [&](uint16_t x) { return bf16 ? f32_to_f16(std::min(from_bf16(x), 65504.0f)) : x; };
+          want[at] = half(keys[from]), want[at + kSide] = half(values[from]);
+        }
+      }
+    }
+    ASSERT_CUDA(cudaMemcpy(got.data(), open.data, got.size() * 2, cudaMemcpyDeviceToHost));
+    EXPECT_EQ(got, want) << "bf16 " << bf16;
+  }
+}
+
+TEST(CudaShapes, NamesTheKernelOrRefuses) {
+  kvmix_cuda_attend_params p{};
+  p.sequences = 1, p.q_heads = 8, p.kv_heads = 2, p.q_tokens = 1;
+  p.format = {128, 2, 2, 128, 128, 0};
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "codes-4");
+  p.q_tokens = 2;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "codes-8");
+  p.q_tokens = 3;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-16");
+  p.q_tokens = 500;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-64");
+  for (const kvmix_cuda_format& f : {kvmix_cuda_format{80, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 5, 2, 128, 128, 0},
+                                     kvmix_cuda_format{128, 2, 2, 16, 128, 0}}) {
+    p.format = f;
+    EXPECT_EQ(kvmix_cuda_attend_kernel(&p), nullptr);
+    EXPECT_NE(std::string(kvmix_cuda_last_error()).find("there are widths 1, 2, 3, 4, 8, 16"), std::string::npos);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(kFormats), [](const auto& entry) {
   const kvmix_cuda_format& f = entry.param;
-  return std::string("k") + std::to_string(f.key_bits) + "v" + std::to_string(f.value_bits) + "g" +
-         std::to_string(f.key_group) + "g" + std::to_string(f.value_group);
+  return std::string("d") + std::to_string(f.head_dim) + "k" + std::to_string(f.key_bits) + "v" + std::to_string(f.value_bits) +
+         "g" + std::to_string(f.key_group) + "g" + std::to_string(f.value_group) + (f.key_per_token != 0 ? "token" : "");
 });
 
 }  // namespace

@@ -1,0 +1,161 @@
+// What the attention kernels share: arguments, fragments and their instructions, partial results and their sum.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "codec/tile_layout_cuda.h"
+#include "kvmix/kvmix_cuda.h"
+
+namespace kvmix::cuda {
+
+inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kDim = kBlockChannels, kRows = 8, kFields = 8;
+inline constexpr int kMergeRow = kDim + 8;  // without bank conflicts
+inline constexpr int kBlocksPerProcessor = 4;
+inline constexpr float kLift = 12.0f;
+inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are
+
+struct AttendArguments {
+  const void* q;  // fp16 or bf16, as out
+  void* out;
+  float* lse;
+  const uint8_t* records;
+  int64_t record_page_stride, record_head_stride;
+  const uint8_t* open_pages;
+  int64_t open_page_stride, open_head_stride;
+  const int32_t* page_table;
+  int64_t page_table_stride;
+  const kvmix_cuda_item* items;
+  float* partials;      // [slots][rows][head_dim]
+  float* partial_sums;  // [slots][rows][2]: maximum, sum
+  int32_t* tickets;
+  int kv_heads, group, q_tokens, sinks, sliding_window;
+  bool bf16;
+  float scale, softcap;
+};
+
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline uint32_t transpose(uint32_t v) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(v));
+  return out;
+}
+__device__ inline uint32_t pack(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(h);
+}
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {
+  const __half2 r = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(r);
+}
+__device__ inline float half_bits(uint32_t v) { return __half2float(__ushort_as_half(static_cast<unsigned short>(v))); }
+__device__ constexpr uint32_t both(uint32_t v) { return v | (v << 16); }
+// fp16 bits of 2^e, e in [-14, 15]
+__device__ inline uint32_t power_half(int e) { return both(static_cast<uint32_t>(e + 15) << 10); }
+__device__ inline float power(int e) { return __int_as_float((e + 127) << 23); }
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float tanh_fast(float x) { return 1.0f - __fdividef(2.0f, exp2_fast(2.885390081777927f * x) + 1.0f); }
+
+__device__ inline float load_query(const AttendArguments& args, int64_t at) {
+  return args.bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(args.q)[at])
+                   : __half2float(static_cast<const __half*>(args.q)[at]);
+}
+// Four output channels.
+__device__ inline void store_output(const AttendArguments& args, int64_t quad, const float4& v, float scale) {
+  uint2 packed;
+  if (args.bf16) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v.x * scale, v.y * scale),
+                         high = __floats2bfloat162_rn(v.z * scale, v.w * scale);
+    packed = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
+  } else {
+    packed = {pack(v.x * scale, v.y * scale), pack(v.z * scale, v.w * scale)};
+  }
+  static_cast<uint2*>(args.out)[quad] = packed;
+}
+__device__ inline float log_sum_exp(float top, float sum) {
+  return sum > 0.0f ? (top - kLift + log2f(sum)) * 0.693147180559945f : -INFINITY;
+}
+__device__ inline void add_weighted(float4& to, float weight, const float4& v) {
+  to.x = fmaf(weight, v.x, to.x), to.y = fmaf(weight, v.y, to.y), to.z = fmaf(weight, v.z, to.z),
+  to.w = fmaf(weight, v.w, to.w);
+}
+
+__device__ inline void store_partial(const AttendArguments& args, int slot, int row, int rows, int quad, int quads,
+                                     const float4& value, float top, float sum) {
+  const int64_t at = static_cast<int64_t>(slot) * rows + row;
+  __stcg(reinterpret_cast<float4*>(args.partials) + at * quads + quad, value);
+  if (quad == 0) __stcg(reinterpret_cast<float2*>(args.partial_sums) + at, make_float2(top, sum));
+}
+// Whether this block is the last of its head to have stored its part.
+__device__ inline bool arrived_last(const AttendArguments& args, const kvmix_cuda_item& item, int* last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *last = atomicAdd(args.tickets + item.ticket, 1) == item.splits - 1;
+    if (*last) args.tickets[item.ticket] = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return *last != 0;
+}
+// Adds up the splits of a head, in their order; `sums` is shared memory for rows x splits.
+template <int quads, class Finish>
+__device__ inline void combine_splits(const AttendArguments& args, const kvmix_cuda_item& item, int rows, float2* sums,
+                                      const Finish& finish) {
+  const auto slot = [&](int row, int split) { return static_cast<int64_t>(item.partial + split) * rows + row; };
+  for (int at = static_cast<int>(threadIdx.x); at < rows * item.splits; at += kThreads) {
+    sums[at] = __ldcg(reinterpret_cast<const float2*>(args.partial_sums) + slot(at / item.splits, at % item.splits));
+  }
+  __syncthreads();
+  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += kThreads) {
+    const int row = at / quads, quad = at % quads;
+    const float2* const mine = sums + row * item.splits;
+    float top = kFloor, sum = 0.0f;
+    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int split = 0; split < item.splits; ++split) top = fmaxf(top, mine[split].x);
+#pragma unroll 8
+    for (int split = 0; split < item.splits; ++split) {
+      const float weight = exp2_fast(mine[split].x - top);
+      sum = fmaf(weight, mine[split].y, sum);
+      add_weighted(value, weight, __ldcg(reinterpret_cast<const float4*>(args.partials) + slot(row, split) * quads + quad));
+    }
+    finish(row, quad, value, top, sum);
+  }
+}
+
+__device__ inline void copy_async(void* to, const void* from) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(shared), "l"(from) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int pending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
+}
+
+// A lane's words of one block.
+template <int bits>
+__device__ inline void load_words(const uint8_t* block, int lane, uint32_t (&w)[block_words(bits)]) {
+#pragma unroll
+  for (int i = 0; i < block_words(bits) / 4; ++i) {
+    const uint4 v = reinterpret_cast<const uint4*>(block + 512 * i)[lane];
+    w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+  }
+  if constexpr (block_words(bits) % 4 == 2) {
+    const uint2 v = reinterpret_cast<const uint2*>(block + 512 * (block_words(bits) / 4))[lane];
+    w[block_words(bits) - 2] = v.x, w[block_words(bits) - 1] = v.y;
+  }
+}
+
+}  // namespace kvmix::cuda
