@@ -149,9 +149,10 @@ TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
   profile_sensitivity(m.model(), windows, options, profile, {});
   std::vector<EvalSubject> subjects;
   std::vector<double> measured;
+  const int global = GetParam().sliding_window > 0 ? 5 : 1;  // a layer that sees everything
   for (const auto& s : profile.sensitivities) {
     const CodecSpec codec = parse_codec(s.codec);
-    if (s.metric != "kl" || s.layer > 1) continue;
+    if (s.metric != "kl" || (s.layer != 0 && s.layer != global)) continue;
     if (codec.bits > 3 || !least_output_error(profile, s)) continue;  // the others follow by ratios
     Plan plan = f16_plan(m.model()->shape());
     plan.sinks = options.sinks;
@@ -163,7 +164,7 @@ TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
     subjects.push_back({s.codec, plan, ""});
     measured.push_back(s.cost);
   }
-  ASSERT_EQ(subjects.size(), 12u);
+  ASSERT_GE(subjects.size(), 12u);  // more where all codecs of a width cost nothing
   EvalOptions eval;
   eval.threads = 2;
   eval.exact = true;
