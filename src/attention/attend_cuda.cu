@@ -74,7 +74,7 @@ void attend(const kvmix_cuda_attend_params& p) {
   const int rows = a.group * a.q_tokens;
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
   with_kernel(p.format, rows, [&](auto* kernel, int shared) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "attend: shared memory");
+    allow_shared(kernel, shared, "attend: shared memory");
     kernel<<<p.item_count, kThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
     check_cuda(cudaGetLastError(), "attend: launch");
   });
@@ -88,11 +88,7 @@ int resident_blocks(const kvmix_cuda_attend_params& p) {
   if (!uses_fast_kernel(p)) {
     blocks = resident_page_blocks(p.format.head_dim, rows);
   } else {
-    with_kernel(p.format, rows, [&](auto* kernel, int shared) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "plan: shared memory");
-      check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, static_cast<size_t>(shared)),
-                 "plan: occupancy");
-    });
+    with_kernel(p.format, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
   }
   return processors * std::max(blocks, 1);
 }

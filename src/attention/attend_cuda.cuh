@@ -417,32 +417,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     }
   }
   __syncthreads();
-  // Four channels of a row a thread from here on.
-  constexpr int kQuads = kDim / 4;
-  const auto finish = [&](int row, int quad, const float4& value, float top, float sum) {
-    store_output(args, row_offset(row) * kQuads + quad, value, sum > 0.0f ? 1.0f / sum : 0.0f);
-    if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(top, sum);
-  };
-  for (int at = static_cast<int>(threadIdx.x); at < rows * kQuads; at += kThreads) {
-    const int row = at / kQuads, quad = at % kQuads;
-    float top = kFloor, sum = 0.0f;
-    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, merged_sums[(w * kRows + row) * 2]);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float scale = exp2_fast(merged_sums[(w * kRows + row) * 2] - top);
-      sum += scale * merged_sums[(w * kRows + row) * 2 + 1];
-      add_weighted(value, scale, reinterpret_cast<const float4*>(merged + (w * kRows + row) * kMergeRow)[quad]);
-    }
-    if (item.splits == 1) {
-      finish(row, quad, value, top, sum);
-    } else {
-      store_partial(args, item.partial + item.split, row, rows, quad, kQuads, value, top, sum);
-    }
-  }
-  if (item.splits == 1 || !arrived_last(args, item, &last)) return;
-  combine_splits<kQuads>(args, item, rows, reinterpret_cast<float2*>(shared), finish);
+  write_rows<kDim / 4, kWarps>(args, item, rows, rows, reinterpret_cast<float2*>(shared), &last, row_offset,
+                               [&](int w, int row) {
+                                 const int at = w * kRows + row;
+                                 return RowPart{make_float2(merged_sums[2 * at], merged_sums[2 * at + 1]),
+                                                reinterpret_cast<const float4*>(merged + at * kMergeRow)};
+                               });
 }
 
 }  // namespace kvmix::cuda

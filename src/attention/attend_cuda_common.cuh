@@ -134,6 +134,46 @@ __device__ inline void combine_splits(const AttendArguments& args, const kvmix_c
   }
 }
 
+// A row's unnormalised sum over some tokens: maximum and sum of weights, and its channels.
+struct RowPart {
+  float2 sums;
+  const float4* quads;
+};
+
+// The end of a block: adds up the `parts` of every row, four channels a thread, and writes the row; with several splits the
+// block that arrives last writes it for all. part(w, row) is in shared memory, as is `last`; `sums` is shared memory that
+// may overlap the parts. `all_rows` are those of the head, of which the block has `rows`; row_offset(row) is a row's place in
+// the output.
+template <int quads, int parts, class RowOffset, class Part>
+__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int rows, int all_rows,
+                                  float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
+  const auto finish = [&](int row, int quad, const float4& value, float top, float sum) {
+    store_output(args, row_offset(row) * quads + quad, value, sum > 0.0f ? 1.0f / sum : 0.0f);
+    if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(top, sum);
+  };
+  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += kThreads) {
+    const int row = at / quads, quad = at % quads;
+    float top = kFloor, sum = 0.0f;
+    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < parts; ++w) top = fmaxf(top, part(w, row).sums.x);
+#pragma unroll
+    for (int w = 0; w < parts; ++w) {
+      const RowPart one = part(w, row);
+      const float scale = exp2_fast(one.sums.x - top);
+      sum += scale * one.sums.y;
+      add_weighted(value, scale, one.quads[quad]);
+    }
+    if (item.splits == 1) {
+      finish(row, quad, value, top, sum);
+    } else {
+      store_partial(args, item.partial + item.split, row, all_rows, quad, quads, value, top, sum);
+    }
+  }
+  if (item.splits == 1 || !arrived_last(args, item, last)) return;
+  combine_splits<quads>(args, item, rows, sums, finish);
+}
+
 __device__ inline void copy_async(void* to, const void* from) {
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(shared), "l"(from) : "memory");

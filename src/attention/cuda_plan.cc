@@ -20,7 +20,6 @@ constexpr kvmix_cuda_format kFormats[] = {
 };
 
 constexpr int kMaxSplitsPerHead = 256, kPagesAtOnce = 4;
-constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
 
 int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * (p.q_heads / p.kv_heads); }
 
@@ -37,11 +36,7 @@ int first_page(const kvmix_cuda_attend_params& p, int length) {
   return first < p.sinks ? 0 : 1 + (first - p.sinks) / kPageTokens;
 }
 
-struct Plan {
-  std::vector<kvmix_cuda_item> items;
-};
-
-Plan make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
+std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
   struct Run {
     int begin, end;
   };
@@ -72,14 +67,14 @@ Plan make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengt
     const double time = full * ((candidate + step - 1) / step + kFixed) + 0.02 * splits;
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
-  Plan plan;
+  std::vector<kvmix_cuda_item> items;
   int ticket = 0;
   for (size_t sequence = 0; sequence < runs.size(); ++sequence) {
     const Run& r = runs[sequence];
     // An empty sequence still gets a block, which writes zeros and -inf.
     const int splits = std::max(1, (r.end - r.begin + chunk - 1) / chunk);
     for (int head = 0; head < p.kv_heads; ++head) {
-      const int partial = static_cast<int>(plan.items.size());
+      const int partial = static_cast<int>(items.size());
       for (int split = 0; split < splits; ++split) {
         kvmix_cuda_item item{};
         item.sequence = static_cast<int32_t>(sequence), item.kv_head = head;
@@ -87,12 +82,12 @@ Plan make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengt
         item.page_end = std::min(item.page_begin + chunk, r.end);
         item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
         item.length = lengths[sequence];
-        plan.items.push_back(item);
+        items.push_back(item);
       }
       ++ticket;
     }
   }
-  return plan;
+  return items;
 }
 
 void require(bool ok, const std::string& message) {
@@ -218,12 +213,13 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
             "plan: null argument");
     check_shape(*params);
     const int resident = slots > 0 ? slots : resident_blocks(*params);
-    const Plan plan = make_plan(*params, {lengths, static_cast<size_t>(params->sequences)}, resident);
-    const auto count = static_cast<int32_t>(plan.items.size());
+    const std::vector<kvmix_cuda_item> planned =
+        make_plan(*params, {lengths, static_cast<size_t>(params->sequences)}, resident);
+    const auto count = static_cast<int32_t>(planned.size());
     if (items != nullptr) {
       require(capacity >= count,
               "plan: " + std::to_string(count) + " items do not fit a capacity of " + std::to_string(capacity));
-      std::copy(plan.items.begin(), plan.items.end(), items);
+      std::copy(planned.begin(), planned.end(), items);
     }
     *item_count = count;
     *workspace_bytes = workspace_layout(*params).bytes(count);

@@ -9,6 +9,8 @@
 
 namespace kvmix::cuda {
 
+inline constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
+
 std::string format_name(const kvmix_cuda_format& format);
 std::string supported_formats();
 // Throws kUnsupported for a format without a kernel, kInvalidArgument for one that cannot be.

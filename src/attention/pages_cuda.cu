@@ -29,7 +29,7 @@ void with_kernel(int head_dim, int rows, const Body& body) {
 void launch_pages(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
   const int rows = arguments.group * arguments.q_tokens;
   with_kernel(p.format.head_dim, rows, [&](auto* kernel, int shared) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "attend: shared memory");
+    allow_shared(kernel, shared, "attend: shared memory");
     const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kTileRows - 1) / kTileRows));
     kernel<<<grid, kThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(
         PageArguments{arguments, record_shape(p.format)});
@@ -39,11 +39,7 @@ void launch_pages(const kvmix_cuda_attend_params& p, const AttendArguments& argu
 
 int resident_page_blocks(int head_dim, int rows) {
   int blocks = 0;
-  with_kernel(head_dim, rows, [&](auto* kernel, int shared) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "plan: shared memory");
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, static_cast<size_t>(shared)),
-               "plan: occupancy");
-  });
+  with_kernel(head_dim, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
   return blocks;
 }
 

@@ -6,10 +6,12 @@
 #pragma once
 
 #include "attention/attend_cuda_common.cuh"
+#include "attention/cuda_support.h"
 
 namespace kvmix::cuda {
 
-inline constexpr int kChunkTokens = 32, kWarpRows = 16, kTileRows = kWarps * kWarpRows;
+inline constexpr int kChunkTokens = 32, kWarpRows = 16;
+static_assert(kTileRows == kWarps * kWarpRows);
 
 // What a thread block needs beside AttendArguments.
 struct PageArguments {
@@ -293,32 +295,11 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     }
   }
   __syncthreads();
-  constexpr int kQuads = dim / 4, kParts = split_tokens ? kWarps : 1;
-  const auto finish = [&](int row, int quad, const float4& value, float most, float total) {
-    store_output(args, row_offset(row) * kQuads + quad, value, total > 0.0f ? 1.0f / total : 0.0f);
-    if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(most, total);
-  };
-  for (int at = static_cast<int>(threadIdx.x); at < rows * kQuads; at += kThreads) {
-    const int row = at / kQuads, quad = at % kQuads;
-    float most = kFloor, total = 0.0f;
-    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < kParts; ++w) most = fmaxf(most, merged_sums[w * kWarpRows + row].x);
-#pragma unroll
-    for (int w = 0; w < kParts; ++w) {
-      const float2 part = merged_sums[w * kWarpRows + row];
-      const float scale = exp2_fast(part.x - most);
-      total += scale * part.y;
-      add_weighted(value, scale, reinterpret_cast<const float4*>(merged + (w * kWarpRows + row) * Tile::merge_row)[quad]);
-    }
-    if (item.splits == 1) {
-      finish(row, quad, value, most, total);
-    } else {
-      store_partial(args, item.partial + item.split, row, all_rows, quad, kQuads, value, most, total);
-    }
-  }
-  if (item.splits == 1 || !arrived_last(args, item, &last)) return;
-  combine_splits<kQuads>(args, item, rows, reinterpret_cast<float2*>(shared), finish);
+  write_rows<dim / 4, split_tokens ? kWarps : 1>(
+      args, item, rows, all_rows, reinterpret_cast<float2*>(shared), &last, row_offset, [&](int w, int row) {
+        const int at = w * kWarpRows + row;
+        return RowPart{merged_sums[at], reinterpret_cast<const float4*>(merged + at * Tile::merge_row)};
+      });
 }
 
 }  // namespace kvmix::cuda

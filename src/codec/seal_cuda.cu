@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/cuda_support.h"
+#include "attention/launch_cuda.h"
 #include "base/fp16.h"
 #include "codec/quantize.h"
 
@@ -273,14 +274,6 @@ __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
   reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
 }
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw Error(Status::kInternal, std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-}  // namespace
-
-namespace {
-
 template <bool fitted>
 auto kernel_of(int head_dim) {
   switch (head_dim) {
@@ -312,17 +305,17 @@ void seal(const kvmix_cuda_seal_params& p) {
   const int keys = seal_space(a.shape.key(), fitted).bytes, values = seal_space(a.shape.value(), fitted).bytes;
   const int shared = keys > values ? keys : values;
   auto* const kernel = fitted ? kernel_of<true>(p.format.head_dim) : kernel_of<false>(p.format.head_dim);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "seal: shared memory");
+  allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
   kernel<<<grid, seal_threads(fitted), static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
-  check(cudaGetLastError(), "seal: launch");
+  check_cuda(cudaGetLastError(), "seal: launch");
 }
 
 void append(const kvmix_cuda_append_params& p) {
   const dim3 block(static_cast<unsigned>(p.head_dim / 8), 8);
   const dim3 grid(static_cast<unsigned>((p.rows + 7) / 8), static_cast<unsigned>(p.kv_heads), 2);
   append_kernel<<<grid, block, 0, static_cast<cudaStream_t>(p.stream)>>>(AppendArguments{p});
-  check(cudaGetLastError(), "append: launch");
+  check_cuda(cudaGetLastError(), "append: launch");
 }
 
 }  // namespace kvmix::cuda
