@@ -166,37 +166,30 @@ void print_rank_statistics(const Profile& profile) {
     fmt::print("gradients     two halves of the prompts rank the layers alike: Spearman {:.3f} keys, {:.3f} values\n",
                stability(profile.key_score_by_prompt), stability(profile.value_score_by_prompt));
   }
-  // At the two-bit codec that is measured; others follow by ratios.
-  std::map<std::string, std::vector<double>> costs;
+  // At the two-bit codec that comes first: it is measured, others follow by ratios.
+  std::map<std::string, std::map<std::pair<int, int>, double>> costs;  // by layer and side
   for (const auto& s : profile.sensitivities) {
-    if (parse_codec(s.codec).bits == 2 && s.hadamard == (s.side == Side::kValue) &&
-        parse_codec(s.codec).group != (s.side == Side::kValue ? 128 : 0)) {
-      auto& list = costs[s.metric];
-      const size_t at = static_cast<size_t>(s.layer) * 2 + (s.side == Side::kKey ? 0 : 1);
-      list.resize(2 * layers, 0.0);
-      list[at] = s.cost;
-    }
+    if (parse_codec(s.codec).bits == 2) costs[s.metric].try_emplace({s.layer, s.side == Side::kKey ? 0 : 1}, s.cost);
   }
   const auto kl = costs.find("kl");
   if (kl == costs.end()) return;
-  const auto pick = [&](const std::vector<double>& all, int side) {
-    std::vector<double> out;
-    for (size_t i = 0; i < all.size(); ++i) {
-      if (side == 2 || static_cast<int>(i % 2) == side) out.push_back(all[i]);
-    }
-    return out;
-  };
-  std::vector<double> gradients(2 * layers);
   for (size_t l = 0; l < layers; ++l) {
-    gradients[2 * l] = profile.key_score[l];
-    gradients[2 * l + 1] = profile.value_score[l];
+    costs["gradient"][{static_cast<int>(l), 0}] = profile.key_score[l];
+    costs["gradient"][{static_cast<int>(l), 1}] = profile.value_score[l];
   }
-  costs["gradient"] = gradients;
   for (const auto& [metric, list] : costs) {
     if (metric == "kl") continue;
-    fmt::print("{:<13} Spearman with kl at 2 bits: {:.3f} keys, {:.3f} values, {:.3f} together\n", metric,
-               spearman(pick(list, 0), pick(kl->second, 0)), spearman(pick(list, 1), pick(kl->second, 1)),
-               spearman(list, kl->second));
+    std::vector<double> a[3], b[3];  // keys, values, together
+    for (const auto& [place, cost] : list) {
+      const auto measured = kl->second.find(place);
+      if (measured == kl->second.end()) continue;  // kl was stopped before it
+      for (const int part : {place.second, 2}) {
+        a[part].push_back(cost);
+        b[part].push_back(measured->second);
+      }
+    }
+    fmt::print("{:<13} Spearman with kl at 2 bits: {:.3f} keys, {:.3f} values, {:.3f} together\n", metric, spearman(a[0], b[0]),
+               spearman(a[1], b[1]), spearman(a[2], b[2]));
   }
 }
 

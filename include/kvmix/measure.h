@@ -32,16 +32,14 @@ Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const st
 
 struct SensitivityOptions {
   // "kl": KL divergence of the model's output against the f16 cache with one side of one layer quantised alone, in nats per
-  // scored token; "output": relative squared error of that layer's attention output; "fisher": elementwise Fisher estimate of
-  // the divergence at 2 bits, carried to other widths by the output errors; "fisher-page": errors summed over a page before
-  // squaring, labels drawn from the model, every width for itself.
+  // scored token, at 1, 2 and 3 bits and carried to other codecs by the output errors; "output": relative squared error of that
+  // layer's attention output; "fisher": elementwise Fisher estimate of the divergence at 2 bits, carried likewise;
+  // "fisher-page": errors summed over a page before squaring, every codec for itself.
   std::string metric = "kl";
-  int64_t tokens = 2048;  // of each window; prompts are joined and cut to it (and to the model's context)
-  int windows = 1;        // as many as the prompts' text allows, at most this many
-  int sinks = 16;         // as the cache will run: first tokens fp16,
-  int window = 128;       // newest tokens fp16
-  int label_samples = 4;  // draws of "fisher-page"
-  uint64_t seed = 0;
+  int64_t tokens = 2048;                        // of each window; prompts are joined and cut to it (and to the model's context)
+  int windows = 1;                              // as many as the prompts' text allows, at most this many
+  int sinks = 16;                               // as the cache will run: first tokens fp16,
+  int window = 128;                             // newest tokens fp16
   int threads = 0;                              // 0: all cores
   std::function<void(const Profile&)> partial;  // called when a layer is complete, to save what there is
 };

@@ -1,8 +1,10 @@
-// Splitting work over the threads of a caller's team.
+// Splitting work over threads: a caller's team, or one made for the purpose.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <thread>
 #include <vector>
 
 namespace kvmix {
@@ -19,5 +21,23 @@ class AtomicCounters {
  private:
   std::vector<std::atomic<int>> counters_;
 };
+
+// As many threads as asked for, or with 0 as many as the machine has.
+inline int thread_count(int asked) {
+  return asked > 0 ? asked : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+}
+
+// Runs work(i) once for every i in [0, n) on `threads` threads, the caller's among them. `work` must not throw.
+template <class Work>
+void parallel_for(int threads, size_t n, const Work& work) {
+  std::atomic<size_t> next{0};
+  const auto member = [&] {
+    for (size_t i = next++; i < n; i = next++) work(i);
+  };
+  std::vector<std::thread> team;
+  for (int t = 1; t < threads; ++t) team.emplace_back(member);
+  member();
+  for (std::thread& t : team) t.join();
+}
 
 }  // namespace kvmix

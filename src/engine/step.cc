@@ -17,9 +17,9 @@
 #include <exception>
 #include <list>
 #include <mutex>
-#include <thread>
 
 #include "base/checksum.h"
+#include "base/parallel.h"
 #include "engine/model.h"
 #include "kvmix/engine.h"
 #include "kvmix/error.h"
@@ -31,11 +31,6 @@ constexpr size_t kCachedGraphs = 4;
 
 using Backend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
 using GraphAllocator = std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>>;
-
-int physical_cores() {
-  const unsigned n = std::thread::hardware_concurrency();
-  return n == 0 ? 1 : static_cast<int>(std::min(n, 256u));
-}
 
 // What the cache operations of one layer need at run time.
 struct LayerCall {
@@ -113,7 +108,7 @@ struct Graph {
 struct Engine::Impl {
   Impl(std::shared_ptr<const Model> m, const Plan& p, const EngineOptions& o)
       : model(std::move(m)), inside(gguf_model(*model)), plan(p), options(o) {
-    if (options.threads == 0) options.threads = physical_cores();
+    options.threads = thread_count(options.threads);
     if (options.threads < 1 || options.threads > 256) throw Error(Status::kInvalidArgument, "threads must be 1 to 256");
     if (options.chunk_tokens < 1 || options.chunk_tokens > 8192)
       throw Error(Status::kInvalidArgument, "chunk_tokens must be 1 to 8192");

@@ -1,8 +1,9 @@
 #include "eval/contender.h"
 
 #include <algorithm>
-#include <thread>
 #include <vector>
+
+#include "base/parallel.h"
 
 namespace kvmix {
 namespace {
@@ -129,7 +130,7 @@ class Theirs final : public Contender {
 std::unique_ptr<Contender> make_contender(std::shared_ptr<const Model> model, const EvalSubject& subject,
                                           const ContenderOptions& given) {
   ContenderOptions options = given;
-  if (options.threads == 0) options.threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+  options.threads = thread_count(options.threads);
   if (subject.plan) return std::make_unique<Ours>(std::move(model), *subject.plan, options);
   return std::make_unique<Theirs>(std::move(model), subject.peer_type, options);
 }

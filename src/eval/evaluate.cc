@@ -3,8 +3,8 @@
 #include <chrono>
 #include <cmath>
 #include <deque>
-#include <thread>
 
+#include "base/parallel.h"
 #include "engine/float_copy.h"
 #include "eval/contender.h"
 #include "eval/divergence.h"
@@ -23,24 +23,11 @@ struct Tally {
   size_t cache_bytes = 0;
 };
 
-// Runs work(i) for i in [0, n) over threads.
-template <typename Work>
-void parallel(int threads, size_t n, Work work) {
-  std::vector<std::thread> team;
-  const auto member = [&](size_t id) {
-    for (size_t i = id; i < n; i += static_cast<size_t>(threads)) work(i);
-  };
-  for (int t = 1; t < threads; ++t) team.emplace_back(member, static_cast<size_t>(t));
-  member(0);
-  for (auto& t : team) t.join();
-}
-
 class Evaluation {
  public:
   Evaluation(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects, const EvalOptions& options)
       : model_(std::move(model)), options_(options), vocab_(static_cast<size_t>(model_->vocab_size())) {
-    threads_ =
-        options.threads > 0 ? options.threads : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+    threads_ = thread_count(options.threads);
     ContenderOptions contender;
     contender.context = options.context;
     contender.threads = threads_;
@@ -97,7 +84,7 @@ class Evaluation {
         if (!free_rows_.empty()) free_rows_.pop_back();
       }
       Tally& tally = tallies_[0];
-      parallel(threads_, static_cast<size_t>(to - first), [&](size_t i) {
+      parallel_for(threads_, static_cast<size_t>(to - first), [&](size_t i) {
         set_reference(logits.subspan((static_cast<size_t>(first - from) + i) * vocab_, vocab_), rows_[old + i]);
       });
       for (int64_t p = first; p < to; ++p) {
@@ -122,7 +109,7 @@ class Evaluation {
     const auto logits = c.feed(tokens_.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from)), wanted);
     if (wanted) {
       std::vector<RowScore> scores(static_cast<size_t>(to - from));
-      parallel(threads_, scores.size(), [&](size_t i) {
+      parallel_for(threads_, scores.size(), [&](size_t i) {
         const int64_t p = from + static_cast<int64_t>(i);
         if (!scored(p)) return;
         scores[i] = score_row(rows_[static_cast<size_t>(p - rows_base_)], logits.subspan(i * vocab_, vocab_),

@@ -6,8 +6,8 @@
 
 #include <cmath>
 #include <random>
-#include <thread>
 
+#include "base/parallel.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 
@@ -158,7 +158,7 @@ Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const st
   profile.key_score.assign(layers, 0.0);
   profile.value_score.assign(layers, 0.0);
   PassOptions options;
-  options.threads = threads > 0 ? threads : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+  options.threads = thread_count(threads);
   for (const std::vector<Token>& prompt : prompts) {
     if (progress && !progress(static_cast<double>(profile.prompts), static_cast<double>(prompts.size()), "gradients")) {
       throw Error(Status::kCancelled, "stopped while measuring gradients");

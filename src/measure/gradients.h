@@ -9,10 +9,8 @@ namespace kvmix {
 
 struct PassOptions {
   int threads = 1;
-  bool later = false;     // gradients at cached rows from queries in later pages
-  int sinks = 16;         // where pages start
-  int label_samples = 0;  // > 0: labels drawn from the model instead of the text's own (seeded); summed over draws one by one
-  uint64_t seed = 0;
+  bool later = false;  // gradients at cached rows from queries in later pages
+  int sinks = 16;      // where pages start
 };
 
 struct PassResult {

@@ -4,14 +4,13 @@
 #include <ggml-cpu.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <thread>
 
-#include "base/fp16.h"
+#include "base/parallel.h"
 #include "cache/state.h"
-#include "cache/transform.h"
-#include "codec/encoders.h"
 #include "kvmix/error.h"
+#include "measure/stored_page.h"
 
 namespace kvmix {
 namespace {
@@ -19,7 +18,6 @@ namespace {
 constexpr size_t kGraphNodes = 8192;
 constexpr int64_t kMostQueries = 256;            // of a block
 constexpr int64_t kHalfHead = int64_t{1} << 26;  // output heads of more elements are kept in fp16
-constexpr int kMaxHeadDim = 256;
 
 // Queries of a block read the same sealed pages.
 struct Block {
@@ -46,6 +44,25 @@ struct StoredCall {
   Side side;
 };
 
+// Rows [n][kv_heads][head_dim] as a side of a layer reads them: those that fill a page behind the sinks from that page, the
+// others as they are. Pages are shared over `nth` callers.
+void stored_rows(const LayerConfig& layer, Side side, int64_t n, const float* rows, float* out, int ith, int nth) {
+  const int64_t stride = int64_t{layer.kv_heads} * layer.head_dim;
+  const int64_t pages = n <= layer.sinks ? 0 : (n - layer.sinks) / kPageTokens;
+  const int64_t paged = pages == 0 ? 0 : layer.sinks + pages * kPageTokens;
+  if (ith == 0) {
+    const int64_t head = pages == 0 ? n : layer.sinks;
+    std::copy_n(rows, head * stride, out);
+    if (pages > 0) std::copy_n(rows + paged * stride, (n - paged) * stride, out + paged * stride);
+  }
+  StoredPage page(side == Side::kKey ? layer.key : layer.value, side, layer.head_dim);
+  for (int64_t unit = ith; unit < pages * layer.kv_heads; unit += nth) {
+    const int64_t kv_head = unit % layer.kv_heads;
+    const int64_t base = (layer.sinks + unit / layer.kv_heads * kPageTokens) * stride + kv_head * layer.head_dim;
+    page.read_back(static_cast<int>(kv_head), stride, rows + base, out + base);
+  }
+}
+
 void stored_op(ggml_tensor* out, int ith, int nth, void* data) {
   const auto& call = *static_cast<const StoredCall*>(data);
   const ggml_tensor* rows = out->src[0];
@@ -62,7 +79,6 @@ class BlockAttention final : public GraphHooks {
       : masks_(masks), config_(config), key_{config, Side::kKey}, value_{config, Side::kValue} {}
 
   ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
-    rows = {q, k, v};
     const int64_t dim = q->ne[0], heads = q->ne[1], n = q->ne[2], kv_heads = k->ne[1], group = heads / kv_heads;
     ggml_tensor* stored_k = stored(ctx, k, key_);
     ggml_tensor* stored_v = stored(ctx, v, value_);
@@ -134,9 +150,6 @@ class BlockAttention final : public GraphHooks {
     }
   }
 
-  struct {
-    ggml_tensor *q, *k, *v;
-  } rows{};
   std::vector<Block> blocks;
 
  private:
@@ -168,51 +181,12 @@ void fill(ggml_tensor* t, std::span<const float> values) {
 
 }  // namespace
 
-void stored_rows(const LayerConfig& layer, Side side, int64_t n, const float* rows, float* out, int ith, int nth) {
-  const SideConfig& config = side == Side::kKey ? layer.key : layer.value;
-  const int dim = layer.head_dim;
-  const int64_t stride = int64_t{layer.kv_heads} * dim;
-  const int64_t pages = n <= layer.sinks ? 0 : (n - layer.sinks) / kPageTokens;
-  const int64_t paged = pages == 0 ? 0 : layer.sinks + pages * kPageTokens;
-  if (ith == 0) {
-    const int64_t head = pages == 0 ? n : layer.sinks;
-    std::copy_n(rows, head * stride, out);
-    if (pages > 0) std::copy_n(rows + paged * stride, (n - paged) * stride, out + paged * stride);
-  }
-  const TileEncoder& encoder = best_tile_encoder();
-  std::vector<std::byte> memory(tile_bytes(config.codec, dim) + 64);
-  void* aligned = memory.data();
-  size_t space = memory.size();
-  auto* tile = static_cast<std::byte*>(std::align(64, tile_bytes(config.codec, dim), aligned, space));
-  std::vector<uint16_t> half(static_cast<size_t>(kPageTokens * dim));
-  std::vector<float> decoded(half.size());
-  for (int64_t unit = ith; unit < pages * layer.kv_heads; unit += nth) {
-    const int64_t page = unit / layer.kv_heads;
-    const int kv_head = static_cast<int>(unit % layer.kv_heads);
-    const int64_t base = (layer.sinks + page * kPageTokens) * stride + int64_t{kv_head} * dim;
-    float row[kMaxHeadDim];
-    for (int t = 0; t < kPageTokens; ++t) {
-      std::copy_n(rows + base + t * stride, dim, row);
-      transform_row(config.transform, kv_head, dim, row);
-      encoder.to_f16(row, dim, half.data() + static_cast<ptrdiff_t>(t) * dim);
-    }
-    encoder.encode(config.codec, side, dim, half.data(), tile);
-    decode_tile(config.codec, side, dim, tile, decoded.data());
-    for (int t = 0; t < kPageTokens; ++t) {
-      float* to = out + base + t * stride;
-      std::copy_n(decoded.data() + static_cast<ptrdiff_t>(t) * dim, dim, to);
-      inverse_row(config.transform, kv_head, dim, to);
-    }
-  }
-}
-
 Layerwise::Layerwise(const GgufModel& model, int threads, int sinks, int window)
     : model_(model),
       threads_(threads),
       dim_(model.parameters().model_dim),
       backend_(ggml_backend_cpu_init()),
       allocator_(ggml_gallocr_new(ggml_backend_cpu_buffer_type())) {
-  if (threads_ <= 0) threads_ = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
   ggml_backend_cpu_set_n_threads(backend_.get(), threads_);
   Plan plan = f16_plan(model.shape());
   plan.sinks = sinks;
@@ -236,23 +210,18 @@ Layerwise::Layerwise(const GgufModel& model, int threads, int sinks, int window)
 void Layerwise::dequantise(const ggml_tensor* source, ggml_tensor* to) const {
   const int64_t width = source->ne[0], rows = ggml_nelements(source) / width;
   const ggml_to_float_t to_float = ggml_get_type_traits(source->type)->to_float;
-  const auto member = [&](int64_t id) {
-    std::vector<float> row(static_cast<size_t>(width));
-    for (int64_t r = rows * id / threads_; r < rows * (id + 1) / threads_; ++r) {
-      const char* from = static_cast<const char*>(source->data) + static_cast<size_t>(r) * source->nb[1];
-      float* values = to->type == GGML_TYPE_F32 ? static_cast<float*>(to->data) + r * width : row.data();
-      if (source->type == GGML_TYPE_F32) {
-        std::memcpy(values, from, row.size() * sizeof(float));
-      } else {
-        to_float(from, values, width);
-      }
-      if (to->type == GGML_TYPE_F16) ggml_fp32_to_fp16_row(values, static_cast<ggml_fp16_t*>(to->data) + r * width, width);
+  parallel_for(threads_, static_cast<size_t>(rows), [&](size_t at) {
+    const auto r = static_cast<int64_t>(at);
+    const char* from = static_cast<const char*>(source->data) + at * source->nb[1];
+    std::vector<float> row(to->type == GGML_TYPE_F16 ? static_cast<size_t>(width) : 0);
+    float* values = to->type == GGML_TYPE_F32 ? static_cast<float*>(to->data) + r * width : row.data();
+    if (source->type == GGML_TYPE_F32) {
+      std::memcpy(values, from, static_cast<size_t>(width) * sizeof(float));
+    } else {
+      to_float(from, values, width);
     }
-  };
-  std::vector<std::thread> team;
-  for (int i = 1; i < threads_; ++i) team.emplace_back(member, i);
-  member(0);
-  for (std::thread& t : team) t.join();
+    if (to->type == GGML_TYPE_F16) ggml_fp32_to_fp16_row(values, static_cast<ggml_fp16_t*>(to->data) + r * width, width);
+  });
 }
 
 const Weights& Layerwise::load(int layer) {
@@ -299,8 +268,7 @@ std::vector<float> Layerwise::embed(std::span<const Token> tokens) {
   return copied(hidden);
 }
 
-std::vector<float> Layerwise::forward(int layer, const LayerConfig& config, std::span<const float> hidden,
-                                      AttentionRows* rows) {
+std::vector<float> Layerwise::forward(int layer, const LayerConfig& config, std::span<const float> hidden) {
   const auto n = static_cast<int64_t>(hidden.size()) / dim_;
   const Weights& weights = load(layer);
   const GgmlContext ctx = graph_context();
@@ -313,9 +281,6 @@ std::vector<float> Layerwise::forward(int layer, const LayerConfig& config, std:
   ggml_tensor* out =
       model_.architecture().layer(ctx.get(), model_.parameters(), weights, layer, input, positions, nullptr, hooks);
   ggml_set_output(out);
-  if (rows != nullptr) {
-    for (ggml_tensor* t : {hooks.rows.q, hooks.rows.k, hooks.rows.v}) ggml_set_output(t);
-  }
   ggml_cgraph* graph = ggml_new_graph_custom(ctx.get(), kGraphNodes, false);
   ggml_build_forward_expand(graph, out);
   if (!ggml_gallocr_alloc_graph(allocator_.get(), graph)) {
@@ -323,35 +288,6 @@ std::vector<float> Layerwise::forward(int layer, const LayerConfig& config, std:
   }
   fill(input, hidden);
   for (int64_t t = 0; t < n; ++t) static_cast<Token*>(positions->data)[t] = static_cast<Token>(t);
-  hooks.fill_masks();
-  compute(graph);
-  if (rows != nullptr) *rows = {copied(hooks.rows.q), copied(hooks.rows.k), copied(hooks.rows.v)};
-  return copied(out);
-}
-
-std::vector<float> Layerwise::attention_output(int layer, const LayerConfig& config, const AttentionRows& rows) {
-  const Weights& weights = load(layer);
-  const GgmlContext ctx = graph_context();
-  const int64_t n = static_cast<int64_t>(rows.q.size()) / (int64_t{config.q_heads} * config.head_dim);
-  const auto input = [&](int64_t heads) {
-    ggml_tensor* t = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, config.head_dim, heads, n);
-    ggml_set_input(t);
-    return t;
-  };
-  ggml_tensor *q = input(config.q_heads), *k = input(config.kv_heads), *v = input(config.kv_heads);
-  std::vector<ggml_tensor*> masks;
-  BlockAttention hooks(config, masks);
-  ggml_tensor* out =
-      ggml_mul_mat(ctx.get(), weights.layer(layer, "attn_output.weight"), hooks.attention(ctx.get(), layer, q, k, v));
-  ggml_set_output(out);
-  ggml_cgraph* graph = ggml_new_graph_custom(ctx.get(), kGraphNodes, false);
-  ggml_build_forward_expand(graph, out);
-  if (!ggml_gallocr_alloc_graph(allocator_.get(), graph)) {
-    throw Error(Status::kOutOfMemory, "not enough memory to run " + std::to_string(n) + " tokens; measure with fewer");
-  }
-  fill(q, rows.q);
-  fill(k, rows.k);
-  fill(v, rows.v);
   hooks.fill_masks();
   compute(graph);
   return copied(out);

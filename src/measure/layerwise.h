@@ -4,7 +4,6 @@
 
 #include <ggml-alloc.h>
 
-#include <cmath>
 #include <span>
 #include <vector>
 
@@ -12,15 +11,6 @@
 #include "kvmix/cache.h"
 
 namespace kvmix {
-
-// What a side of a layer reads back from sealed pages: rows [n][kv_heads][head_dim] that fill a page behind the sinks are
-// transformed, encoded, decoded and transformed back; the others are copied. Pages are shared over `nth` callers.
-void stored_rows(const LayerConfig& layer, Side side, int64_t n, const float* rows, float* out, int ith, int nth);
-
-// A layer's attention inputs, rotated: [n][heads][head_dim].
-struct AttentionRows {
-  std::vector<float> q, k, v;
-};
 
 class Layerwise {
  public:
@@ -34,10 +24,7 @@ class Layerwise {
 
   std::vector<float> embed(std::span<const Token> tokens);
   // Residual stream [n][model_dim] through one layer whose stored rows go through the codecs of `config`.
-  std::vector<float> forward(int layer, const LayerConfig& config, std::span<const float> hidden,
-                             AttentionRows* rows = nullptr);
-  // The layer's attention output behind its output projection, [n][model_dim], with the codecs of `config`.
-  std::vector<float> attention_output(int layer, const LayerConfig& config, const AttentionRows& rows);
+  std::vector<float> forward(int layer, const LayerConfig& config, std::span<const float> hidden);
   // Logits [rows.size()][vocab]; valid until the next call.
   std::span<const float> logits(std::span<const float> hidden, std::span<const int> rows);
 

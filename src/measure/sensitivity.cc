@@ -7,18 +7,16 @@
 //         same ratios ("fisher"), or summed inside a page first, which sees errors that go together ("fisher-page").
 // output: relative squared error of the attention output (KVTuner's measure, forward only).
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
-#include <thread>
 
-#include "base/fp16.h"
-#include "cache/transform.h"
+#include "base/parallel.h"
 #include "eval/divergence.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "measure/gradients.h"
 #include "measure/layerwise.h"
+#include "measure/stored_page.h"
 #include "plan/planner.h"
 
 namespace kvmix {
@@ -62,23 +60,9 @@ std::vector<Candidate> candidates(Side side, int head_dim) {
 std::vector<float> stored_rows(const SideConfig& config, Side side, int head, int dim, int64_t n, int sinks,
                                const float* rows) {
   std::vector<float> out(rows, rows + n * dim);
-  std::vector<uint16_t> page(static_cast<size_t>(kPageTokens) * static_cast<size_t>(dim));
-  std::vector<float> decoded(page.size());
-  std::vector<std::byte> tile(tile_bytes(config.codec, dim) + 64);
-  auto* aligned = tile.data() + (64 - reinterpret_cast<uintptr_t>(tile.data()) % 64) % 64;
-  std::vector<float> row(static_cast<size_t>(dim));
+  StoredPage page(config, side, dim);
   for (int64_t first = sinks; first + kPageTokens <= n; first += kPageTokens) {
-    for (int t = 0; t < kPageTokens; ++t) {
-      std::copy_n(rows + (first + t) * dim, dim, row.data());
-      transform_row(config.transform, head, dim, row.data());
-      for (int c = 0; c < dim; ++c) page[static_cast<size_t>(t * dim + c)] = f32_to_f16(row[static_cast<size_t>(c)]);
-    }
-    encode_tile(config.codec, side, dim, page.data(), aligned);
-    decode_tile(config.codec, side, dim, aligned, decoded.data());
-    for (int t = 0; t < kPageTokens; ++t) {
-      inverse_row(config.transform, head, dim, &decoded[static_cast<size_t>(t * dim)]);
-      std::copy_n(&decoded[static_cast<size_t>(t * dim)], dim, &out[static_cast<size_t>((first + t) * dim)]);
-    }
+    page.read_back(head, dim, rows + first * dim, out.data() + first * dim);
   }
   return out;
 }
@@ -200,7 +184,7 @@ class ExactRun {
     const std::span<const float> logits = runner.logits(hidden_.back(), rows_);
     reference_.resize(rows_.size());
     const size_t vocab = logits.size() / rows_.size();
-    over_rows([&](size_t r) { set_reference(logits.subspan(r * vocab, vocab), reference_[r]); });
+    parallel_for(threads_, rows_.size(), [&](size_t r) { set_reference(logits.subspan(r * vocab, vocab), reference_[r]); });
   }
 
   // Mean KL divergence of the second half when one layer runs with `config`: the layers before it are not run again.
@@ -210,22 +194,12 @@ class ExactRun {
     const std::span<const float> logits = runner.logits(hidden, rows_);
     const size_t vocab = logits.size() / rows_.size();
     std::vector<double> kl(rows_.size());
-    over_rows([&](size_t r) { kl[r] = score_row(reference_[r], logits.subspan(r * vocab, vocab), 0).kl; });
+    parallel_for(threads_, rows_.size(),
+                 [&](size_t r) { kl[r] = score_row(reference_[r], logits.subspan(r * vocab, vocab), 0).kl; });
     return std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(kl.size());
   }
 
  private:
-  template <typename Work>
-  void over_rows(Work work) const {
-    std::vector<std::thread> team;
-    const auto member = [&](size_t id) {
-      for (size_t r = id; r < rows_.size(); r += static_cast<size_t>(threads_)) work(r);
-    };
-    for (int i = 1; i < threads_; ++i) team.emplace_back(member, static_cast<size_t>(i));
-    member(0);
-    for (std::thread& t : team) t.join();
-  }
-
   int threads_;
   std::vector<std::vector<float>> hidden_;
   std::vector<int> rows_;
@@ -267,8 +241,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     throw Error(Status::kMismatch, "the profile was measured on another model (" + profile.model + "); start a new one");
   }
   const size_t layers = shape.layers.size();
-  const int threads =
-      options.threads > 0 ? options.threads : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+  const int threads = thread_count(options.threads);
   const auto report = [&](double done, double total, const char* what) {
     if (progress && !progress(done, total, what)) throw Error(Status::kCancelled, "stopped while measuring sensitivities");
   };
@@ -287,31 +260,24 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const double passes = static_cast<double>(windows.size());
   for (size_t i = 0; i < windows.size(); ++i) {
     const PassResult pass = differentiate(inside, weights, windows[i], pass_options);
-    std::atomic<size_t> next{0};
-    std::vector<std::thread> team;
-    const auto work = [&] {
-      for (size_t l = next++; l < layers; l = next++) {
-        LayerErrors errors(shape.layers[l], pass, l, options.sinks);
-        for (const Side side : {Side::kKey, Side::kValue}) {
-          for (Candidate& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) errors.add(c, side);
-        }
+    parallel_for(threads, layers, [&](size_t l) {
+      LayerErrors errors(shape.layers[l], pass, l, options.sinks);
+      for (const Side side : {Side::kKey, Side::kValue}) {
+        for (Candidate& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) errors.add(c, side);
       }
-    };
-    for (int t = 1; t < threads; ++t) team.emplace_back(work);
-    work();
-    for (auto& t : team) t.join();
+    });
     report(static_cast<double>(i + 1), passes, "errors by layer and codec");
   }
 
+  // Tensors are numbered layer by layer, keys before values.
+  const auto is_of = [](const Profile::Sensitivity& s, const std::string& name, size_t tensor, const Candidate& c) {
+    return s.metric == name && s.layer == static_cast<int>(tensor / 2) && (s.side == Side::kKey) == (tensor % 2 == 0) &&
+           s.codec == to_string(c.config.codec) && s.hadamard == c.config.transform.hadamard;
+  };
   const auto store = [&](const std::string& name, size_t tensor, const Candidate& c, double cost) {
-    const auto layer = static_cast<int>(tensor / 2);
-    const Side side = tensor % 2 == 0 ? Side::kKey : Side::kValue;
-    const std::string codec = to_string(c.config.codec);
-    std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) {
-      return s.metric == name && s.layer == layer && s.side == side && s.codec == codec &&
-             s.hadamard == c.config.transform.hadamard;
-    });
-    profile.sensitivities.push_back({name, layer, side, codec, c.config.transform.hadamard, cost});
+    std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) { return is_of(s, name, tensor, c); });
+    profile.sensitivities.push_back({name, static_cast<int>(tensor / 2), tensor % 2 == 0 ? Side::kKey : Side::kValue,
+                                     to_string(c.config.codec), c.config.transform.hadamard, cost});
   };
   for (size_t t = 0; t < tensors.size(); ++t) {
     for (const Candidate& c : tensors[t]) {
@@ -343,10 +309,8 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
         if (c.config.codec.bits == bits && better) run.measured = &c;
       }
       const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Candidate* c) {
-        return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(), [&](const Profile::Sensitivity& s) {
-          return s.metric == "kl" && s.layer == static_cast<int>(t / 2) && (s.side == Side::kKey) == (t % 2 == 0) &&
-                 s.codec == to_string(c->config.codec) && s.hadamard == c->config.transform.hadamard;
-        });
+        return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(),
+                           [&](const Profile::Sensitivity& s) { return is_of(s, "kl", t, *c); });
       });
       if (known) continue;  // from an earlier, interrupted run
       total += static_cast<double>(layers - t / 2);

@@ -14,13 +14,6 @@ namespace {
 
 constexpr size_t kTokens = 512;
 
-std::vector<Token> random_tokens(size_t n, int vocab, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<Token> tokens(n);
-  for (Token& t : tokens) t = static_cast<Token>(random() % static_cast<unsigned>(vocab));
-  return tokens;
-}
-
 double divergence(std::span<const float> p, std::span<const float> q) {
   const auto log_sum = [](std::span<const float> x) {
     double total = 0;
@@ -45,7 +38,7 @@ class TinyArchitecture : public ::testing::TestWithParam<::kvmix::testing::TinyM
   TinyArchitecture() : folder_("kvmix-tiny"), path_(folder_.file("model.gguf")) {
     testing::write_tiny_model(GetParam(), path_);
     model_ = Model::load(path_);
-    tokens_ = random_tokens(kTokens, model_->vocab_size(), 3);
+    tokens_ = testing::random_tokens(kTokens, model_->vocab_size(), 3);
     vocab_ = static_cast<size_t>(model_->vocab_size());
   }
   std::unique_ptr<Engine> engine(int chunk = 512) const {
@@ -143,7 +136,7 @@ TEST_P(TinyArchitecture, RefusesWhatDoesNotFit) {
   const auto e = engine();
   const SequenceId id = e->cache().create();
   EXPECT_THROW(e->prefill(id, {}), Error);
-  EXPECT_THROW(e->prefill(id, random_tokens(1025, 10, 1)), Error);
+  EXPECT_THROW(e->prefill(id, testing::random_tokens(1025, 10, 1)), Error);
   const std::vector<Token> outside = {model_->vocab_size()};
   EXPECT_THROW(e->prefill(id, outside), Error);
   EXPECT_EQ(e->cache().length(id), 0);

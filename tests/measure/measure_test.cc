@@ -17,13 +17,6 @@
 namespace kvmix {
 namespace {
 
-std::vector<Token> random_tokens(size_t n, int vocab, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<Token> tokens(n);
-  for (Token& t : tokens) t = static_cast<Token>(random() % static_cast<unsigned>(vocab));
-  return tokens;
-}
-
 // A tiny model whose weights can be changed in its file, which the loaded model maps.
 class ChangeableModel {
  public:
@@ -81,7 +74,7 @@ double norm_by_differences(const ChangeableModel& m, const std::string& name, st
 // One pass gives what separate differences for each layer's matrices give.
 TEST(Gradients, OnePassEqualsFiniteDifferencesOfEachLayer) {
   const ChangeableModel m({.architecture = "llama", .layers = 2});
-  const std::vector<Token> prompt = random_tokens(10, m.model()->vocab_size(), 5);
+  const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
   const PassResult pass = differentiate(m.inside(), TransposedWeights(m.inside()), prompt, {});
   for (size_t l = 0; l < 2; ++l) {
     const std::string layer = "blk." + std::to_string(l);
@@ -117,7 +110,7 @@ class LayerwiseModel : public ::testing::TestWithParam<testing::TinyModel> {};
 // Run layer by layer in fp32, a model says what the engine says.
 TEST_P(LayerwiseModel, SaysWhatTheEngineSays) {
   const ChangeableModel m(GetParam());
-  const std::vector<Token> tokens = random_tokens(512, m.model()->vocab_size(), 11);
+  const std::vector<Token> tokens = testing::random_tokens(512, m.model()->vocab_size(), 11);
   Engine engine(m.model(), f16_plan(m.model()->shape()), {.threads = 2});
   const EngineItem item{engine.cache().create(), tokens, true};
   const auto ours = engine.step({&item, 1});
@@ -141,7 +134,7 @@ TEST_P(LayerwiseModel, SaysWhatTheEngineSays) {
 // The divergence measured by restarting at a layer is the one that the running cache has with that plan.
 TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
   const ChangeableModel m(GetParam());
-  const std::vector<std::vector<Token>> windows = {random_tokens(1000, m.model()->vocab_size(), 13)};
+  const std::vector<std::vector<Token>> windows = {testing::random_tokens(1000, m.model()->vocab_size(), 13)};
   Profile profile = profile_gradients(m.model(), windows, 2, {});
   SensitivityOptions options;
   options.metric = "kl";

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "kvmix/engine.h"
+
 namespace kvmix::testing {
 
 struct TinyModel {
@@ -148,6 +150,13 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
     }
   }
   if (!gguf_write_to_file(gguf.get(), path.c_str(), false)) throw std::runtime_error("cannot write " + path);
+}
+
+inline std::vector<Token> random_tokens(size_t n, int vocab, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<Token> tokens(n);
+  for (Token& t : tokens) t = static_cast<Token>(random() % static_cast<unsigned>(vocab));
+  return tokens;
 }
 
 // A folder of a test's own, removed with what is in it.
