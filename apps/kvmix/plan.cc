@@ -3,24 +3,31 @@
 
 #include <fmt/core.h>
 
+#include <filesystem>
 #include <map>
 #include <memory>
 
 #include "command.h"
 #include "console.h"
 #include "kvmix/error.h"
+#include "kvmix/measure.h"
 #include "models.h"
 #include "plan_view.h"
+#include "svg.h"
 #include "text.h"
 
 namespace kvmix::app {
 namespace {
 
 struct Arguments {
-  std::string model, planner = "kvmix", profile, out = "plan.json", fit;
+  std::string model, planner = "kvmix", profile, out, fit, calibration;
   double bits = 0;
   int64_t context = 8192;
   int sequences = 1;
+  bool pareto = false;
+  int points = 24;
+  int measurements = 0, windows = 2;
+  int64_t seed = -1;
   std::map<std::string, std::string> options;  // of planners; only those given
 };
 
@@ -39,10 +46,91 @@ Budget budget_of(const Arguments& arguments, const PlannerInfo& planner) {
   budget.sequences = arguments.sequences;
   budget.bits = arguments.bits;
   if (!arguments.fit.empty()) budget.bytes = parse_bytes(arguments.fit);
-  if (planner.needs_budget && budget.bits == 0 && budget.bytes == 0) {
+  if (arguments.sequences > 1 && budget.bytes == 0)
+    throw UsageError("--sequences divides the bytes of --fit: give --fit, e.g. --fit 2GiB");
+  if (planner.needs_budget && !arguments.pareto && budget.bits == 0 && budget.bytes == 0) {
     throw UsageError("planner " + planner.name + " needs a budget: --bits 3 or --fit 64MiB, both at --context tokens");
   }
   return budget;
+}
+
+constexpr int kWindowTokens = 2048;  // of the text that plans are measured on
+
+// Text of its own, by default from another seed than the profile's: a plan should not be fitted twice to the same words. The
+// last third is held out.
+std::unique_ptr<PlanMeter> make_meter(const Arguments& arguments, const Common& common,
+                                      const std::shared_ptr<const Model>& model, const Profile* profile,
+                                      const Progress& progress) {
+  CalibrationOptions options;
+  options.file = arguments.calibration;
+  options.prompts = arguments.windows + (arguments.windows + 1) / 2;
+  options.tokens = static_cast<int>(std::min<int64_t>(kWindowTokens, model->shape().context_tokens));
+  options.seed = arguments.seed >= 0 ? static_cast<uint64_t>(arguments.seed) : (profile != nullptr ? profile->seed + 1 : 0);
+  auto windows = calibration_prompts(model, options, common.threads, progress);
+  const auto searched = static_cast<ptrdiff_t>(windows.size() * 2 / 3);
+  std::vector<std::vector<Token>> held_out(windows.begin() + searched, windows.end());
+  windows.resize(static_cast<size_t>(searched));
+  return make_plan_meter(model, std::move(windows), std::move(held_out), common.threads);
+}
+
+std::string predicted_text(const Plan& plan) {
+  return plan.predicted ? fmt::format("{:.3g}", plan.predicted->cost) : std::string("-");
+}
+
+// Every plan of a curve as a file of a folder, and a picture of them.
+int plan_curve(const Arguments& arguments, const Common& common, const PlannerRequest& request) {
+  const ModelShape& shape = *request.model;
+  const std::string folder = arguments.out.empty() ? "plans" : arguments.out;
+  const std::vector<Plan> curve = make_curve(arguments.planner, request, arguments.points);
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) throw Error(Status::kIo, folder + ": " + error.message() + "; name a folder that can be written with -o");
+  const std::string metric = curve.front().predicted ? curve.front().predicted->metric : "";
+  const double full = static_cast<double>(predict_bytes(cache_config(f16_plan(shape), shape), arguments.context));
+  Table table(
+      {"plan", "bits", "of a sequence", "smaller", "K bits", "V bits", "predicted " + (metric.empty() ? "cost" : metric)});
+  Chart chart{"Plans of " + shape.name + " at " + std::to_string(arguments.context) + " tokens",
+              "bits per element, all bytes",
+              "predicted " + metric + (metric == "output" ? "" : ", nats per token"),
+              true,
+              true,
+              {}};
+  Series series{arguments.planner, {}, true, {}};
+  nlohmann::json list = nlohmann::json::array();
+  for (const Plan& plan : curve) {
+    const CacheConfig config = cache_config(plan, shape);
+    const auto bytes = static_cast<double>(predict_bytes(config, arguments.context));
+    const double bits = predict_bits_per_element(config, arguments.context);
+    const std::string file = fmt::format("{}/{}-{:05.2f}.json", folder, plan.planner, bits);
+    write_plan(plan, file);
+    table.add({file, fmt::format("{:.3f}", bits), human_bytes(bytes), fmt::format("{:.2f}x", full / bytes),
+               fmt::format("{:.2f}", mean_bits(plan, Side::kKey)), fmt::format("{:.2f}", mean_bits(plan, Side::kValue)),
+               predicted_text(plan)});
+    if (plan.predicted) {
+      series.points.emplace_back(bits, plan.predicted->cost);
+      series.labels.push_back(std::filesystem::path(file).filename());
+    }
+    list.push_back({{"plan", file}, {"bytes", bytes}, {"bits_per_element", bits}, {"compression", full / bytes}});
+    if (plan.predicted) list.back()["predicted"] = plan.predicted->cost;
+  }
+  std::string picture;
+  if (!series.points.empty()) {
+    chart.series.push_back(std::move(series));
+    picture = folder + "/pareto.svg";
+    write_file_atomically(picture, svg_file(chart));
+  }
+  if (common.json) {
+    print_json({{"planner", arguments.planner},
+                {"context", arguments.context},
+                {"metric", metric},
+                {"picture", picture},
+                {"plans", list}});
+    return kExitOk;
+  }
+  table.print();
+  fmt::print("\nwrote {} plans{}; sizes at {} tokens, all bytes\n", curve.size(), picture.empty() ? "" : " and " + picture,
+             arguments.context);
+  return kExitOk;
 }
 
 int plan(const Arguments& arguments, const Common& common) {
@@ -55,32 +143,52 @@ int plan(const Arguments& arguments, const Common& common) {
   if (planner.needs_profile && !profile) {
     throw UsageError("planner " + planner.name + " needs --profile FILE; make one with: kvmix profile " + arguments.model);
   }
+  if (arguments.measurements > 0 && !planner.measures)
+    throw UsageError("planner " + planner.name + " does not measure plans: leave --measure out");
+  if (arguments.pareto && !planner.needs_budget)
+    throw UsageError("planner " + planner.name + " takes no budget, so it has no curve: leave --pareto out");
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
+  if (arguments.pareto) return plan_curve(arguments, common, request);
+  std::unique_ptr<PlanMeter> meter;
+  if (arguments.measurements > 0) {
+    make_plan(arguments.planner, request);  // what is wrong with the request shows before minutes are spent
+    request.progress = progress_reporter(common);
+    meter = make_meter(arguments, common, model, profile.get(), request.progress);
+    request.meter = meter.get();
+    request.measurements = arguments.measurements;
+  }
   const Plan made = make_plan(arguments.planner, request);
-  write_plan(made, arguments.out);
+  const std::string file = arguments.out.empty() ? "plan.json" : arguments.out;
+  write_plan(made, file);
   const CacheConfig config = cache_config(made, model->shape());
   const size_t bytes = predict_bytes(config, arguments.context);
   const double bits = predict_bits_per_element(config, arguments.context);
   if (common.json) {
-    print_json({{"plan", arguments.out},
-                {"planner", made.planner},
-                {"note", made.note},
-                {"context", arguments.context},
-                {"bytes", bytes},
-                {"bits_per_element", bits},
-                {"mean_key_bits", mean_bits(made, Side::kKey)},
-                {"mean_value_bits", mean_bits(made, Side::kValue)}});
+    nlohmann::json json{{"plan", file},
+                        {"planner", made.planner},
+                        {"note", made.note},
+                        {"context", arguments.context},
+                        {"bytes", bytes},
+                        {"bits_per_element", bits},
+                        {"mean_key_bits", mean_bits(made, Side::kKey)},
+                        {"mean_value_bits", mean_bits(made, Side::kValue)}};
+    if (made.predicted) json["predicted"] = {{"metric", made.predicted->metric}, {"cost", made.predicted->cost}};
+    print_json(json);
     return kExitOk;
   }
   print_plan_table(made, profile.get());
-  fmt::print("\ncode bits: keys {:.3f}, values {:.3f}; {} sinks; window {}\n\n", mean_bits(made, Side::kKey),
+  fmt::print("\ncode bits: keys {:.3f}, values {:.3f}; {} sinks; window {}\n{}\n\n", mean_bits(made, Side::kKey),
              mean_bits(made, Side::kValue), made.sinks,
-             made.window.ratio_key > 0 ? "by ratio" : std::to_string(made.window.tokens));
+             made.window.ratio_key > 0 ? "by ratio" : std::to_string(made.window.tokens), made.note);
   print_plan_costs(made, model->shape());
-  fmt::print("\nwrote {}: {} and {:.2f} bits per element at {} tokens, all bytes\n", arguments.out,
+  fmt::print("\nwrote {}: {} and {:.2f} bits per element at {} tokens, all bytes\n", file,
              human_bytes(static_cast<double>(bytes)), bits, arguments.context);
+  if (arguments.sequences > 1) {
+    fmt::print("{} sequences: {} of {}\n", arguments.sequences, human_bytes(static_cast<double>(bytes) * arguments.sequences),
+               human_bytes(static_cast<double>(request.budget.bytes)));
+  }
   return kExitOk;
 }
 
@@ -98,15 +206,41 @@ void add_plan(CommandContext& context) {
   auto* bits =
       command->add_option("--bits", arguments->bits, "Budget: average bits per element, all bytes, at --context tokens")
           ->check(CLI::Range(0.1, 16.5));
-  command->add_option("--fit", arguments->fit, "Budget: bytes, e.g. 64MiB, for --sequences of --context tokens")
-      ->excludes(bits);
+  auto* fit = command->add_option("--fit", arguments->fit, "Budget: bytes, e.g. 64MiB, for --sequences of --context tokens")
+                  ->excludes(bits);
   command->add_option("--context", arguments->context, "Tokens per sequence that the budget is for")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
       ->capture_default_str();
   command->add_option("--sequences", arguments->sequences, "Sequences that --fit holds together")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  command->add_option("-o,--out", arguments->out, "The plan file to write")->capture_default_str();
+  auto* pareto =
+      command
+          ->add_flag("--pareto", arguments->pareto,
+                     "The whole curve instead of one budget: a folder of plans from the smallest size to the largest, "
+                     "and pareto.svg")
+          ->excludes(bits)
+          ->excludes(fit);
+  command->add_option("--points", arguments->points, "--pareto: plans, at sizes in equal ratios")
+      ->check(CLI::Range(2, 1000))
+      ->capture_default_str()
+      ->needs(pareto);
+  auto* measure = command
+                      ->add_option("--measure", arguments->measurements,
+                                   "Measure up to so many whole plans on calibration text: kvmix then swaps bits between sides "
+                                   "while that helps, kvtuner searches by it")
+                      ->check(CLI::Range(2, 1 << 20))
+                      ->excludes(pareto);
+  command->add_option("--calib", arguments->calibration, "--measure: text as for kvmix profile; the last third is held out")
+      ->needs(measure);
+  command->add_option("--windows", arguments->windows, "--measure: windows of up to 2048 tokens to search with")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str()
+      ->needs(measure);
+  command->add_option("--seed", arguments->seed, "--measure: seed of the text that the model writes (the profile's plus 1)")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 62))
+      ->needs(measure);
+  command->add_option("-o,--out", arguments->out, "The plan file to write (plan.json); with --pareto the folder (plans)");
   // Every planner's own options, so that a new planner's appear here by themselves.
   std::map<std::string, std::string> helps;
   for (const PlannerInfo& info : planners()) {

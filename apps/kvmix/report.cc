@@ -32,9 +32,7 @@ constexpr const char* kStyle =
     "h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2.2em;border-bottom:1px solid #ddd}table{border-collapse:collapse}"
     "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}"
     ".charts{display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0;flex:1 1 460px;min-width:0}svg{width:100%;height:auto}"
-    "svg .grid{stroke:#e6e6e6}svg .line{fill:none;stroke-width:2}svg .tick{font-size:11px;fill:#555}svg "
-    ".axis{font-size:12px;fill:#333}"
-    "svg .title{font-size:14px;font-weight:600}.legend{font-size:13px;margin:.2em 0}.legend span{margin-right:1.2em}"
+    ".legend{font-size:13px;margin:.2em 0}.legend span{margin-right:1.2em}"
     ".legend i{display:inline-block;width:.8em;height:.8em;margin-right:.4em}.heat{overflow-x:auto}"
     ".heat td{padding:0;width:26px;height:24px;text-align:center;font-size:12px;border:1px solid #fff}"
     ".heat th{padding:0 .4em;font-size:12px;font-weight:400;border:0}.note{color:#555}";
@@ -177,7 +175,8 @@ std::string quality_charts(const std::vector<Evaluation>& evaluations) {
 std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, const Profile* profile,
                  const std::vector<Evaluation>& evaluations) {
   std::string out = "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>KVmix: " + html_escape(shape.name) +
-                    "</title><meta name=\"viewport\" content=\"width=device-width\"><style>" + kStyle + "</style></head><body>";
+                    "</title><meta name=\"viewport\" content=\"width=device-width\"><style>" + kStyle + chart_style() +
+                    "</style></head><body>";
   out += fmt::format("<h1>{}</h1><p class=\"note\">{} layers, {} architecture, fingerprint {}</p>", html_escape(shape.name),
                      shape.layers.size(), html_escape(shape.architecture), html_escape(shape.fingerprint));
   if (!plans.empty()) {

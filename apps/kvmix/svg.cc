@@ -59,6 +59,10 @@ class Axis1D {
   double from_, to_, low_ = 1e300, high_ = -1e300;
 };
 
+constexpr const char* kChartStyle =
+    "svg .grid{stroke:#e6e6e6}svg .line{fill:none;stroke-width:2}svg .tick{font-size:11px;fill:#555}svg "
+    ".axis{font-size:12px;fill:#333}svg .title{font-size:14px;font-weight:600}";
+
 std::string tick_text(double v) {
   if (std::abs(v) >= 1000 && std::fmod(v, 1000) == 0) return fmt::format("{:g}k", v / 1000);
   return fmt::format("{:.4g}", v);
@@ -96,7 +100,10 @@ const char* series_color(size_t i) {
   return kColors[i % kColors.size()];
 }
 
-std::string line_chart(const Chart& chart) {
+namespace {
+
+// `attributes` of the svg element, `head` right inside it.
+std::string drawing(const Chart& chart, const std::string& attributes, const std::string& head) {
   Axis1D x(chart.log_x, kLeft, kWidth - kRight), y(chart.log_y, kHeight - kBottom, kTop);
   const auto drawable = [&](const std::pair<double, double>& p) {
     return std::isfinite(p.first) && std::isfinite(p.second) && (!chart.log_x || p.first > 0) && (!chart.log_y || p.second > 0);
@@ -109,8 +116,8 @@ std::string line_chart(const Chart& chart) {
   x.finish(false);
   y.finish(true);
 
-  std::string out =
-      fmt::format("<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">", kWidth, kHeight, html_escape(chart.title));
+  std::string out = fmt::format("<svg{} viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">{}", attributes, kWidth, kHeight,
+                                html_escape(chart.title), head);
   out += fmt::format("<text x=\"{}\" y=\"20\" class=\"title\">{}</text>", kLeft, html_escape(chart.title));
   for (const double t : x.ticks()) {
     out += fmt::format(
@@ -150,11 +157,25 @@ std::string line_chart(const Chart& chart) {
       }
     }
   }
-  out += "</svg><p class=\"legend\">";
+  return out + "</svg>";
+}
+
+}  // namespace
+
+std::string chart_style() { return kChartStyle; }
+
+std::string line_chart(const Chart& chart) {
+  std::string out = drawing(chart, "", "") + "<p class=\"legend\">";
   for (size_t i = 0; i < chart.series.size(); ++i) {
     out += fmt::format("<span><i style=\"background:{}\"></i>{}</span>", series_color(i), html_escape(chart.series[i].name));
   }
   return out + "</p>";
+}
+
+std::string svg_file(const Chart& chart) {
+  return drawing(chart, " xmlns=\"http://www.w3.org/2000/svg\" font-family=\"sans-serif\"",
+                 fmt::format("<style>{}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>", kChartStyle)) +
+         "\n";
 }
 
 }  // namespace kvmix::app

@@ -24,6 +24,10 @@ struct Chart {
 std::string html_escape(const std::string& text);
 // Colour of series i as #rrggbb; distinguishable to colour-blind readers.
 const char* series_color(size_t i);
+// What a page needs in its style sheet for charts.
+std::string chart_style();
 std::string line_chart(const Chart& chart);
+// The same as a file of its own.
+std::string svg_file(const Chart& chart);
 
 }  // namespace kvmix::app

@@ -12,9 +12,6 @@
 
 namespace kvmix {
 
-// Called with work done, total, and a label; returning false stops with kCancelled.
-using Progress = std::function<bool(double done, double total, const std::string& what)>;
-
 struct CalibrationOptions {
   int prompts = 16;
   int tokens = 512;  // per prompt, continuation included; prompts are cut to it
@@ -49,5 +46,11 @@ struct SensitivityOptions {
 // an unknown metric or too little text, kCancelled.
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
                          const SensitivityOptions& options, Profile& profile, const Progress& progress);
+
+// Measures whole plans on windows of tokens, in fp32 layer by layer as "kl" does, over pages as the running cache stores them:
+// up to 512 positions of each window's second half. A plan is run only from the first layer in which it differs from one of the
+// two measured last. Keeps `model`; throws kInvalidArgument for a window too short to seal a page of, or none.
+std::unique_ptr<PlanMeter> make_plan_meter(std::shared_ptr<const Model> model, std::vector<std::vector<Token>> windows,
+                                           std::vector<std::vector<Token>> held_out, int threads);
 
 }  // namespace kvmix

@@ -11,8 +11,12 @@
 #include <vector>
 
 #include "kvmix/cache.h"
+#include "kvmix/error.h"
 
 namespace kvmix {
+
+// Called with work done, total, and a label; returning false stops with kCancelled.
+using Progress = std::function<bool(double done, double total, const std::string& what)>;
 
 // The part of a model that plans depend on.
 struct ModelShape {
@@ -53,6 +57,12 @@ struct Profile {
 struct Plan {
   std::string fingerprint, model, planner;
   std::string note;  // how it was made: the planner's arguments in words
+  // What the plan is expected to cost: the sum of its sides' sensitivities; absent where a planner went by no sensitivity.
+  struct Prediction {
+    std::string metric;  // as in the profile
+    double cost = 0;
+  };
+  std::optional<Prediction> predicted;
   int sinks = 16;
   WindowRule window;
   struct Layer {
@@ -87,10 +97,35 @@ struct Budget {
   int64_t context = 8192;
 };
 
+// A budget that no plan meets; says the smallest that can be met.
+class BudgetError : public Error {
+ public:
+  BudgetError(const std::string& message, size_t least_bytes)
+      : Error(Status::kInvalidArgument, message), least_bytes_(least_bytes) {}
+  size_t least_bytes() const { return least_bytes_; }  // of one sequence at the budget's context
+
+ private:
+  size_t least_bytes_;
+};
+
+// Measures plans as a whole (kvmix/measure.h makes one of a model and text).
+class PlanMeter {
+ public:
+  virtual ~PlanMeter() = default;
+  // KL divergence to the model with an f16 cache, nats, at each scored position; every call scores the same positions.
+  virtual std::vector<double> divergence(const Plan& plan) = 0;
+  // The same on text that is not searched with: whether a gain is one.
+  virtual std::vector<double> held_out(const Plan& plan) = 0;
+};
+
 struct PlannerRequest {
   const ModelShape* model = nullptr;
   const Profile* profile = nullptr;  // may be null for planners that need none
   Budget budget;
+  // For planners that measure: at most `measurements` plans on the searched text. Without a meter they go by the profile.
+  PlanMeter* meter = nullptr;
+  int measurements = 0;
+  Progress progress;  // of measuring; may be empty
   // Free-form options, e.g. {"k-bits","3"}; a planner throws kInvalidArgument for one it does not know.
   std::map<std::string, std::string> options;
 };
@@ -99,10 +134,15 @@ struct PlannerInfo {
   std::string name, description;
   std::vector<std::pair<std::string, std::string>> options;  // name, help with default
   bool needs_profile = false, needs_budget = false;
+  bool measures = false;  // makes use of a meter
 };
 std::span<const PlannerInfo> planners();
-// Throws kInvalidArgument for an unknown planner, kMismatch for a foreign profile, and for a budget that cannot be met an
-// error that says the smallest that can.
+// Throws kInvalidArgument for an unknown planner or a meter it has no use for, kMismatch for a foreign profile, BudgetError for
+// a budget that cannot be met, kCancelled.
 Plan make_plan(const std::string& planner, const PlannerRequest& request);
+// The planner's whole curve, smallest plan first: up to `points` plans for budgets in equal ratios from the smallest that can
+// be met to where more bytes change nothing, each larger than the one before it. Of request.budget only the context counts.
+// Throws as make_plan, and kInvalidArgument for a planner that takes no budget.
+std::vector<Plan> make_curve(const std::string& planner, PlannerRequest request, int points);
 
 }  // namespace kvmix

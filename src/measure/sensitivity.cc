@@ -11,11 +11,11 @@
 #include <numeric>
 
 #include "base/parallel.h"
-#include "eval/divergence.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "measure/gradients.h"
 #include "measure/layerwise.h"
+#include "measure/scored_rows.h"
 #include "measure/stored_page.h"
 #include "plan/planner.h"
 
@@ -25,8 +25,6 @@ namespace {
 constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
 constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
 constexpr int kSampledQueries = 48;
-constexpr int kScoredRows = 512;                        // of a window's second half,
-constexpr int64_t kReferenceLogits = int64_t{1} << 26;  // and fewer where the vocabulary is so large
 
 struct Candidate {
   SideConfig config;
@@ -174,36 +172,26 @@ class LayerErrors {
 // A window run with nothing quantised: the residual stream at every layer, to restart from, and what the model then says.
 class ExactRun {
  public:
-  ExactRun(Layerwise& runner, std::span<const Token> tokens, int threads) : threads_(threads) {
-    hidden_.push_back(runner.embed(tokens));
-    for (int l = 0; l < runner.layers(); ++l) hidden_.push_back(runner.forward(l, runner.layer_config(l), hidden_.back()));
-    const auto n = static_cast<int>(tokens.size()), half = n / 2;
-    const int most = std::clamp(static_cast<int>(kReferenceLogits / runner.vocab()), 1, kScoredRows);
-    const int step = std::max(1, (n - half + most - 1) / most);
-    for (int t = half; t < n; t += step) rows_.push_back(t);
-    const std::span<const float> logits = runner.logits(hidden_.back(), rows_);
-    reference_.resize(rows_.size());
-    const size_t vocab = logits.size() / rows_.size();
-    parallel_for(threads_, rows_.size(), [&](size_t r) { set_reference(logits.subspan(r * vocab, vocab), reference_[r]); });
-  }
+  ExactRun(Layerwise& runner, std::span<const Token> tokens, int threads)
+      : hidden_(exact_streams(runner, tokens)), scored_(runner, tokens.size(), hidden_.back(), threads) {}
 
   // Mean KL divergence of the second half when one layer runs with `config`: the layers before it are not run again.
   double divergence(Layerwise& runner, int layer, const LayerConfig& config) const {
     std::vector<float> hidden = runner.forward(layer, config, hidden_[static_cast<size_t>(layer)]);
     for (int l = layer + 1; l < runner.layers(); ++l) hidden = runner.forward(l, runner.layer_config(l), hidden);
-    const std::span<const float> logits = runner.logits(hidden, rows_);
-    const size_t vocab = logits.size() / rows_.size();
-    std::vector<double> kl(rows_.size());
-    parallel_for(threads_, rows_.size(),
-                 [&](size_t r) { kl[r] = score_row(reference_[r], logits.subspan(r * vocab, vocab), 0).kl; });
+    const std::vector<double> kl = scored_.divergence(runner, hidden);
     return std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(kl.size());
   }
 
  private:
-  int threads_;
+  static std::vector<std::vector<float>> exact_streams(Layerwise& runner, std::span<const Token> tokens) {
+    std::vector<std::vector<float>> hidden{runner.embed(tokens)};
+    for (int l = 0; l < runner.layers(); ++l) hidden.push_back(runner.forward(l, runner.layer_config(l), hidden.back()));
+    return hidden;
+  }
+
   std::vector<std::vector<float>> hidden_;
-  std::vector<int> rows_;
-  std::vector<ReferenceRow> reference_;
+  ScoredRows scored_;
 };
 
 // The prompts one after the other, cut into windows.

@@ -84,6 +84,7 @@ const Planner kKvmixPaperPlanner = {{"kvmix-paper",
                                       {"shuffle", "a seed above 0 gives the high widths to random layers: the control (0)"},
                                       {"window", "ratio as the paper, or fixed at 128 (ratio)"}},
                                      true,
+                                     false,
                                      false},
                                     make};
 

@@ -83,6 +83,7 @@ std::string to_json(const Plan& plan) {
   j["fingerprint"] = plan.fingerprint;
   j["planner"] = plan.planner;
   j["note"] = plan.note;
+  if (plan.predicted) j["predicted"] = {{"metric", plan.predicted->metric}, {"cost", plan.predicted->cost}};
   j["sinks"] = plan.sinks;
   j["window"] = {
       {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
@@ -114,6 +115,11 @@ Plan parse_plan(const std::string& json, const std::string& name) {
   plan.fingerprint = object.text("fingerprint");
   plan.planner = object.text("planner");
   plan.note = object.text("note", 65536);
+  if (object.has("predicted")) {
+    JsonObject predicted = object.object("predicted");
+    plan.predicted = Plan::Prediction{predicted.text("metric", 64), predicted.number("cost", 0, 1e300)};
+    predicted.finish();
+  }
   plan.sinks = static_cast<int>(object.integer("sinks", 0, 4096));
   JsonObject window = object.object("window");
   plan.window.tokens = static_cast<int>(window.integer("tokens", 0, 1 << 20));

@@ -7,13 +7,14 @@
 
 namespace kvmix {
 
-extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kUniformPlanner;
+extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kKvtunerPlanner, kUniformPlanner;
 
 namespace {
 
 const std::array kPlanners = {
     &kKvmixPlanner,
     &kKvmixPaperPlanner,
+    &kKvtunerPlanner,
     &kUniformPlanner,
 };
 
@@ -56,6 +57,9 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     }
     if (planner->info.needs_budget && request.budget.bits <= 0 && request.budget.bytes == 0) {
       throw Error(Status::kInvalidArgument, "planner " + name + " needs a budget: average bits per element, or bytes");
+    }
+    if (request.meter != nullptr && !planner->info.measures) {
+      throw Error(Status::kInvalidArgument, "planner " + name + " does not measure plans");
     }
     return planner->make(request);
   }

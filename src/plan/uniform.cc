@@ -45,6 +45,7 @@ const Planner kUniformPlanner = {{"uniform",
                                    {"sinks", "first tokens kept fp16 (16)"},
                                    {"window", "newest tokens kept fp16 (128)"}},
                                   false,
+                                  false,
                                   false},
                                  make};
 

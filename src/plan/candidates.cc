@@ -1,0 +1,114 @@
+#include "plan/candidates.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <set>
+
+#include "cache/state.h"
+#include "kvmix/error.h"
+#include "plan/planner.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
+
+// Squared error of a width relative to 2 bits, medians measured on small models.
+double relative_error(int bits) {
+  switch (bits) {
+    case 1:
+      return 3.4;
+    case 2:
+      return 1.0;
+    case 3:
+      return 0.23;
+    default:
+      return 0.05 * std::pow(4.0, 4 - bits);
+  }
+}
+
+}  // namespace
+
+std::string pick_metric(const Profile& profile, const std::string& wanted) {
+  std::set<std::string> have;
+  for (const auto& s : profile.sensitivities) have.insert(s.metric);
+  if (wanted == "gradient") return "";
+  if (wanted != "best") {
+    if (have.contains(wanted)) return wanted;
+    throw Error(Status::kInvalidArgument,
+                "the profile has no \"" + wanted + "\" sensitivities; measure them with kvmix profile --sensitivity " + wanted);
+  }
+  for (const char* metric : {"kl", "fisher-page", "fisher", "output"}) {
+    if (have.contains(metric)) return metric;
+  }
+  return "";
+}
+
+std::vector<Candidate> candidates(const Profile& profile, const std::string& metric, int layer, Side side) {
+  std::vector<Candidate> out;
+  if (metric.empty()) {
+    const double score = (side == Side::kKey ? profile.key_score : profile.value_score)[static_cast<size_t>(layer)];
+    for (const int bits : kWidths) {
+      out.push_back({side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits), score * relative_error(bits)});
+    }
+  } else {
+    for (const auto& s : profile.sensitivities) {
+      if (s.metric != metric || s.layer != layer || s.side != side) continue;
+      Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
+      c.config.transform.hadamard = s.hadamard;
+      out.push_back(std::move(c));
+    }
+    if (out.empty()) {
+      throw Error(Status::kMismatch, "the profile has no \"" + metric + "\" sensitivity of layer " + std::to_string(layer) +
+                                         (side == Side::kKey ? " keys" : " values") +
+                                         "; the measurement is incomplete, run kvmix profile again");
+    }
+  }
+  out.push_back({SideConfig{}, 0.0});  // fp16
+  return out;
+}
+
+PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
+                    int64_t context) {
+  PricedChoices priced;
+  const CacheConfig base = cache_config(plan, model);
+  priced.fixed_bytes = static_cast<int64_t>(predict_bytes(base, context));
+  priced.elements = live_elements(base, context);
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    const LayerConfig& layer = base.layers[l];
+    const PagePrediction pages = predict_pages(layer, context);
+    const int64_t sealed = (pages.sealed - pages.freed) * layer.kv_heads;
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      priced.fixed_bytes -= sealed * static_cast<int64_t>(tile_bytes(CodecSpec{}, layer.head_dim));
+      priced.sides.push_back(candidates(profile, metric, static_cast<int>(l), side));
+      std::vector<Choice> choices;
+      for (const Candidate& c : priced.sides.back())
+        choices.push_back({sealed * static_cast<int64_t>(tile_bytes(c.config.codec, layer.head_dim)), c.cost});
+      priced.items.push_back(std::move(choices));
+    }
+  }
+  return priced;
+}
+
+double PricedChoices::apply(const std::vector<size_t>& chosen, Plan& plan) const {
+  double cost = 0;
+  for (size_t i = 0; i < sides.size(); ++i) {
+    const Candidate& c = sides[i][chosen[i]];
+    (i % 2 == 0 ? plan.layers[i / 2].key : plan.layers[i / 2].value) = c.config;
+    cost += c.cost;
+  }
+  return cost;
+}
+
+void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context) {
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "the budget of %.2f MiB per sequence cannot be met: at %lld tokens the smallest plan takes %.2f MiB (%.2f "
+                "bits per element)",
+                static_cast<double>(budget_bytes) / (1 << 20), static_cast<long long>(context),
+                static_cast<double>(least_bytes) / (1 << 20), static_cast<double>(least_bytes) * 8 / priced.elements);
+  throw BudgetError(text, static_cast<size_t>(least_bytes));
+}
+
+}  // namespace kvmix

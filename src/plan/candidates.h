@@ -1,0 +1,40 @@
+// What planners choose from: the codecs that a profile measured, with their bytes and costs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kvmix/plan.h"
+#include "plan/allocate.h"
+
+namespace kvmix {
+
+struct Candidate {
+  SideConfig config;
+  double cost;
+};
+
+// The metric to go by: `wanted`, or with "best" the best that the profile has; empty for the gradient scores. Throws
+// kInvalidArgument for one that the profile lacks.
+std::string pick_metric(const Profile& profile, const std::string& wanted);
+// The measured codecs of a side, and fp16 last. Throws kMismatch if the measurement is incomplete.
+std::vector<Candidate> candidates(const Profile& profile, const std::string& metric, int layer, Side side);
+
+// Every side of a model, keys of a layer before its values.
+struct PricedChoices {
+  std::vector<std::vector<Candidate>> sides;
+  std::vector<std::vector<Choice>> items;  // the same, with bytes of one sequence's sealed pages
+  int64_t fixed_bytes = 0;                 // what does not depend on codecs: sinks, window, tables
+  double elements = 0;                     // that the bits are averaged over
+
+  // Writes the chosen codecs into the plan; returns the sum of their costs.
+  double apply(const std::vector<size_t>& chosen, Plan& plan) const;
+};
+// For the plan's sinks and window.
+PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
+                    int64_t context);
+
+[[noreturn]] void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context);
+
+}  // namespace kvmix
