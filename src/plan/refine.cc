@@ -103,6 +103,9 @@ class Search {
   std::set<std::vector<size_t>> tried_;
 };
 
+// A fall by less may be chance: a few dozen swaps are tried, and positions of a text are not independent.
+constexpr double kStandardErrors = 2.0;
+
 // Mean of the differences, and its standard error.
 std::pair<double, double> difference(const std::vector<double>& a, const std::vector<double>& b) {
   const auto n = static_cast<double>(a.size());
@@ -140,7 +143,7 @@ Refined refine(const RefineTask& task, const std::vector<size_t>& start) {
   while (out.measurements < task.measurements && search.next(swap)) {
     std::vector<double> changed = task.measure(search.apply(swap));
     const auto [change, error] = difference(changed, losses);
-    const bool keep = change < -error;
+    const bool keep = change < -kStandardErrors * error;
     search.learn(swap, change, keep);
     if (keep) {
       losses = std::move(changed);

@@ -26,9 +26,9 @@ struct Refined {
 };
 
 // Greedy: one item gets its next larger choice and, where bytes run out, another a smaller one. The swap with the best ratio of
-// expected gain to expected loss is measured next, and kept if the loss falls by more than the standard error of the difference
-// over positions. What a measurement says beyond expectation corrects the expectations of the two moves it was made of. Throws
-// kInvalidArgument for fewer than two measurements, kCancelled.
+// expected gain to expected loss is measured next, and kept if the loss falls by more than two standard errors of the
+// difference over positions. What a measurement says beyond expectation corrects the expectations of the two moves it was made
+// of. Throws kInvalidArgument for fewer than two measurements, kCancelled.
 Refined refine(const RefineTask& task, const std::vector<std::size_t>& start);
 
 }  // namespace kvmix
