@@ -23,6 +23,8 @@ std::string describe(const SideConfig& side) {
   std::string text = to_string(side.codec);
   if (!side.transform.center.empty()) text += " centred";
   if (side.transform.hadamard) text += " hadamard";
+  if (!side.transform.scales.empty()) text += " scaled";
+  if (!side.transform.feedback.empty()) text += " feedback";
   if (!side.transform.matrix.empty()) text += " matrix";
   return text;
 }

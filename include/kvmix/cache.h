@@ -20,10 +20,14 @@ namespace kvmix {
 // transformed query (keys) or one inverse on the output (values) is all that attention needs.
 struct TransformSpec {
   bool hadamard = false;              // orthonormal Hadamard over the largest power of two dividing head_dim, blockwise
-  std::vector<int8_t> signs;          // +1/-1 per [kv_heads * head_dim], applied before the Hadamard; empty: all +1
+  std::vector<float> scales;          // per [kv_heads * head_dim], not 0: multiplied before the Hadamard; empty: all 1
   std::vector<float> center;          // subtracted first, [kv_heads * head_dim]; keys only (softmax ignores it)
   std::vector<float> matrix;          // dense R per KV head [kv_heads][head_dim][head_dim], row vector x -> x R; exclusive
   std::vector<float> matrix_inverse;  // with hadamard; its inverse is stored beside it
+  // Rounding with error feedback when a page is sealed; costs nothing to read. Per KV head the strictly lower triangle of a
+  // matrix over the stored channels, row by row, head_dim (head_dim - 1) / 2 numbers: channel k is rounded after the errors
+  // (exact - stored) of the channels i < k were added to it with weights [k][i]. Empty: each number by itself.
+  std::vector<float> feedback;
 
   bool identity() const { return !hadamard && center.empty() && matrix.empty(); }
   friend bool operator==(const TransformSpec&, const TransformSpec&) = default;

@@ -55,6 +55,10 @@ size_t tile_scale_bytes(const CodecSpec& spec, int head_dim);
 // 64-byte aligned. Non-finite inputs are treated as 0; finite inputs whose group range exceeds fp16 saturate.
 // No allocation; thread safe. This is the serial reference: every other implementation writes the same bytes.
 void encode_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, std::byte* out);
+// Rounds the codes of a tile that encode_tile wrote anew with error feedback, scales as they are: `feedback` holds, channel k
+// after channel k - 1, the k weights with which the errors (exact - stored) of channels 0..k-1 are added to channel k before it
+// is rounded (successive rounding as in LDLQ, QuIP, arXiv 2307.13304, section 3, and GPTQ, arXiv 2210.17323).
+void feedback_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback, std::byte* tile);
 // Decodes a tile to float, token-major [kPageTokens][head_dim].
 void decode_tile(const CodecSpec& spec, Side side, int head_dim, const std::byte* in, float* x);
 

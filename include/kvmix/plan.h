@@ -46,10 +46,18 @@ struct Profile {
     int layer;
     Side side;
     std::string codec;
-    bool hadamard;
+    std::string transform;  // "plain", "hadamard", or the name of one of `transforms`
     double cost;
   };
   std::vector<Sensitivity> sensitivities;
+  // Transforms calibrated on the model's own rows, which sensitivities name.
+  struct Transform {
+    std::string name;
+    int layer;
+    Side side;
+    TransformSpec spec;
+  };
+  std::vector<Transform> transforms;
   // Mean post-RoPE key per layer, [kv_heads * head_dim], for centring; empty if not measured.
   std::vector<std::vector<float>> key_mean;
 };
@@ -70,6 +78,9 @@ struct Plan {
   };
   std::vector<Layer> layers;
 };
+
+// The transform that a sensitivity of this layer and side names. Throws kMismatch if the profile lacks it.
+TransformSpec named_transform(const Profile& profile, int layer, Side side, const std::string& name);
 
 // Files. Readers check everything (unknown keys, ranges, sizes, finite numbers) and throw kCorrupt / kNotFound naming file,
 // field, value and remedy. Writers write to a temporary and rename.

@@ -51,6 +51,7 @@ struct StepEntry {
 struct SealJob {
   const std::byte* open;
   std::byte* packed;
+  int kv_head;
 };
 
 // A table slot that the step in progress changed: undone by abort_step, made final by end_step.

@@ -46,10 +46,11 @@ void Cache::Impl::plan_layer(size_t l) {
       const int64_t target = seal_target(layer, state, entry.start);
       old_sealed.emplace_back(&state.sealed, state.sealed);
       // Head by head, so that a head's pages come out next to each other.
-      for (HeadState& head : state.heads) {
+      for (int h = 0; h < layer.kv_heads; ++h) {
+        HeadState& head = state.heads[static_cast<size_t>(h)];
         for (int64_t p = state.sealed; p < target; ++p) {
           const std::byte* open = head.pages[static_cast<size_t>(p)];
-          step.seals.push_back({open, change_slot(head, p, s.open_bytes, s.packed_bytes)});
+          step.seals.push_back({open, change_slot(head, p, s.open_bytes, s.packed_bytes), h});
         }
       }
       state.sealed = target;
@@ -159,9 +160,14 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
   const TileEncoder& encoder = best_tile_encoder();
   const std::vector<SealJob>& seals = impl.steps[l].seals;
   for (size_t i = static_cast<size_t>(ith); i < seals.size(); i += static_cast<size_t>(nth)) {
-    encoder.encode(s.key.spec, Side::kKey, layer.head_dim, reinterpret_cast<const uint16_t*>(seals[i].open), seals[i].packed);
-    encoder.encode(s.value.spec, Side::kValue, layer.head_dim,
-                   reinterpret_cast<const uint16_t*>(seals[i].open + s.open_value_offset), seals[i].packed + s.key.bytes);
+    const SealJob& job = seals[i];
+    const auto seal = [&](const CodecSpec& spec, Side side, const TransformSpec& transform, size_t open, size_t packed) {
+      const auto* rows = reinterpret_cast<const uint16_t*>(job.open + open);
+      encoder.encode_with(spec, side, layer.head_dim, rows, head_feedback(transform, job.kv_head, layer.head_dim),
+                          job.packed + packed);
+    };
+    seal(s.key.spec, Side::kKey, layer.key.transform, 0, 0);
+    seal(s.value.spec, Side::kValue, layer.value.transform, s.open_value_offset, s.key.bytes);
   }
   const auto sealed = Clock::now();
   if (!seals.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();

@@ -26,10 +26,16 @@ void hadamard(int head_dim, float* x) {
   for (int i = 0; i < head_dim; ++i) x[i] *= norm;
 }
 
-void apply_signs(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
-  if (transform.signs.empty()) return;
-  const int8_t* signs = transform.signs.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
-  for (int i = 0; i < head_dim; ++i) x[i] *= static_cast<float>(signs[i]);
+void multiply_scales(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
+  if (transform.scales.empty()) return;
+  const float* scales = transform.scales.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
+  for (int i = 0; i < head_dim; ++i) x[i] *= scales[i];
+}
+
+void divide_scales(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
+  if (transform.scales.empty()) return;
+  const float* scales = transform.scales.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
+  for (int i = 0; i < head_dim; ++i) x[i] /= scales[i];
 }
 
 const float* head_matrix(const std::vector<float>& matrices, int kv_head, int head_dim) {
@@ -61,12 +67,17 @@ void check_transform(const TransformSpec& transform, Side side, const LayerConfi
       fail("\"center\" must hold " + std::to_string(values) + " finite numbers (kv_heads x head_dim)");
     }
   }
-  if (!transform.signs.empty()) {
-    if (!transform.hadamard) fail("\"signs\" belong to a Hadamard transform; set \"hadamard\" or remove them");
-    if (transform.signs.size() != values)
-      fail("\"signs\" must hold " + std::to_string(values) + " entries (kv_heads x head_dim)");
-    if (!std::all_of(transform.signs.begin(), transform.signs.end(), [](int8_t s) { return s == 1 || s == -1; })) {
-      fail("\"signs\" must be +1 or -1");
+  if (!transform.scales.empty()) {
+    if (!transform.hadamard) fail("\"scales\" belong to a Hadamard transform; set \"hadamard\" or remove them");
+    if (transform.scales.size() != values || !finite(transform.scales) ||
+        std::any_of(transform.scales.begin(), transform.scales.end(), [](float s) { return s == 0; })) {
+      fail("\"scales\" must hold " + std::to_string(values) + " finite numbers other than 0 (kv_heads x head_dim)");
+    }
+  }
+  if (!transform.feedback.empty()) {
+    const size_t expected = values * static_cast<size_t>(layer.head_dim - 1) / 2;
+    if (transform.feedback.size() != expected || !finite(transform.feedback)) {
+      fail("\"feedback\" must hold " + std::to_string(expected) + " finite numbers (kv_heads x head_dim x (head_dim - 1) / 2)");
     }
   }
   if (!transform.matrix.empty() || !transform.matrix_inverse.empty()) {
@@ -85,7 +96,7 @@ void transform_row(const TransformSpec& transform, int kv_head, int head_dim, fl
     for (int i = 0; i < head_dim; ++i) row[i] -= center[i];
   }
   if (transform.hadamard) {
-    apply_signs(transform, kv_head, head_dim, row);
+    multiply_scales(transform, kv_head, head_dim, row);
     hadamard(head_dim, row);
   } else if (!transform.matrix.empty()) {
     times_matrix(head_matrix(transform.matrix, kv_head, head_dim), head_dim, row);
@@ -94,7 +105,7 @@ void transform_row(const TransformSpec& transform, int kv_head, int head_dim, fl
 
 void transform_query(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
   if (transform.hadamard) {
-    apply_signs(transform, kv_head, head_dim, row);
+    divide_scales(transform, kv_head, head_dim, row);
     hadamard(head_dim, row);
   } else if (!transform.matrix.empty()) {
     const float* inverse = head_matrix(transform.matrix_inverse, kv_head, head_dim);
@@ -111,7 +122,7 @@ void transform_query(const TransformSpec& transform, int kv_head, int head_dim, 
 void inverse_row(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
   if (transform.hadamard) {
     hadamard(head_dim, row);
-    apply_signs(transform, kv_head, head_dim, row);
+    divide_scales(transform, kv_head, head_dim, row);
   } else if (!transform.matrix.empty()) {
     times_matrix(head_matrix(transform.matrix_inverse, kv_head, head_dim), head_dim, row);
   }
@@ -119,6 +130,11 @@ void inverse_row(const TransformSpec& transform, int kv_head, int head_dim, floa
     const float* center = transform.center.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
     for (int i = 0; i < head_dim; ++i) row[i] += center[i];
   }
+}
+
+const float* head_feedback(const TransformSpec& transform, int kv_head, int head_dim) {
+  if (transform.feedback.empty()) return nullptr;
+  return transform.feedback.data() + static_cast<ptrdiff_t>(kv_head) * head_dim * (head_dim - 1) / 2;
 }
 
 }  // namespace kvmix

@@ -1,7 +1,7 @@
 // What a side of a layer does to rows before they are stored, and the inverse on what attention returns.
 //
-// A stored row is y = (x - center) S H or (x - center) R: S signs, H orthonormal Hadamard blocks, R a dense matrix. With a
-// query mapped to q' = q S H or R^-1 q, scores q'.y equal q.(x - center), which softmax cannot tell from q.x.
+// A stored row is y = (x - center) S H or (x - center) R: S diagonal, H orthonormal Hadamard blocks, R a dense matrix. With a
+// query mapped to q' = q S^-1 H or R^-1 q, scores q'.y equal q.(x - center), which softmax cannot tell from q.x.
 #pragma once
 
 #include "kvmix/cache.h"
@@ -17,5 +17,8 @@ void transform_row(const TransformSpec& transform, int kv_head, int head_dim, fl
 void transform_query(const TransformSpec& transform, int kv_head, int head_dim, float* row);
 // Stored space back to the original one: attention outputs (values have no centre) and rows that are read.
 void inverse_row(const TransformSpec& transform, int kv_head, int head_dim, float* row);
+
+// One KV head's error feedback as TileEncoder::feedback takes it; null if there is none.
+const float* head_feedback(const TransformSpec& transform, int kv_head, int head_dim);
 
 }  // namespace kvmix

@@ -129,6 +129,37 @@ void encode_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t*
   });
 }
 
+void feedback_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback, std::byte* tile) {
+  const size_t scale_bytes = tile_scale_bytes(spec, head_dim);
+  const int mids_at = scale_count(spec, head_dim);
+  const float centre = code_centre(spec.bits), top = static_cast<float>((1 << spec.bits) - 1);
+  const TileGeometry geometry = tile_geometry(side, head_dim);
+  auto* codes = reinterpret_cast<uint8_t*>(tile + scale_bytes);
+  std::memset(codes, 0, tile_bytes(spec, head_dim) - scale_bytes);
+  const auto stored = [&](int index) {
+    uint16_t h;
+    std::memcpy(&h, tile + static_cast<size_t>(index) * 2, 2);
+    return f16_to_f32(h);
+  };
+  for (int t = 0; t < kPageTokens; ++t) {
+    float errors[256];
+    const float* weights = feedback;
+    for (int c = 0; c < head_dim; ++c) {
+      const float exact = finite(f16_to_f32(x[t * head_dim + c]));
+      float wanted = exact;
+      for (int i = 0; i < c; ++i) wanted = wanted + weights[i] * errors[i];
+      weights += c;
+      if (!(std::fabs(wanted) < INFINITY)) wanted = 0.0f;
+      const int index = scale_index(spec, head_dim, t, c);
+      const float scale = stored(index), mid = spec.zero_point ? stored(mids_at + index) : 0.0f;
+      const float code = quantize_code(wanted, mid, scale > 0.0f ? 1.0f / scale : 0.0f, centre, top);
+      errors[c] = exact - (mid + scale * (code - centre));
+      const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
+      put_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce), static_cast<int>(code));
+    }
+  }
+}
+
 void decode_tile(const CodecSpec& spec, Side side, int head_dim, const std::byte* in, float* x) {
   if (spec.is_f16()) {
     for (int i = 0; i < kPageTokens * head_dim; ++i) {

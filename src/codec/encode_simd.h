@@ -77,9 +77,67 @@ class TileSeal {
         for (int t = 0; t < kPageTokens; t += kW) seal_groups(tile, t, c, n, scales, mids);
       }
     }
-    auto* codes = reinterpret_cast<uint8_t*>(out + scale_bytes);
+    pack(spec.bits, flat, head_dim, reinterpret_cast<uint8_t*>(out + scale_bytes));
+  }
+
+  // feedback_tile for kStrip tokens at a time, kW tokens side by side.
+  static void feedback(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* weights,
+                       std::byte* tile) {
+    constexpr int kStrip = 64, kVectors = kStrip / kW;
+    alignas(64) uint8_t flat[kPageTokens * 256];
+    V exact[256][kVectors], errors[256][kVectors];
+    const auto* scales = reinterpret_cast<const uint16_t*>(tile);
+    const uint16_t* mids = scales + scale_count(spec, head_dim);
+    const TileGeometry geometry = tile_geometry(side, head_dim);
+    const V centre = S::set1(code_centre(spec.bits)), top = S::set1(static_cast<float>((1 << spec.bits) - 1));
+    // A scale of a channel is one number for all tokens of its group, of which a vector never sees two.
+    const auto read = [&](const uint16_t* from, int t, int c) {
+      const int index = scale_index(spec, head_dim, t, c);
+      return spec.axis == Axis::kChannel ? S::set1(f16_to_f32(from[index])) : S::load_f16(from + index);
+    };
+    for (int first = 0; first < kPageTokens; first += kStrip) {
+      for (int c = 0; c < head_dim; c += kW) {
+        for (int v = 0; v < kVectors; ++v) {
+          V rows[kW], columns[kW];
+          for (int k = 0; k < kW; ++k) rows[k] = finite(S::load_f16(x + (first + v * kW + k) * head_dim + c));
+          S::transpose(rows, columns);
+          for (int k = 0; k < kW; ++k) exact[c + k][v] = columns[k];
+        }
+      }
+      const float* row = weights;
+      for (int c = 0; c < head_dim; ++c) {
+        V wanted[kVectors];
+        for (int v = 0; v < kVectors; ++v) wanted[v] = exact[c][v];
+        for (int i = 0; i < c; ++i) {
+          const V weight = S::set1(row[i]);
+          for (int v = 0; v < kVectors; ++v) wanted[v] = S::add(wanted[v], S::mul(weight, errors[i][v]));
+        }
+        row += c;
+        for (int v = 0; v < kVectors; ++v) {
+          const int t = first + v * kW;
+          const V scale = read(scales, t, c), mid = spec.zero_point ? read(mids, t, c) : S::zero();
+          const V code = quantize(finite(wanted[v]), mid, inverse(scale), centre, top);
+          errors[c][v] = S::sub(exact[c][v], S::add(mid, S::mul(scale, S::sub(code, centre))));
+          uint8_t bytes[kW];
+          S::store_bytes(bytes, code);
+          for (int k = 0; k < kW; ++k) {
+            const int lane = side == Side::kKey ? t + k : c, reduce = side == Side::kKey ? c : t + k;
+            flat[unit_index(geometry, lane, reduce) * kUnitCodes + byte_in_unit(lane, reduce)] = bytes[k];
+          }
+        }
+      }
+    }
+    pack(spec.bits, flat, head_dim, reinterpret_cast<uint8_t*>(tile + tile_scale_bytes(spec, head_dim)));
+  }
+
+  static void to_f16(const float* x, int n, uint16_t* out) {
+    for (int i = 0; i < n; i += kW) S::store_f16(out + i, S::load(x + i));
+  }
+
+ private:
+  static void pack(int bits, const uint8_t* flat, int head_dim, uint8_t* codes) {
     const int blocks = kPageTokens * head_dim / (kBlockUnits * kUnitCodes);
-    switch (spec.bits) {
+    switch (bits) {
       case 1:
         pack<1>(flat, blocks, codes);
         break;
@@ -104,11 +162,6 @@ class TileSeal {
     }
   }
 
-  static void to_f16(const float* x, int n, uint16_t* out) {
-    for (int i = 0; i < n; i += kW) S::store_f16(out + i, S::load(x + i));
-  }
-
- private:
   struct Tile {
     const CodecSpec& spec;
     Side side;

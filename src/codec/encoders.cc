@@ -17,6 +17,7 @@ const TileEncoder kSerialTileEncoder = {
     "serial",
     [] { return true; },
     encode_tile,
+    feedback_tile,
     [](const float* x, int n, uint16_t* out) {
       for (int i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
     },

@@ -17,6 +17,7 @@
 #include "measure/layerwise.h"
 #include "measure/scored_rows.h"
 #include "measure/stored_page.h"
+#include "measure/transforms.h"
 #include "plan/planner.h"
 
 namespace kvmix {
@@ -28,29 +29,35 @@ constexpr int kSampledQueries = 48;
 
 struct Candidate {
   SideConfig config;
+  std::string transform;
   double output_error = 0;  // relative to the output's energy
   double fisher = 0, fisher_page = 0;
 };
 
 // The codecs that plans choose from, the reference choice (2 bits) first.
-std::vector<Candidate> candidates(Side side, int head_dim) {
-  std::vector<SideConfig> configs;
+std::vector<Candidate> candidates(const Profile& profile, int layer, Side side, int head_dim) {
+  std::vector<Candidate> out;
+  const auto add = [&](SideConfig config, const std::string& transform) {
+    config.transform = named_transform(profile, layer, side, transform);
+    out.push_back({std::move(config), transform, 0, 0, 0});
+  };
   for (const int bits : kWidths) {
-    if (side == Side::kKey) {
-      configs.push_back(recipe_key(bits, false));
-      configs.push_back(recipe_key(bits, true));
-    } else {
-      configs.push_back(recipe_value(bits));
-      SideConfig wide = recipe_value(bits);
-      wide.codec.group = 128;
-      wide.codec.fit = Fit::kLeastSquares;
-      if (head_dim >= 128) configs.push_back(wide);
+    std::vector<SideConfig> codecs{side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits)};
+    if (side == Side::kValue && head_dim >= 128) {
+      codecs.push_back(recipe_value(bits));
+      codecs.back().codec.group = 128;
+      codecs.back().codec.fit = Fit::kLeastSquares;
+    }
+    for (const SideConfig& codec : codecs) {
+      if (side == Side::kKey) add(codec, "plain");
+      add(codec, "hadamard");
+      for (const Profile::Transform& t : profile.transforms) {
+        if (t.layer == layer && t.side == side) add(codec, t.name);
+      }
     }
   }
-  const auto reference = std::find_if(configs.begin(), configs.end(), [](const SideConfig& c) { return c.codec.bits == 2; });
-  std::rotate(configs.begin(), reference, reference + 1);
-  std::vector<Candidate> out;
-  for (const SideConfig& c : configs) out.push_back({c, 0, 0, 0});
+  const auto reference = std::find_if(out.begin(), out.end(), [](const Candidate& c) { return c.config.codec.bits == 2; });
+  std::rotate(out.begin(), reference, reference + 1);
   return out;
 }
 
@@ -237,9 +244,6 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
 
   // Errors in the attention output and, from the gradients, in the loss.
   std::vector<std::vector<Candidate>> tensors;
-  for (size_t l = 0; l < layers; ++l) {
-    for (const Side side : {Side::kKey, Side::kValue}) tensors.push_back(candidates(side, shape.layers[l].head_dim));
-  }
   const TransposedWeights weights(inside);
   PassOptions pass_options;
   pass_options.threads = threads;
@@ -248,6 +252,13 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const double passes = static_cast<double>(windows.size());
   for (size_t i = 0; i < windows.size(); ++i) {
     const PassResult pass = differentiate(inside, weights, windows[i], pass_options);
+    if (i == 0) {
+      profile.transforms = calibrated_transforms(inside, pass, options.sinks);
+      for (size_t l = 0; l < layers; ++l) {
+        for (const Side side : {Side::kKey, Side::kValue})
+          tensors.push_back(candidates(profile, static_cast<int>(l), side, shape.layers[l].head_dim));
+      }
+    }
     parallel_for(threads, layers, [&](size_t l) {
       LayerErrors errors(shape.layers[l], pass, l, options.sinks);
       for (const Side side : {Side::kKey, Side::kValue}) {
@@ -260,12 +271,12 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   // Tensors are numbered layer by layer, keys before values.
   const auto is_of = [](const Profile::Sensitivity& s, const std::string& name, size_t tensor, const Candidate& c) {
     return s.metric == name && s.layer == static_cast<int>(tensor / 2) && (s.side == Side::kKey) == (tensor % 2 == 0) &&
-           s.codec == to_string(c.config.codec) && s.hadamard == c.config.transform.hadamard;
+           s.codec == to_string(c.config.codec) && s.transform == c.transform;
   };
   const auto store = [&](const std::string& name, size_t tensor, const Candidate& c, double cost) {
     std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) { return is_of(s, name, tensor, c); });
     profile.sensitivities.push_back({name, static_cast<int>(tensor / 2), tensor % 2 == 0 ? Side::kKey : Side::kValue,
-                                     to_string(c.config.codec), c.config.transform.hadamard, cost});
+                                     to_string(c.config.codec), c.transform, cost});
   };
   for (size_t t = 0; t < tensors.size(); ++t) {
     for (const Candidate& c : tensors[t]) {

@@ -31,7 +31,8 @@ void StoredPage::read_back(int kv_head, int64_t stride, const float* rows, float
     transform_row(config_.transform, kv_head, head_dim_, row);
     encoder_.to_f16(row, head_dim_, half_.data() + static_cast<ptrdiff_t>(t) * head_dim_);
   }
-  encoder_.encode(config_.codec, side_, head_dim_, half_.data(), tile);
+  encoder_.encode_with(config_.codec, side_, head_dim_, half_.data(), head_feedback(config_.transform, kv_head, head_dim_),
+                       tile);
   decode_tile(config_.codec, side_, head_dim_, tile, decoded_.data());
   for (int t = 0; t < kPageTokens; ++t) {
     float* to = out + t * stride;

@@ -56,7 +56,7 @@ std::vector<Candidate> candidates(const Profile& profile, const std::string& met
     for (const auto& s : profile.sensitivities) {
       if (s.metric != metric || s.layer != layer || s.side != side) continue;
       Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
-      c.config.transform.hadamard = s.hadamard;
+      c.config.transform = named_transform(profile, layer, side, s.transform);
       out.push_back(std::move(c));
     }
     if (out.empty()) {

@@ -1,6 +1,7 @@
 // Plans as JSON (docs/file-formats.md).
 #include "base/file.h"
 #include "kvmix/plan.h"
+#include "plan/half_text.h"
 #include "plan/json_reader.h"
 
 namespace kvmix {
@@ -26,11 +27,8 @@ ordered_json side_json(const SideConfig& side) {
   }
   const TransformSpec& t = side.transform;
   if (t.hadamard) j["hadamard"] = true;
-  if (!t.signs.empty()) {
-    std::string signs;
-    for (const int8_t s : t.signs) signs += s > 0 ? '+' : '-';
-    j["signs"] = signs;
-  }
+  if (!t.scales.empty()) j["scales"] = half_text(t.scales);
+  if (!t.feedback.empty()) j["feedback"] = half_text(t.feedback);
   if (!t.center.empty()) j["center"] = t.center;
   if (!t.matrix.empty()) {
     j["matrix"] = t.matrix;
@@ -58,12 +56,8 @@ SideConfig parse_side(JsonObject object) {
   }
   TransformSpec& t = side.transform;
   if (object.has("hadamard")) t.hadamard = object.boolean("hadamard");
-  if (object.has("signs")) {
-    for (const char s : object.text("signs", kMostValues)) {
-      if (s != '+' && s != '-') object.fail("signs", "expected + and - only");
-      t.signs.push_back(s == '+' ? 1 : -1);
-    }
-  }
+  if (object.has("scales")) t.scales = read_half_text(object, "scales", kMostValues);
+  if (object.has("feedback")) t.feedback = read_half_text(object, "feedback", kMostValues);
   if (object.has("center")) t.center = floats(object.numbers("center", 1, kMostValues, -65504, 65504));
   if (object.has("matrix")) {
     t.matrix = floats(object.numbers("matrix", 1, kMostValues, -1e30, 1e30));

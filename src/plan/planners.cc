@@ -138,6 +138,20 @@ SideConfig recipe_value(int bits) {
   return side;
 }
 
+TransformSpec named_transform(const Profile& profile, int layer, Side side, const std::string& name) {
+  TransformSpec spec;
+  if (name == "plain") return spec;
+  if (name == "hadamard") {
+    spec.hadamard = true;
+    return spec;
+  }
+  for (const Profile::Transform& t : profile.transforms) {
+    if (t.layer == layer && t.side == side && t.name == name) return t.spec;
+  }
+  throw Error(Status::kMismatch, "the profile has no transform \"" + name + "\" of layer " + std::to_string(layer) +
+                                     (side == Side::kKey ? " keys" : " values") + "; measure it again with kvmix profile");
+}
+
 double budget_bytes(const Budget& budget, const ModelShape& model) {
   if (budget.context < 1 || budget.context > (int64_t{1} << 32))
     throw Error(Status::kInvalidArgument, "the budget's context must be at least 1 token");

@@ -1,13 +1,15 @@
 // Profiles as JSON (docs/file-formats.md).
 #include "base/file.h"
 #include "kvmix/plan.h"
+#include "plan/half_text.h"
 #include "plan/json_reader.h"
 
 namespace kvmix {
 namespace {
 
 constexpr const char* kFormat = "kvmix-profile";
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
+constexpr size_t kMostTransforms = 16384, kMostValues = size_t{1} << 22;
 constexpr size_t kMostLayers = 1024, kMostPrompts = 65536, kMostSensitivities = 1 << 20;
 constexpr size_t kLargestFile = size_t{1} << 30;
 constexpr double kHuge = 1e300;
@@ -33,10 +35,20 @@ std::string to_json(const Profile& profile) {
                              {"layer", s.layer},
                              {"side", s.side == Side::kKey ? "key" : "value"},
                              {"codec", s.codec},
-                             {"hadamard", s.hadamard},
+                             {"transform", s.transform},
                              {"cost", s.cost}});
   }
   j["sensitivities"] = sensitivities;
+  nlohmann::ordered_json transforms = nlohmann::ordered_json::array();
+  for (const Profile::Transform& t : profile.transforms) {
+    transforms.push_back({{"name", t.name},
+                          {"layer", t.layer},
+                          {"side", t.side == Side::kKey ? "key" : "value"},
+                          {"hadamard", t.spec.hadamard},
+                          {"scales", half_text(t.spec.scales)},
+                          {"feedback", half_text(t.spec.feedback)}});
+  }
+  j["transforms"] = transforms;
   j["key_mean"] = profile.key_mean;
   return j.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
@@ -79,25 +91,41 @@ Profile parse_profile(const std::string& json, const std::string& name) {
   };
   profile.key_score_by_prompt = rows("key_score_by_prompt", 0, kHuge, layers, layers);
   profile.value_score_by_prompt = rows("value_score_by_prompt", 0, kHuge, layers, layers);
+  const auto side_of = [](JsonObject& entry) {
+    const std::string side = entry.text("side", 16);
+    if (side != "key" && side != "value") entry.fail("side", "expected \"key\" or \"value\"");
+    return side == "key" ? Side::kKey : Side::kValue;
+  };
   const nlohmann::json& sensitivities = object.array("sensitivities", 0, kMostSensitivities);
   for (size_t i = 0; i < sensitivities.size(); ++i) {
     JsonObject s(sensitivities[i], name, "sensitivities[" + std::to_string(i) + "]");
     Profile::Sensitivity parsed{};
     parsed.metric = s.text("metric", 64);
     parsed.layer = static_cast<int>(s.integer("layer", 0, static_cast<int64_t>(layers) - 1));
-    const std::string side = s.text("side", 16);
-    if (side != "key" && side != "value") s.fail("side", "expected \"key\" or \"value\"");
-    parsed.side = side == "key" ? Side::kKey : Side::kValue;
+    parsed.side = side_of(s);
     parsed.codec = s.text("codec", 64);
     try {
       parse_codec(parsed.codec);
     } catch (const Error& e) {
       s.fail("codec", e.what());
     }
-    parsed.hadamard = s.boolean("hadamard");
+    parsed.transform = s.text("transform", 64);
     parsed.cost = s.number("cost", -kHuge, kHuge);
     s.finish();
     profile.sensitivities.push_back(std::move(parsed));
+  }
+  const nlohmann::json& transforms = object.array("transforms", 0, kMostTransforms);
+  for (size_t i = 0; i < transforms.size(); ++i) {
+    JsonObject t(transforms[i], name, "transforms[" + std::to_string(i) + "]");
+    Profile::Transform parsed;
+    parsed.name = t.text("name", 64);
+    parsed.layer = static_cast<int>(t.integer("layer", 0, static_cast<int64_t>(layers) - 1));
+    parsed.side = side_of(t);
+    parsed.spec.hadamard = t.boolean("hadamard");
+    parsed.spec.scales = read_half_text(t, "scales", kMostValues);
+    parsed.spec.feedback = read_half_text(t, "feedback", kMostValues);
+    t.finish();
+    profile.transforms.push_back(std::move(parsed));
   }
   for (const std::vector<double>& row : rows("key_mean", -65504, 65504, 1, 65536))
     profile.key_mean.emplace_back(row.begin(), row.end());

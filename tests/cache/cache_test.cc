@@ -193,13 +193,48 @@ TEST(Cache, TruncateCutsAnywhere) {
   }
 }
 
+// With errors that matter along one direction only, feedback pushes them into the others.
+TEST(Cache, FeedbackMovesErrorsOutOfTheWay) {
+  std::mt19937 random(11);
+  const int dim = 64;
+  LayerConfig plain = make_layer(1, 1, dim, {2, Axis::kChannel, 128, Fit::kLeastSquares, true}, CodecSpec{});
+  plain.sinks = 0;
+  plain.window.tokens = 0;
+  LayerConfig fed = plain;
+  // Every channel makes up for the sum of the errors before it.
+  fed.key.transform.feedback.assign(static_cast<size_t>(dim * (dim - 1) / 2), 1.0f);
+  Rows rows = random_rows(plain, 256, random), next = random_rows(plain, 1, random);
+  std::vector<double> error;
+  for (const LayerConfig& layer : {plain, fed}) {
+    Cache cache(one_layer(layer));
+    const SequenceId id = cache.create();
+    step(cache, {{id, 256}}, rows);
+    step(cache, {{id, 1}}, next);
+    std::vector<float> stored(static_cast<size_t>(257 * dim));
+    cache.read(id, 0, 0, Side::kKey, true, stored.data());
+    double sum = 0;
+    for (int t = 0; t < 128; ++t) {
+      double along = 0;
+      for (int c = 0; c < dim; ++c) {
+        const auto i = static_cast<size_t>(t * dim + c);
+        along += static_cast<double>(stored[i]) - static_cast<double>(rows.k[i]);
+      }
+      sum += along * along;
+    }
+    error.push_back(sum);
+  }
+  EXPECT_GT(error[0], 0);
+  EXPECT_LT(error[1], 0.2 * error[0]);
+}
+
 TEST(Cache, TransformsLeaveAttentionAlone) {
   std::mt19937 random(7);
   const int dim = 96, heads = 2;
   LayerConfig plain = make_layer(4, heads, dim, CodecSpec{}, CodecSpec{});
   LayerConfig hadamard = plain;
   hadamard.key.transform.hadamard = hadamard.value.transform.hadamard = true;
-  for (int i = 0; i < heads * dim; ++i) hadamard.key.transform.signs.push_back(i % 3 == 0 ? -1 : 1);
+  for (int i = 0; i < heads * dim; ++i)
+    hadamard.key.transform.scales.push_back(i % 3 == 0 ? -1.0f : 0.5f + 0.01f * static_cast<float>(i % 5));
   for (int i = 0; i < heads * dim; ++i) hadamard.key.transform.center.push_back(0.1f * static_cast<float>(i % 7));
   LayerConfig dense = plain;
   for (TransformSpec* t : {&dense.key.transform, &dense.value.transform}) {

@@ -61,6 +61,41 @@ TEST(Encoders, WriteTheSerialBytes) {
   }
 }
 
+TEST(Encoders, FeedBackErrorsAlike) {
+  const TileEncoder& serial = *tile_encoders().back();
+  for (const int head_dim : {48, 64, 256}) {
+    std::mt19937 random(static_cast<unsigned>(head_dim));
+    std::vector<float> weights(static_cast<size_t>(head_dim * (head_dim - 1) / 2));
+    for (float& w : weights) w = 0.1f * gauss(random);
+    for (const CodecSpec& spec : all_codec_specs()) {
+      // Feedback follows scales, however they were fitted.
+      if (spec.fit == Fit::kMinMax && spec.axis == Axis::kChannel) continue;
+      if (head_dim == 256 && (spec.group == 64 || spec.bits > 3)) continue;
+      for (const Input& input : kInputs) {
+        if (head_dim == 256 && &input != &kInputs[1]) continue;
+        std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * head_dim));
+        for (int i = 0; i < kPageTokens * head_dim; ++i)
+          x[static_cast<size_t>(i)] = input.value(random, i / head_dim, i % head_dim);
+        for (const Side side : {Side::kKey, Side::kValue}) {
+          const size_t bytes = tile_bytes(spec, head_dim);
+          std::vector<std::byte> plain(bytes), expected(bytes), got(bytes, std::byte{0xa5});
+          serial.encode(spec, side, head_dim, x.data(), plain.data());
+          serial.encode_with(spec, side, head_dim, x.data(), weights.data(), expected.data());
+          const std::vector<float> none(weights.size(), 0.0f);
+          serial.encode_with(spec, side, head_dim, x.data(), none.data(), got.data());
+          ASSERT_EQ(std::memcmp(plain.data(), got.data(), bytes), 0) << to_string(spec) << " without weights, " << input.name;
+          for (const TileEncoder* encoder : tile_encoders()) {
+            if (encoder == &serial || !encoder->available()) continue;
+            encoder->encode_with(spec, side, head_dim, x.data(), weights.data(), got.data());
+            ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
+                << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Encoders, ConvertRowsAlike) {
   const TileEncoder& serial = *tile_encoders().back();
   std::mt19937 random(7);

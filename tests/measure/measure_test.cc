@@ -90,7 +90,7 @@ bool least_output_error(const Profile& profile, const Profile::Sensitivity& of) 
   const auto output = [&](const Profile::Sensitivity& like) {
     for (const auto& s : profile.sensitivities) {
       if (s.metric == "output" && s.layer == like.layer && s.side == like.side && s.codec == like.codec &&
-          s.hadamard == like.hadamard) {
+          s.transform == like.transform) {
         return s.cost;
       }
     }
@@ -153,7 +153,7 @@ TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
     auto& layer = plan.layers[static_cast<size_t>(s.layer)];
     SideConfig& side = s.side == Side::kKey ? layer.key : layer.value;
     side.codec = codec;
-    side.transform.hadamard = s.hadamard;
+    side.transform = named_transform(profile, s.layer, s.side, s.transform);
     subjects.push_back({s.codec, plan, ""});
     measured.push_back(s.cost);
   }

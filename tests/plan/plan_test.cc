@@ -46,8 +46,8 @@ Profile measured_profile(const ModelShape& model) {
         const CodecSpec codec = side == Side::kKey ? CodecSpec{bits, Axis::kChannel, 128, Fit::kLeastSquares, true}
                                                    : CodecSpec{bits, Axis::kToken, 64, Fit::kMinMax, true};
         const double error = std::pow(4.0, -bits) * weight;
-        p.sensitivities.push_back({"output", static_cast<int>(l), side, to_string(codec), false, 0.1 * error});
-        p.sensitivities.push_back({"kl", static_cast<int>(l), side, to_string(codec), false, 0.01 * error * weight});
+        p.sensitivities.push_back({"output", static_cast<int>(l), side, to_string(codec), "plain", 0.1 * error});
+        p.sensitivities.push_back({"kl", static_cast<int>(l), side, to_string(codec), "plain", 0.01 * error * weight});
       }
     }
   }
@@ -318,9 +318,43 @@ TEST(Files, DamagedPlansAndProfilesNeverCrash) {
     if (plan.layers.size() == model.layers.size()) Cache cache(cache_config(plan, model));
   });
   Profile p = profile(model);
-  p.sensitivities.push_back({"kl", 1, Side::kKey, "int2.channel.g128.fitted.zero", true, 0.01});
+  p.sensitivities.push_back({"kl", 1, Side::kKey, "int2.channel.g128.fitted.zero", "hadamard", 0.01});
   mutate(to_json(p), [](const std::string& text) { parse_profile(text, "fuzz"); });
   EXPECT_EQ(to_json(parse_profile(to_json(p), "memory")), to_json(p));
+}
+
+TEST(Files, KeepCalibratedTransforms) {
+  const ModelShape model = shape(2);
+  const ModelShape::Layer& layer = model.layers[0];
+  const auto values = static_cast<size_t>(layer.kv_heads * layer.head_dim);
+  TransformSpec spec;
+  spec.hadamard = true;
+  for (size_t i = 0; i < values; ++i) spec.scales.push_back(i % 2 == 0 ? 0.5f : -3.0f);
+  for (size_t i = 0; i < values * static_cast<size_t>(layer.head_dim - 1) / 2; ++i)
+    spec.feedback.push_back(static_cast<float>(i % 37) / 64.0f - 0.25f);
+  Profile p = profile(model);
+  p.transforms.push_back({"mine", 0, Side::kKey, spec});
+  p.sensitivities.push_back({"kl", 0, Side::kKey, "int2.channel.g128.fitted.zero", "mine", 0.01});
+  const Profile again = parse_profile(to_json(p), "memory");
+  EXPECT_EQ(named_transform(again, 0, Side::kKey, "mine"), spec);
+  EXPECT_THROW(named_transform(again, 1, Side::kKey, "mine"), Error);
+  EXPECT_THROW(named_transform(again, 0, Side::kValue, "mine"), Error);
+
+  PlannerRequest request;
+  request.model = &model;
+  Plan plan = make_plan("uniform", request);
+  plan.layers[0].key.transform = spec;
+  const std::string text = to_json(plan);
+  const Plan back = parse_plan(text, "memory");
+  EXPECT_EQ(back.layers[0].key, plan.layers[0].key);
+  Cache cache(cache_config(back, model));
+  // A number too few, and no number at all.
+  plan.layers[0].key.transform.feedback.pop_back();
+  EXPECT_THROW(Cache(cache_config(parse_plan(to_json(plan), "memory"), model)), Error);
+  std::string damaged = text;
+  damaged[damaged.find("\"scales\":\"") + 12] = '*';
+  EXPECT_THROW(parse_plan(damaged, "memory"), Error);
+  mutate(text, [&](const std::string& t) { Cache tried(cache_config(parse_plan(t, "fuzz"), model)); });
 }
 
 TEST(Files, AreWrittenWholeOrNotAtAll) {

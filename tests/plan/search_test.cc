@@ -292,8 +292,9 @@ struct SmallModel {
         for (const int bits : {1, 2, 3, 4, 6, 8}) {
           const SideConfig config = side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits);
           for (const char* metric : {"output", "kl"}) {
-            profile.sensitivities.push_back(
-                {metric, l, side, to_string(config.codec), config.transform.hadamard, std::pow(2.0, l) * std::pow(4.0, -bits)});
+            profile.sensitivities.push_back({metric, l, side, to_string(config.codec),
+                                             config.transform.hadamard ? "hadamard" : "plain",
+                                             std::pow(2.0, l) * std::pow(4.0, -bits)});
           }
         }
       }
