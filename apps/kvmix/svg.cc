@@ -34,11 +34,14 @@ class Axis1D {
   std::vector<double> ticks() const {
     std::vector<double> out;
     if (log_) {
-      const bool few = high_ - low_ < 2;
+      const double decades = high_ - low_;
+      const std::vector<double> steps = decades < 1.2 ? std::vector<double>{1, 1.5, 2, 3, 4, 5, 6, 8}
+                                        : decades < 2 ? std::vector<double>{1, 2, 5}
+                                                      : std::vector<double>{1};
       for (int e = static_cast<int>(std::floor(low_)); e <= static_cast<int>(std::ceil(high_)); ++e) {
-        for (const double m : {1.0, 2.0, 5.0}) {
+        for (const double m : steps) {
           const double t = e + std::log10(m);
-          if ((m == 1.0 || few) && t >= low_ && t <= high_) out.push_back(std::pow(10.0, t));
+          if (t >= low_ && t <= high_) out.push_back(std::pow(10.0, t));
         }
       }
       return out;
