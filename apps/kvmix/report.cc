@@ -34,7 +34,7 @@ constexpr const char* kStyle =
     "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}"
     ".charts{display:flex;flex-wrap:wrap;gap:1.5em;margin-top:1.2em}figure{margin:0;flex:0 1 "
     "510px;min-width:0}svg{width:100%;height:auto}"
-    ".legend{font-size:13px;margin:.2em 0}.legend span{margin-right:1.2em}"
+    ".legend{font-size:13px;margin:.2em 0}.legend span{margin-right:1.2em;white-space:nowrap}"
     ".legend i{display:inline-block;width:.8em;height:.8em;margin-right:.4em}.heat{overflow-x:auto;margin-bottom:1.2em}"
     ".heat td{padding:0;width:26px;height:24px;text-align:center;font-size:12px;border:1px solid #fff}"
     ".heat th{padding:0 .4em;font-size:12px;font-weight:400;border:0}.note{color:#555}";
