@@ -57,21 +57,38 @@ Budget budget_of(const Arguments& arguments, const PlannerInfo& planner) {
 constexpr int kWindowTokens = 2048;  // of the text that plans are measured on
 
 // Text of its own, by default from another seed than the profile's: a plan should not be fitted twice to the same words. The
-// last third is held out.
-std::unique_ptr<PlanMeter> make_meter(const Arguments& arguments, const Common& common,
-                                      const std::shared_ptr<const Model>& model, const Profile* profile,
-                                      const Progress& progress) {
-  CalibrationOptions options;
-  options.file = arguments.calibration;
-  options.prompts = arguments.windows + (arguments.windows + 1) / 2;
-  options.tokens = static_cast<int>(std::min<int64_t>(kWindowTokens, model->shape().context_tokens));
-  options.seed = arguments.seed >= 0 ? static_cast<uint64_t>(arguments.seed) : (profile != nullptr ? profile->seed + 1 : 0);
-  auto windows = calibration_prompts(model, options, common.threads, progress);
-  const auto searched = static_cast<ptrdiff_t>(windows.size() * 2 / 3);
-  std::vector<std::vector<Token>> held_out(windows.begin() + searched, windows.end());
-  windows.resize(static_cast<size_t>(searched));
-  return make_plan_meter(model, std::move(windows), std::move(held_out), common.threads);
-}
+// last third is held out. Made when it is first needed, so that what is wrong with a request shows before minutes are spent.
+class TextMeter final : public PlanMeter {
+ public:
+  TextMeter(const Arguments& arguments, int threads, std::shared_ptr<const Model> model, uint64_t seed, Progress progress)
+      : arguments_(arguments), threads_(threads), model_(std::move(model)), seed_(seed), progress_(std::move(progress)) {}
+  std::vector<double> divergence(const Plan& plan) override { return meter().divergence(plan); }
+  std::vector<double> held_out(const Plan& plan) override { return meter().held_out(plan); }
+
+ private:
+  PlanMeter& meter() {
+    if (meter_ == nullptr) {
+      CalibrationOptions options;
+      options.file = arguments_.calibration;
+      options.prompts = arguments_.windows + (arguments_.windows + 1) / 2;
+      options.tokens = static_cast<int>(std::min<int64_t>(kWindowTokens, model_->shape().context_tokens));
+      options.seed = seed_;
+      auto windows = calibration_prompts(model_, options, threads_, progress_);
+      const auto searched = static_cast<ptrdiff_t>(windows.size() * 2 / 3);
+      std::vector<std::vector<Token>> held_out(windows.begin() + searched, windows.end());
+      windows.resize(static_cast<size_t>(searched));
+      meter_ = make_plan_meter(model_, std::move(windows), std::move(held_out), threads_);
+    }
+    return *meter_;
+  }
+
+  const Arguments& arguments_;
+  int threads_;
+  std::shared_ptr<const Model> model_;
+  uint64_t seed_;
+  Progress progress_;
+  std::unique_ptr<PlanMeter> meter_;
+};
 
 std::string predicted_text(const Plan& plan) {
   return plan.predicted ? fmt::format("{:.3g}", plan.predicted->cost) : std::string("-");
@@ -153,9 +170,9 @@ int plan(const Arguments& arguments, const Common& common) {
   if (arguments.pareto) return plan_curve(arguments, common, request);
   std::unique_ptr<PlanMeter> meter;
   if (arguments.measurements > 0) {
-    make_plan(arguments.planner, request);  // what is wrong with the request shows before minutes are spent
     request.progress = progress_reporter(common);
-    meter = make_meter(arguments, common, model, profile.get(), request.progress);
+    const uint64_t seed = arguments.seed >= 0 ? static_cast<uint64_t>(arguments.seed) : profile->seed + 1;
+    meter = std::make_unique<TextMeter>(arguments, common.threads, model, seed, request.progress);
     request.meter = meter.get();
     request.measurements = arguments.measurements;
   }

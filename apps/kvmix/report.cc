@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -18,7 +19,7 @@ namespace {
 
 struct Arguments {
   std::string model, profile, output = "report.html";
-  std::vector<std::string> plans, evals;
+  std::vector<std::string> plans, curve, evals;
   bool force = false;
 };
 
@@ -31,9 +32,10 @@ constexpr const char* kStyle =
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0 1em;color:#1a1a1a;background:#fff}"
     "h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2.2em;border-bottom:1px solid #ddd}table{border-collapse:collapse}"
     "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}"
-    ".charts{display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0;flex:1 1 460px;min-width:0}svg{width:100%;height:auto}"
-    ".legend{font-size:13px;margin:.2em 0}.legend span{margin-right:1.2em}"
-    ".legend i{display:inline-block;width:.8em;height:.8em;margin-right:.4em}.heat{overflow-x:auto}"
+    ".charts{display:flex;flex-wrap:wrap;gap:1.5em;margin-top:1.2em}figure{margin:0;flex:0 1 "
+    "510px;min-width:0}svg{width:100%;height:auto}"
+    ".legend{font-size:13px;margin:.2em 0}.legend span{margin-right:1.2em;white-space:nowrap}"
+    ".legend i{display:inline-block;width:.8em;height:.8em;margin-right:.4em}.heat{overflow-x:auto;margin-bottom:1.2em}"
     ".heat td{padding:0;width:26px;height:24px;text-align:center;font-size:12px;border:1px solid #fff}"
     ".heat th{padding:0 .4em;font-size:12px;font-weight:400;border:0}.note{color:#555}";
 
@@ -172,8 +174,34 @@ std::string quality_charts(const std::vector<Evaluation>& evaluations) {
   return out + "</div>";
 }
 
-std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, const Profile* profile,
-                 const std::vector<Evaluation>& evaluations) {
+// What planners expect of their plans, a line for each planner and metric.
+std::string prediction_chart(const std::vector<NamedPlan>& plans, const ModelShape& shape) {
+  constexpr int64_t kContext = 8192;
+  Chart chart{"Predicted loss against size at " + std::to_string(kContext) + " tokens",
+              "bits per element, all bytes",
+              "sum of sensitivities, nats per token",
+              true,
+              true,
+              {}};
+  std::map<std::string, std::map<double, std::pair<double, std::string>>> lines;
+  for (const NamedPlan& p : plans) {
+    if (!p.plan.predicted) continue;
+    lines[p.plan.planner + ", " + p.plan.predicted->metric][predict_bits_per_element(cache_config(p.plan, shape), kContext)] = {
+        p.plan.predicted->cost, p.name};
+  }
+  for (const auto& [name, points] : lines) {
+    Series series{name, {}, true, {}};
+    for (const auto& [bits, cost] : points) {
+      series.points.emplace_back(bits, cost.first);
+      series.labels.push_back(cost.second);
+    }
+    chart.series.push_back(std::move(series));
+  }
+  return lines.empty() ? "" : "<figure>" + line_chart(chart) + "</figure>";
+}
+
+std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, const std::vector<NamedPlan>& curve,
+                 const Profile* profile, const std::vector<Evaluation>& evaluations) {
   std::string out = "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>KVmix: " + html_escape(shape.name) +
                     "</title><meta name=\"viewport\" content=\"width=device-width\"><style>" + kStyle + chart_style() +
                     "</style></head><body>";
@@ -191,6 +219,7 @@ std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, c
     }
     out += "</table><div class=\"charts\">" + memory_chart(plans, shape) + "</div>";
   }
+  if (!curve.empty()) out += "<h2>All budgets</h2><div class=\"charts\">" + prediction_chart(curve, shape) + "</div>";
   if (profile != nullptr) {
     out += "<h2>Importance of layers</h2><div class=\"charts\">" + importance_chart(*profile) + sensitivity_charts(*profile) +
            "</div>";
@@ -208,21 +237,27 @@ void add_report(CommandContext& context) {
                   "kvmix report smollm2 --plan plan.json --profile profile.json --eval eval.json -o report.html");
   command->add_option("model", arguments->model, kModelHelp)->required();
   command->add_option("--plan", arguments->plans, "A plan to show (repeatable)");
+  command->add_option("--pareto", arguments->curve,
+                      "Plans of a curve, as kvmix plan --pareto writes them: predicted loss by size");
   command->add_option("--profile", arguments->profile, "The profile whose scores and sensitivities to show");
   command->add_option("--eval", arguments->evals, "Output of kvmix eval --json (repeatable)");
   command->add_option("-o,--output", arguments->output, "The page to write")->capture_default_str();
   command->add_flag("--force", arguments->force, "Accept plans of another model of the same shape");
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) {
-      if (arguments->plans.empty() && arguments->profile.empty() && arguments->evals.empty()) {
-        throw UsageError("nothing to show: give --plan, --profile or --eval");
+      if (arguments->plans.empty() && arguments->curve.empty() && arguments->profile.empty() && arguments->evals.empty()) {
+        throw UsageError("nothing to show: give --plan, --pareto, --profile or --eval");
       }
       const auto model = load_model(arguments->model);
-      std::vector<NamedPlan> plans;
-      for (const std::string& file : arguments->plans) {
-        const std::string stem = file.substr(file.find_last_of('/') + 1);
-        plans.push_back({stem.substr(0, stem.rfind(".json")), resolve_plan(file, *model, arguments->force)});
-      }
+      const auto named = [&](const std::vector<std::string>& files) {
+        std::vector<NamedPlan> plans;
+        for (const std::string& file : files) {
+          const std::string stem = file.substr(file.find_last_of('/') + 1);
+          plans.push_back({stem.substr(0, stem.rfind(".json")), resolve_plan(file, *model, arguments->force)});
+        }
+        return plans;
+      };
+      const std::vector<NamedPlan> plans = named(arguments->plans), curve = named(arguments->curve);
       std::unique_ptr<Profile> profile;
       if (!arguments->profile.empty()) {
         profile = std::make_unique<Profile>(read_profile(arguments->profile));
@@ -233,7 +268,7 @@ void add_report(CommandContext& context) {
       }
       std::vector<Evaluation> evaluations;
       for (const std::string& file : arguments->evals) evaluations.push_back(read_evaluation(file));
-      const std::string html = page(model->shape(), plans, profile.get(), evaluations);
+      const std::string html = page(model->shape(), plans, curve, profile.get(), evaluations);
       write_file_atomically(arguments->output, html);
       if (common.json) {
         fmt::print("{}\n", nlohmann::json{{"output", arguments->output}, {"bytes", html.size()}}.dump());

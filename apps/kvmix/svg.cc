@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <vector>
 
 namespace kvmix::app {
 namespace {
@@ -34,11 +35,14 @@ class Axis1D {
   std::vector<double> ticks() const {
     std::vector<double> out;
     if (log_) {
-      const bool few = high_ - low_ < 2;
+      const double decades = high_ - low_;
+      const std::vector<double> steps = decades < 1.2 ? std::vector<double>{1, 1.5, 2, 3, 4, 5, 6, 8}
+                                        : decades < 2 ? std::vector<double>{1, 2, 5}
+                                                      : std::vector<double>{1};
       for (int e = static_cast<int>(std::floor(low_)); e <= static_cast<int>(std::ceil(high_)); ++e) {
-        for (const double m : {1.0, 2.0, 5.0}) {
+        for (const double m : steps) {
           const double t = e + std::log10(m);
-          if ((m == 1.0 || few) && t >= low_ && t <= high_) out.push_back(std::pow(10.0, t));
+          if (t >= low_ && t <= high_) out.push_back(std::pow(10.0, t));
         }
       }
       return out;
@@ -62,6 +66,42 @@ class Axis1D {
 constexpr const char* kChartStyle =
     "svg .grid{stroke:#e6e6e6}svg .line{fill:none;stroke-width:2}svg .tick{font-size:11px;fill:#555}svg "
     ".axis{font-size:12px;fill:#333}svg .title{font-size:14px;font-weight:600}";
+
+// Names beside marks, where they cover no name that was placed before.
+class Labels {
+ public:
+  std::string place(double x, double y, const std::string& text) {
+    const double width = 6.2 * static_cast<double>(text.size());
+    Box best{};
+    bool left = false;
+    for (const double dy : {-5.0, 12.0, -17.0, 24.0}) {
+      for (const bool to_left : {false, true}) {
+        const double start = to_left ? x - 6 - width : x + 6;
+        const Box box{start, y + dy - 10, start + width, y + dy + 1};
+        if (box.left < kLeft || box.right > kWidth - kRight || box.top < kTop || overlaps(box)) continue;
+        best = box;
+        left = to_left;
+        break;
+      }
+      if (best.right > 0) break;
+    }
+    if (best.right == 0) return "";  // no room: the name is in the mark's tooltip
+    placed_.push_back(best);
+    return fmt::format("<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"{}\">{}</text>",
+                       left ? best.right : best.left, best.bottom - 1, left ? "end" : "start", text);
+  }
+
+ private:
+  struct Box {
+    double left, top, right, bottom;
+  };
+  bool overlaps(const Box& b) const {
+    return std::any_of(placed_.begin(), placed_.end(), [&](const Box& p) {
+      return b.left < p.right && p.left < b.right && b.top < p.bottom && p.top < b.bottom;
+    });
+  }
+  std::vector<Box> placed_;
+};
 
 std::string tick_text(double v) {
   if (std::abs(v) >= 1000 && std::fmod(v, 1000) == 0) return fmt::format("{:g}k", v / 1000);
@@ -136,6 +176,7 @@ std::string drawing(const Chart& chart, const std::string& attributes, const std
   out += fmt::format("<text class=\"axis\" transform=\"translate(16 {}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
                      (kTop + kHeight - kBottom) / 2, html_escape(chart.y_label));
 
+  Labels labels;
   for (size_t i = 0; i < chart.series.size(); ++i) {
     const Series& s = chart.series[i];
     std::string path;
@@ -150,11 +191,7 @@ std::string drawing(const Chart& chart, const std::string& attributes, const std
       const std::string label = html_escape(k < s.labels.size() ? s.labels[k] : s.name);
       out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"3.5\" fill=\"{}\"><title>{}: {:.4g}, {:.4g}</title></circle>",
                          x.pixel(p.first), y.pixel(p.second), series_color(i), label, p.first, p.second);
-      if (!s.line) {
-        const bool left = x.pixel(p.first) > kWidth * 0.75;
-        out += fmt::format("<text class=\"tick\" x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"{}\">{}</text>",
-                           x.pixel(p.first) + (left ? -6 : 6), y.pixel(p.second) - 5, left ? "end" : "start", label);
-      }
+      if (!s.line) out += labels.place(x.pixel(p.first), y.pixel(p.second), label);
     }
   }
   return out + "</svg>";

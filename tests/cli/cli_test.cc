@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -175,6 +176,100 @@ TEST_F(Cli, BudgetsThatCannotBeMetSayTheSmallest) {
   refuses(2, {"plan", model_, "--profile", profile, "--bits", "0.5", "--context", "1024", "-o", plan}, {"smallest"});
   refuses(2, {"plan", model_, "--profile", profile, "--fit", "1KiB", "--context", "1024", "-o", plan}, {"smallest"});
   EXPECT_FALSE(std::filesystem::exists(plan));
+}
+
+// One profile with divergences, for the tests of what plan does with it.
+class CliPlans : public Cli {
+ protected:
+  static void SetUpTestSuite() {
+    Cli::SetUpTestSuite();
+    profile_ = shared_->file("measured.json");
+    const testing::TemporaryFolder folder("kvmix-cli-profile");
+    ASSERT_EQ(Program(folder, {"profile", model_, "--prompts", "1", "--tokens", "800", "--sensitivity", "kl", "--windows", "1",
+                               "-o", profile_})
+                  .wait()
+                  .status,
+              0);
+  }
+  static std::string profile_;
+};
+std::string CliPlans::profile_;
+
+TEST_F(CliPlans, ACurveIsAFolderOfPlansAndAPicture) {
+  const std::string plans = folder_.file("curve");
+  for (const std::string planner : {"kvmix", "kvtuner"}) {
+    const std::vector<std::string> command = {"plan",     model_, "--planner", planner, "--profile", profile_, "--pareto",
+                                              "--points", "6",    "--context", "1024",  "-o",        plans};
+    std::vector<std::string> as_json = command;
+    as_json.emplace_back("--json");
+    const json curve = json::parse(run(as_json).out);
+    ASSERT_GE(curve["plans"].size(), 4u) << planner;
+    const Outcome o = run(command);
+    EXPECT_EQ(o.status, 0) << o.err;
+    double bytes = 0, predicted = INFINITY;
+    for (const auto& point : curve["plans"]) {
+      const std::string file = point["plan"];
+      EXPECT_NE(o.out.find(file), std::string::npos) << file;
+      EXPECT_GT(point["bytes"], bytes);
+      EXPECT_LE(point["predicted"], predicted);
+      bytes = point["bytes"];
+      predicted = point["predicted"];
+      EXPECT_EQ(run({"generate", model_, "-p", "a", "-n", "1", "--plan", file}).status, 0) << file;
+    }
+    const std::string picture = testing::read_bytes(plans + "/pareto.svg");
+    EXPECT_TRUE(picture.starts_with("<svg xmlns=")) << picture.substr(0, 80);
+    EXPECT_TRUE(picture.ends_with("</svg>\n"));
+    std::vector<std::string> report = {"report", model_, "-o", folder_.file("report.html"), "--pareto"};
+    for (const auto& point : curve["plans"]) report.push_back(point["plan"]);
+    EXPECT_EQ(run(report).status, 0);
+    EXPECT_NE(testing::read_bytes(folder_.file("report.html")).find("Predicted loss against size"), std::string::npos);
+  }
+  refuses(2, {"plan", model_, "--planner", "uniform", "--pareto"}, {"uniform", "no budget"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--pareto", "--bits", "3"}, {"--pareto"});
+  refuses(1, {"plan", model_, "--profile", profile_, "--pareto", "-o", model_ + "/no"}, {"tiny.gguf/no"});
+}
+
+TEST_F(CliPlans, PlansAreMeasuredAsAWhole) {
+  const std::string plan = folder_.file("plan.json");
+  for (const std::string planner : {"kvmix", "kvtuner"}) {
+    const Outcome o = run({"plan", model_, "--planner", planner, "--profile", profile_, "--bits", "8", "--context", "1024",
+                           "--measure", "3", "--windows", "1", "-o", plan});
+    EXPECT_EQ(o.status, 0) << o.err;
+    EXPECT_NE(o.err.find("measuring plans"), std::string::npos) << o.err;
+    EXPECT_NE(json::parse(testing::read_bytes(plan))["note"].get<std::string>().find("plans measured"), std::string::npos);
+  }
+  refuses(2, {"plan", model_, "--planner", "uniform", "--measure", "10"}, {"uniform", "--measure"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "8", "--windows", "2"}, {"--measure"});
+  refuses(2,
+          {"plan", model_, "--profile", profile_, "--bits", "8", "--context", "1024", "--metric", "output", "--measure", "5"},
+          {"output", "kvmix profile --sensitivity"});
+  const std::string scores = folder_.file("scores.json");
+  json bare = json::parse(testing::read_bytes(profile_));
+  bare["sensitivities"] = json::array();
+  testing::write_bytes(scores, bare.dump());
+  refuses(2, {"plan", model_, "--profile", scores, "--bits", "8", "--context", "1024", "--measure", "5"},
+          {"gradient scores", "kvmix profile --sensitivity"});
+  refuses(2, {"plan", model_, "--planner", "kvtuner", "--profile", scores, "--bits", "8"},
+          {"gradient scores", "kvmix profile --sensitivity"});
+  testing::write_bytes(folder_.file("short.txt"), "a tide is a tide is a tide is a tide is a tide");
+  refuses(2,
+          {"plan", model_, "--profile", profile_, "--bits", "8", "--context", "1024", "--measure", "5", "--calib",
+           folder_.file("short.txt"), "--quiet"},
+          {"window"});
+}
+
+TEST_F(CliPlans, SequencesShareTheBytes) {
+  const std::string plan = folder_.file("plan.json");
+  const Outcome o =
+      run({"plan", model_, "--profile", profile_, "--fit", "8MiB", "--sequences", "20", "--context", "1024", "-o", plan});
+  EXPECT_EQ(o.status, 0) << o.err;
+  EXPECT_NE(o.out.find("20 sequences: "), std::string::npos) << o.out;
+  EXPECT_NE(o.out.find("of 8.00 MiB"), std::string::npos) << o.out;
+  const json made = json::parse(run({"plan", model_, "--profile", profile_, "--fit", "8MiB", "--sequences", "20", "--context",
+                                     "1024", "-o", plan, "--json"})
+                                    .out);
+  EXPECT_LE(20 * made["bytes"].get<double>(), 8.0 * 1024 * 1024);
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "8", "--sequences", "20"}, {"--sequences", "--fit"});
 }
 
 // A full disk, as the file size limit makes it.
