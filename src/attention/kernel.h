@@ -40,8 +40,8 @@ struct AttendJob {
   const float* q;           // [rows][head_dim], contiguous, transformed, not scaled
   const int64_t* position;  // [rows] position of the query; sees keys at p <= position (and > position - sliding_window)
   std::span<const PageRef> pages;
-  // Partial softmax, overwritten: max score m (-inf if nothing was visible), sum l of exp(score - m), acc = sum of
-  // exp(score - m) * value row. [rows], [rows], [rows][head_dim].
+  // Partial softmax, overwritten: a reference m at or a little below the largest score (-inf if nothing was visible), sum l of
+  // exp(score - m), acc = sum of exp(score - m) * value row. [rows], [rows], [rows][head_dim].
   float* m;
   float* l;
   float* acc;

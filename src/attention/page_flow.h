@@ -28,6 +28,9 @@ inline constexpr int kAhead = 3;  // pages between use and prefetch
 // use the pages again: pages that come from memory are best walked in one direction.
 inline constexpr int kBatchPages = 4;
 inline constexpr float kLog2e = 1.44269504088896341f;
+// Probabilities are taken against the largest score of earlier pages until one exceeds it by more than this (base 2): what
+// follows need not wait for a page's maximum, and old sums are scaled only a few times.
+inline constexpr float kSlack = 8.0f;
 
 // Per row: x * s ~ scale * (Weights); `sum` is the sum of the rounded x * s, `mid` that of x * mid.
 struct Prepared {
@@ -84,14 +87,20 @@ struct DotJob {
   const char* ahead;
 };
 
+// Query rows (or probabilities) ready to meet one tile's codes: per set of scales or segment the factors of dots.
+template <class Weight>
+struct Operand {
+  alignas(64) Weight weights[kMaxBlockRows * kMaxTerms * kMaxScales];
+  alignas(16) float a[8][kMaxBlockRows], b[8][kMaxBlockRows], mid[8][kMaxBlockRows];
+};
+
 template <class K>
 struct Work {
   TileScales key[kBatchPages], value[kBatchPages];
-  alignas(64) typename K::Weight weights[kMaxBlockRows * kMaxTerms * kMaxScales];
+  Operand<typename K::Weight> query, probability;
   alignas(64) float out[kMaxBlockRows * kMaxDim], segment[kMaxBlockRows * kMaxDim];
   alignas(64) float p[kBatchPages][kMaxBlockRows * kPageTokens];  // scores, then probabilities
   alignas(64) float rows_f32[16 * kMaxDim];
-  alignas(64) float alpha[16];
 };
 
 template <class K>
@@ -181,8 +190,12 @@ class Flow {
       if (page.packed && key_.packed) {
         const std::byte* next = b + 1 < left && pages[b + 1].packed ? pages[b + 1].key : page.key;
         // Scales are widened just before the codes behind them are read: memory is walked in one direction.
-        if (!scales_loaded_[b]) load_scales(key_, page.key, kPageTokens, work_.key[b]);
-        project(key_, page.key, next, work_.key[b], q, d, rows, factor, work_.p[b], kPageTokens);
+        TileScales& scales = work_.key[key_slot(b)];
+        if (prepared_key_ != page.key) {
+          if (!scales_loaded_[b]) load_scales(key_, page.key, kPageTokens, scales);
+          prepare(key_, scales, q, d, rows, factor, work_.query);
+        }
+        project(key_, page.key, next, scales, work_.query, rows, work_.p[b], kPageTokens);
       } else {
         score_f16(reinterpret_cast<const uint16_t*>(page.key), q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
       }
@@ -190,25 +203,35 @@ class Flow {
     if (!any) return;
     softmax(pages, count, seen, r0, rows);
     float* acc = job_.acc + static_cast<ptrdiff_t>(r0) * d;
+    prepared_key_ = nullptr;
     for (int b = 0; b < count; ++b) {
       const PageRef& page = pages[b];
       if (seen[b].lo >= seen[b].hi) continue;
       if (page.packed && value_.packed) {
         const std::byte* next = b + 1 < left && pages[b + 1].packed ? pages[b + 1].value : page.value;
         if (!scales_loaded_[b]) load_scales(value_, page.value, page.live, work_.value[b]);
-        project(value_, page.value, next, work_.value[b], work_.p[b], kPageTokens, rows, 1.0f, work_.out, kMaxDim);
+        prepare(value_, work_.value[b], work_.p[b], kPageTokens, rows, 1.0f, work_.probability);
+        // The next page's queries are rounded meanwhile: neither waits for the other.
+        if (rows == job_.rows && left > 1 && pages[1].packed && key_.packed) {
+          slot_ ^= 1;
+          load_scales(key_, pages[1].key, kPageTokens, work_.key[slot_]);
+          prepare(key_, work_.key[slot_], q, d, rows, factor, work_.query);
+          prepared_key_ = pages[1].key;
+        }
+        project(value_, page.value, next, work_.value[b], work_.probability, rows, work_.out, kMaxDim);
         for (int r = 0; r < rows; ++r) {
-          const V alpha = S::set1(work_.alpha[r]);
           float* a = acc + static_cast<ptrdiff_t>(r) * d;
-          for (int c = 0; c < d; c += kW) S::store(a + c, S::fma(S::load(a + c), alpha, S::load(work_.out + r * kMaxDim + c)));
+          for (int c = 0; c < d; c += kW) S::store(a + c, S::add(S::load(a + c), S::load(work_.out + r * kMaxDim + c)));
         }
       } else {
         add_f16(reinterpret_cast<const uint16_t*>(page.value), work_.p[b], acc, rows, seen[b].lo, seen[b].hi);
       }
       scales_loaded_[b] = true;
-      S::store(work_.alpha, S::set1(1.0f));  // the old sums are scaled once a batch
     }
   }
+
+  // Where a batch's page keeps its key scales. Pages taken one by one alternate, as the next page's are read early.
+  int key_slot(int b) const { return b ^ slot_; }
 
   struct Range {
     int lo, hi;
@@ -241,32 +264,46 @@ class Flow {
     if (plan.zero_point) convert(s + count, to.mid);
   }
 
-  // out[r * out_stride + lane] = factor * sum over reduce of x[r][reduce] * decoded(lane, reduce). `next` is prefetched.
-  void project(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales, const float* x,
-               ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
-    for (size_t line = 0; line < plan.scale_bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
-    if (plan.lane_scaled) {
-      project_lane_scaled(plan, tile, next, scales, x, x_stride, rows, factor, out, out_stride);
-    } else {
-      project_weight_scaled(plan, tile, next, scales, x, x_stride, rows, factor, out, out_stride);
+  // Rounds rows x[r * x_stride ..], times `factor`, to what meets a tile of these scales.
+  void prepare(const SidePlan& plan, const TileScales& scales, const float* x, ptrdiff_t x_stride, int rows, float factor,
+               Operand<Weight>& to) {
+    const int count = plan.lane_scaled ? plan.segments : plan.sets;
+    const int row_size = plan.lane_scaled ? plan.reduce : plan.sets * plan.reduce;
+    for (int g = 0; g < count; ++g) {
+      Prepared w;
+      if (plan.lane_scaled) {
+        const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
+        K::prepare({x + begin, x_stride, nullptr, nullptr}, n, plan.terms, rows, to.weights + begin, row_size, w);
+      } else {
+        const int n = plan.reduce;
+        K::prepare({x, x_stride, scales.scale + g * n, plan.zero_point ? scales.mid + g * n : nullptr}, n, plan.terms, rows,
+                   to.weights + g * n, row_size, w);
+      }
+      for (int r = 0; r < kMaxBlockRows; ++r) {
+        to.a[g][r] = w.scale[r] * factor;
+        to.mid[g][r] = w.mid[r] * factor;
+        to.b[g][r] = (plan.lane_scaled ? 0.0f : to.mid[g][r]) - plan.centre * w.sum[r] * factor;
+      }
     }
   }
 
-  void project_weight_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales,
-                             const float* x, ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
-    const int n = plan.reduce, row_size = plan.sets * n;
-    alignas(16) float a[8][kMaxBlockRows], b[8][kMaxBlockRows];
-    for (int g = 0; g < plan.sets; ++g) {
-      Prepared w;
-      K::prepare({x, x_stride, scales.scale + g * n, plan.zero_point ? scales.mid + g * n : nullptr}, n, plan.terms, rows,
-                 work_.weights + g * n, row_size, w);
-      for (int r = 0; r < kMaxBlockRows; ++r) {
-        a[g][r] = w.scale[r] * factor;
-        b[g][r] = (w.mid[r] - plan.centre * w.sum[r]) * factor;
-      }
-    }
+  // out[r * out_stride + lane] = sum over reduce of (the row that x was prepared from)[reduce] * decoded(lane, reduce). `next`
+  // is prefetched.
+  void project(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales,
+               const Operand<Weight>& x, int rows, float* out, ptrdiff_t out_stride) {
+    for (size_t line = 0; line < plan.scale_bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
     const auto* codes = reinterpret_cast<const uint8_t*>(tile) + plan.scale_bytes;
     const char* ahead = reinterpret_cast<const char*>(next) + plan.scale_bytes;
+    if (plan.lane_scaled) {
+      project_lane_scaled(plan, codes, ahead, scales, x, rows, out, out_stride);
+    } else {
+      project_weight_scaled(plan, codes, ahead, x, rows, out, out_stride);
+    }
+  }
+
+  static void project_weight_scaled(const SidePlan& plan, const uint8_t* codes, const char* ahead, const Operand<Weight>& x,
+                                    int rows, float* out, ptrdiff_t out_stride) {
+    const int n = plan.reduce, row_size = plan.sets * n;
     const int lane_blocks = plan.lanes / kUnitLanes;
     for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
       const int width = lane_blocks - first < kLaneGroupBlocks ? lane_blocks - first : kLaneGroupBlocks;
@@ -275,10 +312,10 @@ class Flow {
       const int blocks = width * n / (kUnitReduce * kBlockUnits);
       K::dots(plan.bits, plan.terms, rows, width, set2 != set)({codes,
                                                                 blocks,
-                                                                {work_.weights + set * n, work_.weights + set2 * n},
+                                                                {x.weights + set * n, x.weights + set2 * n},
                                                                 row_size,
-                                                                {a[set], a[set2]},
-                                                                {b[set], b[set2]},
+                                                                {x.a[set], x.a[set2]},
+                                                                {x.b[set], x.b[set2]},
                                                                 out + lane,
                                                                 out_stride,
                                                                 ahead});
@@ -287,16 +324,8 @@ class Flow {
     }
   }
 
-  void project_lane_scaled(const SidePlan& plan, const std::byte* tile, const std::byte* next, const TileScales& scales,
-                           const float* x, ptrdiff_t x_stride, int rows, float factor, float* out, ptrdiff_t out_stride) {
-    const int row_size = plan.reduce;
-    Prepared w[8];
-    for (int g = 0; g < plan.segments; ++g) {
-      const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
-      K::prepare({x + begin, x_stride, nullptr, nullptr}, n, plan.terms, rows, work_.weights + begin, row_size, w[g]);
-    }
-    const auto* codes = reinterpret_cast<const uint8_t*>(tile) + plan.scale_bytes;
-    const char* ahead = reinterpret_cast<const char*>(next) + plan.scale_bytes;
+  void project_lane_scaled(const SidePlan& plan, const uint8_t* codes, const char* ahead, const TileScales& scales,
+                           const Operand<Weight>& x, int rows, float* out, ptrdiff_t out_stride) {
     const int lane_blocks = plan.lanes / kUnitLanes;
     for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
       const int width = lane_blocks - first < kLaneGroupBlocks ? lane_blocks - first : kLaneGroupBlocks;
@@ -305,17 +334,12 @@ class Flow {
       for (int g = 0; g < plan.segments; ++g) {
         const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
         const int blocks = width * n / (kUnitReduce * kBlockUnits);
-        float a[kMaxBlockRows], b[kMaxBlockRows];
-        for (int r = 0; r < kMaxBlockRows; ++r) {
-          a[r] = w[g].scale[r] * factor;
-          b[r] = -plan.centre * w[g].sum[r] * factor;
-        }
-        const Weight* weights = work_.weights + begin;
+        const Weight* weights = x.weights + begin;
         float* dot = g == 0 ? out + lane : work_.segment;  // segments after the first are added to it
         const ptrdiff_t dot_stride = g == 0 ? out_stride : kMaxDim;
-        dots({codes, blocks, {weights, weights}, row_size, {a, a}, {b, b}, dot, dot_stride, ahead});
+        dots({codes, blocks, {weights, weights}, plan.reduce, {x.a[g], x.a[g]}, {x.b[g], x.b[g]}, dot, dot_stride, ahead});
         for (int r = 0; r < rows; ++r) {
-          const V total = S::set1(w[g].mid[r] * factor);
+          const V total = S::set1(x.mid[g][r]);
           for (int i = 0; i < lanes; i += kW) {
             float* to = out + r * out_stride + lane + i;
             const int at = g * plan.lanes + lane + i;
@@ -330,12 +354,11 @@ class Flow {
     }
   }
 
-  // Turns the scores in work_.p into probabilities; leaves the factors of the old sums in alpha.
+  // Turns the scores in work_.p into probabilities.
   void softmax(const PageRef* pages, int count, const Range* seen, int r0, int rows) {
     const V lowest = S::set1(-INFINITY);
-    V top[kMaxBlockRows] = {lowest, lowest, lowest, lowest};
     for (int r = 0; r < rows; ++r) {
-      V t = lowest;
+      V top = lowest;
       for (int b = 0; b < count; ++b) {
         if (seen[b].lo >= seen[b].hi) continue;
         float* score = work_.p[b] + r * kPageTokens;
@@ -347,24 +370,14 @@ class Flow {
         }
         V u = S::load(score);
         for (int i = kW; i < kPageTokens; i += kW) u = S::max(u, S::load(score + i));
-        t = S::max(t, u);
+        top = S::max(top, u);
       }
-      top[r] = t;
-    }
-    float* m = job_.m + r0;
-    alignas(64) float fresh[kW] = {}, change[kW] = {};
-    S::reduce_max(top, rows, fresh);
-    for (int r = 0; r < rows; ++r) {
-      if (m[r] > fresh[r]) fresh[r] = m[r];
-      change[r] = m[r] - fresh[r];
-      m[r] = fresh[r];
-    }
-    // A row that has seen nothing yet subtracts infinities; exp2 makes 0 of the NaN.
-    S::store(work_.alpha, S::exp2(S::load(change)));
-    for (int r = 0; r < rows; ++r) {
+      float* m = job_.m + r0 + r;
+      if (S::any(S::less(S::set1(*m + kSlack), top))) raise(r0 + r, S::reduce_max(top));
+      // A row that has seen nothing yet subtracts infinities; exp2 makes 0 of the NaN.
+      const V shift = S::set1(*m);
       float* sums = sums_ + (r0 + r) * kW;
-      const V shift = S::set1(fresh[r]);
-      V sum0 = S::mul(S::load(sums), S::set1(work_.alpha[r])), sum1 = S::zero();
+      V sum0 = S::load(sums), sum1 = S::zero();
       for (int b = 0; b < count; ++b) {
         if (seen[b].lo >= seen[b].hi) continue;
         float* p = work_.p[b] + r * kPageTokens;
@@ -378,6 +391,17 @@ class Flow {
       }
       S::store(sums, S::add(sum0, sum1));
     }
+  }
+
+  // The row's scores count against `m` from here on.
+  void raise(int row, float m) {
+    alignas(64) float change[kW];
+    S::store(change, S::exp2(S::set1(job_.m[row] - m)));
+    const V alpha = S::set1(change[0]);
+    job_.m[row] = m;
+    S::store(sums_ + row * kW, S::mul(S::load(sums_ + row * kW), alpha));
+    float* acc = job_.acc + static_cast<ptrdiff_t>(row) * job_.head_dim;
+    for (int c = 0; c < job_.head_dim; c += kW) S::store(acc + c, S::mul(S::load(acc + c), alpha));
   }
 
   // score = log2(e) * softcap * tanh(score / softcap), tanh by exp of a non-positive number.
@@ -447,7 +471,7 @@ class Flow {
     const int d = job_.head_dim;
     V a[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
-      for (int i = 0; i < kVectors; ++i) a[r][i] = S::mul(S::load(acc + r * d + i * kW), S::set1(work_.alpha[r]));
+      for (int i = 0; i < kVectors; ++i) a[r][i] = S::load(acc + r * d + i * kW);
     for (int t = lo; t < hi; ++t) {
       V v[kVectors];
       for (int i = 0; i < kVectors; ++i) v[i] = S::load_f16(value + static_cast<ptrdiff_t>(t) * d + i * kW);
@@ -465,6 +489,8 @@ class Flow {
   float* sums_;  // [rows][kW] partial sums of exp, one per lane
   const SidePlan key_, value_;
   bool scales_loaded_[kBatchPages];  // of the batch in progress
+  int slot_ = 0;
+  const std::byte* prepared_key_ = nullptr;  // the page that work_.query is ready for
 };
 
 }  // namespace

@@ -33,6 +33,7 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_andnot_si256(below_lo, below_hi));
   }
   static Mask less(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static V select(Mask m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
 
   static float reduce_max(V v) {

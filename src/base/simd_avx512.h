@@ -36,6 +36,7 @@ struct Avx512 {
     return static_cast<Mask>(below(hi) & ~below(lo));
   }
   static Mask less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static bool any(Mask m) { return m != 0; }
   static V select(Mask m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
 
   static float reduce_max(V v) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "kvmix/error.h"
 
@@ -10,20 +11,36 @@ namespace {
 
 constexpr int kMaxHeadDim = 256;
 
-// Orthonormal Hadamard of each block; its own inverse.
+using Four = float __attribute__((vector_size(16)));
+
+Four load_four(const float* x) {
+  Four v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+void store_four(float* x, Four v) { std::memcpy(x, &v, sizeof v); }
+
+// Orthonormal Hadamard of each block; its own inverse. Every step of a decode transforms each head's query and output, so it
+// is written with vectors; blocks have at least 16 elements.
 void hadamard(int head_dim, float* x) {
   const int block = head_dim & -head_dim;
-  for (int half = 1; half < block; half *= 2) {
+  for (int i = 0; i < head_dim; i += 4) {
+    Four v = load_four(x + i);
+    v = __builtin_shufflevector(v, v, 1, 0, 3, 2) + v * Four{1, -1, 1, -1};
+    v = __builtin_shufflevector(v, v, 2, 3, 0, 1) + v * Four{1, 1, -1, -1};
+    store_four(x + i, v);
+  }
+  const Four norm = Four{1, 1, 1, 1} / std::sqrt(static_cast<float>(block));
+  for (int half = 4; half < block; half *= 2) {
+    const Four scale = 2 * half == block ? norm : Four{1, 1, 1, 1};
     for (int i = 0; i < head_dim; i += 2 * half) {
-      for (int j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
+      for (int j = i; j < i + half; j += 4) {
+        const Four a = load_four(x + j), b = load_four(x + j + half);
+        store_four(x + j, (a + b) * scale);
+        store_four(x + j + half, (a - b) * scale);
       }
     }
   }
-  const float norm = 1.0f / std::sqrt(static_cast<float>(block));
-  for (int i = 0; i < head_dim; ++i) x[i] *= norm;
 }
 
 void multiply_scales(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
