@@ -166,10 +166,24 @@ void print_rank_statistics(const Profile& profile) {
     fmt::print("gradients     two halves of the prompts rank the layers alike: Spearman {:.3f} keys, {:.3f} values\n",
                stability(profile.key_score_by_prompt), stability(profile.value_score_by_prompt));
   }
-  // At the two-bit codec that comes first: it is measured, others follow by ratios.
-  std::map<std::string, std::map<std::pair<int, int>, double>> costs;  // by layer and side
+  // At the two-bit choice of least output error: kl measured it, and others follow by ratios.
+  using Place = std::pair<int, int>;  // layer and side
+  struct Least {
+    double output;
+    std::string codec, transform;
+  };
+  std::map<Place, Least> measured_choice;
+  const auto place_of = [](const Profile::Sensitivity& s) { return Place{s.layer, s.side == Side::kKey ? 0 : 1}; };
   for (const auto& s : profile.sensitivities) {
-    if (parse_codec(s.codec).bits == 2) costs[s.metric].try_emplace({s.layer, s.side == Side::kKey ? 0 : 1}, s.cost);
+    if (s.metric != "output" || parse_codec(s.codec).bits != 2) continue;
+    const auto [at, fresh] = measured_choice.try_emplace(place_of(s), Least{s.cost, s.codec, s.transform});
+    if (!fresh && s.cost < at->second.output) at->second = {s.cost, s.codec, s.transform};
+  }
+  std::map<std::string, std::map<Place, double>> costs;
+  for (const auto& s : profile.sensitivities) {
+    const auto least = measured_choice.find(place_of(s));
+    if (least == measured_choice.end() || least->second.codec != s.codec || least->second.transform != s.transform) continue;
+    costs[s.metric][place_of(s)] = s.cost;
   }
   const auto kl = costs.find("kl");
   if (kl == costs.end()) return;
@@ -193,6 +207,26 @@ void print_rank_statistics(const Profile& profile) {
   }
 }
 
+// What transforms bring: costs of one codec summed over layers, for each transform that it was tried with.
+void print_transforms(const Profile& profile) {
+  std::map<std::pair<std::string, std::string>, std::map<std::string, double>> sums;  // codec of a side, transform -> by metric
+  for (const auto& s : profile.sensitivities) {
+    if (parse_codec(s.codec).bits != 2) continue;
+    sums[{(s.side == Side::kKey ? "keys " : "values ") + s.codec, s.transform}][s.metric] += s.cost;
+  }
+  if (sums.empty()) return;
+  fmt::print("\n{:<40} {:<16} {:>13} {:>8} {:>12} {:>8}\n", "two bits, summed over layers", "transform", "output error",
+             "fisher", "fisher-page", "kl");
+  for (const auto& [choice, by_metric] : sums) {
+    const auto shown = [&](const char* metric) {
+      const auto at = by_metric.find(metric);
+      return at == by_metric.end() ? std::string("-") : fmt::format("{:.4f}", at->second);
+    };
+    fmt::print("{:<40} {:<16} {:>13} {:>8} {:>12} {:>8}\n", choice.first, choice.second, shown("output"), shown("fisher"),
+               shown("fisher-page"), shown("kl"));
+  }
+}
+
 void inspect_profile(const std::string& path, bool json) {
   const Profile profile = read_profile(path);
   if (json) {
@@ -204,6 +238,7 @@ void inspect_profile(const std::string& path, bool json) {
   fmt::print("fingerprint   {}\n", profile.fingerprint);
   fmt::print("sensitivities {}\n", profile.sensitivities.size());
   print_rank_statistics(profile);
+  print_transforms(profile);
   fmt::print("\n");
   print_score_table(profile);
 }
