@@ -217,8 +217,8 @@ void print_transforms(const Profile& profile) {
   if (sums.empty()) return;
   fmt::print("\n{:<40} {:<16} {:>13} {:>8} {:>12} {:>8}\n", "two bits, summed over layers", "transform", "output error",
              "fisher", "fisher-page", "kl");
-  for (const auto& [choice, by_metric] : sums) {
-    const auto shown = [&](const char* metric) {
+  for (const auto& [choice, costs] : sums) {
+    const auto shown = [&by_metric = costs](const char* metric) {
       const auto at = by_metric.find(metric);
       return at == by_metric.end() ? std::string("-") : fmt::format("{:.4f}", at->second);
     };
