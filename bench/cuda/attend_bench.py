@@ -98,10 +98,10 @@ def fp16(batch, q_heads, kv_heads, length, repeat, dim=DIM):
 class Packed:
     """A packed cache of random records, all pages of one format, and a launch of attention over it."""
 
-    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM):
+    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM, q_tokens=1):
         self.lib = lib
         p = self.p = Params(format=Format(dim, bits[0], bits[1], *groups, 0), sequences=batch, q_heads=q_heads,
-                            kv_heads=kv_heads, q_tokens=1)
+                            kv_heads=kv_heads, q_tokens=q_tokens)
         size = c.c_size_t()
         check(lib, lib.kvmix_cuda_record_bytes(c.byref(p.format), c.byref(size)))
         record, pages = size.value, length // PAGE
@@ -110,7 +110,7 @@ class Packed:
         self.pool[:, :16] = 0
         self.bytes = self.pool.numel()
         self.table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages).contiguous()
-        self.q = torch.randn(batch, 1, q_heads, dim, dtype=torch.float16, device="cuda")
+        self.q = torch.randn(batch, q_tokens, q_heads, dim, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.q)
         lengths = (c.c_int32 * batch)(*[length] * batch)
         count, space = c.c_int32(), c.c_size_t()
@@ -193,7 +193,8 @@ def attend_table(lib, copy, formats, repeat):
     print("|---|--:|---|--:|--:|--:|--:|--:|---|")
     cases = [(shape, DIM, [(bits, 128) for bits in formats] + ([((2, 2), 32), ((3, 4), 32), ((4, 3), 128)] if shape[0] == 16 else []))
              for shape in SHAPES]
-    cases += [((16, 32, 32, 8192), 64, [((2, 2), 128)]), ((16, 32, 8, 8192), 256, [((2, 2), 128), ((4, 4), 128)])]
+    for dim, shapes in ((64, ((16, 32, 32, 8192), (64, 32, 8, 8192))), (256, ((16, 32, 8, 8192), (32, 8, 4, 8192)))):
+        cases += [(shape, dim, [(bits, 128) for bits in ((2, 2), (3, 4), (4, 4))]) for shape in shapes]
     for shape, dim, cells in cases:
         base = fp16(*shape, repeat, dim)[1]
         torch.cuda.empty_cache()
@@ -217,6 +218,29 @@ def seal_table(lib, copy, repeat):
             torch.cuda.empty_cache()
 
 
+def prefill_table(lib, repeat):
+    """A whole prompt over its own packed pages, against causal fp16 attention."""
+    print("| prefill (batch, q heads, KV heads, tokens) | bits K/V | fp16 ms | packed ms | ratio | kernel |")
+    print("|---|---|--:|--:|--:|---|")
+    for batch, q_heads, kv_heads, length in ((1, 32, 32, 4096), (1, 32, 8, 4096), (1, 32, 8, 16384)):
+        q = torch.randn(batch, q_heads, length, DIM, dtype=torch.float16, device="cuda")
+        k = torch.randn(batch, kv_heads, length, DIM, dtype=torch.float16, device="cuda")
+        times = []
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            def call():
+                with sdpa_kernel(backend):
+                    torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=q_heads != kv_heads)
+            try:
+                times.append(timed([call], repeat))
+            except RuntimeError:
+                pass  # this backend does not take the shape
+        for bits in ((2, 2), (4, 4)):
+            cache = Packed(lib, bits, batch, q_heads, kv_heads, length, q_tokens=length)
+            ms = timed([cache.launch], repeat)
+            print(f"| {(batch, q_heads, kv_heads, length)} | {bits[0]}/{bits[1]} | {min(times):.4f} | {ms:.4f} | "
+                  f"{min(times) / ms:.2f} | {cache.kernel} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("library")
@@ -228,6 +252,7 @@ def main():
     print(f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.2f} TB/s")
     attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
     seal_table(lib, copy, args.repeat)
+    prefill_table(lib, args.repeat)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
- * codes) for head_dim 128 and common formats, "pages-16" and "pages-64" (pages dequantised in shared memory) for the rest. Null
- * where the shape is refused. */
+ * codes) for common formats of head_dim 64, 128 and 256, "pages-16" and "pages-64" (pages dequantised in shared memory) for the
+ * rest. Null where the shape is refused. */
 const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
 
 /* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */

@@ -21,12 +21,13 @@ void check_cuda(cudaError_t status, const char* what) {
 namespace {
 
 // Calls body with the fast kernel of a format, if there is one, and its shared memory.
-template <int key_bits, int value_bits, int key_group, int value_group, class Body>
+template <int dim, int key_bits, int value_bits, int key_group, int value_group, class Body>
 bool try_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
-  if (f.key_bits != key_bits || f.value_bits != value_bits || f.key_group != key_group || f.value_group != value_group)
+  if (f.head_dim != dim || f.key_bits != key_bits || f.value_bits != value_bits || f.key_group != key_group ||
+      f.value_group != value_group)
     return false;
-  using Wide = Config<key_bits, value_bits, key_group, value_group, true>;
-  using Narrow = Config<key_bits, value_bits, key_group, value_group, false>;
+  using Wide = Config<dim, key_bits, value_bits, key_group, value_group, true>;
+  using Narrow = Config<dim, key_bits, value_bits, key_group, value_group, false>;
   if (rows > 4) {
     body(attend_kernel<Wide>, Wide::shared_bytes);
   } else {
@@ -38,7 +39,7 @@ bool try_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
 template <class Body>
 void with_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
   static_cast<void>(false
-#define KVMIX_ATTEND(k, v, kg, vg) || try_kernel<k, v, kg, vg>(f, rows, body)
+#define KVMIX_ATTEND(dim, k, v, kg, vg) || try_kernel<dim, k, v, kg, vg>(f, rows, body)
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
   );

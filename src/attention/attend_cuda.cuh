@@ -1,6 +1,6 @@
 // The decode kernel. A thread block of kWarps warps takes one item: a run of pages of one sequence and KV head. Each warp walks
 // every kWarps-th page alone, copying packed halves of records (keys, then values) through its own two buffers of shared memory
-// with cp.async, one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16 subnormals (tile_layout_cuda.h)
+// (PageCopies), one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16 subnormals (tile_layout_cuda.h)
 // and query rows the eight columns, so codes cost one AND each pair and no conversion:
 //   score = sum_c q_c (mid_c + s_c (code - centre)):  s_c 2^-shift goes into Q, the rest is one number per page and row
 //   out_c = sum_t p_t (mid_t + s_t (code - centre)):  s_t goes into P, 2^-shift into the epilogue, the rest is a second sum
@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention/attend_cuda_common.cuh"
+#include "attention/page_copies_cuda.cuh"
 
 namespace kvmix::cuda {
 
@@ -30,30 +31,39 @@ __device__ inline void unpack(const uint32_t (&w)[block_words(bits)], int field,
   }
 }
 
-template <int key_bits_, int value_bits_, int key_group_, int value_group_, bool wide_>
+template <int dim_, int key_bits_, int value_bits_, int key_group_, int value_group_, bool wide_>
 struct Config {
-  static constexpr RecordShape kShape{kDim, key_bits_, value_bits_, key_group_, value_group_};
+  static constexpr int dim = dim_;
+  static constexpr RecordShape kShape{dim, key_bits_, value_bits_, key_group_, value_group_};
   static constexpr int key_bits = key_bits_, value_bits = value_bits_;
   static constexpr int key_groups = kShape.key_groups(), value_groups = kShape.value_groups();
   // Up to four query rows stand in the even columns: half the softmax.
   static constexpr bool wide = wide_;
   static constexpr int columns = wide ? 2 : 1;  // of a lane
+  static constexpr int channel_tiles = dim / 16;
+  // One query fragment and one accumulator for every field and channel tile that meet: the field fixes the power of two.
+  static constexpr int places = channel_tiles < kFields ? kFields : channel_tiles;
+  static constexpr int tile_blocks =
+      places / kFields;  // of a token tile, which with 64 channels shares its block with the next
+  static constexpr bool shares_block = channel_tiles < kFields;
   static constexpr int stage_key = kShape.key_bytes(), stage_value = kShape.value().bytes();
   static constexpr int ring = stage_key + stage_value;  // per warp
-  static constexpr int query_bytes = kFields * 32 * 8;
-  static constexpr int merge_bytes = kWarps * kRows * (kMergeRow + 2) * 4;
+  static constexpr int query_bytes = channel_tiles * 32 * 8;
+  static constexpr int merge_row = dim + 8;  // floats, without bank conflicts
+  static constexpr int merge_bytes = kWarps * kRows * (merge_row + 2) * 4;
   static constexpr int ring_bytes = kWarps * ring > merge_bytes ? kWarps* ring : merge_bytes;
   static constexpr int shared_bytes = ring_bytes + query_bytes;
+  static constexpr int blocks_per_processor = dim <= 128 ? 4 : 2;
 };
 
 template <class C>
 struct Warp {
-  float acc[kFields][4];
+  float acc[C::places][4];
   float top[2], sum[2], zero[C::value_groups][2];
 
   __device__ void reset() {
 #pragma unroll
-    for (int f = 0; f < kFields; ++f)
+    for (int f = 0; f < C::places; ++f)
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[f][i] = 0.0f;
 #pragma unroll
@@ -116,7 +126,7 @@ struct Warp {
 #pragma unroll
         for (int g = 0; g < C::value_groups; ++g) zero[g][column] *= shrink;
 #pragma unroll
-        for (int f = 0; f < kFields; ++f) acc[f][column] *= shrink, acc[f][column + 2] *= shrink;
+        for (int f = 0; f < C::places; ++f) acc[f][column] *= shrink, acc[f][column + 2] *= shrink;
       }
     }
     float offset[2];
@@ -144,47 +154,72 @@ struct Warp {
     const uint4* meta = reinterpret_cast<const uint4*>(part + kHeaderBytes + C::kShape.key().meta());
 #pragma unroll
     for (int group = 0; group < C::key_groups; ++group) {
-      const uint4* scales = meta + group * (kDim / 8) + (lane % 4) * 4;
-      const uint4* mids = scales + C::key_groups * (kDim / 8);
-      uint32_t q0[kFields], q1[kFields];
+      const uint4* scales = meta + group * (C::dim / 8) + (lane % 4) * (C::dim / 32);
+      const uint4* mids = scales + C::key_groups * (C::dim / 8);
+      uint32_t q0[C::places], q1[C::places];
       // Rows 0..7 sum query times midpoint, rows 8..15 query times scale; two chains.
       float sums[2][4] = {};
 #pragma unroll
-      for (int f = 0; f < kFields; f += 2) {
-        const uint4 scale = scales[f / 2], mid = mids[f / 2];
+      for (int c = 0; c < C::channel_tiles; c += 2) {
+        const uint4 scale = scales[c / 2], mid = mids[c / 2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint2 q = query[(f + i) * 32 + lane];
+          const uint2 q = query[(c + i) * 32 + lane];
           const uint32_t s0 = i == 0 ? scale.x : scale.z, s1 = i == 0 ? scale.y : scale.w;
           const uint32_t rows[4] = {i == 0 ? mid.x : mid.z, s0, i == 0 ? mid.y : mid.w, s1};
           mma(sums[i], rows, q.x, q.y);
-          const uint32_t lift = power_half(12 - field_shift(kBits, f + i));
-          q0[f + i] = multiply(multiply(q.x, lift), multiply(s0, shrink));
-          q1[f + i] = multiply(multiply(q.y, lift), multiply(s1, shrink));
+#pragma unroll
+          for (int place = c + i; place < C::places; place += C::channel_tiles) {
+            const uint32_t lift = power_half(12 - field_shift(kBits, place % kFields));
+            q0[place] = multiply(multiply(q.x, lift), multiply(s0, shrink));
+            q1[place] = multiply(multiply(q.y, lift), multiply(s1, shrink));
+          }
         }
       }
       constexpr float kCentre = ((1 << kBits) - 1) * 0.5f;
       const float unit = power(-12 - exponent);
       const float start0 = (sums[0][0] + sums[1][0] - kCentre * (sums[0][2] + sums[1][2])) * unit;
       const float start1 = (sums[0][1] + sums[1][1] - kCentre * (sums[0][3] + sums[1][3])) * unit;
-      constexpr int kAtOnce = kBits <= 4 ? 2 : 1;  // chains of mma side by side
+      constexpr int kAtOnce = kBits <= 4 || C::shares_block ? 2 : 1;  // chains of mma side by side
+      constexpr int kGroupTiles = kPageBlocks / C::key_groups;
 #pragma unroll
-      for (int b = 0; b < kPageBlocks / C::key_groups; b += kAtOnce) {
-        const int block = group * (kPageBlocks / C::key_groups) + b;
-        uint32_t w[kAtOnce][block_words(kBits)];
+      for (int tile = group * kGroupTiles; tile < (group + 1) * kGroupTiles; tile += kAtOnce) {
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          load_words<kBits>(part + kHeaderBytes + (block + j) * block_bytes(kBits), lane, w[j]);
-          s[block + j][0] = s[block + j][2] = start0;
-          s[block + j][1] = s[block + j][3] = start1;
+          s[tile + j][0] = s[tile + j][2] = start0;
+          s[tile + j][1] = s[tile + j][3] = start1;
         }
+        const uint8_t* codes = part + kHeaderBytes;
+        if constexpr (C::shares_block) {
+          uint32_t w[block_words(kBits)];
+          load_words<kBits>(codes + tile / 2 * block_bytes(kBits), lane, w);
 #pragma unroll
-        for (int f = 0; f < kFields; ++f) {
+          for (int c = 0; c < C::channel_tiles; ++c) {
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            uint32_t a[4];
-            unpack<kBits>(w[j], f, a);
-            mma(s[block + j], a, q0[f], q1[f]);
+            for (int j = 0; j < 2; ++j) {
+              const int field = j * C::channel_tiles + c;
+              uint32_t a[4];
+              unpack<kBits>(w, field, a);
+              mma(s[tile + j], a, q0[field], q1[field]);
+            }
+          }
+        } else {
+#pragma unroll
+          for (int part_of_tile = 0; part_of_tile < C::tile_blocks; ++part_of_tile) {
+            uint32_t w[kAtOnce][block_words(kBits)];
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+              load_words<kBits>(codes + ((tile + j) * C::tile_blocks + part_of_tile) * block_bytes(kBits), lane, w[j]);
+            }
+#pragma unroll
+            for (int f = 0; f < kFields; ++f) {
+#pragma unroll
+              for (int j = 0; j < kAtOnce; ++j) {
+                uint32_t a[4];
+                unpack<kBits>(w[j], f, a);
+                mma(s[tile + j], a, q0[part_of_tile * kFields + f], q1[part_of_tile * kFields + f]);
+              }
+            }
           }
         }
       }
@@ -196,28 +231,32 @@ struct Warp {
     constexpr int kBits = C::value_bits;
     constexpr float kCentre = ((1 << kBits) - 1) * 0.5f;
     const uint2* meta = reinterpret_cast<const uint2*>(part + C::kShape.value().meta());
+    uint32_t w[C::tile_blocks][block_words(kBits)];
 #pragma unroll
-    for (int block = 0; block < kPageBlocks; ++block) {
-      uint32_t w[block_words(kBits)];
-      load_words<kBits>(part + block * block_bytes(kBits), lane, w);
+    for (int tile = 0; tile < kPageBlocks; ++tile) {
+#pragma unroll
+      for (int i = 0; i < C::tile_blocks; ++i) {
+        const int block = C::shares_block ? tile / 2 : tile * C::tile_blocks + i;
+        if (!C::shares_block || tile % 2 == 0) load_words<kBits>(part + block * block_bytes(kBits), lane, w[i]);
+      }
 #pragma unroll
       for (int group = 0; group < C::value_groups; ++group) {
-        const uint2 m = meta[group * (kPageTokens / 2) + block * 8 + lane / 4];
+        const uint2 m = meta[group * (kPageTokens / 2) + tile * 8 + lane / 4];
         const float s0 = half_bits(m.x & 0xffffu), s1 = half_bits(m.x >> 16);
         const float z0 = half_bits(m.y & 0xffffu) - kCentre * s0, z1 = half_bits(m.y >> 16) - kCentre * s1;
 #pragma unroll
         for (int column = 0; column < C::columns; ++column) {
-          zero[group][column] = fmaf(p[block][column], z0, fmaf(p[block][column + 2], z1, zero[group][column]));
+          zero[group][column] = fmaf(p[tile][column], z0, fmaf(p[tile][column + 2], z1, zero[group][column]));
         }
-        const uint32_t b0 = transpose(pack(p[block][0] * s0, p[block][1] * s0));
-        const uint32_t b1 = transpose(pack(p[block][2] * s1, p[block][3] * s1));
-        constexpr int kGroupFields = kFields / C::value_groups;
+        const uint32_t b0 = transpose(pack(p[tile][0] * s0, p[tile][1] * s0));
+        const uint32_t b1 = transpose(pack(p[tile][2] * s1, p[tile][3] * s1));
+        constexpr int kGroupTiles = C::channel_tiles / C::value_groups;
 #pragma unroll
-        for (int i = 0; i < kGroupFields; ++i) {
-          const int f = group * kGroupFields + i;
+        for (int i = 0; i < kGroupTiles; ++i) {
+          const int place = group * kGroupTiles + i + (C::shares_block ? tile % 2 * C::channel_tiles : 0);
           uint32_t a[4];
-          unpack<kBits>(w, f, a);
-          mma(acc[f], a, b0, b1);
+          unpack<kBits>(w[place / kFields], place % kFields, a);
+          mma(acc[place], a, b0, b1);
         }
       }
     }
@@ -227,7 +266,7 @@ struct Warp {
   __device__ void open_scores(const __half* keys, int live, const uint2* query, float (&s)[kPageBlocks][4], int lane) {
     const int row = lane / 4, column = 2 * (lane % 4);
     const auto load = [&](int token, int channel) {
-      return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * kDim + channel) : 0u;
+      return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * C::dim + channel) : 0u;
     };
 #pragma unroll
     for (int block = 0; block < kPageBlocks; ++block) {
@@ -235,7 +274,7 @@ struct Warp {
       if (16 * block >= live) continue;
       const int token = 16 * block + row;
 #pragma unroll
-      for (int f = 0; f < kFields; ++f) {
+      for (int f = 0; f < C::channel_tiles; ++f) {
         const int channel = 16 * f + column;
         const uint32_t a[4] = {load(token, channel), load(token + 8, channel), load(token, channel + 8),
                                load(token + 8, channel + 8)};
@@ -248,7 +287,7 @@ struct Warp {
   __device__ void open_values(const __half* values, int live, const float (&p)[kPageBlocks][4], int lane) {
     const int row = lane / 4, column = 2 * (lane % 4);
     const auto load = [&](int token, int channel) {
-      return transpose(token < live ? *reinterpret_cast<const uint32_t*>(values + token * kDim + channel) : 0u);
+      return transpose(token < live ? *reinterpret_cast<const uint32_t*>(values + token * C::dim + channel) : 0u);
     };
     uint32_t b0[kPageBlocks], b1[kPageBlocks];
 #pragma unroll
@@ -257,7 +296,7 @@ struct Warp {
       b1[block] = transpose(pack(p[block][2], p[block][3]));
     }
 #pragma unroll
-    for (int f = 0; f < kFields; ++f) {
+    for (int f = 0; f < C::channel_tiles; ++f) {
       float part[4] = {};
 #pragma unroll
       for (int block = 0; block < kPageBlocks; ++block) {
@@ -268,7 +307,7 @@ struct Warp {
         mma(part, a, b0[block], b1[block]);
       }
       // Accumulators are in units of the packed codes.
-      const float unit = power(field_shift(C::value_bits, f) - 24);
+      const float unit = power(field_shift(C::value_bits, f % kFields) - 24);
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[f][i] = fmaf(part[i], unit, acc[f][i]);
     }
@@ -276,7 +315,8 @@ struct Warp {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(const __grid_constant__ AttendArguments args) {
+__global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
+    attend_kernel(const __grid_constant__ AttendArguments args) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float row_factor[kRows];
   __shared__ int last;
@@ -291,40 +331,38 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
   uint8_t* const ring = shared + warp * C::ring;
   uint2* const query = reinterpret_cast<uint2*>(shared + C::ring_bytes);
   const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
-  const auto record_of = [&](int page) {
-    return args.records + table[page] * args.record_page_stride + item.kv_head * args.record_head_stride;
+  PageCopies<C> copies(ring, lane, warp);
+  // -1 past the end, as of an open page: nothing to copy.
+  const auto page_id = [&](int page) { return page < item.page_end ? table[page] : -1; };
+  const auto fetch = [&](int32_t page, bool keys) {
+    const uint8_t* const record = args.records + page * args.record_page_stride + item.kv_head * args.record_head_stride;
+    copies.start(page >= 0 ? record + (keys ? 0 : C::stage_key) : nullptr, keys);
   };
-  const auto fetch = [&](int page, bool keys) {
-    if (page < item.page_end && table[page] >= 0) {
-      const uint8_t* from = record_of(page) + (keys ? 0 : C::stage_key);
-      uint8_t* to = ring + (keys ? 0 : C::stage_key);
-      const int bytes = keys ? C::stage_key : C::stage_value;
-#pragma unroll 4
-      for (int at = lane * 16; at < bytes; at += 512) copy_async(to + at, from + at);
-    }
-    commit_copies();
-  };
-  fetch(item.page_begin + warp, true);
-  fetch(item.page_begin + warp, false);
+  int32_t id = page_id(item.page_begin + warp), next = page_id(item.page_begin + warp + kWarps);
+  fetch(id, true);
+  fetch(id, false);
 
   // Query rows, scaled by a power of two to at most 1, in fragment order.
   __half* const fragments = reinterpret_cast<__half*>(query);
   for (int column = warp; column < kRows; column += kWarps) {
     const int row = C::wide ? column : column / 2;
     const bool used = row < rows && (C::wide || column % 2 == 0);
-    float x[4] = {}, best = 0.0f;
+    constexpr int kPerLane = C::dim / 32;
+    float x[kPerLane] = {}, best = 0.0f;
     if (used) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = load_query(args, row_offset(row) * kDim + 4 * lane + i);
-      best = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+      for (int i = 0; i < kPerLane; ++i) {
+        x[i] = load_query(args, row_offset(row) * C::dim + kPerLane * lane + i);
+        best = fmaxf(best, fabsf(x[i]));
+      }
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
     const int exponent = best > 0.0f ? ilogbf(best) + 1 : 0;
     if (used && lane == 0) row_factor[row] = args.scale * power(exponent);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int channel = 4 * lane + i, c = channel % 16;
+    for (int i = 0; i < kPerLane; ++i) {
+      const int channel = kPerLane * lane + i, c = channel % 16;
       const int slot = ((channel / 16) * 32 + column * 4 + (c % 8) / 2) * 4 + (c / 8) * 2 + c % 2;
       fragments[slot] = __float2half(x[i] * power(-exponent));
     }
@@ -352,10 +390,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     const int room = args.sinks > 0 && page == 0 ? args.sinks : kPageTokens;
     const int live = min(room, item.length - first);
     const bool masked = live < kPageTokens || first + kPageTokens > latest || first < earliest;
-    const int32_t id = table[page];
+    const int32_t after = page_id(page + 2 * kWarps);
     float s[kPageBlocks][4], unit[2];
-    wait_copies<1>();
-    __syncwarp();
+    if (id >= 0) copies.wait(true);
     // A sink page is shorter than its slots: the rest belongs to the next page.
     int page_end[2];
 #pragma unroll
@@ -366,25 +403,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
 #pragma unroll
       for (int column = 0; column < C::columns; ++column) unit[column] = factor[column] * power(12 + exponent.x);
       __syncwarp();
-      fetch(page + kWarps, true);
+      fetch(next, true);
       state.softmax(s, unit, first, begin, page_end, masked, args.softcap, exponent.y, lane);
-      wait_copies<1>();
-      __syncwarp();
+      copies.wait(false);
       state.packed_values(ring + C::stage_key, s, lane);
       __syncwarp();
-      fetch(page + kWarps, false);
+      fetch(next, false);
     } else {
-      fetch(page + kWarps, true);
+      fetch(next, true);
       const __half* keys = reinterpret_cast<const __half*>(args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride +
                                                            item.kv_head * args.open_head_stride);
       state.open_scores(keys, live, query, s, lane);
       state.softmax(s, factor, first, begin, page_end, masked, args.softcap, 0, lane);
-      state.open_values(keys + kPageTokens * kDim, live, s, lane);
-      wait_copies<1>();
-      fetch(page + kWarps, false);
+      state.open_values(keys + kPageTokens * C::dim, live, s, lane);
+      fetch(next, false);
     }
+    id = next, next = after;
   }
-  wait_copies<0>();
 
   // Sums over the lanes of a column, then over the warps through shared memory.
 #pragma unroll
@@ -397,19 +432,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     }
   }
   __syncthreads();
-  float* const merged = reinterpret_cast<float*>(shared);  // [warp][row][kMergeRow], then [warp][row][2]
-  float* const merged_sums = merged + kWarps * kRows * kMergeRow;
+  float* const merged = reinterpret_cast<float*>(shared);  // [warp][row][C::merge_row], then [warp][row][2]
+  float* const merged_sums = merged + kWarps * kRows * C::merge_row;
 #pragma unroll
   for (int column = 0; column < C::columns; ++column) {
     const int row = C::wide ? 2 * (lane % 4) + column : lane % 4;
     if (row >= rows) continue;
-    float* to = merged + (warp * kRows + row) * kMergeRow;
+    float* to = merged + (warp * kRows + row) * C::merge_row;
 #pragma unroll
-    for (int f = 0; f < kFields; ++f) {
-      const float unit = power(24 - field_shift(C::value_bits, f));
-      const float zero = state.zero[f * C::value_groups / kFields][column];
-      to[16 * f + lane / 4] = fmaf(state.acc[f][column], unit, zero);
-      to[16 * f + lane / 4 + 8] = fmaf(state.acc[f][column + 2], unit, zero);
+    for (int c = 0; c < C::channel_tiles; ++c) {
+      const float zero = state.zero[c * C::value_groups / C::channel_tiles][column];
+      float low = zero, high = zero;
+#pragma unroll
+      for (int place = c; place < C::places; place += C::channel_tiles) {
+        const float unit = power(24 - field_shift(C::value_bits, place % kFields));
+        low = fmaf(state.acc[place][column], unit, low);
+        high = fmaf(state.acc[place][column + 2], unit, high);
+      }
+      to[16 * c + lane / 4] = low;
+      to[16 * c + lane / 4 + 8] = high;
     }
     if (lane < 4) {
       merged_sums[(warp * kRows + row) * 2] = state.top[column];
@@ -417,12 +458,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) attend_kernel(c
     }
   }
   __syncthreads();
-  write_rows<kDim / 4, kWarps>(args, item, rows, rows, reinterpret_cast<float2*>(shared), &last, row_offset,
-                               [&](int w, int row) {
-                                 const int at = w * kRows + row;
-                                 return RowPart{make_float2(merged_sums[2 * at], merged_sums[2 * at + 1]),
-                                                reinterpret_cast<const float4*>(merged + at * kMergeRow)};
-                               });
+  write_rows<C::dim / 4, kWarps>(args, item, rows, rows, reinterpret_cast<float2*>(shared), &last, row_offset,
+                                 [&](int w, int row) {
+                                   const int at = w * kRows + row;
+                                   return RowPart{make_float2(merged_sums[2 * at], merged_sums[2 * at + 1]),
+                                                  reinterpret_cast<const float4*>(merged + at * C::merge_row)};
+                                 });
 }
 
 }  // namespace kvmix::cuda

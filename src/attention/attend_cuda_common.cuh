@@ -11,9 +11,7 @@
 
 namespace kvmix::cuda {
 
-inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kDim = kBlockChannels, kRows = 8, kFields = 8;
-inline constexpr int kMergeRow = kDim + 8;  // without bank conflicts
-inline constexpr int kBlocksPerProcessor = 4;
+inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 8, kFields = 8;
 inline constexpr float kLift = 12.0f;
 inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are
 

@@ -14,7 +14,7 @@ namespace {
 thread_local std::string last_error;
 
 constexpr kvmix_cuda_format kFormats[] = {
-#define KVMIX_ATTEND(k, v, kg, vg) {kBlockChannels, k, v, kg, vg, 0},
+#define KVMIX_ATTEND(dim, k, v, kg, vg) {dim, k, v, kg, vg, 0},
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
 };
@@ -50,8 +50,9 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
     pages += static_cast<int64_t>(count) * p.kv_heads;
     longest = std::max(longest, count);
   }
-  // The chunk with the smallest estimated time: waves x (pages of a warp + a block's fixed cost, in pages of a warp).
-  constexpr double kFixed = 2.0;
+  // The chunk with the smallest estimated time: waves x (pages of a warp + a block's fixed cost, in pages of a warp). With
+  // fewer blocks on a multiprocessor each runs faster, down to half of what fits.
+  constexpr double kFixed = 1.0, kFixedShared = 1.2, kAlone = 0.1;
   int chunk = longest;
   double best = -1.0;
   // A block of the fast kernel takes four pages at once, the page kernel one after the other.
@@ -64,7 +65,9 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
     for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
     const double waves = std::max(1.0, static_cast<double>(blocks) / slots);
     const double full = waves <= 4.0 ? static_cast<double>((blocks + slots - 1) / slots) : waves + 0.5;
-    const double time = full * ((candidate + step - 1) / step + kFixed) + 0.02 * splits;
+    const double load = std::clamp(static_cast<double>((4 * blocks + slots - 1) / slots) / 4.0, 0.5, 1.0);
+    const double page = kAlone + (1.0 - kAlone) * load;
+    const double time = full * ((candidate + step - 1) / step * page + kFixed + kFixedShared * load) + 0.02 * splits;
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
   std::vector<kvmix_cuda_item> items;

@@ -307,12 +307,12 @@ class World {
 // (head_dim, key bits, value bits, key group, value group, key per token): every fast kernel, then every width, group, head_dim
 // and key axis in the page kernel.
 constexpr kvmix_cuda_format kFormats[] = {
-#define KVMIX_ATTEND(k, v, kg, vg) {128, k, v, kg, vg, 0},
+#define KVMIX_ATTEND(dim, k, v, kg, vg) {dim, k, v, kg, vg, 0},
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
     {64, 2, 2, 32, 32, 0},      {64, 3, 1, 128, 128, 0},  {64, 8, 16, 64, 64, 0}, {96, 2, 3, 64, 64, 0},
     {96, 4, 4, 32, 128, 1},     {96, 16, 2, 128, 32, 0},  {128, 1, 1, 64, 64, 0}, {128, 3, 8, 32, 32, 0},
-    {128, 16, 16, 128, 128, 0}, {128, 2, 2, 128, 128, 1}, {128, 8, 3, 32, 64, 1}, {256, 2, 2, 128, 128, 0},
+    {128, 16, 16, 128, 128, 0}, {128, 2, 2, 128, 128, 1}, {128, 8, 3, 32, 64, 1}, {256, 2, 2, 64, 64, 0},
     {256, 3, 4, 64, 32, 0},     {256, 1, 8, 128, 64, 1},
 };
 
