@@ -46,7 +46,7 @@ Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvmix", request.options);
   Plan plan = empty_plan(request, "kvmix");
   plan.sinks = options.integer("sinks", 16, 0, 4096);
-  plan.window.tokens = options.integer("window", 128, 0, 1 << 20);
+  plan.window.tokens = options.integer("window", usual_window(*request.model), 0, 1 << 20);
   const std::string metric = pick_metric(
       *request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output", "gradient"}));
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
@@ -79,7 +79,7 @@ const Planner kKvmixPlanner = {{"kvmix",
                                 "a byte budget spent exactly where it was measured to matter",
                                 {{"metric", "best, kl, fisher, fisher-page, output or gradient (best the profile has)"},
                                  {"sinks", "first tokens kept fp16 (16)"},
-                                 {"window", "newest tokens kept fp16 (128)"}},
+                                 {"window", "newest tokens kept fp16 (128; at most a 16th of the narrowest sliding window)"}},
                                 true,
                                 true,
                                 true},

@@ -182,7 +182,7 @@ Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvtuner", request.options);
   Plan plan = empty_plan(request, "kvtuner");
   plan.sinks = options.integer("sinks", 16, 0, 4096);
-  plan.window.tokens = options.integer("window", 128, 0, 1 << 20);
+  plan.window.tokens = options.integer("window", usual_window(*request.model), 0, 1 << 20);
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output"}));
   if (metric.empty()) {
@@ -226,7 +226,7 @@ const Planner kKvtunerPlanner = {
       {"population", "of the search (50)"},
       {"search-seed", "seed of the search (0)"},
       {"sinks", "first tokens kept fp16 (16)"},
-      {"window", "newest tokens kept fp16 (128)"}},
+      {"window", "newest tokens kept fp16 (128; at most a 16th of the narrowest sliding window)"}},
      true,
      true,
      true},

@@ -36,6 +36,10 @@ Plan empty_plan(const PlannerRequest& request, const char* planner);
 SideConfig recipe_key(int bits, bool hadamard);
 SideConfig recipe_value(int bits);
 
+// Newest tokens kept fp16 where nobody says how many: 128, but at most a sixteenth of the narrowest sliding window, most of
+// which would otherwise be fp16.
+int usual_window(const ModelShape& model);
+
 // The budget as bytes of one sequence at budget.context.
 double budget_bytes(const Budget& budget, const ModelShape& model);
 

@@ -152,6 +152,14 @@ TransformSpec named_transform(const Profile& profile, int layer, Side side, cons
                                      (side == Side::kKey ? " keys" : " values") + "; measure it again with kvmix profile");
 }
 
+int usual_window(const ModelShape& model) {
+  int tokens = 128;
+  for (const ModelShape::Layer& layer : model.layers) {
+    if (layer.sliding_window > 0) tokens = std::min(tokens, layer.sliding_window / 16);
+  }
+  return tokens;
+}
+
 double budget_bytes(const Budget& budget, const ModelShape& model) {
   if (budget.context < 1 || budget.context > (int64_t{1} << 32))
     throw Error(Status::kInvalidArgument, "the budget's context must be at least 1 token");

@@ -122,6 +122,20 @@ TEST(Planners, GradientScoresAreEnoughForTheDefault) {
 }
 
 // Sequences share the bytes, each with its own sinks, window and tables.
+TEST(Planners, NarrowSlidingWindowsKeepFewTokensInFp16) {
+  ModelShape model = shape(4);
+  Profile p = profile(model);
+  PlannerRequest request;
+  request.model = &model;
+  request.profile = &p;
+  request.budget.bits = 6;
+  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 128);
+  model.layers[1].sliding_window = 512;
+  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 32);
+  request.options["window"] = "64";
+  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 64);
+}
+
 TEST(Planners, ABudgetOfSeveralSequences) {
   const ModelShape model = shape(30);
   const Profile scores = measured_profile(model);
