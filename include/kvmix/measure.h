@@ -41,9 +41,10 @@ struct SensitivityOptions {
   std::function<void(const Profile&)> partial;  // called when a layer is complete, to save what there is
 };
 // Adds sensitivities of one metric to a profile of this model, for every layer, side and candidate codec (widths 1, 2, 3, 4, 6
-// and 8, with and without rotation). What the profile already has of the metric is kept and not measured again, so a run that
-// was stopped resumes. "kl" and "fisher" also add "output". Throws kMismatch for another model's profile, kInvalidArgument for
-// an unknown metric or too little text, kCancelled.
+// and 8, plain, rotated, and with the transforms that the first window calibrates, which go into profile.transforms). What the
+// profile already has of the metric is kept and not measured again, so a run that was stopped resumes. "kl" and "fisher" also
+// add "output". Throws kMismatch for another model's profile, kInvalidArgument for an unknown metric or too little text,
+// kCancelled.
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
                          const SensitivityOptions& options, Profile& profile, const Progress& progress);
 

@@ -253,7 +253,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   for (size_t i = 0; i < windows.size(); ++i) {
     const PassResult pass = differentiate(inside, weights, windows[i], pass_options);
     if (i == 0) {
-      profile.transforms = calibrated_transforms(inside, pass, options.sinks);
+      profile.transforms = calibrated_transforms(inside, pass, options.sinks, threads);
       for (size_t l = 0; l < layers; ++l) {
         for (const Side side : {Side::kKey, Side::kValue})
           tensors.push_back(candidates(profile, static_cast<int>(l), side, shape.layers[l].head_dim));

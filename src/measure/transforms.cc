@@ -97,10 +97,10 @@ Matrix output_metric(const GgufModel& model, int layer, int kv_head, int group, 
 
 }  // namespace
 
-std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks) {
+std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks, int threads) {
   const ModelShape& shape = model.shape();
   std::vector<Profile::Transform> transforms(shape.layers.size() * 4);
-  parallel_for(thread_count(0), shape.layers.size(), [&](size_t l) {
+  parallel_for(threads, shape.layers.size(), [&](size_t l) {
     const ModelShape::Layer& layer = shape.layers[l];
     const int dim = layer.head_dim, group = layer.q_heads / layer.kv_heads;
     const auto n = static_cast<int64_t>(pass.keys[l].size()) / (layer.kv_heads * dim);

@@ -14,6 +14,6 @@ namespace kvmix {
 // The feedback minimises the error that attention sees, e M e^T, one channel after the other: M = U D U^T with a unit upper
 // triangle U, whose columns are the weights (LDLQ: QuIP, arXiv 2307.13304, section 3). M is the second moment of the queries
 // that meet the keys, or W_O^T W_O over the query heads that share the values, in the stored space.
-std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks);
+std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks, int threads);
 
 }  // namespace kvmix
