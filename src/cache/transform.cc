@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 
 #include "kvmix/error.h"
 
@@ -43,16 +44,11 @@ void hadamard(int head_dim, float* x) {
   }
 }
 
-void multiply_scales(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
+template <class Op>
+void each_scaled(const TransformSpec& transform, int kv_head, int head_dim, float* x, const Op& op) {
   if (transform.scales.empty()) return;
   const float* scales = transform.scales.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
-  for (int i = 0; i < head_dim; ++i) x[i] *= scales[i];
-}
-
-void divide_scales(const TransformSpec& transform, int kv_head, int head_dim, float* x) {
-  if (transform.scales.empty()) return;
-  const float* scales = transform.scales.data() + static_cast<ptrdiff_t>(kv_head) * head_dim;
-  for (int i = 0; i < head_dim; ++i) x[i] /= scales[i];
+  for (int i = 0; i < head_dim; ++i) x[i] = op(x[i], scales[i]);
 }
 
 const float* head_matrix(const std::vector<float>& matrices, int kv_head, int head_dim) {
@@ -113,7 +109,7 @@ void transform_row(const TransformSpec& transform, int kv_head, int head_dim, fl
     for (int i = 0; i < head_dim; ++i) row[i] -= center[i];
   }
   if (transform.hadamard) {
-    multiply_scales(transform, kv_head, head_dim, row);
+    each_scaled(transform, kv_head, head_dim, row, std::multiplies<>());
     hadamard(head_dim, row);
   } else if (!transform.matrix.empty()) {
     times_matrix(head_matrix(transform.matrix, kv_head, head_dim), head_dim, row);
@@ -122,7 +118,7 @@ void transform_row(const TransformSpec& transform, int kv_head, int head_dim, fl
 
 void transform_query(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
   if (transform.hadamard) {
-    divide_scales(transform, kv_head, head_dim, row);
+    each_scaled(transform, kv_head, head_dim, row, std::divides<>());
     hadamard(head_dim, row);
   } else if (!transform.matrix.empty()) {
     const float* inverse = head_matrix(transform.matrix_inverse, kv_head, head_dim);
@@ -139,7 +135,7 @@ void transform_query(const TransformSpec& transform, int kv_head, int head_dim, 
 void inverse_row(const TransformSpec& transform, int kv_head, int head_dim, float* row) {
   if (transform.hadamard) {
     hadamard(head_dim, row);
-    divide_scales(transform, kv_head, head_dim, row);
+    each_scaled(transform, kv_head, head_dim, row, std::divides<>());
   } else if (!transform.matrix.empty()) {
     times_matrix(head_matrix(transform.matrix_inverse, kv_head, head_dim), head_dim, row);
   }

@@ -48,6 +48,13 @@ void for_each_group(const CodecSpec& spec, int head_dim, Visit visit) {
 
 float finite(float v) { return std::isfinite(v) ? v : 0.0f; }
 
+// A scale or midpoint of a tile, or a number of an fp16 one.
+float stored_half(const std::byte* tile, int index) {
+  uint16_t h;
+  std::memcpy(&h, tile + static_cast<size_t>(index) * sizeof h, sizeof h);
+  return f16_to_f32(h);
+}
+
 // All codes of a block of 8 units, a byte each.
 void unpack_block(int bits, const uint8_t* block, uint8_t* out) {
   for (int f = 0; f < kBlockUnits; ++f) {
@@ -136,11 +143,6 @@ void feedback_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_
   const TileGeometry geometry = tile_geometry(side, head_dim);
   auto* codes = reinterpret_cast<uint8_t*>(tile + scale_bytes);
   std::memset(codes, 0, tile_bytes(spec, head_dim) - scale_bytes);
-  const auto stored = [&](int index) {
-    uint16_t h;
-    std::memcpy(&h, tile + static_cast<size_t>(index) * 2, 2);
-    return f16_to_f32(h);
-  };
   for (int t = 0; t < kPageTokens; ++t) {
     float errors[256];
     const float* weights = feedback;
@@ -149,10 +151,9 @@ void feedback_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_
       float wanted = exact;
       for (int i = 0; i < c; ++i) wanted = wanted + weights[i] * errors[i];
       weights += c;
-      if (!(std::fabs(wanted) < INFINITY)) wanted = 0.0f;
       const int index = scale_index(spec, head_dim, t, c);
-      const float scale = stored(index), mid = spec.zero_point ? stored(mids_at + index) : 0.0f;
-      const float code = quantize_code(wanted, mid, scale > 0.0f ? 1.0f / scale : 0.0f, centre, top);
+      const float scale = stored_half(tile, index), mid = spec.zero_point ? stored_half(tile, mids_at + index) : 0.0f;
+      const float code = quantize_code(finite(wanted), mid, scale > 0.0f ? 1.0f / scale : 0.0f, centre, top);
       errors[c] = exact - (mid + scale * (code - centre));
       const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
       put_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce), static_cast<int>(code));
@@ -162,11 +163,7 @@ void feedback_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_
 
 void decode_tile(const CodecSpec& spec, Side side, int head_dim, const std::byte* in, float* x) {
   if (spec.is_f16()) {
-    for (int i = 0; i < kPageTokens * head_dim; ++i) {
-      uint16_t h;
-      std::memcpy(&h, in + static_cast<size_t>(i) * 2, 2);
-      x[i] = f16_to_f32(h);
-    }
+    for (int i = 0; i < kPageTokens * head_dim; ++i) x[i] = stored_half(in, i);
     return;
   }
   const int scales = scale_count(spec, head_dim);
@@ -174,11 +171,6 @@ void decode_tile(const CodecSpec& spec, Side side, int head_dim, const std::byte
   const float centre = code_centre(spec.bits);
   const TileGeometry geometry = tile_geometry(side, head_dim);
   const int lane_blocks = geometry.lanes / kUnitLanes, quads = geometry.reduce / kUnitReduce;
-  const auto stored = [in](int index) {
-    uint16_t h;
-    std::memcpy(&h, in + static_cast<size_t>(index) * 2, 2);
-    return f16_to_f32(h);
-  };
   uint8_t block[kBlockUnits * kUnitCodes];
   int unit = 0;
   for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
@@ -193,8 +185,8 @@ void decode_tile(const CodecSpec& spec, Side side, int head_dim, const std::byte
           const int lane = (first + b) * kUnitLanes + i / kUnitReduce, reduce = quad * kUnitReduce + i % kUnitReduce;
           const int token = side == Side::kKey ? lane : reduce, channel = side == Side::kKey ? reduce : lane;
           const int index = scale_index(spec, head_dim, token, channel);
-          const float mid = spec.zero_point ? stored(scales + index) : 0.0f;
-          x[token * head_dim + channel] = mid + stored(index) * (static_cast<float>(q[i]) - centre);
+          const float mid = spec.zero_point ? stored_half(in, scales + index) : 0.0f;
+          x[token * head_dim + channel] = mid + stored_half(in, index) * (static_cast<float>(q[i]) - centre);
         }
       }
     }

@@ -224,6 +224,15 @@ const ggml_tensor* GgufModel::original(const std::string& name) const {
 
 std::shared_ptr<const Model> Model::load(const std::string& path) { return std::make_shared<GgufModel>(path); }
 
+void dequantise_row(const ggml_tensor* source, size_t row, float* out) {
+  const char* from = static_cast<const char*>(source->data) + row * source->nb[1];
+  if (source->type == GGML_TYPE_F32) {
+    std::memcpy(out, from, static_cast<size_t>(source->ne[0]) * sizeof(float));
+  } else {
+    ggml_get_type_traits(source->type)->to_float(from, out, source->ne[0]);
+  }
+}
+
 const GgufModel& gguf_model(const Model& model) {
   const auto* inside = dynamic_cast<const GgufModel*>(&model);
   if (inside == nullptr) throw Error(Status::kInvalidArgument, "this model was not made by Model::load");

@@ -83,6 +83,8 @@ class GgufModel final : public Model {
 
 // The inside of a Model made by Model::load.
 const GgufModel& gguf_model(const Model& model);
+// A row of a matrix of the file, of any type that has floats, to ne[0] floats.
+void dequantise_row(const ggml_tensor* source, size_t row, float* out);
 // Silences ggml's and libllama's log once.
 void quiet_libraries();
 

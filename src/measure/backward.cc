@@ -55,14 +55,8 @@ TransposedWeights::TransposedWeights(const GgufModel& model) {
     const int64_t in = source->ne[0], out = source->ne[1];
     row.resize(static_cast<size_t>(in));
     auto* to = static_cast<float*>(transposed_.at(m)->data);
-    const ggml_to_float_t to_float = ggml_get_type_traits(source->type)->to_float;
     for (int64_t o = 0; o < out; ++o) {
-      const char* from = static_cast<const char*>(source->data) + static_cast<size_t>(o) * source->nb[1];
-      if (source->type == GGML_TYPE_F32) {
-        std::memcpy(row.data(), from, row.size() * sizeof(float));
-      } else {
-        to_float(from, row.data(), in);
-      }
+      dequantise_row(source, static_cast<size_t>(o), row.data());
       for (int64_t i = 0; i < in; ++i) to[i * out + o] = row[static_cast<size_t>(i)];
     }
   }

@@ -209,17 +209,11 @@ Layerwise::Layerwise(const GgufModel& model, int threads, int sinks, int window)
 
 void Layerwise::dequantise(const ggml_tensor* source, ggml_tensor* to) const {
   const int64_t width = source->ne[0], rows = ggml_nelements(source) / width;
-  const ggml_to_float_t to_float = ggml_get_type_traits(source->type)->to_float;
   parallel_for(threads_, static_cast<size_t>(rows), [&](size_t at) {
     const auto r = static_cast<int64_t>(at);
-    const char* from = static_cast<const char*>(source->data) + at * source->nb[1];
     std::vector<float> row(to->type == GGML_TYPE_F16 ? static_cast<size_t>(width) : 0);
     float* values = to->type == GGML_TYPE_F32 ? static_cast<float*>(to->data) + r * width : row.data();
-    if (source->type == GGML_TYPE_F32) {
-      std::memcpy(values, from, static_cast<size_t>(width) * sizeof(float));
-    } else {
-      to_float(from, values, width);
-    }
+    dequantise_row(source, at, values);
     if (to->type == GGML_TYPE_F16) ggml_fp32_to_fp16_row(values, static_cast<ggml_fp16_t*>(to->data) + r * width, width);
   });
 }

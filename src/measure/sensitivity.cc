@@ -8,8 +8,8 @@
 // output: relative squared error of the attention output (KVTuner's measure, forward only).
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
+#include "base/mean.h"
 #include "base/parallel.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
@@ -186,8 +186,7 @@ class ExactRun {
   double divergence(Layerwise& runner, int layer, const LayerConfig& config) const {
     std::vector<float> hidden = runner.forward(layer, config, hidden_[static_cast<size_t>(layer)]);
     for (int l = layer + 1; l < runner.layers(); ++l) hidden = runner.forward(l, runner.layer_config(l), hidden);
-    const std::vector<double> kl = scored_.divergence(runner, hidden);
-    return std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(kl.size());
+    return mean(scored_.divergence(runner, hidden));
   }
 
  private:

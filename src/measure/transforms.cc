@@ -15,10 +15,9 @@ constexpr double kRidge = 0.03;
 
 using Matrix = std::vector<double>;  // [dim][dim]
 
-// The sum of x^T x over rows [n][dim].
-Matrix second_moment(const float* rows, int64_t n, int dim) {
+// Adds x^T x over rows [n][dim].
+void add_second_moment(const float* rows, int64_t n, int dim, Matrix& sum) {
   const auto d = static_cast<size_t>(dim);
-  Matrix sum(d * d, 0.0);
   for (int64_t t = 0; t < n; ++t) {
     const float* x = rows + t * dim;
     for (size_t i = 0; i < d; ++i) {
@@ -29,7 +28,6 @@ Matrix second_moment(const float* rows, int64_t n, int dim) {
   for (size_t i = 0; i < d; ++i) {
     for (size_t j = 0; j < i; ++j) sum[j * d + i] = sum[i * d + j];
   }
-  return sum;
 }
 
 // A M A^T for the linear map A that `apply` does to a row in place.
@@ -76,23 +74,13 @@ void append_feedback(Matrix m, int dim, std::vector<float>& feedback) {
 float as_stored(double scale) { return f16_to_f32(f32_to_f16(static_cast<float>(std::clamp(scale, 1e-3, 1e3)))); }
 
 // W_O^T W_O of the channels of one KV head, summed over its query heads.
-Matrix output_metric(const GgufModel& model, int layer, int kv_head, int group, int dim) {
+void add_output_metric(const GgufModel& model, int layer, int kv_head, int group, int dim, Matrix& sum) {
   const ggml_tensor* w = model.original("blk." + std::to_string(layer) + ".attn_output.weight");
-  const auto d = static_cast<size_t>(dim);
-  const ggml_to_float_t to_float = ggml_get_type_traits(w->type)->to_float;
   std::vector<float> row(static_cast<size_t>(w->ne[0]));
-  Matrix sum(d * d, 0.0);
   for (int64_t r = 0; r < w->ne[1]; ++r) {
-    const char* from = static_cast<const char*>(w->data) + static_cast<size_t>(r) * w->nb[1];
-    if (w->type == GGML_TYPE_F32) {
-      std::copy_n(reinterpret_cast<const float*>(from), w->ne[0], row.data());
-    } else {
-      to_float(from, row.data(), w->ne[0]);
-    }
-    const Matrix part = second_moment(row.data() + static_cast<ptrdiff_t>(kv_head) * group * dim, group, dim);
-    for (size_t i = 0; i < sum.size(); ++i) sum[i] += part[i];
+    dequantise_row(w, static_cast<size_t>(r), row.data());
+    add_second_moment(row.data() + static_cast<ptrdiff_t>(kv_head) * group * dim, group, dim, sum);
   }
-  return sum;
 }
 
 }  // namespace
@@ -117,11 +105,10 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, co
         if (side == Side::kKey) {
           for (int h = head * group; h < (head + 1) * group; ++h) {
             const float* q = pass.queries[l].data() + (static_cast<ptrdiff_t>(h) * n + sinks) * dim;
-            const Matrix part = second_moment(q, n - sinks, dim);
-            for (size_t i = 0; i < metric.size(); ++i) metric[i] += part[i];
+            add_second_moment(q, n - sinks, dim, metric);
           }
         } else {
-          metric = output_metric(model, static_cast<int>(l), head, group, dim);
+          add_output_metric(model, static_cast<int>(l), head, group, dim, metric);
         }
         const float* x = rows.data() + static_cast<ptrdiff_t>(head) * n * dim;
         for (int c = 0; c < dim; ++c) {

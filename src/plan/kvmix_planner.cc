@@ -3,18 +3,13 @@
 // plan is then measured as a whole and bytes are moved where that says they help.
 #include <cstdio>
 
+#include "base/mean.h"
 #include "plan/candidates.h"
 #include "plan/planner.h"
 #include "plan/refine.h"
 
 namespace kvmix {
 namespace {
-
-double mean(const std::vector<double>& x) {
-  double sum = 0;
-  for (const double v : x) sum += v;
-  return sum / static_cast<double>(x.size());
-}
 
 // Swaps while measuring says so; keeps the outcome only if it is better on text that was not searched with. Returns a sentence.
 std::string refine_plan(const PlannerRequest& request, const PricedChoices& priced, int64_t spend_bytes, Plan plan,
@@ -45,8 +40,7 @@ std::string refine_plan(const PlannerRequest& request, const PricedChoices& pric
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvmix", request.options);
   Plan plan = empty_plan(request, "kvmix");
-  plan.sinks = options.integer("sinks", 16, 0, 4096);
-  plan.window.tokens = options.integer("window", usual_window(*request.model), 0, 1 << 20);
+  read_fp16_part(options, usual_window(*request.model), plan);
   const std::string metric = pick_metric(
       *request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output", "gradient"}));
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
@@ -75,14 +69,13 @@ Plan make(const PlannerRequest& request) {
 }  // namespace
 
 extern const Planner kKvmixPlanner;
-const Planner kKvmixPlanner = {{"kvmix",
-                                "a byte budget spent exactly where it was measured to matter",
-                                {{"metric", "best, kl, fisher, fisher-page, output or gradient (best the profile has)"},
-                                 {"sinks", "first tokens kept fp16 (16)"},
-                                 {"window", "newest tokens kept fp16 (128; at most a 16th of the narrowest sliding window)"}},
-                                true,
-                                true,
-                                true},
-                               make};
+const Planner kKvmixPlanner = {
+    {"kvmix",
+     "a byte budget spent exactly where it was measured to matter",
+     {{"metric", "best, kl, fisher, fisher-page, output or gradient (best the profile has)"}, kSinksOption, kWindowOption},
+     true,
+     true,
+     true},
+    make};
 
 }  // namespace kvmix

@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <numeric>
 
+#include "base/mean.h"
 #include "plan/candidates.h"
 #include "plan/front_search.h"
 #include "plan/planner.h"
@@ -166,7 +166,7 @@ class Tuner {
     apply(assignment, plan_);
     const std::vector<double> losses = request_.meter->divergence(plan_);
     ++measurements_;
-    return std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(losses.size());
+    return mean(losses);
   }
 
   const PlannerRequest& request_;
@@ -181,8 +181,7 @@ class Tuner {
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvtuner", request.options);
   Plan plan = empty_plan(request, "kvtuner");
-  plan.sinks = options.integer("sinks", 16, 0, 4096);
-  plan.window.tokens = options.integer("window", usual_window(*request.model), 0, 1 << 20);
+  read_fp16_part(options, usual_window(*request.model), plan);
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output"}));
   if (metric.empty()) {
@@ -208,7 +207,7 @@ Plan make(const PlannerRequest& request) {
   if (request.meter != nullptr) {
     const std::vector<double> held_out = request.meter->held_out(plan);
     std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f", tuner.measurements(),
-                  best.loss, std::accumulate(held_out.begin(), held_out.end(), 0.0) / static_cast<double>(held_out.size()));
+                  best.loss, mean(held_out));
     plan.note += note;
   }
   return plan;
@@ -225,8 +224,8 @@ const Planner kKvtunerPlanner = {
       {"threshold", "layers whose log10 errors differ by no more share a pair (0.15)"},
       {"population", "of the search (50)"},
       {"search-seed", "seed of the search (0)"},
-      {"sinks", "first tokens kept fp16 (16)"},
-      {"window", "newest tokens kept fp16 (128; at most a 16th of the narrowest sliding window)"}},
+      kSinksOption,
+      kWindowOption},
      true,
      true,
      true},

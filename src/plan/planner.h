@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "kvmix/error.h"
 #include "kvmix/plan.h"
@@ -39,6 +40,11 @@ SideConfig recipe_value(int bits);
 // Newest tokens kept fp16 where nobody says how many: 128, but at most a sixteenth of the narrowest sliding window, most of
 // which would otherwise be fp16.
 int usual_window(const ModelShape& model);
+// The plan's sinks and window from options of these names; 16 and `window` where nobody says.
+void read_fp16_part(const PlannerOptions& options, int window, Plan& plan);
+inline constexpr std::pair<const char*, const char*> kSinksOption{"sinks", "first tokens kept fp16 (16)"};
+inline constexpr std::pair<const char*, const char*> kWindowOption{
+    "window", "newest tokens kept fp16 (128; at most a 16th of the narrowest sliding window)"};
 
 // The budget as bytes of one sequence at budget.context.
 double budget_bytes(const Budget& budget, const ModelShape& model);

@@ -160,6 +160,11 @@ int usual_window(const ModelShape& model) {
   return tokens;
 }
 
+void read_fp16_part(const PlannerOptions& options, int window, Plan& plan) {
+  plan.sinks = options.integer("sinks", 16, 0, 4096);
+  plan.window.tokens = options.integer("window", window, 0, 1 << 20);
+}
+
 double budget_bytes(const Budget& budget, const ModelShape& model) {
   if (budget.context < 1 || budget.context > (int64_t{1} << 32))
     throw Error(Status::kInvalidArgument, "the budget's context must be at least 1 token");

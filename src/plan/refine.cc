@@ -4,6 +4,7 @@
 #include <limits>
 #include <set>
 
+#include "base/mean.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -116,12 +117,6 @@ std::pair<double, double> difference(const std::vector<double>& a, const std::ve
   }
   const double mean = sum / n;
   return {mean, std::sqrt(std::max(squares / n - mean * mean, 0.0) / n)};
-}
-
-double mean(const std::vector<double>& x) {
-  double sum = 0;
-  for (const double v : x) sum += v;
-  return sum / static_cast<double>(x.size());
 }
 
 }  // namespace

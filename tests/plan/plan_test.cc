@@ -60,12 +60,17 @@ double mean_bits(const Plan& plan, Side side) {
   return sum / static_cast<double>(plan.layers.size());
 }
 
-TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
-  const ModelShape model = shape(32);
-  const Profile scores = profile(model);
+PlannerRequest request_for(const ModelShape& model, const Profile& scores) {
   PlannerRequest request;
   request.model = &model;
   request.profile = &scores;
+  return request;
+}
+
+TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
+  const ModelShape model = shape(32);
+  const Profile scores = profile(model);
+  PlannerRequest request = request_for(model, scores);
   const Plan plan = make_plan("kvmix-paper", request);
   EXPECT_DOUBLE_EQ(mean_bits(plan, Side::kKey), 2.1875);
   EXPECT_DOUBLE_EQ(mean_bits(plan, Side::kValue), 2.375);
@@ -88,9 +93,7 @@ TEST(Planners, EveryOneMeetsItsBudgetAndRoundTrips) {
   for (const PlannerInfo& planner : planners()) {
     double predicted = INFINITY;
     for (const double bits : {3.0, 3.5, 4.5, 8.0}) {
-      PlannerRequest request;
-      request.model = &model;
-      request.profile = &scores;
+      PlannerRequest request = request_for(model, scores);
       request.budget.bits = bits;
       const Plan plan = make_plan(planner.name, request);
       EXPECT_EQ(plan.layers.size(), 30u) << planner.name;
@@ -110,9 +113,7 @@ TEST(Planners, EveryOneMeetsItsBudgetAndRoundTrips) {
 TEST(Planners, GradientScoresAreEnoughForTheDefault) {
   const ModelShape model = shape(30);
   const Profile scores = profile(model);
-  PlannerRequest request;
-  request.model = &model;
-  request.profile = &scores;
+  PlannerRequest request = request_for(model, scores);
   for (const double bits : {2.5, 3.0, 4.5}) {
     request.budget.bits = bits;
     const Plan plan = make_plan("kvmix", request);
@@ -121,13 +122,10 @@ TEST(Planners, GradientScoresAreEnoughForTheDefault) {
   }
 }
 
-// Sequences share the bytes, each with its own sinks, window and tables.
 TEST(Planners, NarrowSlidingWindowsKeepFewTokensInFp16) {
   ModelShape model = shape(4);
   Profile p = profile(model);
-  PlannerRequest request;
-  request.model = &model;
-  request.profile = &p;
+  PlannerRequest request = request_for(model, p);
   request.budget.bits = 6;
   EXPECT_EQ(make_plan("kvmix", request).window.tokens, 128);
   model.layers[1].sliding_window = 512;
@@ -136,14 +134,13 @@ TEST(Planners, NarrowSlidingWindowsKeepFewTokensInFp16) {
   EXPECT_EQ(make_plan("kvmix", request).window.tokens, 64);
 }
 
+// Sequences share the bytes, each with its own sinks, window and tables.
 TEST(Planners, ABudgetOfSeveralSequences) {
   const ModelShape model = shape(30);
   const Profile scores = measured_profile(model);
   for (const PlannerInfo& planner : planners()) {
     if (!planner.needs_budget) continue;
-    PlannerRequest request;
-    request.model = &model;
-    request.profile = &scores;
+    PlannerRequest request = request_for(model, scores);
     request.budget = {.bytes = size_t{1} << 30, .sequences = 27, .context = 8192};
     const Plan plan = make_plan(planner.name, request);
     const size_t one = predict_bytes(cache_config(plan, model), 8192);
@@ -158,9 +155,7 @@ TEST(Planners, CurvesGoFromTheSmallestPlanToTheLargest) {
   const ModelShape model = shape(30);
   const Profile scores = measured_profile(model);
   for (const PlannerInfo& planner : planners()) {
-    PlannerRequest request;
-    request.model = &model;
-    request.profile = &scores;
+    PlannerRequest request = request_for(model, scores);
     if (!planner.needs_budget) {
       EXPECT_THROW(make_curve(planner.name, request, 8), Error) << planner.name;
       continue;
@@ -189,9 +184,7 @@ TEST(Planners, CurvesGoFromTheSmallestPlanToTheLargest) {
 TEST(Planners, ImpossibleBudgetsNameTheSmallestThatWorks) {
   const ModelShape model = shape(30);
   const Profile scores = profile(model);
-  PlannerRequest request;
-  request.model = &model;
-  request.profile = &scores;
+  PlannerRequest request = request_for(model, scores);
   request.budget.bits = 0.5;
   try {
     make_plan("kvmix", request);
