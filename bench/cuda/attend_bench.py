@@ -32,14 +32,20 @@ class Params(c.Structure):
         ("open_pages", c.c_void_p), ("open_page_stride", c.c_int64), ("open_head_stride", c.c_int64),
         ("page_table", c.c_void_p), ("page_table_stride", c.c_int64),
         ("items", c.c_void_p), ("item_count", c.c_int32), ("workspace", c.c_void_p), ("workspace_bytes", c.c_size_t),
-        ("stream", c.c_void_p), ("bf16", c.c_int32)]
+        ("stream", c.c_void_p), ("bf16", c.c_int32), ("new_keys", c.c_void_p), ("new_values", c.c_void_p),
+        ("new_sequence_stride", c.c_int64), ("new_token_stride", c.c_int64), ("new_head_stride", c.c_int64)]
+
+
+class Transform(c.Structure):
+    _fields_ = [("center", c.c_void_p), ("scales", c.c_void_p), ("feedback", c.c_void_p), ("hadamard", c.c_int32)]
 
 
 class Seal(c.Structure):
     _fields_ = [("format", Format), ("pages", c.c_int32), ("kv_heads", c.c_int32), ("fitted", c.c_int32),
                 ("open_pages", c.c_void_p), ("open_page_stride", c.c_int64), ("open_head_stride", c.c_int64),
                 ("records", c.c_void_p), ("record_page_stride", c.c_int64), ("record_head_stride", c.c_int64),
-                ("open_ids", c.c_void_p), ("record_ids", c.c_void_p), ("stream", c.c_void_p)]
+                ("open_ids", c.c_void_p), ("record_ids", c.c_void_p), ("stream", c.c_void_p),
+                ("key_transform", Transform), ("value_transform", Transform)]
 
 
 class Append(c.Structure):
@@ -96,9 +102,10 @@ def fp16(batch, q_heads, kv_heads, length, repeat, dim=DIM):
 
 
 class Packed:
-    """A packed cache of random records, all pages of one format, and a launch of attention over it."""
+    """A packed cache of random records, all pages of one format, and a launch of attention over it. With open_page the last page
+    of every sequence is open and half full, and store_new() makes launches store the newest token's row there first."""
 
-    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM, q_tokens=1):
+    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM, q_tokens=1, open_page=False):
         self.lib = lib
         p = self.p = Params(format=Format(dim, bits[0], bits[1], *groups, 0), sequences=batch, q_heads=q_heads,
                             kv_heads=kv_heads, q_tokens=q_tokens)
@@ -110,6 +117,13 @@ class Packed:
         self.pool[:, :16] = 0
         self.bytes = self.pool.numel()
         self.table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages).contiguous()
+        if open_page:
+            length -= PAGE // 2
+            self.table[:, -1] = -1 - torch.arange(batch, device="cuda", dtype=torch.int32)
+            self.open = torch.randn(batch, kv_heads, 2, PAGE, dim, dtype=torch.float16, device="cuda")
+            p.open_pages, p.open_head_stride = self.open.data_ptr(), 2 * PAGE * dim * 2
+            p.open_page_stride = p.open_head_stride * kv_heads
+            self.rows = torch.randn(2, batch, q_tokens, kv_heads, dim, dtype=torch.float16, device="cuda")
         self.q = torch.randn(batch, q_tokens, q_heads, dim, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.q)
         lengths = (c.c_int32 * batch)(*[length] * batch)
@@ -126,6 +140,12 @@ class Packed:
         p.stream = torch.cuda.current_stream().cuda_stream
         self.kernel = lib.kvmix_cuda_attend_kernel(c.byref(p)).decode()
 
+    def store_new(self):
+        self.p.new_keys, self.p.new_values = self.rows[0].data_ptr(), self.rows[1].data_ptr()
+        self.p.new_head_stride = self.rows.shape[-1] * 2
+        self.p.new_token_stride = self.p.new_head_stride * self.p.kv_heads
+        self.p.new_sequence_stride = self.p.new_token_stride * self.p.q_tokens
+
     def launch(self):
         check(self.lib, self.lib.kvmix_cuda_attend(c.byref(self.p)))
 
@@ -140,7 +160,7 @@ def packed(lib, bits, batch, q_heads, kv_heads, length, repeat, groups=(128, 128
 class Sealing:
     """Open pages of random rows, and launches that seal them and that append to them."""
 
-    def __init__(self, lib, bits, pages, kv_heads, fitted, groups=(128, 128), dim=DIM):
+    def __init__(self, lib, bits, pages, kv_heads, fitted, groups=(128, 128), dim=DIM, hadamard=False, feedback=False):
         self.lib = lib
         size, form = c.c_size_t(), Format(dim, bits[0], bits[1], *groups, 0)
         check(lib, lib.kvmix_cuda_record_bytes(c.byref(form), c.byref(size)))
@@ -151,6 +171,9 @@ class Sealing:
         stream, head = torch.cuda.current_stream().cuda_stream, 2 * PAGE * dim * 2
         self.p = Seal(form, pages, kv_heads, int(fitted), self.open.data_ptr(), head * kv_heads, head, self.records.data_ptr(),
                       size.value * kv_heads, size.value, self.ids.data_ptr(), self.ids.data_ptr(), stream)
+        self.weights = 0.02 * torch.randn(kv_heads, dim * (dim - 1) // 2, device="cuda")
+        for t in (self.p.key_transform, self.p.value_transform):
+            t.hadamard, t.feedback = int(hadamard), self.weights.data_ptr() if feedback else None
         self.rows = torch.randn(2, pages, kv_heads, dim, dtype=torch.float16, device="cuda")
         self.slots = torch.arange(pages, device="cuda") * PAGE + 5
         row = kv_heads * dim * 2
@@ -209,11 +232,14 @@ def seal_table(lib, copy, repeat):
     print("| seal, 1024 pages x 32 heads | group | scales | ms | of copy bandwidth |")
     print("|---|--:|---|--:|--:|")
     for bits, group in (((2, 2), 128), ((3, 4), 128), ((4, 4), 128), ((2, 2), 32)):
-        for fitted in (False, True):
-            work = Sealing(lib, bits, 1024, 32, fitted, (group, group))
+        ways = [("min-max", {}), ("fitted", {"fitted": True})]
+        if bits == (2, 2) and group == 128:
+            ways += [("fitted, Hadamard", {"fitted": True, "hadamard": True}),
+                     ("fitted, Hadamard, feedback", {"fitted": True, "hadamard": True, "feedback": True})]
+        for name, way in ways:
+            work = Sealing(lib, bits, 1024, 32, way.pop("fitted", False), (group, group), **way)
             ms = timed([work.seal], repeat)
-            print(f"| {bits[0]}/{bits[1]} | {group} | {'fitted' if fitted else 'min-max'} | {ms:.4f} | "
-                  f"{work.bytes / ms / 1e9 / copy:.0%} |", flush=True)
+            print(f"| {bits[0]}/{bits[1]} | {group} | {name} | {ms:.4f} | {work.bytes / ms / 1e9 / copy:.0%} |", flush=True)
             del work
             torch.cuda.empty_cache()
 
@@ -246,13 +272,18 @@ def main():
     parser.add_argument("library")
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
+    parser.add_argument("--tables", default="attend,seal,prefill")
     args = parser.parse_args()
     lib = load(args.library)
     copy = copy_rate(args.repeat)
     print(f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.2f} TB/s")
-    attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
-    seal_table(lib, copy, args.repeat)
-    prefill_table(lib, args.repeat)
+    tables = args.tables.split(",")
+    if "attend" in tables:
+        attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
+    if "seal" in tables:
+        seal_table(lib, copy, args.repeat)
+    if "prefill" in tables:
+        prefill_table(lib, args.repeat)
 
 
 if __name__ == "__main__":

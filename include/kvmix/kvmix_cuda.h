@@ -57,7 +57,7 @@ typedef struct kvmix_cuda_attend_params {
   float* lse;             /* natural log-sum-exp [sequences][q_tokens][q_heads], or null; -inf where nothing is visible */
   const void* records;    /* record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes */
   int64_t record_page_stride, record_head_stride;
-  const void* open_pages; /* likewise for open pages */
+  void* open_pages; /* likewise for open pages */
   int64_t open_page_stride, open_head_stride;
   const int32_t*
       page_table; /* [sequences][page_table_stride]: id >= 0 of a record, or ~id of an open page, in position order */
@@ -67,7 +67,12 @@ typedef struct kvmix_cuda_attend_params {
   void* workspace; /* device memory, zeroed once before the first launch; each launch leaves it ready for the next */
   size_t workspace_bytes;
   void* stream;
-  int32_t bf16; /* q and out are bf16 instead of fp16 */
+  int32_t bf16; /* q and out (and new rows) are bf16 instead of fp16 */
+  /* The q_tokens newest rows, stored into their slots of open pages before they are read, so that no append of its own is
+   * needed; null: they are there already. Token t, head h of sequence s at s * new_sequence_stride + t * new_token_stride + h *
+   * new_head_stride bytes, 16-byte aligned; at most 64 query rows a KV head. Open pages are written in this case alone. */
+  const void *new_keys, *new_values;
+  int64_t new_sequence_stride, new_token_stride, new_head_stride;
 } kvmix_cuda_attend_params;
 
 /* Cuts the work of kvmix_cuda_attend into pieces of even size for a device of `slots` resident thread blocks (0: ask the
@@ -100,6 +105,18 @@ typedef struct kvmix_cuda_append_params {
 /* One launch. */
 kvmix_status kvmix_cuda_append(const kvmix_cuda_append_params* params);
 
+/* What a side's rows become before they are sealed, as TransformSpec (kvmix/cache.h): (x - center) times scales, then an
+ * orthonormal Hadamard of each block. Device memory, fp32, null where there is none: center and scales [kv_heads][head_dim] (a
+ * center is for keys only, scales need the Hadamard), feedback [kv_heads][head_dim (head_dim - 1) / 2], the weights of rounding
+ * with error feedback. All zero: rows are sealed as they are.
+ * Queries against such records are q' = (q / scales) H, and outputs of transformed values are turned back the same way, by the
+ * caller. Open pages are read as they are: either rows are transformed before they are appended, as the CPU's cache does, and
+ * sealed with feedback alone; or open pages hold original rows and are attended to by a launch of their own, merged by lse. */
+typedef struct kvmix_cuda_transform {
+  const float *center, *scales, *feedback;
+  int32_t hadamard;
+} kvmix_cuda_transform;
+
 typedef struct kvmix_cuda_seal_params {
   kvmix_cuda_format format;
   int32_t pages, kv_heads;
@@ -111,6 +128,7 @@ typedef struct kvmix_cuda_seal_params {
   const int32_t* open_ids;   /* [pages], device memory: the open page ... */
   const int32_t* record_ids; /* ... and the record it becomes */
   void* stream;
+  kvmix_cuda_transform key_transform, value_transform;
 } kvmix_cuda_seal_params;
 
 /* Seals open pages into records: scales and codes equal the CPU codec's to the bit. One launch. */

@@ -61,7 +61,7 @@ void attend(const kvmix_cuda_attend_params& p) {
   a.q = p.q, a.out = p.out, a.lse = p.lse;
   a.records = static_cast<const uint8_t*>(p.records);
   a.record_page_stride = p.record_page_stride, a.record_head_stride = p.record_head_stride;
-  a.open_pages = static_cast<const uint8_t*>(p.open_pages);
+  a.open_pages = static_cast<uint8_t*>(p.open_pages);
   a.open_page_stride = p.open_page_stride, a.open_head_stride = p.open_head_stride;
   a.page_table = p.page_table, a.page_table_stride = p.page_table_stride;
   a.items = p.items;
@@ -72,6 +72,9 @@ void attend(const kvmix_cuda_attend_params& p) {
   a.sinks = p.sinks, a.sliding_window = p.sliding_window, a.bf16 = p.bf16 != 0;
   a.scale = (p.scale > 0.0f ? p.scale : 1.0f / std::sqrt(static_cast<float>(p.format.head_dim))) * kLog2E;
   a.softcap = p.softcap * kLog2E;
+  a.new_keys = static_cast<const uint8_t*>(p.new_keys), a.new_values = static_cast<const uint8_t*>(p.new_values);
+  a.new_sequence_stride = p.new_sequence_stride, a.new_token_stride = p.new_token_stride;
+  a.new_head_stride = p.new_head_stride;
   const int rows = a.group * a.q_tokens;
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
   with_kernel(p.format, rows, [&](auto* kernel, int shared) {

@@ -342,6 +342,7 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
   fetch(id, true);
   fetch(id, false);
 
+  store_new_rows(args, item, C::dim);
   // Query rows, scaled by a power of two to at most 1, in fragment order.
   __half* const fragments = reinterpret_cast<__half*>(query);
   for (int column = warp; column < kRows; column += kWarps) {

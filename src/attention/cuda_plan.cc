@@ -151,6 +151,9 @@ void check_shape(const kvmix_cuda_attend_params& p) {
           "attend: q_tokens " + std::to_string(p.q_tokens) + " not in 1..65536");
   require(p.sinks >= 0 && p.sinks <= kPageTokens, "attend: sinks " + std::to_string(p.sinks) + " not in 0..128");
   require(p.sliding_window >= 0 && p.softcap >= 0.0f && p.scale >= 0.0f, "attend: negative sliding_window, softcap or scale");
+  require((p.new_keys == nullptr) == (p.new_values == nullptr), "attend: new_keys and new_values come together");
+  require(p.new_keys == nullptr || query_rows(p) <= kTileRows,
+          "attend: new rows are taken with at most 64 query rows a KV head; append them first");
 }
 
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p) {
@@ -241,6 +244,10 @@ kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params) {
     require(params != nullptr, "seal: null argument");
     check_format(params->format);
     require(params->pages >= 0 && params->kv_heads > 0 && params->kv_heads <= 65535, "seal: pages or kv_heads out of range");
+    for (const kvmix_cuda_transform* t : {&params->key_transform, &params->value_transform}) {
+      require(t->scales == nullptr || t->hadamard != 0, "seal: scales belong to a Hadamard transform");
+    }
+    require(params->value_transform.center == nullptr, "seal: centring is for keys only");
     if (params->pages > 0) seal(*params);
   });
 }

@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
   auto* const keys = reinterpret_cast<__half*>(shared);
   auto* const values = reinterpret_cast<__half*>(shared + Tile::key_bytes);
 
+  store_new_rows(args, item, dim);
   // Query rows, scaled by a power of two to at most 1.
   for (int row = warp; row < kTileRows; row += kWarps) {
     float x[dim / 32], best = 0.0f;

@@ -153,7 +153,7 @@ void feedback_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_
       weights += c;
       const int index = scale_index(spec, head_dim, t, c);
       const float scale = stored_half(tile, index), mid = spec.zero_point ? stored_half(tile, mids_at + index) : 0.0f;
-      const float code = quantize_code(finite(wanted), mid, scale > 0.0f ? 1.0f / scale : 0.0f, centre, top);
+      const float code = quantize_code(finite(wanted), code_map(scale, mid, top), top);
       errors[c] = exact - (mid + scale * (code - centre));
       const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
       put_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce), static_cast<int>(code));

@@ -1,6 +1,6 @@
 // encode_tile with one group per vector lane: every lane does what quantize_group (quantize.h) does, operation by operation,
-// so that the bytes are the same. Compile without contraction into fused multiply-adds. Internal linkage: included once per
-// instruction set.
+// so that the bytes are the same. Compile without contraction into fused multiply-adds; n is a multiple of 8. Internal linkage:
+// included once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -116,7 +116,7 @@ class TileSeal {
         for (int v = 0; v < kVectors; ++v) {
           const int t = first + v * kW;
           const V scale = read(scales, t, c), mid = spec.zero_point ? read(mids, t, c) : S::zero();
-          const V code = quantize(finite(wanted[v]), mid, inverse(scale), centre, top);
+          const V code = quantize(finite(wanted[v]), map_of({scale, mid}, top), top);
           errors[c][v] = S::sub(exact[c][v], S::add(mid, S::mul(scale, S::sub(code, centre))));
           uint8_t bytes[kW];
           S::store_bytes(bytes, code);
@@ -185,23 +185,48 @@ class TileSeal {
     const V limit = S::set1(65504.0f);
     return S::round_f16(S::select(S::less(limit, v), limit, S::select(S::less(v, S::set1(-65504.0f)), S::set1(-65504.0f), v)));
   }
-  static V inverse(V scale) { return S::select(S::less(S::zero(), scale), S::div(S::set1(1.0f), scale), S::zero()); }
-  static V quantize(V x, V mid, V inv, V centre, V top) {
-    const V v = S::add(S::mul(S::sub(x, mid), inv), centre);
-    const V limited = S::select(S::less(top, v), top, S::select(S::less(v, S::zero()), S::zero(), v));
-    const V magic = S::set1(12582912.0f);
-    return S::sub(S::add(limited, magic), magic);
+  struct Map {
+    V factor, offset;
+  };
+  static Map map_of(Scale s, V top) {
+    const V factor = S::select(S::less(S::zero(), s.scale), S::div(S::set1(1.0f), S::mul(s.scale, top)), S::zero());
+    return {factor, S::sub(S::set1(0.5f), S::mul(s.mid, factor))};
+  }
+  static V quantize(V x, Map map, V top) {
+    const V v = S::fma(x, map.factor, map.offset), one = S::set1(1.0f), magic = S::set1(kRoundToInteger);
+    const V limited = S::select(S::less(one, v), one, S::select(S::less(v, S::zero()), S::zero(), v));
+    return S::sub(S::fma(limited, top, magic), magic);
   }
 
-  static V squared_error(const V* x, int n, Scale s, V centre, V top) {
-    const V inv = inverse(s.scale);
-    V error = S::zero();
-    for (int i = 0; i < n; ++i) {
-      const V code = quantize(x[i], s.mid, inv, centre, top);
-      const V delta = S::sub(x[i], S::add(s.mid, S::mul(s.scale, S::sub(code, centre))));
-      error = S::add(error, S::mul(delta, delta));
+  struct Best {
+    V scale, mid, gain;
+  };
+  static V all(const V (&p)[kPartialSums]) { return S::add(S::add(p[0], p[1]), S::add(p[2], p[3])); }
+
+  // One pass of the fit over y, values less the middle: the codes of a map, and the regression on them.
+  static void regress(const V* y, int n, Map map, V sum_y, bool zero_point, V centre, V top, Best& best) {
+    V code = S::zero(), squared = code, product[kPartialSums] = {code, code, code, code};
+    for (int i = 0; i < n; i += 2 * kPartialSums) {
+      for (int k = 0; k < 2 * kPartialSums; ++k) {
+        const V c = quantize(y[i + k], map, top);
+        code = S::add(code, c);
+        squared = S::fma(c, c, squared);  // whole numbers: exact
+        product[k / 2] = S::fma(c, y[i + k], product[k / 2]);
+      }
     }
-    return error;
+    const V count = S::set1(static_cast<float>(n)), zero = S::zero();
+    V variance, covariance;
+    if (zero_point) {
+      variance = S::sub(squared, S::div(S::mul(code, code), count));
+      covariance = S::sub(all(product), S::div(S::mul(code, sum_y), count));
+    } else {
+      variance = S::add(S::sub(squared, S::mul(S::add(centre, centre), code)), S::mul(count, S::mul(centre, centre)));
+      covariance = S::sub(all(product), S::mul(centre, sum_y));
+    }
+    const V scale = S::div(covariance, variance), gain = S::mul(covariance, scale);
+    const V mid = zero_point ? S::div(S::sub(sum_y, S::mul(scale, S::sub(code, S::mul(count, centre)))), count) : zero;
+    const Mask better = S::both(S::both(S::less(zero, variance), S::less(zero, covariance)), S::less(best.gain, gain));
+    best = {S::select(better, scale, best.scale), S::select(better, mid, best.mid), S::select(better, gain, best.gain)};
   }
 
   static Scale fit(const V* x, int n, const CodecSpec& spec, V centre, V top) {
@@ -210,56 +235,34 @@ class TileSeal {
       low = S::select(S::less(x[i], low), x[i], low);
       high = S::select(S::less(high, x[i]), x[i], high);
     }
-    if (!spec.zero_point) {
-      const V negative = S::negate(low);
-      const V magnitude = S::select(S::less(negative, high), high, negative);
-      low = S::negate(magnitude);
-      high = magnitude;
+    const V zero = S::zero();
+    V range, middle = zero;
+    if (spec.zero_point) {
+      range = S::add(S::sub(high, low), zero);
+      middle = S::add(S::mul(S::add(high, low), S::set1(0.5f)), zero);
+    } else {
+      const V negative = S::negate(low), magnitude = S::select(S::less(negative, high), high, negative);
+      range = S::add(S::add(magnitude, magnitude), zero);
     }
-    const V range = S::sub(high, low), middle = spec.zero_point ? S::mul(S::add(high, low), S::set1(0.5f)) : S::zero();
-    const Scale min_max{saturate(S::div(range, top)), saturate(middle)};
-    if (spec.fit == Fit::kMinMax) return min_max;
+    if (spec.fit == Fit::kMinMax) return {saturate(S::div(range, top)), saturate(middle)};
 
-    const V zero = S::zero(), count = S::set1(static_cast<float>(n));
-    const int starts = spec.bits <= 3 ? 3 : 2;
-    Scale best = min_max;
-    V best_error = zero;
-    for (int start = 0; start < starts; ++start) {
-      const float clip = start == 0 ? 1.0f : (spec.bits <= 3 ? (start == 1 ? 0.8f : 0.6f) : 0.85f);
-      V scale = S::div(S::mul(S::set1(clip), range), top), mid = middle;
-      Mask active = S::less(zero, range);
-      for (int round = 0; round < 3; ++round) {
-        const V inv = inverse(scale);
-        V sum_q = zero, sum_x = zero, sum_qq = zero, sum_qx = zero;
-        for (int i = 0; i < n; ++i) {
-          const V q = S::sub(quantize(x[i], mid, inv, centre, top), centre);
-          const V y = S::sub(x[i], middle);
-          sum_q = S::add(sum_q, q);
-          sum_x = S::add(sum_x, y);
-          sum_qq = S::add(sum_qq, S::mul(q, q));
-          sum_qx = S::add(sum_qx, S::mul(q, y));
-        }
-        V fresh, fresh_mid = mid;
-        if (spec.zero_point) {
-          const V variance = S::sub(sum_qq, S::div(S::mul(sum_q, sum_q), count));
-          const V covariance = S::sub(sum_qx, S::div(S::mul(sum_q, sum_x), count));
-          active = S::both(active, S::both(S::less(zero, variance), S::less(zero, covariance)));
-          fresh = S::div(covariance, variance);
-          fresh_mid = S::add(middle, S::div(S::sub(sum_x, S::mul(fresh, sum_q)), count));
-        } else {
-          active = S::both(active, S::both(S::less(zero, sum_qq), S::less(zero, sum_qx)));
-          fresh = S::div(sum_qx, sum_qq);
-        }
-        scale = S::select(active, fresh, scale);
-        mid = S::select(active, fresh_mid, mid);
+    V y[kMaxGroup], sums[kPartialSums] = {zero, zero, zero, zero};
+    for (int i = 0; i < n; i += 2 * kPartialSums) {
+      for (int k = 0; k < 2 * kPartialSums; ++k) {
+        y[i + k] = S::sub(x[i + k], middle);
+        sums[k / 2] = S::add(sums[k / 2], y[i + k]);
       }
-      const Scale candidate{saturate(scale), saturate(mid)};
-      const V error = squared_error(x, n, candidate, centre, top);
-      const Mask better = start == 0 ? S::less(zero, range) : S::both(S::less(zero, range), S::less(error, best_error));
-      best = {S::select(better, candidate.scale, best.scale), S::select(better, candidate.mid, best.mid)};
-      best_error = S::select(better, error, best_error);
     }
-    return best;
+    const V sum_y = all(sums);
+    Best best{S::div(range, top), zero, zero};
+    for (int start = 0; start < kFitStarts; ++start) {
+      const V scale = S::div(S::mul(S::set1(fit_start(spec.bits, start)), range), top);
+      regress(y, n, map_of({scale, zero}, top), sum_y, spec.zero_point, centre, top, best);
+    }
+    for (int round = 0; round < fit_rounds(spec.bits); ++round) {
+      regress(y, n, map_of({best.scale, best.mid}, top), sum_y, spec.zero_point, centre, top, best);
+    }
+    return {saturate(best.scale), saturate(S::add(middle, best.mid))};
   }
 
   // kW groups side by side: channels c.. of tokens t..t+n-1, or tokens t.. with channels c..c+n-1.
@@ -283,11 +286,11 @@ class TileSeal {
     const int index = scale_index(spec, d, t, c);
     S::store_f16(scales + index, s.scale);
     if (mids != nullptr) S::store_f16(mids + index, s.mid);
-    const V inv = inverse(s.scale);
+    const Map map = map_of(s, top);
     const bool lanes_are_unit_lanes = by_channel == (tile.side == Side::kValue);
     for (int i = 0; i < n; i += kUnitReduce) {
       V q[kUnitReduce];
-      for (int k = 0; k < kUnitReduce; ++k) q[k] = quantize(x[i + k], s.mid, inv, centre, top);
+      for (int k = 0; k < kUnitReduce; ++k) q[k] = quantize(x[i + k], map, top);
       if (lanes_are_unit_lanes) {
         // Four elements of reduce of kW unit lanes: a dword each.
         const int lane = by_channel ? c : t, reduce = (by_channel ? t : c) + i;

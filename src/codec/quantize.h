@@ -1,11 +1,14 @@
 // The arithmetic of the integer codecs: one group of values to a scale, a midpoint and codes. Every implementation (serial,
-// SIMD, CUDA) follows these operations in this order and writes the same bytes. So: float throughout, no contraction into
-// fused multiply-adds (-ffp-contract=off, -fmad=false), sums one element after the other, IEEE division.
+// SIMD, CUDA) follows these operations in this order and writes the same bytes. So: float throughout, fused multiply-adds where
+// fused_multiply_add stands and nowhere else (-ffp-contract=off, -fmad=false), IEEE division. Sums of values have a fixed order
+// that one lane a group and four threads a group both keep: element i belongs to partial sum (i / 2) % kPartialSums, each adds
+// in turn, and the result is (0 + 1) + (2 + 3). Sums of codes are exact in any order.
 //
-// Sources: min-max as in KVmix b.3 (centred form: mid = min + scale * (2^b - 1) / 2); the least-squares fit alternates
-// rounding and regression of the values on their codes, from several clipped ranges.
+// Sources: min-max as in KVmix b.3 (centred form: mid = min + scale * (2^b - 1) / 2); the least-squares fit takes the best of
+// several clipped ranges and then alternates rounding and regression of the values on their codes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "base/fp16.h"
@@ -14,14 +17,11 @@
 
 namespace kvmix {
 
-inline constexpr int kMaxGroup = 128;
+inline constexpr int kMaxGroup = 128, kPartialSums = 4;
 
 struct GroupScale {
   uint16_t scale, mid;  // fp16 bits
 };
-
-// Round to nearest even of |v| < 2^22.
-KVMIX_HOST_DEVICE inline float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
 KVMIX_HOST_DEVICE inline float code_centre(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
 
@@ -31,108 +31,132 @@ KVMIX_HOST_DEVICE inline uint16_t saturate_f16(float v) {
   return f32_to_f16(limited);
 }
 
-// v to 0..top.
-KVMIX_HOST_DEVICE inline float limit_code(float v, float top) {
+KVMIX_HOST_DEVICE inline float fused_multiply_add(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
-  return fmaxf(fminf(v, top), 0.0f);
+  return __fmaf_rn(a, b, c);
 #else
-  return v > top ? top : (v < 0.0f ? 0.0f : v);
+  return std::fma(a, b, c);
 #endif
 }
 
-KVMIX_HOST_DEVICE inline float quantize_code(float x, float mid, float inverse_scale, float centre, float top) {
-  const float v = (x - mid) * inverse_scale + centre;
-  return round_even(limit_code(v, top));
+// v to 0..1.
+KVMIX_HOST_DEVICE inline float limit_unit(float v) {
+#ifdef __CUDA_ARCH__
+  return __saturatef(v);
+#else
+  return v > 1.0f ? 1.0f : (v < 0.0f ? 0.0f : v);
+#endif
 }
 
-// Quantises x[0..n) with stored scale and mid into codes, unless null; returns the squared error. Values: float x[i].
-template <class Values>
-KVMIX_HOST_DEVICE inline float quantize_with(const Values& x, int n, int bits, GroupScale stored, uint8_t* codes) {
-  const float scale = f16_to_f32(stored.scale), mid = f16_to_f32(stored.mid);
-  const float centre = code_centre(bits), top = static_cast<float>((1 << bits) - 1);
-  // A scale of zero (constant or vanishing group) leaves the midpoint alone.
-  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  float error = 0.0f;
-  for (int i = 0; i < n; ++i) {
-    const float code = quantize_code(x[i], mid, inverse, centre, top);
-    if (codes != nullptr) codes[i] = static_cast<uint8_t>(code);
-    const float delta = x[i] - (mid + scale * (code - centre));
-    error = error + delta * delta;
-  }
-  return error;
+// A value's code is top * (factor * x + offset), limited and rounded to the nearest, ties to even.
+struct CodeMap {
+  float factor, offset;
+};
+// A scale of zero (constant or vanishing group) leaves the midpoint alone.
+KVMIX_HOST_DEVICE inline CodeMap code_map(float scale, float mid, float top) {
+  const float factor = scale > 0.0f ? 1.0f / (scale * top) : 0.0f;
+  return {factor, 0.5f - mid * factor};
 }
 
-// The smallest and largest of a group; of zeros, the first.
+inline constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the last bits
+
+KVMIX_HOST_DEVICE inline float quantize_code(float x, CodeMap map, float top) {
+  return fused_multiply_add(limit_unit(fused_multiply_add(x, map.factor, map.offset)), top, kRoundToInteger) - kRoundToInteger;
+}
+
+// The smallest and largest of a group.
 struct GroupRange {
   float low, high;
 };
 
-// x: n finite floats (1 <= n <= kMaxGroup); codes: n bytes, or null for the scale alone.
-template <class Values>
-KVMIX_HOST_DEVICE inline GroupScale quantize_range(const Values& x, int n, GroupRange limits, int bits, Fit fit,
-                                                   bool zero_point, uint8_t* codes) {
-  float low = limits.low, high = limits.high;
-  if (!zero_point) {
-    const float magnitude = high > -low ? high : -low;
-    low = -magnitude;
-    high = magnitude;
-  }
-  const float top = static_cast<float>((1 << bits) - 1), centre = code_centre(bits);
-  const float range = high - low, middle = zero_point ? (high + low) * 0.5f : 0.0f;
-  const GroupScale min_max{saturate_f16(range / top), saturate_f16(middle)};
-  if (fit == Fit::kMinMax || !(range > 0.0f)) {
-    if (codes != nullptr) quantize_with(x, n, bits, min_max, codes);
-    return min_max;
-  }
-
-  float sum_x = 0.0f;
-  for (int i = 0; i < n; ++i) sum_x = sum_x + (x[i] - middle);
-  const int starts = bits <= 3 ? 3 : 2;
-  GroupScale best = min_max;
-  float best_error = -1.0f;
-  for (int start = 0; start < starts; ++start) {
-    const float clip = start == 0 ? 1.0f : (bits <= 3 ? (start == 1 ? 0.8f : 0.6f) : 0.85f);
-    float scale = clip * range / top, mid = middle;
-    for (int round = 0; round < 3; ++round) {
-      const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-      float sum_q = 0.0f, sum_qq = 0.0f, sum_qx = 0.0f;
-      for (int i = 0; i < n; ++i) {
-        const float q = quantize_code(x[i], mid, inverse, centre, top) - centre;
-        const float y = x[i] - middle;
-        sum_q = sum_q + q;
-        sum_qq = sum_qq + q * q;
-        sum_qx = sum_qx + q * y;
-      }
-      const float count = static_cast<float>(n);
-      if (zero_point) {
-        const float variance = sum_qq - sum_q * sum_q / count;
-        const float covariance = sum_qx - sum_q * sum_x / count;
-        if (!(variance > 0.0f) || !(covariance > 0.0f)) break;
-        scale = covariance / variance;
-        mid = middle + (sum_x - scale * sum_q) / count;
-      } else {
-        if (!(sum_qq > 0.0f) || !(sum_qx > 0.0f)) break;
-        scale = sum_qx / sum_qq;
-      }
-    }
-    const GroupScale candidate{saturate_f16(scale), saturate_f16(mid)};
-    const float error = quantize_with(x, n, bits, candidate, static_cast<uint8_t*>(nullptr));
-    if (best_error < 0.0f || error < best_error) {
-      best_error = error;
-      best = candidate;
-    }
-  }
-  if (codes != nullptr) quantize_with(x, n, bits, best, codes);
-  return best;
+// The range as it is coded: symmetric without a zero point. Adding zero makes a zero positive, whichever zero came first.
+struct CodedRange {
+  float range, middle;
+};
+KVMIX_HOST_DEVICE inline CodedRange coded_range(GroupRange limits, bool zero_point) {
+  if (zero_point) return {(limits.high - limits.low) + 0.0f, (limits.high + limits.low) * 0.5f + 0.0f};
+  const float magnitude = limits.high > -limits.low ? limits.high : -limits.low;
+  return {(magnitude + magnitude) + 0.0f, 0.0f};
+}
+KVMIX_HOST_DEVICE inline GroupScale min_max_scale(CodedRange r, float top) {
+  return {saturate_f16(r.range / top), saturate_f16(r.middle)};
 }
 
-KVMIX_HOST_DEVICE inline GroupScale quantize_group(const float* x, int n, int bits, Fit fit, bool zero_point, uint8_t* codes) {
+// Sums over a group of codes c and values y less the range's middle.
+struct FitSums {
+  float code, code_squared, product;
+};
+
+// Parts of the range that the fit starts from, and rounds of regression after the best of them.
+inline constexpr int kFitStarts = 3;
+KVMIX_HOST_DEVICE constexpr int fit_rounds(int bits) { return bits <= 3 ? 3 : 2; }
+KVMIX_HOST_DEVICE constexpr float fit_start(int bits, int start) {
+  if (bits <= 3) return start == 0 ? 0.93f : (start == 1 ? 0.77f : 0.62f);
+  return start == 0 ? 1.0f : (start == 1 ? 0.92f : 0.84f);
+}
+
+// The scale and midpoint (less the middle) that explain most so far, and how much of the sum of squares they do.
+struct FitState {
+  float scale, mid, gain;
+};
+KVMIX_HOST_DEVICE inline void regress(const FitSums& s, float sum_y, float count, float centre, bool zero_point,
+                                      FitState& best) {
+  const float variance = zero_point ? s.code_squared - s.code * s.code / count
+                                    : (s.code_squared - (centre + centre) * s.code) + count * (centre * centre);
+  const float covariance = zero_point ? s.product - s.code * sum_y / count : s.product - centre * sum_y;
+  const float scale = covariance / variance, gain = covariance * scale;
+  if (!(variance > 0.0f) || !(covariance > 0.0f) || !(gain > best.gain)) return;
+  best = {scale, zero_point ? (sum_y - scale * (s.code - count * centre)) / count : 0.0f, gain};
+}
+
+// Fits n values of a range; sums(map) sums their codes under a map of y, sum_y is the sum of y.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // `sums` is the host's or the device's, as the caller
+#endif
+template <class Sums>
+KVMIX_HOST_DEVICE inline GroupScale fit_scale(CodedRange r, int n, int bits, bool zero_point, float sum_y, const Sums& sums) {
+  const float top = static_cast<float>((1 << bits) - 1), centre = code_centre(bits), count = static_cast<float>(n);
+  FitState best{r.range / top, 0.0f, 0.0f};
+  for (int start = 0; start < kFitStarts; ++start) {
+    regress(sums(code_map(fit_start(bits, start) * r.range / top, 0.0f, top)), sum_y, count, centre, zero_point, best);
+  }
+  for (int round = 0; round < fit_rounds(bits); ++round) {
+    regress(sums(code_map(best.scale, best.mid, top)), sum_y, count, centre, zero_point, best);
+  }
+  return {saturate_f16(best.scale), saturate_f16(r.middle + best.mid)};
+}
+
+// x: n finite floats (1 <= n <= kMaxGroup); codes: n bytes.
+inline GroupScale quantize_group(const float* x, int n, int bits, Fit fit, bool zero_point, uint8_t* codes) {
   GroupRange limits{x[0], x[0]};
   for (int i = 1; i < n; ++i) {
     limits.low = x[i] < limits.low ? x[i] : limits.low;
     limits.high = x[i] > limits.high ? x[i] : limits.high;
   }
-  return quantize_range(x, n, limits, bits, fit, zero_point, codes);
+  const float top = static_cast<float>((1 << bits) - 1);
+  const CodedRange range = coded_range(limits, zero_point);
+  GroupScale stored = min_max_scale(range, top);
+  if (fit == Fit::kLeastSquares) {
+    const auto all = [](const float(&p)[kPartialSums]) { return (p[0] + p[1]) + (p[2] + p[3]); };
+    float y[kMaxGroup], sum_y[kPartialSums] = {};
+    for (int i = 0; i < n; ++i) {
+      y[i] = x[i] - range.middle;
+      sum_y[i / 2 % kPartialSums] += y[i];
+    }
+    stored = fit_scale(range, n, bits, zero_point, all(sum_y), [&](CodeMap map) {
+      float code = 0.0f, squared = 0.0f, product[kPartialSums] = {};
+      for (int i = 0; i < n; ++i) {
+        const float c = quantize_code(y[i], map, top);
+        code += c;
+        squared += c * c;
+        product[i / 2 % kPartialSums] = fused_multiply_add(c, y[i], product[i / 2 % kPartialSums]);
+      }
+      return FitSums{code, squared, all(product)};
+    });
+  }
+  const CodeMap map = code_map(f16_to_f32(stored.scale), f16_to_f32(stored.mid), top);
+  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(quantize_code(x[i], map, top));
+  return stored;
 }
 
 }  // namespace kvmix

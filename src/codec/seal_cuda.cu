@@ -1,13 +1,12 @@
 // Seals open pages into records, and appends rows to open pages.
 //
-// A block seals one side of one page of one KV head: the tile goes to shared memory as fp16, ranges are taken
-// per 32 elements with packed minima and maxima, one thread a group makes scale and midpoint with quantize.h's arithmetic
-// (compiled without fused multiply-adds, so scales and codes equal the CPU codec's to the bit), and every lane packs the words
-// of its fragments (tile_layout_cuda.h) straight from the tile.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// A block seals one side of one page of one KV head: the tile goes to shared memory as fp16, transformed if asked; scales and
+// midpoints follow quantize.h's arithmetic (compiled without fused multiply-adds but those it names, so scales and codes equal
+// the CPU codec's to the bit): min-max from packed minima and maxima of 32 elements, fits with four threads a group that hold
+// their values in registers; then every lane packs the words of its fragments (tile_layout_cuda.h) straight from the tile.
 #include <cuda_runtime.h>
 
+#include "attention/attend_cuda_common.cuh"
 #include "attention/cuda_support.h"
 #include "attention/launch_cuda.h"
 #include "base/fp16.h"
@@ -16,8 +15,7 @@
 namespace kvmix::cuda {
 namespace {
 
-constexpr int kSegment = 32;
-__host__ __device__ constexpr int seal_threads(bool fitted) { return fitted ? 128 : 256; }
+constexpr int kSegment = 32, kSealThreads = 256, kSealWarps = kSealThreads / 32;
 
 struct SealArguments {
   const uint8_t* open_pages;
@@ -27,40 +25,50 @@ struct SealArguments {
   const int32_t* open_ids;
   const int32_t* record_ids;
   RecordShape shape;
-  Fit fit;
+  kvmix_cuda_transform key_transform, value_transform;
 };
 
-// Halves of a row of the tile. Fits walk rows side by side: an odd number of words. Otherwise fragments are what is read most:
-// four banks further a row.
-__host__ __device__ constexpr int tile_row(int head_dim, bool fitted) { return head_dim + (fitted ? 2 : 8); }
+// Halves of a row of the tile: four banks further a row, for fragments and fits alike.
+__host__ __device__ constexpr int tile_row(int head_dim) { return head_dim + 8; }
+// Tokens whose errors are fed back at once, a thread each.
+__host__ __device__ constexpr int feedback_tokens(int head_dim) { return head_dim <= 128 ? kPageTokens : kPageTokens / 2; }
 
-// Shared memory: the tile, the ranges of segments (half2 low, high), midpoint and inverse scale of every group.
+// Shared memory: the tile, the ranges of segments (half2 low, high), the CodeMap of every group, rounding errors.
 struct SealSpace {
-  int ranges, groups, bytes;
+  int ranges, groups, errors, bytes;
 };
-__host__ __device__ inline SealSpace seal_space(const SideShape& side, bool fitted) {
+__host__ __device__ inline SealSpace seal_space(const SideShape& side, bool feedback) {
   SealSpace space{};
-  space.ranges = (kPageTokens * tile_row(side.head_dim, fitted) * 2 + 15) / 16 * 16;
+  space.ranges = kPageTokens * tile_row(side.head_dim) * 2;
   space.groups = space.ranges + kPageTokens / kSegment * side.head_dim * 8;
-  space.bytes = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  space.errors = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  space.bytes = space.errors + (feedback ? side.head_dim * feedback_tokens(side.head_dim) * 4 : 0);
   return space;
 }
 
-// A group's values in the tile.
-struct TileValues {
-  const __half* first;
-  int step;
-  __device__ float operator[](int i) const { return __half2float(first[i * step]); }
-};
+// What words hold beside codes when every code came with the bits of kRoundToInteger below it, shifted to its place.
+template <int bits>
+__host__ __device__ constexpr uint32_t word_bias(int word) {
+  constexpr uint32_t kInteger = 0x4b400000u;  // of kRoundToInteger
+  uint32_t sum = 0;
+  for (int field = 0; field < 8; ++field) {
+    for (int reg = 0; reg < 4; ++reg) {
+      if (bits == 3 && field == 7 && reg >= 2) continue;
+      const CodePlace place = code_place(bits, reg, field);
+      if (place.word == word) sum += kInteger * (1u << place.bit) + kInteger * (1u << place.bit) * 65536u;
+    }
+  }
+  return sum;
+}
 
-template <int dim, bool fitted, bool key, int bits>
-__device__ void pack_codes(const SideShape& side, const __half* tile, const float2* groups, uint8_t* part) {
-  constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1), kCentre = kTop * 0.5f;
+template <int dim, bool key, int bits>
+__device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
+  constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1);
   constexpr uint32_t kMask = (1u << bits) - 1;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  constexpr int row_halves = tile_row(dim, fitted), tiles = dim / 16;
+  constexpr int row_halves = tile_row(dim), tiles = dim / 16;
   const int group_shift = 31 - __clz(side.group);
-  for (int block = warp; block < tiles; block += seal_threads(fitted) / 32) {
+  for (int block = warp; block < tiles; block += kSealWarps) {
     uint32_t w[block_words(bits)] = {};
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
@@ -79,33 +87,38 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const floa
         if constexpr (bits == 16) {
           w[code_place(16, reg, field).word] = reinterpret_cast<const uint32_t&>(pair);
         } else {
-          // (midpoint, inverse scale) of both; neighbours in their order unless they are the same group.
+          // The maps of both; neighbours in their order unless they are the same group.
           const int group =
               side.per_token ? (channel >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + channel;
           float4 g;
           if (key && side.per_token) {
-            const float2 same = groups[group];
-            g = {same.x, same.y, same.x, same.y};
+            const CodeMap same = groups[group];
+            g = {same.factor, same.offset, same.factor, same.offset};
           } else {
             g = *reinterpret_cast<const float4*>(groups + group);
           }
+          // As quantize_code: the integer stands in the low bits once kRoundToInteger is added.
           const float2 x = __half22float2(pair);
-          // As quantize_code: the integer stands in the low bits once 1.5 * 2^23 is added.
-          const float v0 = fmaxf(fminf((x.x - g.x) * g.y + kCentre, kTop), 0.0f);
-          const float v1 = fmaxf(fminf((x.y - g.z) * g.w + kCentre, kTop), 0.0f);
-          const uint32_t c0 = __float_as_uint(v0 + 12582912.0f) & kMask, c1 = __float_as_uint(v1 + 12582912.0f) & kMask;
+          const uint32_t c0 = __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(x.x, g.x, g.y)), kTop, kRoundToInteger));
+          const uint32_t c1 = __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(x.y, g.z, g.w)), kTop, kRoundToInteger));
           if (bits == 3 && field == 7 && reg >= 2) {
 #pragma unroll
             for (int b = 0; b < bits; ++b) {
               const CodePlace place = code_bit_place(bits, reg, field, b);
-              w[place.word % block_words(bits)] |= ((c0 >> b & 1u) << place.bit) | ((c1 >> b & 1u) << (place.bit + 16));
+              w[place.word % block_words(bits)] +=
+                  (((c0 & kMask) >> b & 1u) << place.bit) | (((c1 & kMask) >> b & 1u) << (place.bit + 16));
             }
           } else {
+            // What the constant's bits add is known, and taken away once a word.
             const CodePlace place = code_place(bits, reg, field);
-            w[place.word % block_words(bits)] |= (c0 | c1 << 16) << place.bit;
+            w[place.word % block_words(bits)] += (c0 + (c1 << 16)) << place.bit;
           }
         }
       }
+    }
+    if constexpr (bits != 16) {
+#pragma unroll
+      for (int i = 0; i < block_words(bits); ++i) w[i] -= word_bias<bits>(i);
     }
     uint8_t* const to = part + block * block_bytes(bits);
 #pragma unroll
@@ -119,21 +132,21 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const floa
   }
 }
 
-template <int dim, bool fitted, bool key>
-__device__ void pack_codes(const SideShape& side, const __half* tile, const float2* groups, uint8_t* part) {
+template <int dim, bool key>
+__device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
   switch (side.bits) {
     case 1:
-      return pack_codes<dim, fitted, key, 1>(side, tile, groups, part);
+      return pack_codes<dim, key, 1>(side, tile, groups, part);
     case 2:
-      return pack_codes<dim, fitted, key, 2>(side, tile, groups, part);
+      return pack_codes<dim, key, 2>(side, tile, groups, part);
     case 3:
-      return pack_codes<dim, fitted, key, 3>(side, tile, groups, part);
+      return pack_codes<dim, key, 3>(side, tile, groups, part);
     case 4:
-      return pack_codes<dim, fitted, key, 4>(side, tile, groups, part);
+      return pack_codes<dim, key, 4>(side, tile, groups, part);
     case 8:
-      return pack_codes<dim, fitted, key, 8>(side, tile, groups, part);
+      return pack_codes<dim, key, 8>(side, tile, groups, part);
     default:
-      return pack_codes<dim, fitted, key, 16>(side, tile, groups, part);
+      return pack_codes<dim, key, 16>(side, tile, groups, part);
   }
 }
 
@@ -143,21 +156,163 @@ __device__ inline uint32_t finite_pair(uint32_t v) {
   if ((v & 0x7c000000u) == 0x7c000000u) v &= 0xffffu;
   return v;
 }
+__device__ inline float finite(float v) { return fabsf(v) < INFINITY ? v : 0.0f; }
+
+// The page's rows to the tile.
+template <int dim>
+__device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) {
+  constexpr int kOctets = dim / 8;
+#pragma unroll 8
+  for (int at = static_cast<int>(threadIdx.x); at < kPageTokens * kOctets; at += kSealThreads) {
+    const uint4 v = __ldcs(source + at);
+    *reinterpret_cast<uint4*>(tile + at / kOctets * tile_row(dim) + at % kOctets * 8) =
+        as_is ? v : uint4{finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
+  }
+}
+
+// Every row of the tile as transform_row (cache/transform.h) changes it, in its order of operations. A warp a row; lane l holds
+// channels l, l + 32, ...
+template <int dim>
+__device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half* tile) {
+  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float* const center = t.center == nullptr ? nullptr : t.center + static_cast<int>(blockIdx.y) * dim;
+  const float* const scales = t.scales == nullptr ? nullptr : t.scales + static_cast<int>(blockIdx.y) * dim;
+  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < kPageTokens; row += kSealWarps) {
+    float x[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      x[i] = __half2float(tile[row * tile_row(dim) + 32 * i + lane]);
+      if (center != nullptr) x[i] -= center[32 * i + lane];
+      if (scales != nullptr) x[i] *= scales[32 * i + lane];
+    }
+    if (t.hadamard != 0) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          const float other = __shfl_xor_sync(~0u, x[i], step);
+          x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
+        }
+      }
+#pragma unroll
+      for (int step = 1; step < kBlock / 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if ((i & step) != 0) continue;
+          const float a = x[i], b = x[i + step];
+          x[i] = a + b, x[i + step] = a - b;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const __half h = __float2half_rn(x[i]);
+      tile[row * tile_row(dim) + 32 * i + lane] = as_is || !__hisinf(h) && !__hisnan(h) ? h : __float2half_rn(0.0f);
+    }
+  }
+}
+
+// A group of kValues * kPartialSums values, four lanes side by side: lane j of them holds partial sum j's.
+template <int kValues>
+__device__ GroupScale fit_values(const __half* first, int step, int bits) {
+  const float top = static_cast<float>((1 << bits) - 1);
+  const int j = static_cast<int>(threadIdx.x) % kPartialSums;
+  const auto all = [](float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+  };
+  float y[kValues], low = 65504.0f, high = -65504.0f;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    y[i] = __half2float(first[(i / 2 * 2 * kPartialSums + 2 * j + i % 2) * step]);
+    low = fminf(low, y[i]), high = fmaxf(high, y[i]);
+  }
+#pragma unroll
+  for (int other = 1; other < kPartialSums; other *= 2) {
+    low = fminf(low, __shfl_xor_sync(~0u, low, other)), high = fmaxf(high, __shfl_xor_sync(~0u, high, other));
+  }
+  const CodedRange range = coded_range({low, high}, true);
+  float sum_y = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    y[i] = y[i] - range.middle;
+    sum_y += y[i];
+  }
+  return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), [&](CodeMap map) {
+    float code = 0.0f, squared = 0.0f, product = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const float c = quantize_code(y[i], map, top);
+      code += c;
+      squared = __fmaf_rn(c, c, squared);
+      product = __fmaf_rn(c, y[i], product);
+    }
+    return FitSums{all(code), all(squared), all(product)};
+  });
+}
+
+// Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does, a thread a token, and leaves codes in the tile.
+template <int dim>
+__device__ void feed_back(const SideShape& side, const float* weights, const uint16_t* meta, const CodeMap* groups,
+                          float* errors, __half* tile) {
+  constexpr int kTokens = feedback_tokens(dim), kAtOnce = 8;
+  const float top = static_cast<float>((1 << side.bits) - 1), centre = code_centre(side.bits);
+  const int group_shift = 31 - __clz(side.group);
+  const int token = static_cast<int>(threadIdx.x);
+  if (token >= kPageTokens) return;
+  // Each strip of tokens is one run of threads; both strips of the widest heads use the buffer in turn.
+  for (int strip = 0; strip < kPageTokens; strip += kTokens) {
+    if (strip != 0) asm volatile("bar.sync 1, 128;\n" ::: "memory");
+    if (token < strip || token >= strip + kTokens) continue;
+    float* const mine = errors + token - strip;
+    __half* const row = tile + token * tile_row(dim);
+    for (int c0 = 0; c0 < dim; c0 += kAtOnce) {
+      float exact[kAtOnce], wanted[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) exact[k] = wanted[k] = __half2float(row[c0 + k]);
+      const float* rows[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) rows[k] = weights + (c0 + k) * (c0 + k - 1) / 2;
+      for (int i = 0; i < c0; ++i) {
+        const float error = mine[i * kTokens];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) wanted[k] = wanted[k] + __ldg(rows[k] + i) * error;
+      }
+      float fresh[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+        for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + __ldg(rows[k] + c0 + i) * fresh[i];
+        const int c = c0 + k;
+        const int group = side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c;
+        const int at = side.scale_at(token, c);
+        const float scale = f16_to_f32(meta[at]), mid = f16_to_f32(meta[at + side.mid_step()]);
+        const float code = quantize_code(finite(wanted[k]), groups[group], top);
+        fresh[k] = exact[k] - (mid + scale * (code - centre));
+        mine[c * kTokens] = fresh[k];
+        row[c] = __float2half_rn(code);
+      }
+    }
+  }
+}
 
 template <int dim, bool fitted>
-__global__ void __launch_bounds__(seal_threads(fitted)) seal_kernel(const __grid_constant__ SealArguments args) {
+__global__ void __launch_bounds__(kSealThreads, fitted ? 3 : 4) seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t space[];
-  constexpr int kSealThreads = seal_threads(fitted), kSealWarps = kSealThreads / 32;
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
   const SideShape side = key ? args.shape.key() : args.shape.value();
+  const kvmix_cuda_transform& transform = key ? args.key_transform : args.value_transform;
+  const bool feedback = transform.feedback != nullptr && side.bits != 16;
   const int thread = static_cast<int>(threadIdx.x);
-  constexpr int row_halves = tile_row(dim, fitted), octets = dim / 8;
-  const SealSpace layout = seal_space(side, fitted);
+  constexpr int row_halves = tile_row(dim);
+  const SealSpace layout = seal_space(side, feedback);
   auto* const tile = reinterpret_cast<__half*>(space);
-  auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
-  auto* const highs = lows + kPageTokens / kSegment * dim;
-  auto* const groups = reinterpret_cast<float2*>(space + layout.groups);
+  auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
   const auto* const source =
       reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[blockIdx.x] * args.open_page_stride +
                                      static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
@@ -166,70 +321,87 @@ __global__ void __launch_bounds__(seal_threads(fitted)) seal_kernel(const __grid
                           static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
   uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
 
-#pragma unroll 8
-  for (int at = thread; at < kPageTokens * octets; at += kSealThreads) {
-    const uint4 v = __ldcs(source + at);
-    auto* const to = reinterpret_cast<uint32_t*>(tile + at / octets * row_halves + at % octets * 8);
-    if constexpr (!fitted) {
-      *reinterpret_cast<uint4*>(to) =
-          side.bits == 16 ? v : uint4{finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
-      continue;
-    }
-    if (side.bits == 16) {
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    } else {
-      to[0] = finite_pair(v.x), to[1] = finite_pair(v.y), to[2] = finite_pair(v.z), to[3] = finite_pair(v.w);
-    }
-  }
+  const bool transformed = transform.center != nullptr || transform.hadamard != 0;
+  load_tile<dim>(source, transformed || side.bits == 16, tile);
   __syncthreads();
+  if (transformed) {
+    transform_tile<dim>(transform, side.bits == 16, tile);
+    __syncthreads();
+  }
 
   float most = 0.0f;
   if (side.bits != 16) {
-    // Ranges of 32 tokens of two channels, or of 32 channels of a token.
-    const auto ranges = [&](int lines, int segments, int line_step, int segment_step, int step, int count) {
-      for (int at = thread; at < lines * segments; at += kSealThreads) {
-        const auto* x = reinterpret_cast<const __half2*>(tile + at % lines * line_step + at / lines * segment_step);
-        // Lanes that walk rows start at different words, for the sake of banks.
-        const int turn = step == 1 && !fitted ? thread / 8 % 4 : 0;
-        __half2 low = x[turn], high = low;
-#pragma unroll
-        for (int i = 1; i < count; ++i) {
-          const __half2 v = x[(i + turn) % count * step];
-          low = __hmin2(low, v), high = __hmax2(high, v);
-        }
-        lows[at] = low, highs[at] = high;
-      }
-    };
-    if (side.per_token) {
-      ranges(kPageTokens, dim / kSegment, row_halves, kSegment, 1, kSegment / 2);
-    } else {
-      ranges(dim / 2, kPageTokens / kSegment, 2, kSegment * row_halves, row_halves / 2, kSegment);
-    }
-    const int lines = side.per_token ? kPageTokens : dim / 2;
-    __syncthreads();
+    const float top = static_cast<float>((1 << side.bits) - 1);
     auto* const meta = reinterpret_cast<uint16_t*>(part + side.meta());
-    const int width = side.per_token ? kPageTokens : dim;
-    for (int at = thread; at < side.groups() * width; at += kSealThreads) {
-      const int i = at % width, g = at / width, first = g * side.group;
-      const int count = side.per_token && dim - first < side.group ? dim - first : side.group;
-      float low = 65504.0f, high = -65504.0f;
-      for (int segment = first / kSegment; segment < (first + count) / kSegment; ++segment) {
-        const int line = segment * lines + (side.per_token ? i : i / 2);
-        const float2 l = __half22float2(lows[line]), h = __half22float2(highs[line]);
-        low = fminf(low, side.per_token ? fminf(l.x, l.y) : i % 2 == 0 ? l.x : l.y);
-        high = fmaxf(high, side.per_token ? fmaxf(h.x, h.y) : i % 2 == 0 ? h.x : h.y);
-      }
-      const TileValues x =
-          side.per_token ? TileValues{tile + i * row_halves + first, 1} : TileValues{tile + first * row_halves + i, row_halves};
-      if (low == 0.0f && high == 0.0f) low = high = x[0];  // the sign of the first zero, as one after the other
-      const GroupScale stored =
-          quantize_range(x, count, {low, high}, side.bits, args.fit, true, static_cast<uint8_t*>(nullptr));
+    const int width = side.per_token ? kPageTokens : dim, count_of_groups = side.groups() * width;
+    const auto store = [&](int at, int i, int g, GroupScale stored) {
       const float scale = f16_to_f32(stored.scale);
       most = fmaxf(most, scale);
-      groups[at] = make_float2(f16_to_f32(stored.mid), scale > 0.0f ? 1.0f / scale : 0.0f);
+      groups[at] = code_map(scale, f16_to_f32(stored.mid), top);
       const int to = side.per_token ? g * kPageTokens * 2 + value_scale_slot(i) : g * dim + key_scale_slot(dim, i);
       meta[to] = stored.scale;
       meta[to + side.mid_step()] = stored.mid;
+    };
+    if constexpr (fitted) {
+      // Whole warps: `width` is a multiple of the groups that a warp takes.
+      for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
+        const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
+        const __half* const x = side.per_token ? tile + i * row_halves + first : tile + first * row_halves + i;
+        const int step = side.per_token ? 1 : row_halves;
+        GroupScale stored;
+        switch (side.per_token && dim - first < side.group ? dim - first : side.group) {
+          case 32:
+            stored = fit_values<8>(x, step, side.bits);
+            break;
+          case 64:
+            stored = fit_values<16>(x, step, side.bits);
+            break;
+          case 96:
+            stored = fit_values<24>(x, step, side.bits);
+            break;
+          default:
+            stored = fit_values<32>(x, step, side.bits);
+            break;
+        }
+        if (job % kPartialSums == 0) store(at, i, g, stored);
+      }
+    } else {
+      auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
+      auto* const highs = lows + kPageTokens / kSegment * dim;
+      // Ranges of 32 tokens of two channels, or of 32 channels of a token.
+      const auto ranges = [&](int lines, int segments, int line_step, int segment_step, int step, int count) {
+        for (int at = thread; at < lines * segments; at += kSealThreads) {
+          const auto* x = reinterpret_cast<const __half2*>(tile + at % lines * line_step + at / lines * segment_step);
+          // Lanes that walk rows start at different words, for the sake of banks.
+          const int turn = step == 1 ? thread / 8 % 4 : 0;
+          __half2 low = x[turn], high = low;
+#pragma unroll
+          for (int i = 1; i < count; ++i) {
+            const __half2 v = x[(i + turn) % count * step];
+            low = __hmin2(low, v), high = __hmax2(high, v);
+          }
+          lows[at] = low, highs[at] = high;
+        }
+      };
+      if (side.per_token) {
+        ranges(kPageTokens, dim / kSegment, row_halves, kSegment, 1, kSegment / 2);
+      } else {
+        ranges(dim / 2, kPageTokens / kSegment, 2, kSegment * row_halves, row_halves / 2, kSegment);
+      }
+      const int lines = side.per_token ? kPageTokens : dim / 2;
+      __syncthreads();
+      for (int at = thread; at < count_of_groups; at += kSealThreads) {
+        const int i = at % width, g = at / width, first = g * side.group;
+        const int count = side.per_token && dim - first < side.group ? dim - first : side.group;
+        float low = 65504.0f, high = -65504.0f;
+        for (int segment = first / kSegment; segment < (first + count) / kSegment; ++segment) {
+          const int line = segment * lines + (side.per_token ? i : i / 2);
+          const float2 l = __half22float2(lows[line]), h = __half22float2(highs[line]);
+          low = fminf(low, side.per_token ? fminf(l.x, l.y) : i % 2 == 0 ? l.x : l.y);
+          high = fmaxf(high, side.per_token ? fmaxf(h.x, h.y) : i % 2 == 0 ? h.x : h.y);
+        }
+        store(at, i, g, min_max_scale(coded_range({low, high}, true), top));
+      }
     }
   }
   for (int step = 1; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
@@ -242,21 +414,26 @@ __global__ void __launch_bounds__(seal_threads(fitted)) seal_kernel(const __grid
     header[key ? 0 : 1] = side.bits == 16 ? 0 : scale_exponent(all);
     if (key) header[2] = header[3] = 0;
   }
+  if (feedback) {
+    const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
+    feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), meta, groups,
+                   reinterpret_cast<float*>(space + layout.errors), tile);
+    __syncthreads();
+    // The tile holds codes now.
+    const float factor = 1.0f / static_cast<float>((1 << side.bits) - 1);
+    for (int at = thread; at < side.meta_bytes() / 4; at += kSealThreads) groups[at] = {factor, 0.0f};
+    __syncthreads();
+  }
   if (key) {
-    pack_codes<dim, fitted, true>(side, tile, groups, part);
+    pack_codes<dim, true>(side, tile, groups, part);
   } else {
-    pack_codes<dim, fitted, false>(side, tile, groups, part);
+    pack_codes<dim, false>(side, tile, groups, part);
   }
 }
 
 struct AppendArguments {
   kvmix_cuda_append_params p;
 };
-
-__device__ inline uint32_t f16_of_bf16(uint32_t v) {
-  const auto half = [](float x) { return static_cast<uint32_t>(saturate_f16(x)); };
-  return half(__uint_as_float(v << 16)) | half(__uint_as_float(v & 0xffff0000u)) << 16;
-}
 
 // A block copies one head's keys or values of 8 rows.
 __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
@@ -300,14 +477,15 @@ void seal(const kvmix_cuda_seal_params& p) {
                         p.open_ids,
                         p.record_ids,
                         record_shape(p.format),
-                        p.fitted != 0 ? Fit::kLeastSquares : Fit::kMinMax};
-  const bool fitted = p.fitted != 0;
-  const int keys = seal_space(a.shape.key(), fitted).bytes, values = seal_space(a.shape.value(), fitted).bytes;
+                        p.key_transform,
+                        p.value_transform};
+  const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
+  const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
   const int shared = keys > values ? keys : values;
-  auto* const kernel = fitted ? kernel_of<true>(p.format.head_dim) : kernel_of<false>(p.format.head_dim);
+  auto* const kernel = p.fitted != 0 ? kernel_of<true>(p.format.head_dim) : kernel_of<false>(p.format.head_dim);
   allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
-  kernel<<<grid, seal_threads(fitted), static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
+  kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
   check_cuda(cudaGetLastError(), "seal: launch");
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/fp16.h"
+#include "cache/transform.h"
 #include "codec/tile_layout.h"
 #include "kvmix/codec.h"
 #include "kvmix/kvmix_cuda.h"
@@ -63,6 +64,7 @@ struct Case {
   std::vector<int32_t> lengths;
   float scale_of_values = 1.0f;
   bool bf16 = false;
+  bool new_rows = false;  // the newest rows come with the launch instead of standing in open pages
 };
 
 CodecSpec spec_of(const kvmix_cuda_format& f, bool key) {
@@ -141,6 +143,9 @@ class World {
     p.open_page_stride = p.open_head_stride * c_.kv_heads;
     p.page_table = static_cast<int32_t*>(table.data), p.page_table_stride = table_stride_;
     p.items = static_cast<kvmix_cuda_item*>(work.data), p.workspace = space.data;
+    const size_t new_size = c_.new_rows ? c_.lengths.size() * static_cast<size_t>(c_.q_tokens * c_.kv_heads) * dim_ : 0;
+    DeviceBytes new_keys(new_size * 2), new_values(new_size * 2);
+    if (c_.new_rows) take_new_rows(&p, open, new_keys, new_values);
     std::vector<uint16_t> again(q_.size());
     out->resize(q_.size()), lse->resize(q_.size() / dim_);
     for (auto* to : {out, &again}) {
@@ -229,6 +234,38 @@ class World {
   }
 
  private:
+  // Moves the newest rows out of the open pages, leaving NaNs, into arrays [sequence][kv head][token][channel].
+  void take_new_rows(kvmix_cuda_attend_params* p, DeviceBytes& open, DeviceBytes& new_keys, DeviceBytes& new_values) const {
+    std::vector<uint16_t> pages = open_, rows[2];
+    const auto heads = static_cast<size_t>(c_.kv_heads), tokens = static_cast<size_t>(c_.q_tokens);
+    for (auto& r : rows) r.assign(c_.lengths.size() * heads * tokens * dim_, 0);
+    for (size_t s = 0; s < c_.lengths.size(); ++s) {
+      for (int t = 0; t < c_.q_tokens; ++t) {
+        const int position = c_.lengths[s] - c_.q_tokens + t;
+        if (position < 0) continue;
+        int page = 0;
+        while (page + 1 < this->pages(c_.lengths[s]) && first(page + 1) <= position) ++page;
+        const int32_t id = table_[s * static_cast<size_t>(table_stride_) + static_cast<size_t>(page)];
+        ASSERT_LT(id, 0) << "the newest rows must lie in open pages";
+        for (size_t h = 0; h < heads; ++h) {
+          for (size_t side = 0; side < 2; ++side) {
+            for (size_t c = 0; c < dim_; ++c) {
+              uint16_t& from = pages[(static_cast<size_t>(~id) * heads + h) * 2 * kPageTokens * dim_ +
+                                     (side * kPageTokens + static_cast<size_t>(position - first(page))) * dim_ + c];
+              rows[side][((s * heads + h) * tokens + static_cast<size_t>(t)) * dim_ + c] =
+                  c_.bf16 ? to_bf16(f16_to_f32(from)) : from;
+              from = 0x7e00;
+            }
+          }
+        }
+      }
+    }
+    open.upload(pages), new_keys.upload(rows[0]), new_values.upload(rows[1]);
+    p->new_keys = new_keys.data, p->new_values = new_values.data;
+    p->new_token_stride = static_cast<int64_t>(dim_ * 2), p->new_head_stride = p->new_token_stride * c_.q_tokens;
+    p->new_sequence_stride = p->new_head_stride * c_.kv_heads;
+  }
+
   void add_page(size_t s, int page) {
     const int length = c_.lengths[s], begin = first(page), room = page == 0 && c_.sinks > 0 ? c_.sinks : kPageTokens;
     const int live = std::min(room, length - begin);
@@ -243,6 +280,9 @@ class World {
       for (size_t i = 0; i < static_cast<size_t>(live) * dim_; ++i) {
         k[i] = f32_to_f16(normal(random_) * (i % dim_ == 5 ? 12.0f : 1.0f) + static_cast<float>(i % 3));
         v[i] = f32_to_f16((normal(random_) + 0.5f) * c_.scale_of_values);
+        if (c_.new_rows && c_.bf16) {  // numbers that both types hold
+          k[i] = f32_to_f16(from_bf16(to_bf16(f16_to_f32(k[i])))), v[i] = f32_to_f16(from_bf16(to_bf16(f16_to_f32(v[i]))));
+        }
       }
       auto& keys = keys_[s * heads + h];
       auto& values = values_[s * heads + h];
@@ -351,17 +391,25 @@ TEST_P(CudaAttend, SlidingWindow) { check({GetParam(), 4, 1, 2, 0, 128, 300, 0, 
 TEST_P(CudaAttend, SoftCap) { check({GetParam(), 4, 2, 1, 0, 64, 0, 0, 20.0f, {1, 128, 900}}); }
 TEST_P(CudaAttend, Bfloat16) { check({GetParam(), 4, 2, 1, 0, 64, 0, 0, 0.0f, {1, 128, 900}, 1.0f, true}); }
 TEST_P(CudaAttend, EightTokensGrouped4) { check({GetParam(), 4, 1, 8, 4, 128, 0, 16, 0.0f, {8, 9, 260, 1111}}); }
+TEST_P(CudaAttend, NewRows) { check({GetParam(), 4, 2, 1, 16, 128, 0, 16, 0.0f, {0, 1, 16, 17, 145, 900}, 1.0f, false, true}); }
+TEST_P(CudaAttend, NewRowsOfSeveralTokens) {
+  check({GetParam(), 2, 2, 4, 0, 256, 0, 16, 0.0f, {4, 130, 128, 901}, 1.0f, true, true});
+}
 TEST_P(CudaAttend, Prefill) { check({GetParam(), 4, 2, 150, 16, 256, 0, 0, 0.0f, {150, 161, 700}}); }
 TEST_P(CudaAttend, PrefillSlidingWindow) { check({GetParam(), 2, 1, 130, 0, 130, 100, 0, 30.0f, {130, 400}}); }
 TEST_P(CudaAttend, LongContext) { check({GetParam(), 4, 1, 1, 16, 128, 0, 0, 0.0f, {20000}}); }
 TEST_P(CudaAttend, SmallValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 1e-3f}); }
 TEST_P(CudaAttend, LargeValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 3000.0f}); }
 
-// Records sealed on the GPU equal those converted from the CPU codec's tiles, byte for byte.
-TEST_P(CudaAttend, SealEqualsCpu) {
-  const kvmix_cuda_format format = GetParam();
+struct SealCase {
+  bool fitted, center, scales, hadamard, feedback;
+};
+
+// Records sealed on the GPU equal those converted from the CPU codec's tiles of rows that transform_row changed, byte for byte.
+void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
   constexpr int kPages = 3, kHeads = 2;
-  const size_t dim = static_cast<size_t>(format.head_dim);
+  const int head_dim = format.head_dim;
+  const auto dim = static_cast<size_t>(head_dim);
   size_t bytes = 0;
   ASSERT_EQ(kvmix_cuda_record_bytes(&format, &bytes), KVMIX_OK);
   std::mt19937 random(3);
@@ -373,37 +421,75 @@ TEST_P(CudaAttend, SealEqualsCpu) {
                   : f32_to_f16(normal(random) * (i % dim == 5 ? 12.0f : 1.0f));
   for (size_t i = 0; i < kPageTokens * dim; i += dim) open[i + 9] = f32_to_f16(0.25f);     // a constant channel
   for (size_t i = 0; i < kPageTokens * dim; i += dim) open[i + 11] = i == 0 ? 0x8000 : 0;  // zeros of both signs
+  TransformSpec transforms[2];
+  for (int side = 0; side < 2; ++side) {
+    TransformSpec& t = transforms[side];
+    t.hadamard = c.hadamard;
+    if (c.center && side == 0) t.center.resize(kHeads * dim);
+    if (c.scales) t.scales.resize(kHeads * dim);
+    if (c.feedback) t.feedback.resize(kHeads * dim * (dim - 1) / 2);
+    for (float& x : t.center) x = normal(random);
+    for (float& x : t.scales) x = (0.5f + std::abs(normal(random))) * (random() % 2 == 0 ? 1.0f : -1.0f);
+    for (float& x : t.feedback) x = 0.1f * normal(random);
+  }
   const std::vector<int32_t> open_ids = {0, 1, 2}, record_ids = {2, 0, 1};
   DeviceBytes pages(open.size() * 2), from(12), to(12), records(kPages * kHeads * bytes);
+  DeviceBytes center(transforms[0].center.size() * 4), key_scales(transforms[0].scales.size() * 4),
+      value_scales(transforms[1].scales.size() * 4), key_feedback(transforms[0].feedback.size() * 4),
+      value_feedback(transforms[1].feedback.size() * 4);
   pages.upload(open), from.upload(open_ids), to.upload(record_ids);
-  for (const bool fitted : {false, true}) {
-    kvmix_cuda_seal_params p{};
-    p.format = format, p.pages = kPages, p.kv_heads = kHeads, p.fitted = fitted;
-    p.open_pages = pages.data, p.open_head_stride = static_cast<int64_t>(2 * kPageTokens * dim * 2),
-    p.open_page_stride = kHeads * p.open_head_stride;
-    p.records = records.data, p.record_head_stride = static_cast<int64_t>(bytes),
-    p.record_page_stride = kHeads * p.record_head_stride;
-    p.open_ids = static_cast<int32_t*>(from.data), p.record_ids = static_cast<int32_t*>(to.data);
-    ASSERT_EQ(kvmix_cuda_seal(&p), KVMIX_OK) << kvmix_cuda_last_error();
-    ASSERT_CUDA(cudaDeviceSynchronize());
-    std::vector<uint8_t> got(kPages * kHeads * bytes), want(bytes);
-    ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
-    CodecSpec key = spec_of(format, true), value = spec_of(format, false);
-    key.fit = value.fit = fitted ? Fit::kLeastSquares : Fit::kMinMax;
-    AlignedBytes key_tile(tile_bytes(key, format.head_dim)), value_tile(tile_bytes(value, format.head_dim));
-    for (size_t page = 0; page < kPages; ++page) {
-      for (size_t head = 0; head < kHeads; ++head) {
-        const uint16_t* x = open.data() + (page * kHeads + head) * 2 * kPageTokens * dim;
-        encode_tile(key, Side::kKey, format.head_dim, x, key_tile.data());
-        encode_tile(value, Side::kValue, format.head_dim, x + kPageTokens * dim, value_tile.data());
-        ASSERT_EQ(kvmix_cuda_record_from_tiles(&format, key_tile.data(), value_tile.data(), want.data()), KVMIX_OK);
-        const auto at = static_cast<size_t>(record_ids[page]) * kHeads + head;
-        EXPECT_EQ(std::memcmp(want.data(), got.data() + at * bytes, bytes), 0)
-            << "page " << page << " head " << head << " fitted " << fitted;
+  center.upload(transforms[0].center), key_scales.upload(transforms[0].scales), value_scales.upload(transforms[1].scales);
+  key_feedback.upload(transforms[0].feedback), value_feedback.upload(transforms[1].feedback);
+  kvmix_cuda_seal_params p{};
+  p.format = format, p.pages = kPages, p.kv_heads = kHeads, p.fitted = c.fitted;
+  p.open_pages = pages.data, p.open_head_stride = static_cast<int64_t>(2 * kPageTokens * dim * 2),
+  p.open_page_stride = kHeads * p.open_head_stride;
+  p.records = records.data, p.record_head_stride = static_cast<int64_t>(bytes),
+  p.record_page_stride = kHeads * p.record_head_stride;
+  p.open_ids = static_cast<int32_t*>(from.data), p.record_ids = static_cast<int32_t*>(to.data);
+  const auto pointer = [](bool there, const DeviceBytes& b) { return there ? static_cast<const float*>(b.data) : nullptr; };
+  p.key_transform = {pointer(c.center, center), pointer(c.scales, key_scales), pointer(c.feedback, key_feedback), c.hadamard};
+  p.value_transform = {nullptr, pointer(c.scales, value_scales), pointer(c.feedback, value_feedback), c.hadamard};
+  ASSERT_EQ(kvmix_cuda_seal(&p), KVMIX_OK) << kvmix_cuda_last_error();
+  ASSERT_CUDA(cudaDeviceSynchronize());
+  std::vector<uint8_t> got(kPages * kHeads * bytes), want(bytes);
+  ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
+  CodecSpec specs[2] = {spec_of(format, true), spec_of(format, false)};
+  for (CodecSpec& spec : specs) spec.fit = c.fitted ? Fit::kLeastSquares : Fit::kMinMax;
+  AlignedBytes key_tile(tile_bytes(specs[0], head_dim)), value_tile(tile_bytes(specs[1], head_dim));
+  for (size_t page = 0; page < kPages; ++page) {
+    for (size_t head = 0; head < kHeads; ++head) {
+      for (size_t side = 0; side < 2; ++side) {
+        const uint16_t* x = open.data() + ((page * kHeads + head) * 2 + side) * kPageTokens * dim;
+        std::vector<uint16_t> rows(kPageTokens * dim);
+        for (size_t t = 0; t < kPageTokens; ++t) {
+          float row[256];
+          for (size_t i = 0; i < dim; ++i) row[i] = f16_to_f32(x[t * dim + i]);
+          transform_row(transforms[side], static_cast<int>(head), head_dim, row);
+          for (size_t i = 0; i < dim; ++i) rows[t * dim + i] = f32_to_f16(row[i]);
+        }
+        const Side which = side == 0 ? Side::kKey : Side::kValue;
+        AlignedBytes& tile = side == 0 ? key_tile : value_tile;
+        encode_tile(specs[side], which, head_dim, rows.data(), tile.data());
+        if (c.feedback && !specs[side].is_f16()) {
+          const float* weights = head_feedback(transforms[side], static_cast<int>(head), head_dim);
+          feedback_tile(specs[side], which, head_dim, rows.data(), weights, tile.data());
+        }
       }
+      ASSERT_EQ(kvmix_cuda_record_from_tiles(&format, key_tile.data(), value_tile.data(), want.data()), KVMIX_OK);
+      const auto at = static_cast<size_t>(record_ids[page]) * kHeads + head;
+      EXPECT_EQ(std::memcmp(want.data(), got.data() + at * bytes, bytes), 0) << "page " << page << " head " << head;
     }
   }
 }
+
+TEST_P(CudaAttend, SealMinMax) { check_seal(GetParam(), {false, false, false, false, false}); }
+TEST_P(CudaAttend, SealFitted) { check_seal(GetParam(), {true, false, false, false, false}); }
+TEST_P(CudaAttend, SealCentred) { check_seal(GetParam(), {true, true, false, false, false}); }
+TEST_P(CudaAttend, SealRotated) { check_seal(GetParam(), {false, true, false, true, false}); }
+TEST_P(CudaAttend, SealScaledAndRotated) { check_seal(GetParam(), {true, true, true, true, false}); }
+TEST_P(CudaAttend, SealWithFeedback) { check_seal(GetParam(), {false, false, false, false, true}); }
+TEST_P(CudaAttend, SealWithAll) { check_seal(GetParam(), {true, true, true, true, true}); }
 
 // A captured launch replays to the same bits; the second launch of World::run checks repetition.
 TEST_P(CudaAttend, Graph) {
