@@ -199,7 +199,7 @@ class TileSeal {
   }
 
   struct Best {
-    V scale, mid, gain;
+    V covariance, variance, mean;
   };
   static V all(const V (&p)[kPartialSums]) { return S::add(S::add(p[0], p[1]), S::add(p[2], p[3])); }
 
@@ -214,19 +214,21 @@ class TileSeal {
         product[k / 2] = S::fma(c, y[i + k], product[k / 2]);
       }
     }
-    const V count = S::set1(static_cast<float>(n)), zero = S::zero();
+    const float count = static_cast<float>(n);
+    const V zero = S::zero(), mean = S::mul(code, S::set1(1.0f / count));
     V variance, covariance;
     if (zero_point) {
-      variance = S::sub(squared, S::div(S::mul(code, code), count));
-      covariance = S::sub(all(product), S::div(S::mul(code, sum_y), count));
+      variance = S::sub(squared, S::mul(code, mean));
+      covariance = S::sub(all(product), S::mul(mean, sum_y));
     } else {
-      variance = S::add(S::sub(squared, S::mul(S::add(centre, centre), code)), S::mul(count, S::mul(centre, centre)));
+      variance = S::add(S::sub(squared, S::mul(S::add(centre, centre), code)), S::mul(S::set1(count), S::mul(centre, centre)));
       covariance = S::sub(all(product), S::mul(centre, sum_y));
     }
-    const V scale = S::div(covariance, variance), gain = S::mul(covariance, scale);
-    const V mid = zero_point ? S::div(S::sub(sum_y, S::mul(scale, S::sub(code, S::mul(count, centre)))), count) : zero;
-    const Mask better = S::both(S::both(S::less(zero, variance), S::less(zero, covariance)), S::less(best.gain, gain));
-    best = {S::select(better, scale, best.scale), S::select(better, mid, best.mid), S::select(better, gain, best.gain)};
+    const Mask more = S::less(S::mul(S::mul(best.covariance, best.covariance), variance),
+                              S::mul(S::mul(covariance, covariance), best.variance));
+    const Mask better = S::both(S::both(S::less(zero, variance), S::less(zero, covariance)), more);
+    best = {S::select(better, covariance, best.covariance), S::select(better, variance, best.variance),
+            S::select(better, mean, best.mean)};
   }
 
   static Scale fit(const V* x, int n, const CodecSpec& spec, V centre, V top) {
@@ -253,16 +255,23 @@ class TileSeal {
         sums[k / 2] = S::add(sums[k / 2], y[i + k]);
       }
     }
-    const V sum_y = all(sums);
-    Best best{S::div(range, top), zero, zero};
+    const V sum_y = all(sums), mean_y = S::mul(sum_y, S::set1(1.0f / static_cast<float>(n))), one = S::set1(1.0f);
+    const V whole = S::select(S::less(zero, range), S::div(one, range), zero), unit = S::div(one, top), half = S::set1(0.5f);
+    Best best{zero, one, zero};
     for (int start = 0; start < kFitStarts; ++start) {
-      const V scale = S::div(S::mul(S::set1(fit_start(spec.bits, start)), range), top);
-      regress(y, n, map_of({scale, zero}, top), sum_y, spec.zero_point, centre, top, best);
+      const V factor = S::mul(whole, S::set1(fit_start(spec.bits, start)));
+      regress(y, n, {factor, half}, sum_y, spec.zero_point, centre, top, best);
     }
     for (int round = 0; round < fit_rounds(spec.bits); ++round) {
-      regress(y, n, map_of({best.scale, best.mid}, top), sum_y, spec.zero_point, centre, top, best);
+      const Mask fits = S::less(zero, best.covariance);
+      const V factor = S::select(fits, S::div(best.variance, S::mul(best.covariance, top)), zero);
+      const V offset = spec.zero_point ? S::sub(S::mul(best.mean, unit), S::mul(mean_y, factor)) : half;
+      regress(y, n, {factor, offset}, sum_y, spec.zero_point, centre, top, best);
     }
-    return {saturate(best.scale), saturate(S::add(middle, best.mid))};
+    const Mask fits = S::less(zero, best.covariance);
+    const V scale = S::div(best.covariance, best.variance);
+    const V mid = spec.zero_point ? S::sub(mean_y, S::mul(scale, S::sub(best.mean, centre))) : zero;
+    return {saturate(S::select(fits, scale, S::div(range, top))), saturate(S::select(fits, S::add(middle, mid), middle))};
   }
 
   // kW groups side by side: channels c.. of tokens t..t+n-1, or tokens t.. with channels c..c+n-1.

@@ -87,43 +87,53 @@ struct FitSums {
   float code, code_squared, product;
 };
 
-// Parts of the range that the fit starts from, and rounds of regression after the best of them.
+// The fit starts from clipped ranges, this many times as steep as the whole one, and takes so many rounds of regression from
+// the best of them.
 inline constexpr int kFitStarts = 3;
 KVMIX_HOST_DEVICE constexpr int fit_rounds(int bits) { return bits <= 3 ? 3 : 2; }
 KVMIX_HOST_DEVICE constexpr float fit_start(int bits, int start) {
-  if (bits <= 3) return start == 0 ? 0.93f : (start == 1 ? 0.77f : 0.62f);
-  return start == 0 ? 1.0f : (start == 1 ? 0.92f : 0.84f);
+  if (bits <= 3) return start == 0 ? 1.075f : (start == 1 ? 1.3f : 1.6f);
+  return start == 0 ? 1.0f : (start == 1 ? 1.09f : 1.19f);
 }
 
-// The scale and midpoint (less the middle) that explain most so far, and how much of the sum of squares they do.
+// n times the covariance of codes and values, n times the variance of codes, and the mean code, of the codes that explain most
+// of the values so far: covariance^2 / variance is what the regression on them takes from the sum of squares.
 struct FitState {
-  float scale, mid, gain;
+  float covariance, variance, mean;
 };
-KVMIX_HOST_DEVICE inline void regress(const FitSums& s, float sum_y, float count, float centre, bool zero_point,
+KVMIX_HOST_DEVICE inline void regress(const FitSums& s, float sum_y, float count, float share, float centre, bool zero_point,
                                       FitState& best) {
-  const float variance = zero_point ? s.code_squared - s.code * s.code / count
-                                    : (s.code_squared - (centre + centre) * s.code) + count * (centre * centre);
-  const float covariance = zero_point ? s.product - s.code * sum_y / count : s.product - centre * sum_y;
-  const float scale = covariance / variance, gain = covariance * scale;
-  if (!(variance > 0.0f) || !(covariance > 0.0f) || !(gain > best.gain)) return;
-  best = {scale, zero_point ? (sum_y - scale * (s.code - count * centre)) / count : 0.0f, gain};
+  const float mean = s.code * share;
+  const float variance =
+      zero_point ? s.code_squared - s.code * mean : (s.code_squared - (centre + centre) * s.code) + count * (centre * centre);
+  const float covariance = zero_point ? s.product - mean * sum_y : s.product - centre * sum_y;
+  const bool better = variance > 0.0f && covariance > 0.0f &&
+                      (covariance * covariance) * best.variance > (best.covariance * best.covariance) * variance;
+  if (better) best = {covariance, variance, mean};
 }
 
-// Fits n values of a range; sums(map) sums their codes under a map of y, sum_y is the sum of y.
+// Fits n values of a range; sums(map) sums their codes under a map of y, sum_y is the sum of y. The line y = mid + scale (c -
+// centre) through the means has scale covariance / variance, and as a map of y the factor 1 / (scale top).
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable  // `sums` is the host's or the device's, as the caller
 #endif
 template <class Sums>
 KVMIX_HOST_DEVICE inline GroupScale fit_scale(CodedRange r, int n, int bits, bool zero_point, float sum_y, const Sums& sums) {
   const float top = static_cast<float>((1 << bits) - 1), centre = code_centre(bits), count = static_cast<float>(n);
-  FitState best{r.range / top, 0.0f, 0.0f};
+  const float share = 1.0f / count, unit = 1.0f / top, mean_y = sum_y * share;
+  const float whole = r.range > 0.0f ? 1.0f / r.range : 0.0f;
+  FitState best{0.0f, 1.0f, 0.0f};
   for (int start = 0; start < kFitStarts; ++start) {
-    regress(sums(code_map(fit_start(bits, start) * r.range / top, 0.0f, top)), sum_y, count, centre, zero_point, best);
+    regress(sums(CodeMap{whole * fit_start(bits, start), 0.5f}), sum_y, count, share, centre, zero_point, best);
   }
   for (int round = 0; round < fit_rounds(bits); ++round) {
-    regress(sums(code_map(best.scale, best.mid, top)), sum_y, count, centre, zero_point, best);
+    const float factor = best.covariance > 0.0f ? best.variance / (best.covariance * top) : 0.0f;
+    const float offset = zero_point ? best.mean * unit - mean_y * factor : 0.5f;
+    regress(sums(CodeMap{factor, offset}), sum_y, count, share, centre, zero_point, best);
   }
-  return {saturate_f16(best.scale), saturate_f16(r.middle + best.mid)};
+  if (!(best.covariance > 0.0f)) return min_max_scale(r, top);
+  const float scale = best.covariance / best.variance, mid = zero_point ? mean_y - scale * (best.mean - centre) : 0.0f;
+  return {saturate_f16(scale), saturate_f16(r.middle + mid)};
 }
 
 // x: n finite floats (1 <= n <= kMaxGroup); codes: n bytes.

@@ -300,14 +300,15 @@ __device__ void feed_back(const SideShape& side, const float* weights, const uin
   }
 }
 
-template <int dim, bool fitted>
-__global__ void __launch_bounds__(kSealThreads, fitted ? 3 : 4) seal_kernel(const __grid_constant__ SealArguments args) {
+template <int dim, bool fitted, bool changed>
+__global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
+    seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t space[];
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
   const SideShape side = key ? args.shape.key() : args.shape.value();
   const kvmix_cuda_transform& transform = key ? args.key_transform : args.value_transform;
-  const bool feedback = transform.feedback != nullptr && side.bits != 16;
+  const bool feedback = changed && transform.feedback != nullptr && side.bits != 16;
   const int thread = static_cast<int>(threadIdx.x);
   constexpr int row_halves = tile_row(dim);
   const SealSpace layout = seal_space(side, feedback);
@@ -321,11 +322,11 @@ __global__ void __launch_bounds__(kSealThreads, fitted ? 3 : 4) seal_kernel(cons
                           static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
   uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
 
-  const bool transformed = transform.center != nullptr || transform.hadamard != 0;
+  const bool transformed = changed && (transform.center != nullptr || transform.hadamard != 0);
   load_tile<dim>(source, transformed || side.bits == 16, tile);
   __syncthreads();
-  if (transformed) {
-    transform_tile<dim>(transform, side.bits == 16, tile);
+  if constexpr (changed) {
+    if (transformed) transform_tile<dim>(transform, side.bits == 16, tile);
     __syncthreads();
   }
 
@@ -414,16 +415,17 @@ __global__ void __launch_bounds__(kSealThreads, fitted ? 3 : 4) seal_kernel(cons
     header[key ? 0 : 1] = side.bits == 16 ? 0 : scale_exponent(all);
     if (key) header[2] = header[3] = 0;
   }
-  if (feedback) {
-    const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
-    feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), meta, groups,
-                   reinterpret_cast<float*>(space + layout.errors), tile);
-    __syncthreads();
-    // The tile holds codes now.
-    const float factor = 1.0f / static_cast<float>((1 << side.bits) - 1);
-    for (int at = thread; at < side.meta_bytes() / 4; at += kSealThreads) groups[at] = {factor, 0.0f};
-    __syncthreads();
-  }
+  if constexpr (changed)
+    if (feedback) {
+      const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
+      feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), meta, groups,
+                     reinterpret_cast<float*>(space + layout.errors), tile);
+      __syncthreads();
+      // The tile holds codes now.
+      const float factor = 1.0f / static_cast<float>((1 << side.bits) - 1);
+      for (int at = thread; at < side.meta_bytes() / 4; at += kSealThreads) groups[at] = {factor, 0.0f};
+      __syncthreads();
+    }
   if (key) {
     pack_codes<dim, true>(side, tile, groups, part);
   } else {
@@ -451,18 +453,23 @@ __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
   reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
 }
 
-template <bool fitted>
+template <bool fitted, bool changed>
 auto kernel_of(int head_dim) {
   switch (head_dim) {
     case 64:
-      return seal_kernel<64, fitted>;
+      return seal_kernel<64, fitted, changed>;
     case 96:
-      return seal_kernel<96, fitted>;
+      return seal_kernel<96, fitted, changed>;
     case 128:
-      return seal_kernel<128, fitted>;
+      return seal_kernel<128, fitted, changed>;
     default:
-      return seal_kernel<256, fitted>;
+      return seal_kernel<256, fitted, changed>;
   }
+}
+// `changed`: rows are transformed or rounded with feedback; apart, as that takes registers.
+auto kernel_of(int head_dim, bool fitted, bool changed) {
+  if (fitted) return changed ? kernel_of<true, true>(head_dim) : kernel_of<true, false>(head_dim);
+  return changed ? kernel_of<false, true>(head_dim) : kernel_of<false, false>(head_dim);
 }
 
 }  // namespace
@@ -482,7 +489,10 @@ void seal(const kvmix_cuda_seal_params& p) {
   const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
   const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
   const int shared = keys > values ? keys : values;
-  auto* const kernel = p.fitted != 0 ? kernel_of<true>(p.format.head_dim) : kernel_of<false>(p.format.head_dim);
+  const auto changes = [](const kvmix_cuda_transform& t) {
+    return t.center != nullptr || t.feedback != nullptr || t.hadamard != 0;
+  };
+  auto* const kernel = kernel_of(p.format.head_dim, p.fitted != 0, changes(p.key_transform) || changes(p.value_transform));
   allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
   kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);

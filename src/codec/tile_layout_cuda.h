@@ -38,9 +38,9 @@ struct RecordHeader {
 
 // The header's exponent for the largest scale of a side (finite, not negative).
 KVMIX_HOST_DEVICE inline int scale_exponent(float largest) {
-  int e = -14;
-  for (float bound = 1.0f / 16384.0f; e < 14 && bound < largest; bound *= 2.0f) ++e;
-  return e;
+  const auto bits = static_cast<int>(float_to_bits(largest));
+  const int e = ((bits + 0x7fffff) >> 23) - 127;  // rounded up to a power of two
+  return e < -14 ? -14 : (e > 14 ? 14 : e);
 }
 
 // The cell of an element of a 16 x 16 operand-A tile.
