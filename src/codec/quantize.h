@@ -39,11 +39,14 @@ KVMIX_HOST_DEVICE inline float fused_multiply_add(float a, float b, float c) {
 #endif
 }
 
-// v to 0..1.
-KVMIX_HOST_DEVICE inline float limit_unit(float v) {
+// a * b + c, limited to 0..1.
+KVMIX_HOST_DEVICE inline float unit_multiply_add(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
-  return __saturatef(v);
+  float v;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(v) : "f"(a), "f"(b), "f"(c));
+  return v;
 #else
+  const float v = std::fma(a, b, c);
   return v > 1.0f ? 1.0f : (v < 0.0f ? 0.0f : v);
 #endif
 }
@@ -60,8 +63,12 @@ KVMIX_HOST_DEVICE inline CodeMap code_map(float scale, float mid, float top) {
 
 inline constexpr float kRoundToInteger = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the last bits
 
+// The code, with kRoundToInteger added: it stands in the last bits.
+KVMIX_HOST_DEVICE inline float raised_code(float x, CodeMap map, float top) {
+  return fused_multiply_add(unit_multiply_add(x, map.factor, map.offset), top, kRoundToInteger);
+}
 KVMIX_HOST_DEVICE inline float quantize_code(float x, CodeMap map, float top) {
-  return fused_multiply_add(limit_unit(fused_multiply_add(x, map.factor, map.offset)), top, kRoundToInteger) - kRoundToInteger;
+  return raised_code(x, map, top) - kRoundToInteger;
 }
 
 // The smallest and largest of a group.

@@ -73,11 +73,15 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
       const int index = block * 8 + field, token0 = index / tiles * 16, channel0 = index % tiles * 16;
+      // A tile lies in one group.
+      const int first_group =
+          side.per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0;
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
         const int token = token0 + (key ? row : column), channel = channel0 + (key ? column : row);
         const __half* const at = tile + token * row_halves + channel;
+        const int group = first_group + (key && side.per_token ? row : column);
         __half2 pair;
         if constexpr (key) {
           pair = *reinterpret_cast<const __half2*>(at);
@@ -88,8 +92,6 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
           w[code_place(16, reg, field).word] = reinterpret_cast<const uint32_t&>(pair);
         } else {
           // The maps of both; neighbours in their order unless they are the same group.
-          const int group =
-              side.per_token ? (channel >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + channel;
           float4 g;
           if (key && side.per_token) {
             const CodeMap same = groups[group];
@@ -97,10 +99,9 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
           } else {
             g = *reinterpret_cast<const float4*>(groups + group);
           }
-          // As quantize_code: the integer stands in the low bits once kRoundToInteger is added.
           const float2 x = __half22float2(pair);
-          const uint32_t c0 = __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(x.x, g.x, g.y)), kTop, kRoundToInteger));
-          const uint32_t c1 = __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(x.y, g.z, g.w)), kTop, kRoundToInteger));
+          const uint32_t c0 = __float_as_uint(raised_code(x.x, {g.x, g.y}, kTop));
+          const uint32_t c1 = __float_as_uint(raised_code(x.y, {g.z, g.w}, kTop));
           if (bits == 3 && field == 7 && reg >= 2) {
 #pragma unroll
             for (int b = 0; b < bits; ++b) {
@@ -162,11 +163,19 @@ __device__ inline float finite(float v) { return fabsf(v) < INFINITY ? v : 0.0f;
 template <int dim>
 __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) {
   constexpr int kOctets = dim / 8;
+  const auto place = [&](int at) { return reinterpret_cast<uint4*>(tile + at / kOctets * tile_row(dim) + at % kOctets * 8); };
+  const __half2 zero = __float2half2_rn(0.0f);
+  __half2 odd = zero;  // becomes NaN where a number is not finite
 #pragma unroll 8
   for (int at = static_cast<int>(threadIdx.x); at < kPageTokens * kOctets; at += kSealThreads) {
     const uint4 v = __ldcs(source + at);
-    *reinterpret_cast<uint4*>(tile + at / kOctets * tile_row(dim) + at % kOctets * 8) =
-        as_is ? v : uint4{finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
+    for (const uint32_t pair : {v.x, v.y, v.z, v.w}) odd = __hfma2(reinterpret_cast<const __half2&>(pair), zero, odd);
+    *place(at) = v;
+  }
+  if (as_is || !(__hisnan(__low2half(odd)) || __hisnan(__high2half(odd)))) return;
+  for (int at = static_cast<int>(threadIdx.x); at < kPageTokens * kOctets; at += kSealThreads) {
+    uint4& v = *place(at);
+    v = {finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
   }
 }
 
@@ -221,7 +230,7 @@ template <int kValues>
 __device__ GroupScale fit_values(const __half* first, int step, int bits) {
   const float top = static_cast<float>((1 << bits) - 1);
   const int j = static_cast<int>(threadIdx.x) % kPartialSums;
-  const auto all = [](float v) {
+  const auto all = [](auto v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
   };
@@ -243,15 +252,18 @@ __device__ GroupScale fit_values(const __half* first, int step, int bits) {
     sum_y += y[i];
   }
   return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), [&](CodeMap map) {
-    float code = 0.0f, squared = 0.0f, product = 0.0f;
+    constexpr int kInteger = 0x4b400000;  // the bits of kRoundToInteger
+    uint32_t code = 0;
+    float squared = 0.0f, product = 0.0f;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      const float c = quantize_code(y[i], map, top);
-      code += c;
+      const float raised = raised_code(y[i], map, top), c = raised - kRoundToInteger;
+      code += __float_as_uint(raised);
       squared = __fmaf_rn(c, c, squared);
       product = __fmaf_rn(c, y[i], product);
     }
-    return FitSums{all(code), all(squared), all(product)};
+    code = all(code - static_cast<uint32_t>(kValues) * kInteger);
+    return FitSums{static_cast<float>(code), all(squared), all(product)};
   });
 }
 
@@ -369,25 +381,32 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
     } else {
       auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
       auto* const highs = lows + kPageTokens / kSegment * dim;
-      // Ranges of 32 tokens of two channels, or of 32 channels of a token.
-      const auto ranges = [&](int lines, int segments, int line_step, int segment_step, int step, int count) {
-        for (int at = thread; at < lines * segments; at += kSealThreads) {
-          const auto* x = reinterpret_cast<const __half2*>(tile + at % lines * line_step + at / lines * segment_step);
-          // Lanes that walk rows start at different words, for the sake of banks.
-          const int turn = step == 1 ? thread / 8 % 4 : 0;
-          __half2 low = x[turn], high = low;
+      // Ranges of 32 channels of a token, or of 32 tokens of two channels.
+      if (side.per_token) {
+        for (int at = thread; at < kPageTokens * (dim / kSegment); at += kSealThreads) {
+          const auto* x = reinterpret_cast<const uint4*>(tile + at % kPageTokens * row_halves + at / kPageTokens * kSegment);
+          __half2 low = __float2half2_rn(65504.0f), high = __float2half2_rn(-65504.0f);
 #pragma unroll
-          for (int i = 1; i < count; ++i) {
-            const __half2 v = x[(i + turn) % count * step];
+          for (int i = 0; i < kSegment / 8; ++i) {
+            const uint4 v = x[i];
+            for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
+              const __half2 pair = reinterpret_cast<const __half2&>(word);
+              low = __hmin2(low, pair), high = __hmax2(high, pair);
+            }
+          }
+          lows[at] = low, highs[at] = high;
+        }
+      } else {
+        for (int at = thread; at < dim / 2 * (kPageTokens / kSegment); at += kSealThreads) {
+          const auto* x = reinterpret_cast<const __half2*>(tile + at / (dim / 2) * kSegment * row_halves) + at % (dim / 2);
+          __half2 low = x[0], high = low;
+#pragma unroll
+          for (int i = 1; i < kSegment; ++i) {
+            const __half2 v = x[i * (row_halves / 2)];
             low = __hmin2(low, v), high = __hmax2(high, v);
           }
           lows[at] = low, highs[at] = high;
         }
-      };
-      if (side.per_token) {
-        ranges(kPageTokens, dim / kSegment, row_halves, kSegment, 1, kSegment / 2);
-      } else {
-        ranges(dim / 2, kPageTokens / kSegment, 2, kSegment * row_halves, row_halves / 2, kSegment);
       }
       const int lines = side.per_token ? kPageTokens : dim / 2;
       __syncthreads();
