@@ -1,4 +1,5 @@
-// fp16 <-> float, round to nearest even. Software, so that every host and the CUDA device agree to the bit; kernels use F16C.
+// fp16 <-> float, round to nearest even. Software, so that every host agrees to the bit; kernels use F16C
+// and the CUDA device its own conversions, which give the same for all that are not NaN.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,11 @@
 namespace kvmix {
 
 KVMIX_HOST_DEVICE inline float f16_to_f32(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+#else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 31u, mantissa = h & 1023u;
   uint32_t bits;
@@ -21,9 +27,15 @@ KVMIX_HOST_DEVICE inline float f16_to_f32(uint16_t h) {
     return sign != 0 ? -magnitude : magnitude;
   }
   return bits_to_float(bits);
+#endif
 }
 
 KVMIX_HOST_DEVICE inline uint16_t f32_to_f16(float f) {
+#ifdef __CUDA_ARCH__
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+#else
   const uint32_t bits = float_to_bits(f);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -38,6 +50,7 @@ KVMIX_HOST_DEVICE inline uint16_t f32_to_f16(float f) {
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+#endif
 }
 
 }  // namespace kvmix

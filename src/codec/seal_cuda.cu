@@ -82,13 +82,8 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
         const int token = token0 + (key ? row : column), channel = channel0 + (key ? column : row);
         const __half* const at = tile + token * row_halves + channel;
         const int group = first_group + (key && side.per_token ? row : column);
-        __half2 pair;
-        if constexpr (key) {
-          pair = *reinterpret_cast<const __half2*>(at);
-        } else {
-          pair = __halves2half2(at[0], at[row_halves]);
-        }
         if constexpr (bits == 16) {
+          const __half2 pair = __halves2half2(at[0], at[key ? 1 : row_halves]);
           w[code_place(16, reg, field).word] = reinterpret_cast<const uint32_t&>(pair);
         } else {
           // The maps of both; neighbours in their order unless they are the same group.
@@ -99,7 +94,12 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
           } else {
             g = *reinterpret_cast<const float4*>(groups + group);
           }
-          const float2 x = __half22float2(pair);
+          float2 x;
+          if constexpr (key) {
+            x = __half22float2(*reinterpret_cast<const __half2*>(at));
+          } else {
+            x = {__half2float(at[0]), __half2float(at[row_halves])};
+          }
           const uint32_t c0 = __float_as_uint(raised_code(x.x, {g.x, g.y}, kTop));
           const uint32_t c1 = __float_as_uint(raised_code(x.y, {g.z, g.w}, kTop));
           if (bits == 3 && field == 7 && reg >= 2) {
@@ -162,19 +162,26 @@ __device__ inline float finite(float v) { return fabsf(v) < INFINITY ? v : 0.0f;
 // The page's rows to the tile.
 template <int dim>
 __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) {
-  constexpr int kOctets = dim / 8;
-  const auto place = [&](int at) { return reinterpret_cast<uint4*>(tile + at / kOctets * tile_row(dim) + at % kOctets * 8); };
+  constexpr int kOctets = dim / 8, kLoads = kPageTokens * kOctets / kSealThreads;
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto place = [&](int i) {
+    // Whole rows a turn, where they fit: a fixed step.
+    const int row =
+        kSealThreads % kOctets == 0 ? thread / kOctets + kSealThreads / kOctets * i : (thread + kSealThreads * i) / kOctets;
+    const int octet = kSealThreads % kOctets == 0 ? thread % kOctets : (thread + kSealThreads * i) % kOctets;
+    return reinterpret_cast<uint4*>(tile + row * tile_row(dim) + octet * 8);
+  };
   const __half2 zero = __float2half2_rn(0.0f);
   __half2 odd = zero;  // becomes NaN where a number is not finite
 #pragma unroll 8
-  for (int at = static_cast<int>(threadIdx.x); at < kPageTokens * kOctets; at += kSealThreads) {
-    const uint4 v = __ldcs(source + at);
+  for (int i = 0; i < kLoads; ++i) {
+    const uint4 v = __ldcs(source + thread + kSealThreads * i);
     for (const uint32_t pair : {v.x, v.y, v.z, v.w}) odd = __hfma2(reinterpret_cast<const __half2&>(pair), zero, odd);
-    *place(at) = v;
+    *place(i) = v;
   }
   if (as_is || !(__hisnan(__low2half(odd)) || __hisnan(__high2half(odd)))) return;
-  for (int at = static_cast<int>(threadIdx.x); at < kPageTokens * kOctets; at += kSealThreads) {
-    uint4& v = *place(at);
+  for (int i = 0; i < kLoads; ++i) {
+    uint4& v = *place(i);
     v = {finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
   }
 }
