@@ -1,7 +1,7 @@
 // The decode kernel. A thread block of kWarps warps takes one item: a run of pages of one sequence and KV head. Each warp walks
-// every kWarps-th page alone, copying packed halves of records (keys, then values) through its own two buffers of shared memory
-// (PageCopies), one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16 subnormals (tile_layout_cuda.h)
-// and query rows the eight columns, so codes cost one AND each pair and no conversion:
+// every kWarps-th packed page alone, copying packed halves of records (keys, then values) through its own two buffers of shared
+// memory (PageCopies), one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16 subnormals
+// (tile_layout_cuda.h) and query rows the eight columns, so codes cost one AND each pair and no conversion:
 //   score = sum_c q_c (mid_c + s_c (code - centre)):  s_c 2^-shift goes into Q, the rest is one number per page and row
 //   out_c = sum_t p_t (mid_t + s_t (code - centre)):  s_t goes into P, 2^-shift into the epilogue, the rest is a second sum
 // The softmax is in base 2; P is held at 2^kLift times its value over the running maximum of score + value exponent, so that
@@ -262,8 +262,10 @@ struct Warp {
     }
   }
 
-  // An open page: fp16 rows straight from global memory. `s` comes out as scores in units of factor, as for packed keys.
-  __device__ void open_scores(const __half* keys, int live, const uint2* query, float (&s)[kPageBlocks][4], int lane) {
+  // A quarter of an open page, two of its blocks: fp16 rows straight from global memory. `s` comes out as scores in units of
+  // factor, as for packed keys; zero in the other blocks.
+  __device__ void open_scores(const __half* keys, int live, int quarter, const uint2* query, float (&s)[kPageBlocks][4],
+                              int lane) {
     const int row = lane / 4, column = 2 * (lane % 4);
     const auto load = [&](int token, int channel) {
       return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * C::dim + channel) : 0u;
@@ -271,7 +273,7 @@ struct Warp {
 #pragma unroll
     for (int block = 0; block < kPageBlocks; ++block) {
       s[block][0] = s[block][1] = s[block][2] = s[block][3] = 0.0f;
-      if (16 * block >= live) continue;
+      if (16 * block >= live || block / 2 != quarter) continue;
       const int token = 16 * block + row;
 #pragma unroll
       for (int f = 0; f < C::channel_tiles; ++f) {
@@ -284,7 +286,7 @@ struct Warp {
     }
   }
 
-  __device__ void open_values(const __half* values, int live, const float (&p)[kPageBlocks][4], int lane) {
+  __device__ void open_values(const __half* values, int live, int quarter, const float (&p)[kPageBlocks][4], int lane) {
     const int row = lane / 4, column = 2 * (lane % 4);
     const auto load = [&](int token, int channel) {
       return transpose(token < live ? *reinterpret_cast<const uint32_t*>(values + token * C::dim + channel) : 0u);
@@ -300,7 +302,7 @@ struct Warp {
       float part[4] = {};
 #pragma unroll
       for (int block = 0; block < kPageBlocks; ++block) {
-        if (16 * block >= live) continue;
+        if (16 * block >= live || block / 2 != quarter) continue;
         const int token = 16 * block + row, channel = 16 * f + column;
         const uint32_t a[4] = {load(token, channel), load(token, channel + 8), load(token + 8, channel),
                                load(token + 8, channel + 8)};
@@ -341,6 +343,7 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
   int32_t id = page_id(item.page_begin + warp), next = page_id(item.page_begin + warp + kWarps);
   fetch(id, true);
   fetch(id, false);
+  int32_t here = item.page_begin + lane < item.page_end ? table[item.page_begin + lane] : 0;  // ids, in search of open pages
 
   store_new_rows(args, item, C::dim);
   // Query rows, scaled by a power of two to at most 1, in fragment order.
@@ -384,17 +387,21 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
   latest = item.length - (args.q_tokens - 1);  // all rows see up to here
   earliest = args.sliding_window > 0 ? max(item.length - args.sliding_window, 0) : 0;
 
+  // A sink page is shorter than its slots: the rest belongs to the next page.
+  const auto first_token = [&](int page) {
+    return args.sinks > 0 ? (page == 0 ? 0 : args.sinks + (page - 1) * kPageTokens) : page * kPageTokens;
+  };
+  const auto live_tokens = [&](int page, int first) {
+    return min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
+  };
   Warp<C> state;
   state.reset();
   for (int page = item.page_begin + warp; page < item.page_end; page += kWarps) {
-    const int first = args.sinks > 0 ? (page == 0 ? 0 : args.sinks + (page - 1) * kPageTokens) : page * kPageTokens;
-    const int room = args.sinks > 0 && page == 0 ? args.sinks : kPageTokens;
-    const int live = min(room, item.length - first);
+    const int first = first_token(page), live = live_tokens(page, first);
     const bool masked = live < kPageTokens || first + kPageTokens > latest || first < earliest;
     const int32_t after = page_id(page + 2 * kWarps);
     float s[kPageBlocks][4], unit[2];
     if (id >= 0) copies.wait(true);
-    // A sink page is shorter than its slots: the rest belongs to the next page.
     int page_end[2];
 #pragma unroll
     for (int column = 0; column < C::columns; ++column) page_end[column] = min(end[column], first + live);
@@ -412,14 +419,32 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
       fetch(next, false);
     } else {
       fetch(next, true);
-      const __half* keys = reinterpret_cast<const __half*>(args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride +
-                                                           item.kv_head * args.open_head_stride);
-      state.open_scores(keys, live, query, s, lane);
-      state.softmax(s, factor, first, begin, page_end, masked, args.softcap, 0, lane);
-      state.open_values(keys + kPageTokens * C::dim, live, s, lane);
       fetch(next, false);
     }
     id = next, next = after;
+  }
+
+  // Open pages, a quarter a warp: alone it would be the last of its block by far.
+  for (int base = item.page_begin; base < item.page_end; base += 32) {
+    if (base != item.page_begin) here = base + lane < item.page_end ? table[base + lane] : 0;
+    for (unsigned open = __ballot_sync(~0u, here < 0); open != 0; open &= open - 1) {
+      const int at = __ffs(static_cast<int>(open)) - 1, page = base + at;
+      const int32_t open_id = ~__shfl_sync(~0u, here, at);
+      const int first = first_token(page), live = live_tokens(page, first), quarter = first + 32 * warp;
+      if (32 * warp >= live) continue;
+      int quarter_begin[2], quarter_end[2];
+#pragma unroll
+      for (int column = 0; column < C::columns; ++column) {
+        quarter_begin[column] = max(begin[column], quarter);
+        quarter_end[column] = min(end[column], min(first + live, quarter + 32));
+      }
+      const __half* const keys = reinterpret_cast<const __half*>(
+          args.open_pages + static_cast<int64_t>(open_id) * args.open_page_stride + item.kv_head * args.open_head_stride);
+      float s[kPageBlocks][4];
+      state.open_scores(keys, live, warp, query, s, lane);
+      state.softmax(s, factor, first, quarter_begin, quarter_end, true, args.softcap, 0, lane);
+      state.open_values(keys + kPageTokens * C::dim, live, warp, s, lane);
+    }
   }
 
   // Sums over the lanes of a column, then over the warps through shared memory.
