@@ -266,47 +266,56 @@ struct Warp {
   // factor, as for packed keys; zero in the other blocks.
   __device__ void open_scores(const __half* keys, int live, int quarter, const uint2* query, float (&s)[kPageBlocks][4],
                               int lane) {
-    const int row = lane / 4, column = 2 * (lane % 4);
+    const int row = 32 * quarter + lane / 4, column = 2 * (lane % 4);
     const auto load = [&](int token, int channel) {
       return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * C::dim + channel) : 0u;
     };
+    float mine[2][4] = {};
 #pragma unroll
-    for (int block = 0; block < kPageBlocks; ++block) {
-      s[block][0] = s[block][1] = s[block][2] = s[block][3] = 0.0f;
-      if (16 * block >= live || block / 2 != quarter) continue;
-      const int token = 16 * block + row;
+    for (int f = 0; f < C::channel_tiles; ++f) {
+      const int channel = 16 * f + column;
+      const uint2 q = query[f * 32 + lane];
 #pragma unroll
-      for (int f = 0; f < C::channel_tiles; ++f) {
-        const int channel = 16 * f + column;
+      for (int j = 0; j < 2; ++j) {
+        const int token = row + 16 * j;
         const uint32_t a[4] = {load(token, channel), load(token + 8, channel), load(token, channel + 8),
                                load(token + 8, channel + 8)};
-        const uint2 q = query[f * 32 + lane];
-        mma(s[block], a, q.x, q.y);
+        mma(mine[j], a, q.x, q.y);
       }
+    }
+#pragma unroll
+    for (int block = 0; block < kPageBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[block][i] = block / 2 == quarter ? mine[block % 2][i] : 0.0f;
     }
   }
 
   __device__ void open_values(const __half* values, int live, int quarter, const float (&p)[kPageBlocks][4], int lane) {
-    const int row = lane / 4, column = 2 * (lane % 4);
+    const int row = 32 * quarter + lane / 4, column = 2 * (lane % 4);
     const auto load = [&](int token, int channel) {
       return transpose(token < live ? *reinterpret_cast<const uint32_t*>(values + token * C::dim + channel) : 0u);
     };
-    uint32_t b0[kPageBlocks], b1[kPageBlocks];
+    float mine[2][4] = {};
 #pragma unroll
     for (int block = 0; block < kPageBlocks; ++block) {
-      b0[block] = transpose(pack(p[block][0], p[block][1]));
-      b1[block] = transpose(pack(p[block][2], p[block][3]));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mine[block % 2][i] = block / 2 == quarter ? p[block][i] : mine[block % 2][i];
+    }
+    uint32_t b0[2], b1[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      b0[j] = transpose(pack(mine[j][0], mine[j][1]));
+      b1[j] = transpose(pack(mine[j][2], mine[j][3]));
     }
 #pragma unroll
     for (int f = 0; f < C::channel_tiles; ++f) {
       float part[4] = {};
 #pragma unroll
-      for (int block = 0; block < kPageBlocks; ++block) {
-        if (16 * block >= live || block / 2 != quarter) continue;
-        const int token = 16 * block + row, channel = 16 * f + column;
+      for (int j = 0; j < 2; ++j) {
+        const int token = row + 16 * j, channel = 16 * f + column;
         const uint32_t a[4] = {load(token, channel), load(token, channel + 8), load(token + 8, channel),
                                load(token + 8, channel + 8)};
-        mma(part, a, b0[block], b1[block]);
+        mma(part, a, b0[j], b1[j]);
       }
       // Accumulators are in units of the packed codes.
       const float unit = power(field_shift(C::value_bits, f % kFields) - 24);
@@ -394,6 +403,18 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
   const auto live_tokens = [&](int page, int first) {
     return min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
   };
+  // Open pages are read last, without copies ahead: at least they shall be near by then.
+  unsigned open = __ballot_sync(~0u, here < 0);
+  for (unsigned rest = open; rest != 0; rest &= rest - 1) {
+    const int at = __ffs(static_cast<int>(rest)) - 1, page = item.page_begin + at;
+    const int live = live_tokens(page, first_token(page)) - 32 * warp;
+    const uint8_t* const keys = args.open_pages + static_cast<int64_t>(~__shfl_sync(~0u, here, at)) * args.open_page_stride +
+                                item.kv_head * args.open_head_stride + 32 * warp * C::dim * 2;
+    for (int line = lane; line * 128 < min(live, 32) * C::dim * 2; line += 32) {
+      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + line * 128));
+      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + kPageTokens * C::dim * 2 + line * 128));
+    }
+  }
   Warp<C> state;
   state.reset();
   for (int page = item.page_begin + warp; page < item.page_end; page += kWarps) {
@@ -426,8 +447,11 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
 
   // Open pages, a quarter a warp: alone it would be the last of its block by far.
   for (int base = item.page_begin; base < item.page_end; base += 32) {
-    if (base != item.page_begin) here = base + lane < item.page_end ? table[base + lane] : 0;
-    for (unsigned open = __ballot_sync(~0u, here < 0); open != 0; open &= open - 1) {
+    if (base != item.page_begin) {
+      here = base + lane < item.page_end ? table[base + lane] : 0;
+      open = __ballot_sync(~0u, here < 0);
+    }
+    for (; open != 0; open &= open - 1) {
       const int at = __ffs(static_cast<int>(open)) - 1, page = base + at;
       const int32_t open_id = ~__shfl_sync(~0u, here, at);
       const int first = first_token(page), live = live_tokens(page, first), quarter = first + 32 * warp;
