@@ -352,7 +352,8 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
   int32_t id = page_id(item.page_begin + warp), next = page_id(item.page_begin + warp + kWarps);
   fetch(id, true);
   fetch(id, false);
-  int32_t here = item.page_begin + lane < item.page_end ? table[item.page_begin + lane] : 0;  // ids, in search of open pages
+  const int32_t here =
+      item.page_begin + lane < item.page_end ? table[item.page_begin + lane] : 0;  // ids, in search of open pages
 
   store_new_rows(args, item, C::dim);
   // Query rows, scaled by a power of two to at most 1, in fragment order.
@@ -447,13 +448,10 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
 
   // Open pages, a quarter a warp: alone it would be the last of its block by far.
   for (int base = item.page_begin; base < item.page_end; base += 32) {
-    if (base != item.page_begin) {
-      here = base + lane < item.page_end ? table[base + lane] : 0;
-      open = __ballot_sync(~0u, here < 0);
-    }
+    if (base != item.page_begin) open = __ballot_sync(~0u, base + lane < item.page_end && table[base + lane] < 0);
     for (; open != 0; open &= open - 1) {
-      const int at = __ffs(static_cast<int>(open)) - 1, page = base + at;
-      const int32_t open_id = ~__shfl_sync(~0u, here, at);
+      const int page = base + __ffs(static_cast<int>(open)) - 1;
+      const int32_t open_id = ~table[page];
       const int first = first_token(page), live = live_tokens(page, first), quarter = first + 32 * warp;
       if (32 * warp >= live) continue;
       int quarter_begin[2], quarter_end[2];
