@@ -1,4 +1,4 @@
-// encode/<encoder>/<codec>/<key|value>: sealing one tile of head_dim 64.
+// encode/<encoder>/<codec>/<key|value>[/feedback]: sealing one tile of head_dim 64, with error feedback.
 #include <benchmark/benchmark.h>
 
 #include <random>
@@ -11,15 +11,17 @@
 namespace kvmix::bench {
 namespace {
 
-void encode(benchmark::State& state, const TileEncoder& encoder, const CodecSpec& spec, Side side) {
+void encode(benchmark::State& state, const TileEncoder& encoder, const CodecSpec& spec, Side side, bool feedback) {
   constexpr int kDim = 64;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   std::vector<uint16_t> x(kPageTokens * kDim);
   for (uint16_t& v : x) v = f32_to_f16(normal(random));
+  std::vector<float> weights(kDim * (kDim - 1) / 2);
+  for (float& w : weights) w = 0.1f * normal(random);
   std::vector<std::byte> out(tile_bytes(spec, kDim));
   for (auto _ : state) {
-    encoder.encode(spec, side, kDim, x.data(), out.data());
+    encoder.encode_with(spec, side, kDim, x.data(), feedback ? weights.data() : nullptr, out.data());
     benchmark::ClobberMemory();
   }
   state.counters["ns/token"] = benchmark::Counter(static_cast<double>(state.iterations()) * kPageTokens * 1e-9,
@@ -33,11 +35,15 @@ const bool kRegistered = [] {
       for (const Fit fit : {Fit::kMinMax, Fit::kLeastSquares}) {
         for (const Side side : {Side::kKey, Side::kValue}) {
           const CodecSpec spec{bits, side == Side::kKey ? Axis::kChannel : Axis::kToken, 128, fit, true};
-          const std::string name =
-              std::string("encode/") + encoder->name + "/" + to_string(spec) + (side == Side::kKey ? "/key" : "/value");
-          benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) { encode(state, *encoder, spec, side); })
-              ->Unit(benchmark::kMicrosecond)
-              ->MinTime(0.05);
+          for (const bool feedback : {false, true}) {
+            if (feedback && fit == Fit::kMinMax) continue;
+            const std::string name = std::string("encode/") + encoder->name + "/" + to_string(spec) +
+                                     (side == Side::kKey ? "/key" : "/value") + (feedback ? "/feedback" : "");
+            benchmark::RegisterBenchmark(name.c_str(),
+                                         [=](benchmark::State& state) { encode(state, *encoder, spec, side, feedback); })
+                ->Unit(benchmark::kMicrosecond)
+                ->MinTime(0.05);
+          }
         }
       }
     }

@@ -368,9 +368,12 @@ class Flow {
           for (int i = 0; i < kPageTokens; i += kW)
             S::store(score + i, S::select(S::range(i, v.lo, v.hi), S::load(score + i), lowest));
         }
-        V u = S::load(score);
-        for (int i = kW; i < kPageTokens; i += kW) u = S::max(u, S::load(score + i));
-        top = S::max(top, u);
+        V u = S::load(score), w = S::load(score + kW);
+        for (int i = 2 * kW; i < kPageTokens; i += 2 * kW) {
+          u = S::max(u, S::load(score + i));
+          w = S::max(w, S::load(score + i + kW));
+        }
+        top = S::max(top, S::max(u, w));
       }
       float* m = job_.m + r0 + r;
       if (S::any(S::less(S::set1(*m + kSlack), top))) raise(r0 + r, S::reduce_max(top));

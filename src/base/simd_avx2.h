@@ -55,6 +55,7 @@ struct Avx2 {
   }
 
   static V exp2(V x) {
+    x = max(x, set1(-127.0f));          // the second operand if x is NaN
     const V magic = set1(12582912.0f);  // 1.5 * 2^23: the sum's low bits are round(x)
     const V t = add(x, magic);
     const V f = sub(x, sub(t, magic));
@@ -63,8 +64,7 @@ struct Avx2 {
     p = fma(p, f, set1(0.24022107f));
     p = fma(p, f, set1(0.6931472f));
     p = fma(p, f, set1(1.0f));
-    const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23));
-    return _mm256_and_ps(_mm256_castsi256_ps(scaled), _mm256_cmp_ps(x, set1(-126.0f), _CMP_GE_OQ));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
   }
 
   static V transpose_sum(const V* a) {

@@ -75,9 +75,10 @@ struct Avx512 {
     _mm_storeu_ps(out, r);  // whole: a masked store would not forward to the load that follows
   }
 
-  // 2^x for x <= 0, relative error 2e-7; exactly 0 below -126 and for NaN.
+  // 2^x for x <= 0, relative error 2e-7; below 2^-126 where x < -126, exactly 0 where x <= -127 or NaN.
   static V exp2(V x) {
-    const V magic = set1(12582912.0f);  // 1.5 * 2^23: the sum's low bits are round(x)
+    x = _mm512_max_ps(x, set1(-127.0f));  // the second operand if x is NaN
+    const V magic = set1(12582912.0f);    // 1.5 * 2^23: the sum's low bits are round(x)
     const V t = add(x, magic);
     const V f = sub(x, sub(t, magic));
     V p = fma(set1(0.0013390863f), f, set1(0.009676032f));
@@ -85,8 +86,7 @@ struct Avx512 {
     p = fma(p, f, set1(0.24022107f));
     p = fma(p, f, set1(0.6931472f));
     p = fma(p, f, set1(1.0f));
-    const __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23));
-    return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_GE_OQ), scaled));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
   }
 
   // Lane i of the result is the sum of a[i].

@@ -55,46 +55,27 @@ class TileSeal {
 
  public:
   static void encode(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, std::byte* out) {
-    const size_t scale_bytes = tile_scale_bytes(spec, head_dim);
     if (spec.is_f16()) {
       std::memcpy(out, x, tile_bytes(spec, head_dim));
       return;
     }
     alignas(64) uint8_t flat[kPageTokens * 256];  // the tile's codes, one a byte, unit by unit
-    const int count = scale_count(spec, head_dim);
-    const size_t used = static_cast<size_t>(count) * (spec.zero_point ? 2 : 1) * sizeof(uint16_t);
-    std::memset(out + used, 0, scale_bytes - used);
-    auto* scales = reinterpret_cast<uint16_t*>(out);
-    uint16_t* mids = spec.zero_point ? scales + count : nullptr;
-    const Tile tile{spec, side, head_dim, tile_geometry(side, head_dim), x, flat};
-    if (spec.axis == Axis::kChannel) {
-      for (int t = 0; t < kPageTokens; t += spec.group) {
-        for (int c = 0; c < head_dim; c += kW) seal_groups(tile, t, c, spec.group, scales, mids);
-      }
-    } else {
-      for (int c = 0; c < head_dim; c += spec.group) {
-        const int n = head_dim - c < spec.group ? head_dim - c : spec.group;
-        for (int t = 0; t < kPageTokens; t += kW) seal_groups(tile, t, c, n, scales, mids);
-      }
-    }
-    pack(spec.bits, flat, head_dim, reinterpret_cast<uint8_t*>(out + scale_bytes));
+    seal_tile(spec, side, head_dim, x, flat, out);
+    pack(spec.bits, flat, head_dim, reinterpret_cast<uint8_t*>(out + tile_scale_bytes(spec, head_dim)));
   }
 
-  // feedback_tile for kStrip tokens at a time, kW tokens side by side.
-  static void feedback(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* weights,
-                       std::byte* tile) {
+  // encode_tile for the scales, feedback_tile for the codes: kStrip tokens at a time, kW tokens side by side.
+  static void encode_feedback(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* weights,
+                              std::byte* tile) {
     constexpr int kStrip = 64, kVectors = kStrip / kW;
     alignas(64) uint8_t flat[kPageTokens * 256];
     V exact[256][kVectors], errors[256][kVectors];
+    seal_tile(spec, side, head_dim, x, nullptr, tile);
     const auto* scales = reinterpret_cast<const uint16_t*>(tile);
     const uint16_t* mids = scales + scale_count(spec, head_dim);
     const TileGeometry geometry = tile_geometry(side, head_dim);
     const V centre = S::set1(code_centre(spec.bits)), top = S::set1(static_cast<float>((1 << spec.bits) - 1));
-    // A scale of a channel is one number for all tokens of its group, of which a vector never sees two.
-    const auto read = [&](const uint16_t* from, int t, int c) {
-      const int index = scale_index(spec, head_dim, t, c);
-      return spec.axis == Axis::kChannel ? S::set1(f16_to_f32(from[index])) : S::load_f16(from + index);
-    };
+    const bool by_channel = spec.axis == Axis::kChannel;
     for (int first = 0; first < kPageTokens; first += kStrip) {
       for (int c = 0; c < head_dim; c += kW) {
         for (int v = 0; v < kVectors; ++v) {
@@ -105,7 +86,23 @@ class TileSeal {
         }
       }
       const float* row = weights;
+      V scale[kVectors], mid[kVectors], codes[kUnitReduce][kVectors];
+      Map maps[kVectors];
       for (int c = 0; c < head_dim; ++c) {
+        // One number for the tokens of a channel's group, of which a vector sees one; or one for the channels of a token's.
+        for (int v = 0; (by_channel || c % spec.group == 0) && v < kVectors; ++v) {
+          const int t = first + v * kW, index = scale_index(spec, head_dim, t, c);
+          if (by_channel && v > 0 && t % spec.group != 0) {
+            scale[v] = scale[v - 1], mid[v] = mid[v - 1], maps[v] = maps[v - 1];
+            continue;
+          }
+          const auto read = [&](const uint16_t* from) {
+            return by_channel ? S::set1(f16_to_f32(from[index])) : S::load_f16(from + index);
+          };
+          scale[v] = read(scales);
+          mid[v] = spec.zero_point ? read(mids) : S::zero();
+          maps[v] = map_of({scale[v], mid[v]}, top);
+        }
         V wanted[kVectors];
         for (int v = 0; v < kVectors; ++v) wanted[v] = exact[c][v];
         for (int i = 0; i < c; ++i) {
@@ -114,15 +111,15 @@ class TileSeal {
         }
         row += c;
         for (int v = 0; v < kVectors; ++v) {
+          const V code = quantize(finite(wanted[v]), maps[v], top);
+          errors[c][v] = S::sub(exact[c][v], S::add(mid[v], S::mul(scale[v], S::sub(code, centre))));
+          codes[c % kUnitReduce][v] = code;
           const int t = first + v * kW;
-          const V scale = read(scales, t, c), mid = spec.zero_point ? read(mids, t, c) : S::zero();
-          const V code = quantize(finite(wanted[v]), map_of({scale, mid}, top), top);
-          errors[c][v] = S::sub(exact[c][v], S::add(mid, S::mul(scale, S::sub(code, centre))));
-          uint8_t bytes[kW];
-          S::store_bytes(bytes, code);
-          for (int k = 0; k < kW; ++k) {
-            const int lane = side == Side::kKey ? t + k : c, reduce = side == Side::kKey ? c : t + k;
-            flat[unit_index(geometry, lane, reduce) * kUnitCodes + byte_in_unit(lane, reduce)] = bytes[k];
+          if (side == Side::kValue) {
+            store_along_reduce(flat, geometry, c, t, code);
+          } else if (c % kUnitReduce == kUnitReduce - 1) {
+            const V quad[kUnitReduce] = {codes[0][v], codes[1][v], codes[2][v], code};
+            store_along_lanes(flat, geometry, t, c + 1 - kUnitReduce, quad);
           }
         }
       }
@@ -168,7 +165,7 @@ class TileSeal {
     int head_dim;
     TileGeometry geometry;
     const uint16_t* x;
-    uint8_t* flat;
+    uint8_t* flat;  // null: scales alone
   };
   struct Scale {
     V scale, mid;
@@ -274,6 +271,40 @@ class TileSeal {
     return {saturate(S::select(fits, scale, S::div(range, top))), saturate(S::select(fits, S::add(middle, mid), middle))};
   }
 
+  // Codes of four elements of reduce of kW unit lanes: a dword each.
+  static void store_along_lanes(uint8_t* flat, const TileGeometry& geometry, int lane, int reduce, const V* q) {
+    S::store_quads(flat + unit_index(geometry, lane, reduce) * kUnitCodes + byte_in_unit(lane, reduce), q);
+  }
+  // Codes of kW elements of reduce of a unit lane: kW / 4 dwords.
+  static void store_along_reduce(uint8_t* flat, const TileGeometry& geometry, int lane, int reduce, V q) {
+    alignas(16) uint8_t bytes[kW];
+    S::store_bytes(bytes, q);
+    for (int j = 0; j < kW; j += kUnitReduce) {
+      std::memcpy(flat + unit_index(geometry, lane, reduce + j) * kUnitCodes + byte_in_unit(lane, reduce + j), bytes + j,
+                  kUnitReduce);
+    }
+  }
+
+  // The scales of a tile and, unless flat is null, its codes, not yet packed.
+  static void seal_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, uint8_t* flat, std::byte* out) {
+    const int count = scale_count(spec, head_dim);
+    const size_t used = static_cast<size_t>(count) * (spec.zero_point ? 2 : 1) * sizeof(uint16_t);
+    std::memset(out + used, 0, tile_scale_bytes(spec, head_dim) - used);
+    auto* scales = reinterpret_cast<uint16_t*>(out);
+    uint16_t* mids = spec.zero_point ? scales + count : nullptr;
+    const Tile tile{spec, side, head_dim, tile_geometry(side, head_dim), x, flat};
+    if (spec.axis == Axis::kChannel) {
+      for (int t = 0; t < kPageTokens; t += spec.group) {
+        for (int c = 0; c < head_dim; c += kW) seal_groups(tile, t, c, spec.group, scales, mids);
+      }
+    } else {
+      for (int c = 0; c < head_dim; c += spec.group) {
+        const int n = head_dim - c < spec.group ? head_dim - c : spec.group;
+        for (int t = 0; t < kPageTokens; t += kW) seal_groups(tile, t, c, n, scales, mids);
+      }
+    }
+  }
+
   // kW groups side by side: channels c.. of tokens t..t+n-1, or tokens t.. with channels c..c+n-1.
   static void seal_groups(const Tile& tile, int t, int c, int n, uint16_t* scales, uint16_t* mids) {
     const CodecSpec& spec = tile.spec;
@@ -295,26 +326,19 @@ class TileSeal {
     const int index = scale_index(spec, d, t, c);
     S::store_f16(scales + index, s.scale);
     if (mids != nullptr) S::store_f16(mids + index, s.mid);
+    if (tile.flat == nullptr) return;
     const Map map = map_of(s, top);
     const bool lanes_are_unit_lanes = by_channel == (tile.side == Side::kValue);
     for (int i = 0; i < n; i += kUnitReduce) {
       V q[kUnitReduce];
       for (int k = 0; k < kUnitReduce; ++k) q[k] = quantize(x[i + k], map, top);
       if (lanes_are_unit_lanes) {
-        // Four elements of reduce of kW unit lanes: a dword each.
         const int lane = by_channel ? c : t, reduce = (by_channel ? t : c) + i;
-        S::store_quads(tile.flat + unit_index(tile.geometry, lane, reduce) * kUnitCodes + byte_in_unit(lane, reduce), q);
+        store_along_lanes(tile.flat, tile.geometry, lane, reduce, q);
       } else {
-        // kW / 4 dwords of reduce for each of four unit lanes.
         const int reduce = by_channel ? c : t;
         for (int k = 0; k < kUnitReduce; ++k) {
-          const int lane = (by_channel ? t : c) + i + k;
-          alignas(16) uint8_t bytes[kW];
-          S::store_bytes(bytes, q[k]);
-          for (int j = 0; j < kW; j += kUnitReduce) {
-            std::memcpy(tile.flat + unit_index(tile.geometry, lane, reduce + j) * kUnitCodes + byte_in_unit(lane, reduce + j),
-                        bytes + j, kUnitReduce);
-          }
+          store_along_reduce(tile.flat, tile.geometry, (by_channel ? t : c) + i + k, reduce, q[k]);
         }
       }
     }

@@ -17,7 +17,10 @@ const TileEncoder kSerialTileEncoder = {
     "serial",
     [] { return true; },
     encode_tile,
-    feedback_tile,
+    [](const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback, std::byte* tile) {
+      encode_tile(spec, side, head_dim, x, tile);
+      feedback_tile(spec, side, head_dim, x, feedback, tile);
+    },
     [](const float* x, int n, uint16_t* out) {
       for (int i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
     },

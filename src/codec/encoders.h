@@ -13,16 +13,20 @@ struct TileEncoder {
   const char* name;
   bool (*available)();
   void (*encode)(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, std::byte* out);  // as encode_tile
-  // Rounds the codes of an encoded tile anew with its scales as they are, channel after channel, every channel after the errors
-  // of those before it were added with the weights of `feedback` (TransformSpec), [head_dim (head_dim - 1) / 2].
-  void (*feedback)(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback, std::byte* tile);
+  // The same scales; then codes, channel after channel, every channel after the errors of those before it were added with the
+  // weights of `feedback` (TransformSpec), [head_dim (head_dim - 1) / 2]. As encode_tile and feedback_tile. Not for fp16.
+  void (*encode_feedback)(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback,
+                          std::byte* tile);
   void (*to_f16)(const float* x, int n, uint16_t* out);  // round to nearest even; n is a multiple of 16
 
   // A tile with error feedback, unless that is null.
   void encode_with(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* weights,
                    std::byte* out) const {
-    encode(spec, side, head_dim, x, out);
-    if (weights != nullptr && !spec.is_f16()) feedback(spec, side, head_dim, x, weights, out);
+    if (weights != nullptr && !spec.is_f16()) {
+      encode_feedback(spec, side, head_dim, x, weights, out);
+    } else {
+      encode(spec, side, head_dim, x, out);
+    }
   }
 };
 
