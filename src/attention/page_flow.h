@@ -23,7 +23,7 @@ inline constexpr int kMaxDim = 256;
 inline constexpr int kMaxScales = 1024;  // of a tile: 256 x 128 elements in groups of 32
 inline constexpr int kMaxBlockRows = 4;
 inline constexpr int kMaxTerms = 2;
-inline constexpr int kAhead = 3;  // pages between use and prefetch
+inline constexpr int kRowsAhead = 16;  // fp16 rows between use and prefetch
 // Pages whose scores are made before one softmax over them: independent work for the processor. Only when other query rows
 // use the pages again: pages that come from memory are best walked in one direction.
 inline constexpr int kBatchPages = 4;
@@ -197,7 +197,7 @@ class Flow {
         }
         project(key_, page.key, next, scales, work_.query, rows, work_.p[b], kPageTokens);
       } else {
-        score_f16(reinterpret_cast<const uint16_t*>(page.key), q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
+        score_f16(page, q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
       }
     }
     if (!any) return;
@@ -420,9 +420,16 @@ class Flow {
   }
 
   // Scores against fp16 rows [lo, hi) (token-major). kW tokens at a time are widened once for all query rows.
-  void score_f16(const uint16_t* key, const float* q, int rows, int lo, int hi, float factor, float* out) {
+  void score_f16(const PageRef& page, const float* q, int rows, int lo, int hi, float factor, float* out) {
+    const auto* key = reinterpret_cast<const uint16_t*>(page.key);
     const int d = job_.head_dim;
+    // Pages that several blocks of rows read are near already.
+    const bool cold = rows == job_.rows;
     for (int t0 = lo / kW * kW; t0 < hi; t0 += kW) {
+      for (int line = 0; cold && line < kW * d * 2; line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(key + static_cast<ptrdiff_t>(t0 + kRowsAhead) * d) + line, 0, 3);
+        __builtin_prefetch(reinterpret_cast<const char*>(page.value) + static_cast<ptrdiff_t>(t0) * d * 2 + line, 0, 2);
+      }
       for (int t = 0; t < kW; ++t) {
         float* to = work_.rows_f32 + t * d;
         if (t0 + t < hi) {
