@@ -22,7 +22,8 @@ struct Int8Avx2 {
   static constexpr int kValueVectors = 4;
 
   static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
-  static int rows(int terms) { return terms == 1 ? 3 : 1; }
+  static constexpr bool takes(int bits, int terms) { return terms == 2 || bits <= 4; }
+  static constexpr int rows(int terms) { return terms == 1 ? 3 : 1; }
 
   static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
     for (int r = 0; r < rows; ++r) {
@@ -95,24 +96,13 @@ struct Int8Avx2 {
     out.mid[row] = Avx2::reduce_add(Avx2::add(middle[0], middle[1]));
   }
 
-  using Dots = void (*)(const DotJob<int8_t>& job);
-
-  static Dots dots(int bits, int terms, int rows, int lane_blocks, bool two_sets) {
-    switch (bits) {
-      case 1:
-        return dots<1>(terms, rows, lane_blocks, two_sets);
-      case 2:
-        return dots<2>(terms, rows, lane_blocks, two_sets);
-      case 3:
-        return dots<3>(terms, rows, lane_blocks, two_sets);
-      case 4:
-        return dots<4>(terms, rows, lane_blocks, two_sets);
-      case 5:
-        return dots<5>(terms, rows, lane_blocks, two_sets);
-      case 6:
-        return dots<6>(terms, rows, lane_blocks, two_sets);
-      default:
-        return dots<8>(terms, rows, lane_blocks, two_sets);
+  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
+  static void dots(const DotJob<int8_t>& job) {
+    if constexpr (kBits == 8 && !Dot::kWholeBytes) {
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kLowNibble>(job);
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kHighNibble>(job);
+    } else {
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kWhole>(job);
     }
   }
 
@@ -232,44 +222,6 @@ struct Int8Avx2 {
         Avx2::store(to, y);
       }
     }
-  }
-
-  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
-  static void dots(const DotJob<int8_t>& job) {
-    if constexpr (kBits == 8 && !Dot::kWholeBytes) {
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kLowNibble>(job);
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kHighNibble>(job);
-    } else {
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kWhole>(job);
-    }
-  }
-
-  template <int kBits, int kTerms, int kRows>
-  static Dots dots(int lane_blocks, bool two_sets) {
-    switch (lane_blocks) {
-      case 1:
-        return dots<kBits, kTerms, kRows, 1, false>;
-      case 2:
-        return dots<kBits, kTerms, kRows, 2, false>;
-      default:
-        return two_sets ? dots<kBits, kTerms, kRows, 4, true> : dots<kBits, kTerms, kRows, 4, false>;
-    }
-  }
-
-  template <int kBits>
-  static Dots dots(int terms, int rows, int lane_blocks, bool two_sets) {
-    if (terms == 2) return dots<kBits, 2, 1>(lane_blocks, two_sets);
-    if constexpr (kBits <= 4) {
-      switch (rows) {
-        case 1:
-          return dots<kBits, 1, 1>(lane_blocks, two_sets);
-        case 2:
-          return dots<kBits, 1, 2>(lane_blocks, two_sets);
-        default:
-          return dots<kBits, 1, 3>(lane_blocks, two_sets);
-      }
-    }
-    __builtin_unreachable();  // terms(): wider codes always take two terms
   }
 };
 
