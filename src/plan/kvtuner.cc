@@ -181,9 +181,9 @@ class Tuner {
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvtuner", request.options);
   Plan plan = empty_plan(request, "kvtuner");
-  read_fp16_part(options, usual_window(*request.model), plan);
+  read_fp16_part(options, request.profile->fp16, plan);
   const std::string metric =
-      pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output"}));
+      pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output"}));
   if (metric.empty()) {
     throw Error(Status::kInvalidArgument,
                 "planner kvtuner needs measured errors, and the profile has only gradient scores; run kvmix profile "
@@ -219,12 +219,13 @@ extern const Planner kKvtunerPlanner;
 const Planner kKvtunerPlanner = {
     {"kvtuner",
      "KVTuner: pairs of widths shared by similar layers, by multi-objective search",
-     {{"metric", "what predicts a plan's loss: best, kl, fisher, fisher-page or output (best the profile has)"},
+     {{"metric", "what predicts a plan's loss: best, kl, fisher or output (best the profile has)"},
       {"widths", "2,4,8 as the paper, or all (2,4,8)"},
       {"threshold", "layers whose log10 errors differ by no more share a pair (0.15)"},
       {"population", "of the search (50)"},
       {"search-seed", "seed of the search (0)"},
       kSinksOption,
+      kLocalSinksOption,
       kWindowOption},
      true,
      true,
