@@ -138,8 +138,10 @@ class BudgetError : public Error {
 class PlanMeter {
  public:
   virtual ~PlanMeter() = default;
-  // KL divergence to the model with an f16 cache, nats, at each scored position; every call scores the same positions.
+  // KL divergence to the model with an f16 cache, nats, at each scored position; or, not in nats, 1 for each task that is not
+  // answered, else 0. Every call scores the same positions or tasks.
   virtual std::vector<double> divergence(const Plan& plan) = 0;
+  virtual bool in_nats() const { return true; }
   // The same on text that is not searched with: whether a gain is one.
   virtual std::vector<double> held_out(const Plan& plan) = 0;
 };

@@ -48,6 +48,10 @@ Plan make(const PlannerRequest& request) {
                                               (metric.empty() ? "gradient scores" : metric) +
                                               "; measure kl or fisher with kvmix profile --sensitivity");
   }
+  if (request.meter != nullptr && !request.meter->in_nats()) {
+    throw Error(Status::kInvalidArgument,
+                "planner kvmix moves bytes by divergence, not by answered tasks; use --planner kvtuner, or measure without tasks");
+  }
   const int64_t context = request.budget.context;
   const PricedChoices priced = price(plan, *request.model, *request.profile, metric, context);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));

@@ -1,7 +1,7 @@
 // KVTuner (arXiv 2502.04420): a pair of widths for each layer, found in three steps. Inside a layer only pairs survive that are
 // Pareto-optimal in bits and error of the attention output; layers with the same survivors and similar errors form a group that
-// shares its choice; a multi-objective search assigns pairs to groups. Its objective is the measured divergence of the whole
-// plan with a meter, else the sum of what the profile measured.
+// shares its choice; a multi-objective search assigns pairs to groups. Its objective is what a meter measures of the whole
+// plan, divergence or unanswered tasks (the paper's own), else the sum of what the profile measured.
 //
 // The profile holds the squared error of each side alone; of a pair it is taken to be their sum, as of independent errors.
 // Sizes are all bytes, not the mean of nominal widths.
@@ -206,8 +206,13 @@ Plan make(const PlannerRequest& request) {
   plan.note = note;
   if (request.meter != nullptr) {
     const std::vector<double> held_out = request.meter->held_out(plan);
-    std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f", tuner.measurements(),
-                  best.loss, mean(held_out));
+    if (request.meter->in_nats()) {
+      std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f", tuner.measurements(),
+                    best.loss, mean(held_out));
+    } else {
+      std::snprintf(note, sizeof note, "; %d plans measured, this one answers %.1f %% of the tasks, of those held out %.1f %%",
+                    tuner.measurements(), 100 * (1 - best.loss), 100 * (1 - mean(held_out)));
+    }
     plan.note += note;
   }
   return plan;

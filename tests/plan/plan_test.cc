@@ -122,16 +122,34 @@ TEST(Planners, GradientScoresAreEnoughForTheDefault) {
   }
 }
 
-TEST(Planners, NarrowSlidingWindowsKeepFewTokensInFp16) {
+TEST(Planners, KeepInFp16WhatTheProfileWasMeasuredWith) {
   ModelShape model = shape(4);
   Profile p = profile(model);
+  p.fp16 = usual_fp16_part(model);
   PlannerRequest request = request_for(model, p);
   request.budget.bits = 6;
-  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 128);
-  model.layers[1].sliding_window = 512;
-  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 32);
-  request.options["window"] = "64";
   EXPECT_EQ(make_plan("kvmix", request).window.tokens, 64);
+  model.layers[1].sliding_window = 512;
+  p.fp16 = usual_fp16_part(model);
+  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 32);
+  p.fp16 = {8, 4, 96};
+  for (const char* planner : {"kvmix", "uniform"}) {
+    const Plan plan = make_plan(planner, request);
+    if (std::string(planner) == "kvmix") {
+      EXPECT_EQ(fp16_part(plan), p.fp16);
+    } else {
+      EXPECT_EQ(fp16_part(plan), usual_fp16_part(model));
+    }
+    const CacheConfig config = cache_config(plan, model);
+    EXPECT_EQ(config.layers[0].sinks, plan.sinks);
+    EXPECT_EQ(config.layers[1].sinks, plan.local_sinks);
+    EXPECT_EQ(to_json(parse_plan(to_json(plan), "memory")), to_json(plan));
+  }
+  request.options = {{"window", "64"}, {"sinks", "2"}};
+  EXPECT_EQ(fp16_part(make_plan("kvmix", request)), (Fp16Part{2, 2, 64}));  // never more in sliding layers than elsewhere
+  request.options["local-sinks"] = "1";
+  EXPECT_EQ(fp16_part(make_plan("kvmix", request)), (Fp16Part{2, 1, 64}));
+  EXPECT_EQ(parse_profile(to_json(p), "memory").fp16, p.fp16);
 }
 
 // Sequences share the bytes, each with its own sinks, window and tables.
