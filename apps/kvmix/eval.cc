@@ -120,7 +120,8 @@ int eval_generation(const Arguments& arguments, const Common& common) {
   options.threads = common.threads;
   options.force_plan = arguments.subjects.force;
   options.float_weights = arguments.options.float_weights;
-  const auto rows = evaluate_generation(model, text, make_subjects(arguments.subjects, *model), options, progress_reporter(common));
+  const auto rows =
+      evaluate_generation(model, text, make_subjects(arguments.subjects, *model), options, progress_reporter(common));
   if (common.json) {
     nlohmann::json json = nlohmann::json::array();
     for (const GenerationRow& r : rows) {
@@ -147,7 +148,8 @@ int eval_generation(const Arguments& arguments, const Common& common) {
   }
   table.print();
   fmt::print(
-      "\n{} prompts of {} tokens, {} greedy tokens each; agrees for: tokens up to the first that differs from the first row's, mean; "
+      "\n{} prompts of {} tokens, {} greedy tokens each; agrees for: tokens up to the first that differs from the first row's, "
+      "mean; "
       "repeated: runs of {} tokens that occurred before\n",
       rows.front().agreement.size(), options.prompt_tokens, options.tokens, kRepeatedNgram);
   return kExitOk;

@@ -255,9 +255,10 @@ void add_plan(CommandContext& context) {
                       ->check(CLI::Range(2, 1 << 20))
                       ->excludes(pareto);
   command
-      ->add_option("--tasks", arguments->tasks,
-                   "--measure, planner kvtuner: accuracy of greedy answers to this .jsonl of {\"prompt\": ..., \"answer\": ...} "
-                   "instead of divergence; the last third is held out")
+      ->add_option(
+          "--tasks", arguments->tasks,
+          "--measure, planner kvtuner: accuracy of greedy answers to this .jsonl of {\"prompt\": ..., \"answer\": ...} "
+          "instead of divergence; the last third is held out")
       ->needs(measure);
   command->add_option("--calib", arguments->calibration, "--measure: text as for kvmix profile; the last third is held out")
       ->needs(measure);

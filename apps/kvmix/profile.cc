@@ -103,7 +103,8 @@ void add_profile(CommandContext& context) {
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
   const auto fp16 = [&](const char* name, int& value, const char* help) {
-    command->add_option(name, value, std::string("--sensitivity: ") + help + ", as plans will keep")->check(CLI::Range(0, 4096));
+    command->add_option(name, value, std::string("--sensitivity: ") + help + ", as plans will keep")
+        ->check(CLI::Range(0, 4096));
   };
   fp16("--sinks", arguments->sinks, "first tokens in fp16 (16)");
   fp16("--local-sinks", arguments->local_sinks, "the same in layers with a sliding window (0)");

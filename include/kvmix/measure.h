@@ -43,8 +43,8 @@ struct SensitivityOptions {
 // and 8, plain, rotated, and with the transforms that the first window calibrates, which go into profile.transforms). "kl" also
 // adds "fisher" and "output", each of which the other. A profile without gradient scores gets them on the way: prompts that are
 // windows take no further pass. What the profile already has of "kl" is kept and not measured again, so a run that was stopped
-// resumes. Throws kMismatch for another model's profile or one with another fp16 part, kInvalidArgument for an unknown metric or
-// too little text, kCancelled.
+// resumes. Throws kMismatch for another model's profile or one with another fp16 part, kInvalidArgument for an unknown metric
+// or too little text, kCancelled.
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
                          const SensitivityOptions& options, Profile& profile, const Progress& progress);
 

@@ -14,7 +14,8 @@ double repetition_rate(std::span<const Token> tokens, int n) {
   if (n < 1 || tokens.size() < static_cast<size_t>(n)) return 0;
   std::set<std::vector<Token>> met;
   const size_t count = tokens.size() - static_cast<size_t>(n) + 1;
-  for (size_t i = 0; i < count; ++i) met.emplace(tokens.begin() + static_cast<ptrdiff_t>(i), tokens.begin() + static_cast<ptrdiff_t>(i) + n);
+  for (size_t i = 0; i < count; ++i)
+    met.emplace(tokens.begin() + static_cast<ptrdiff_t>(i), tokens.begin() + static_cast<ptrdiff_t>(i) + n);
   return 1 - static_cast<double>(met.size()) / static_cast<double>(count);
 }
 

@@ -9,7 +9,8 @@
 namespace kvmix {
 namespace {
 
-constexpr int kSampledQueries = 48;
+constexpr int kSampledQueries = 96;
+constexpr int64_t kNear = 10;  // tokens either side of a query
 
 float dot(const float* a, const float* b, int n) {  // n a multiple of 16
   float lanes[16] = {};
@@ -28,47 +29,36 @@ LayerErrors::LayerErrors(const LayerConfig& layer, const PassResult& pass, size_
       queries_(pass.queries[index]),
       keys_(pass.keys[index]),
       values_(pass.values[index]),
+      gradient_(pass.output_gradient[index]),
       n_(static_cast<int64_t>(keys_.size()) / (layer.kv_heads * layer.head_dim)),
-      width_(layer.q_heads * layer.head_dim),
-      metric_(static_cast<size_t>(width_) * static_cast<size_t>(width_), 0.0f) {
+      width_(layer.q_heads * layer.head_dim) {
   const int64_t half = n_ / 2, step = std::max<int64_t>(1, (n_ - half) / kSampledQueries);
   for (int64_t t = half; t < n_; t += step) sampled_.push_back(t);
   exact_ = outputs(keys_.data(), values_.data());
   for (const float x : exact_) energy_ += static_cast<double>(x) * static_cast<double>(x);
-  const std::vector<float>& gradient = pass.output_gradient[index];
-  const auto share = 1.0f / static_cast<float>(n_ - half);
-  for (int64_t t = half; t < n_; ++t) {
-    const float* g = gradient.data() + t * width_;
-    for (int i = 0; i < width_; ++i) {
-      const float weight = g[i] * share;
-      float* row = metric_.data() + static_cast<ptrdiff_t>(i) * width_;
-      for (int j = 0; j < width_; ++j) row[j] += weight * g[j];
-    }
-  }
 }
 
 CodecErrors LayerErrors::of(const SideConfig& config, Side side) const {
   const std::vector<float> stored = stored_rows(config, side);
-  std::vector<float> changed = outputs(side == Side::kKey ? stored.data() : keys_.data(),
-                                       side == Side::kValue ? stored.data() : values_.data());
+  std::vector<float> changed =
+      outputs(side == Side::kKey ? stored.data() : keys_.data(), side == Side::kValue ? stored.data() : values_.data());
   CodecErrors errors;
   for (size_t i = 0; i < changed.size(); ++i) {
     changed[i] -= exact_[i];
     errors.output += static_cast<double>(changed[i]) * static_cast<double>(changed[i]);
   }
   errors.output /= energy_;
-  errors.fisher = quadratic(changed);
-  return errors;
-}
-
-// Half the mean of e M e^T over rows.
-double LayerErrors::quadratic(const std::vector<float>& errors) const {
-  double sum = 0;
   for (size_t s = 0; s < sampled_.size(); ++s) {
-    const float* e = errors.data() + static_cast<ptrdiff_t>(s) * width_;
-    for (int i = 0; i < width_; ++i) sum += static_cast<double>(e[i] * dot(metric_.data() + static_cast<ptrdiff_t>(i) * width_, e, width_));
+    const float* error = changed.data() + static_cast<ptrdiff_t>(s) * width_;
+    const int64_t begin = std::max(n_ / 2, sampled_[s] - kNear), end = std::min(n_, sampled_[s] + kNear + 1);
+    double squares = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      const auto loss = static_cast<double>(dot(gradient_.data() + t * width_, error, width_));
+      squares += loss * loss;
+    }
+    errors.fisher += squares / static_cast<double>(end - begin) / (2 * static_cast<double>(sampled_.size()));
   }
-  return sum / (2 * static_cast<double>(sampled_.size()));
+  return errors;
 }
 
 // Rows [kv_head][n][head_dim] as sealed pages hold them; sinks and the last, partial page stay as they are.

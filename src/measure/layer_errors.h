@@ -11,8 +11,9 @@ namespace kvmix {
 
 struct CodecErrors {
   double output = 0;  // squared error of the attention output, relative to the output's energy
-  // Second-order loss in nats per token: half the mean of (output gradient . output error)^2 over all pairs of a token that
-  // gives the gradient and one that gives the error, heads together.
+  // Second-order loss in nats per token: half the mean of (output gradient . output error)^2, heads together, over pairs of a
+  // query and a token near it that the gradient is taken of. A query's own gradient alone is one draw, and noisy; those of the
+  // whole text lose that errors and gradients are large in the same places.
   double fisher = 0;
 };
 
@@ -28,16 +29,14 @@ class LayerErrors {
  private:
   std::vector<float> stored_rows(const SideConfig& config, Side side) const;
   std::vector<float> outputs(const float* keys, const float* values) const;
-  double quadratic(const std::vector<float>& errors) const;
 
   const LayerConfig& layer_;
-  const std::vector<float>&queries_, &keys_, &values_;
+  const std::vector<float>&queries_, &keys_, &values_, &gradient_;
   int64_t n_;
   int width_;  // of the attention output, q_heads * head_dim
   std::vector<int64_t> sampled_;
   std::vector<float> exact_;
   double energy_ = 1e-30;
-  std::vector<float> metric_;  // mean of g^T g over the second half, [width][width]
 };
 
 }  // namespace kvmix

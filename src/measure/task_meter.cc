@@ -45,7 +45,8 @@ class TaskMeter final : public PlanMeter {
     const std::vector<Token> prompt = model_->tokenize(task.prompt, true);
     const auto most = static_cast<int64_t>(model_->tokenize(task.answer, false).size()) + kSpareTokens;
     if (static_cast<int64_t>(prompt.size()) + most > model_->shape().context_tokens) {
-      throw Error(Status::kInvalidArgument, "a task of " + std::to_string(prompt.size()) + " tokens and its answer exceed the model's context of " +
+      throw Error(Status::kInvalidArgument, "a task of " + std::to_string(prompt.size()) +
+                                                " tokens and its answer exceed the model's context of " +
                                                 std::to_string(model_->shape().context_tokens) + "; shorten it");
     }
     const SequenceId id = engine.cache().create();

@@ -207,8 +207,8 @@ Plan make(const PlannerRequest& request) {
   if (request.meter != nullptr) {
     const std::vector<double> held_out = request.meter->held_out(plan);
     if (request.meter->in_nats()) {
-      std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f", tuner.measurements(),
-                    best.loss, mean(held_out));
+      std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f",
+                    tuner.measurements(), best.loss, mean(held_out));
     } else {
       std::snprintf(note, sizeof note, "; %d plans measured, this one answers %.1f %% of the tasks, of those held out %.1f %%",
                     tuner.measurements(), 100 * (1 - best.loss), 100 * (1 - mean(held_out)));
@@ -221,20 +221,19 @@ Plan make(const PlannerRequest& request) {
 }  // namespace
 
 extern const Planner kKvtunerPlanner;
-const Planner kKvtunerPlanner = {
-    {"kvtuner",
-     "KVTuner: pairs of widths shared by similar layers, by multi-objective search",
-     {{"metric", "what predicts a plan's loss: best, kl, fisher or output (best the profile has)"},
-      {"widths", "2,4,8 as the paper, or all (2,4,8)"},
-      {"threshold", "layers whose log10 errors differ by no more share a pair (0.15)"},
-      {"population", "of the search (50)"},
-      {"search-seed", "seed of the search (0)"},
-      kSinksOption,
-      kLocalSinksOption,
-      kWindowOption},
-     true,
-     true,
-     true},
-    make};
+const Planner kKvtunerPlanner = {{"kvtuner",
+                                  "KVTuner: pairs of widths shared by similar layers, by multi-objective search",
+                                  {{"metric", "what predicts a plan's loss: best, kl, fisher or output (best the profile has)"},
+                                   {"widths", "2,4,8 as the paper, or all (2,4,8)"},
+                                   {"threshold", "layers whose log10 errors differ by no more share a pair (0.15)"},
+                                   {"population", "of the search (50)"},
+                                   {"search-seed", "seed of the search (0)"},
+                                   kSinksOption,
+                                   kLocalSinksOption,
+                                   kWindowOption},
+                                  true,
+                                  true,
+                                  true},
+                                 make};
 
 }  // namespace kvmix

@@ -13,6 +13,7 @@
 #include "kvmix/eval.h"
 #include "measure/gradients.h"
 #include "measure/layerwise.h"
+#include "support/models.h"
 #include "support/tiny_model.h"
 
 namespace kvmix {
@@ -120,12 +121,15 @@ TEST(Gradients, AtTheAttentionOutputEqualFiniteDifferences) {
 // On text that the model wrote, so that its labels are draws from its own distribution.
 TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
   const ChangeableModel m({.architecture = "llama"});
-  const auto windows = calibration_prompts(m.model(), {.prompts = 1, .tokens = 1000}, 2, {});
+  CalibrationOptions text;
+  text.prompts = 1;
+  text.tokens = 1000;
+  const auto windows = calibration_prompts(m.model(), text, 1, {});
   Profile profile;
   profile.fingerprint = m.model()->shape().fingerprint;
   SensitivityOptions options;
   options.metric = "kl";
-  options.threads = 2;
+  options.threads = 1;
   profile_sensitivity(m.model(), windows, options, profile, {});
   EXPECT_EQ(profile.prompts, 1);  // the scores come with the window's pass
   double fisher = 0, kl = 0;
@@ -172,28 +176,24 @@ TEST(Tasks, FilesAreCheckedLineByLine) {
   EXPECT_THROW(read_tasks(folder.file("none.jsonl")), Error);
 }
 
-// What the f16 cache says is answered by it; half the answers are made wrong.
+// The running cache answers what the model knows, with fp16 rows and with fine codes; wrong answers count.
 TEST(Tasks, AreCountedWithTheRunningCache) {
-  const ChangeableModel m({.architecture = "llama"});
-  std::vector<Task> tasks;
-  for (int i = 0; i < 6; ++i) {
-    const std::string prompt = "question " + std::to_string(i);
-    Engine engine(m.model(), f16_plan(m.model()->shape()), {.threads = 2});
-    GenerateOptions options;
-    options.max_tokens = 6;
-    options.sampling.temperature = 0;
-    std::string said = generate(engine, engine.cache().create(), m.model()->tokenize(prompt, true), options, {}).text;
-    ASSERT_FALSE(said.empty());
-    tasks.push_back({prompt, i % 2 == 0 ? said : "no" + said});
-  }
-  const auto meter = make_task_meter(m.model(), tasks, 2);
+  const auto model = Model::load(testing::model_file("smollm2"));
+  std::vector<Task> tasks = {{"The capital of France is", "Paris"}, {"The capital of France is", "Rome"},
+                             {"The capital of Italy is", "Rome"},   {"The capital of Italy is", "Paris"},
+                             {"The capital of Spain is", "Madrid"}, {"The capital of Spain is", "London"}};
+  const auto meter = make_task_meter(model, tasks, 2);
   EXPECT_FALSE(meter->in_nats());
-  const Plan f16 = f16_plan(m.model()->shape());
-  EXPECT_EQ(meter->divergence(f16), (std::vector<double>{0, 1, 0, 1}));
-  EXPECT_EQ(meter->held_out(f16), (std::vector<double>{0, 1}));
-  EXPECT_THROW(make_task_meter(m.model(), {tasks[0], tasks[1]}, 2), Error);
-  tasks[0].prompt = std::string(5000, 'x');
-  EXPECT_THROW(make_task_meter(m.model(), tasks, 2)->divergence(f16), Error);
+  PlannerRequest request;
+  request.model = &model->shape();
+  request.options = {{"k-bits", "8"}, {"v-bits", "8"}};
+  for (const Plan& plan : {f16_plan(model->shape()), make_plan("uniform", request)}) {
+    EXPECT_EQ(meter->divergence(plan), (std::vector<double>{0, 1, 0, 1}));
+    EXPECT_EQ(meter->held_out(plan), (std::vector<double>{0, 1}));
+  }
+  EXPECT_THROW(make_task_meter(model, {tasks[0], tasks[1]}, 2), Error);
+  for (int i = 0; i < 9000; ++i) tasks[0].prompt += " and";
+  EXPECT_THROW(make_task_meter(model, tasks, 2)->divergence(f16_plan(model->shape())), Error);
 }
 
 // Of the codecs of one width, the one that is measured.

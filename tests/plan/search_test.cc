@@ -331,7 +331,9 @@ TEST(Planners, TasksAreForTheSearchOnly) {
   class TaskingMeter final : public PlanMeter {
    public:
     bool in_nats() const override { return false; }
-    std::vector<double> divergence(const Plan& plan) override { return {plan.layers[5].value.codec.bits >= 4 ? 0.0 : 1.0, 0.0}; }
+    std::vector<double> divergence(const Plan& plan) override {
+      return {plan.layers[5].value.codec.bits >= 4 ? 0.0 : 1.0, 0.0};
+    }
     std::vector<double> held_out(const Plan& plan) override { return divergence(plan); }
   } meter;
   SmallModel small;
