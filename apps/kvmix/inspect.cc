@@ -215,15 +215,15 @@ void print_transforms(const Profile& profile) {
     sums[{(s.side == Side::kKey ? "keys " : "values ") + s.codec, s.transform}][s.metric] += s.cost;
   }
   if (sums.empty()) return;
-  fmt::print("\n{:<40} {:<16} {:>13} {:>8} {:>12} {:>8}\n", "two bits, summed over layers", "transform", "output error",
-             "fisher", "fisher-page", "kl");
+  fmt::print("\n{:<40} {:<16} {:>13} {:>8} {:>8}\n", "two bits, summed over layers", "transform", "output error", "fisher",
+             "kl");
   for (const auto& [choice, costs] : sums) {
     const auto shown = [&by_metric = costs](const char* metric) {
       const auto at = by_metric.find(metric);
       return at == by_metric.end() ? std::string("-") : fmt::format("{:.4f}", at->second);
     };
-    fmt::print("{:<40} {:<16} {:>13} {:>8} {:>12} {:>8}\n", choice.first, choice.second, shown("output"), shown("fisher"),
-               shown("fisher-page"), shown("kl"));
+    fmt::print("{:<40} {:<16} {:>13} {:>8} {:>8}\n", choice.first, choice.second, shown("output"), shown("fisher"),
+               shown("kl"));
   }
 }
 
