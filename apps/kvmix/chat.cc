@@ -212,6 +212,7 @@ class Chat {
   void read(std::span<const Token> tokens) {
     if (tokens.empty()) return;
     engine_->prefill(sequence_, tokens, [this](int64_t done, int64_t total) {
+      if (done == total) return !Console::interrupted();  // a bar that is full at once would only flicker
       return progress_(static_cast<double>(done), static_cast<double>(total), "reading");
     });
     cached_.insert(cached_.end(), tokens.begin(), tokens.end());

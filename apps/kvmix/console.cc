@@ -79,10 +79,15 @@ class Reporter {
       fmt::print(stderr, "{}: {:.0f} %{}\n", what, 100 * share, rest);
       return;
     }
-    const int room = terminal_columns(STDERR_FILENO) - 1 - static_cast<int>(rest.size()) - 8;
-    const int bar = std::clamp(room / 2, 5, 30);
-    const std::string label = what.substr(0, static_cast<size_t>(std::max(0, room - bar - 1)));
-    fmt::print(stderr, "\r\033[K{} {} {:3.0f} %{}", label, gauge(share, bar), 100 * share, rest);
+    // The share stands on every terminal; rate and remaining time, the bar and what is measured where there is room.
+    const std::string percent = fmt::format(" {:3.0f} %", 100 * share);
+    int room = terminal_columns(STDERR_FILENO) - 1 - static_cast<int>(percent.size());
+    if (static_cast<int>(rest.size()) > room) rest.clear();
+    room -= static_cast<int>(rest.size());
+    const int bar = std::min((room - 3) / 2, 30);  // and its frame and a space
+    const std::string picture = bar >= 4 ? " " + gauge(share, bar) : "";
+    room -= static_cast<int>(display_width(picture));
+    fmt::print(stderr, "\r\033[K{}{}{}{}", first_columns(what, static_cast<size_t>(room)), picture, percent, rest);
     std::fflush(stderr);
     bar_is_up = true;
     if (done >= total) Console::clear_line();

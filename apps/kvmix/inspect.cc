@@ -33,7 +33,9 @@ Kind kind_of(const std::string& path) {
   head.resize(static_cast<size_t>(file.gcount()));
   if (head.starts_with("GGUF")) return Kind::kModel;
   const size_t first = head.find_first_not_of(" \t\r\n");
-  if (first == std::string::npos || head[first] != '{') return Kind::kCache;
+  if (head.starts_with("KVMIX")) return Kind::kCache;
+  if (first == std::string::npos || head[first] != '{')
+    throw Error(Status::kCorrupt, path + " is no GGUF model, plan, profile or saved cache; name one of these");
   // Both readers check everything; the planner's name is what only a plan has.
   return head.find("\"kvmix-profile\"") != std::string::npos ? Kind::kProfile : Kind::kPlan;
 }

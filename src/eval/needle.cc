@@ -103,12 +103,14 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
       contender.threads = options.threads;
       contender.force_plan = options.force_plan;
       const auto row = make_contender(model, subject, contender);
+      int hits = 0, asked = 0;
       const auto feed = [&](std::span<const Token> tokens) {
         for (size_t i = 0; i < tokens.size(); i += kChunk) {
           const size_t n = std::min(kChunk, tokens.size() - i);
           row->feed(tokens.subspan(i, n), false);
           done += static_cast<double>(n);
-          if (progress && !progress(std::min(done, total), total, subject.name))
+          const std::string found = std::to_string(hits) + " of " + std::to_string(asked) + " found";
+          if (progress && !progress(done, total, subject.name + " at " + std::to_string(contender.context) + ", " + found))
             throw Error(Status::kCancelled, "stopped during retrieval");
         }
       };
@@ -138,7 +140,10 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
             row->mark();
           }
           feed(prompt.subspan(marked, prompt.size() - 1 - marked));
-          if (answer(prompt.back()).find(trial.key) != std::string::npos) ++cells[first + order[i]].hits;
+          const bool hit = answer(prompt.back()).find(trial.key) != std::string::npos;
+          cells[first + order[i]].hits += hit ? 1 : 0;
+          hits += hit ? 1 : 0;
+          ++asked;
         }
       }
     }
