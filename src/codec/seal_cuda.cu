@@ -6,6 +6,8 @@
 // their values in registers; then every lane packs the words of its fragments (tile_layout_cuda.h) straight from the tile.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "attention/attend_cuda_common.cuh"
 #include "attention/cuda_support.h"
 #include "attention/launch_cuda.h"
@@ -30,17 +32,24 @@ struct SealArguments {
 
 // Halves of a row of the tile: four banks further a row, for fragments and fits alike.
 __host__ __device__ constexpr int tile_row(int head_dim) { return head_dim + 8; }
-// Tokens whose errors are fed back at once, a thread each.
+// Tokens whose errors are fed back at once, channels of a token that a thread takes, and those of all threads of a token.
 __host__ __device__ constexpr int feedback_tokens(int head_dim) { return head_dim <= 128 ? kPageTokens : kPageTokens / 2; }
+constexpr int kFeedbackChannels = 8;
+__host__ __device__ constexpr int feedback_block(int head_dim) {
+  return kFeedbackChannels * kSealThreads / feedback_tokens(head_dim);
+}
 
-// Shared memory: the tile, the ranges of segments (half2 low, high), the CodeMap of every group, rounding errors.
+// Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
+// every group, rounding errors.
 struct SealSpace {
   int ranges, groups, errors, bytes;
 };
 __host__ __device__ inline SealSpace seal_space(const SideShape& side, bool feedback) {
   SealSpace space{};
   space.ranges = kPageTokens * tile_row(side.head_dim) * 2;
-  space.groups = space.ranges + kPageTokens / kSegment * side.head_dim * 8;
+  const int ranges = kPageTokens / kSegment * side.head_dim * 8;
+  const int weights = feedback ? side.head_dim * feedback_block(side.head_dim) * 4 : 0;
+  space.groups = space.ranges + (ranges > weights ? ranges : weights);
   space.errors = space.groups + side.meta_bytes() / 4 * 8 + 16;
   space.bytes = space.errors + (feedback ? side.head_dim * feedback_tokens(side.head_dim) * 4 : 0);
   return space;
@@ -61,6 +70,22 @@ __host__ __device__ constexpr uint32_t word_bias(int word) {
   return sum;
 }
 
+// Four 8 x 8 tiles of fp16 as registers: lane 4 r + j holds elements 2 j and 2 j + 1 of row r, or of column r. Lane l gives the
+// address of row l % 8 of tile l / 8.
+__device__ inline void load_tiles(const __half* row, bool columns, uint32_t (&v)[4]) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if (columns) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address));
+  }
+}
+__device__ inline __half2 half2_of(uint32_t v) { return reinterpret_cast<const __half2&>(v); }
+
 template <int dim, bool key, int bits>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
   constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1);
@@ -76,15 +101,17 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
       // A tile lies in one group.
       const int first_group =
           side.per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0;
+      // The registers of the tile's fragment: 8 x 8 tiles with rows and columns in turn, as operand A has them.
+      uint32_t v[4];
+      load_tiles(tile + (token0 + lane % 8 + (key ? lane / 8 % 2 : lane / 16) * 8) * row_halves + channel0 +
+                     (key ? lane / 16 : lane / 8 % 2) * 8,
+                 !key, v);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
-        const int token = token0 + (key ? row : column), channel = channel0 + (key ? column : row);
-        const __half* const at = tile + token * row_halves + channel;
         const int group = first_group + (key && side.per_token ? row : column);
         if constexpr (bits == 16) {
-          const __half2 pair = __halves2half2(at[0], at[key ? 1 : row_halves]);
-          w[code_place(16, reg, field).word] = reinterpret_cast<const uint32_t&>(pair);
+          w[code_place(16, reg, field).word] = v[reg];
         } else {
           // The maps of both; neighbours in their order unless they are the same group.
           float4 g;
@@ -94,12 +121,7 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
           } else {
             g = *reinterpret_cast<const float4*>(groups + group);
           }
-          float2 x;
-          if constexpr (key) {
-            x = __half22float2(*reinterpret_cast<const __half2*>(at));
-          } else {
-            x = {__half2float(at[0]), __half2float(at[row_halves])};
-          }
+          const float2 x = __half22float2(half2_of(v[reg]));
           const uint32_t c0 = __float_as_uint(raised_code(x.x, {g.x, g.y}, kTop));
           const uint32_t c1 = __float_as_uint(raised_code(x.y, {g.z, g.w}, kTop));
           if (bits == 3 && field == 7 && reg >= 2) {
@@ -232,88 +254,157 @@ __device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half
   }
 }
 
-// A group of kValues * kPartialSums values, four lanes side by side: lane j of them holds partial sum j's.
-template <int kValues>
-__device__ GroupScale fit_values(const __half* first, int step, int bits) {
+// The sums of kInteger + code over a few codes give those of codes and of their squares at once: with kInteger = 301 * 2^22,
+// the square of (kInteger + c) is 301 * 2^23 c + c^2 mod 2^32. So the low 23 bits add up the squares, and the rest, times
+// 301^-1 mod 512, the codes, as long as neither overflows: 32 codes of up to 4 bits do not. Codes above, squares below.
+__device__ inline uint32_t code_sums(uint32_t sum) {
+  constexpr uint32_t kInverse = 165;
+  static_assert(301 * kInverse % 512 == 1);
+  return ((sum >> 23) * kInverse & 511u) << 16 | (sum & 0x7fffffu);
+}
+
+// Fits the groups of a warp: eight rows (tokens) from `line` on, or columns, kValues * kPartialSums values each from `first`
+// on. Lanes 4 r .. 4 r + 3 take group r, lane j of them partial sum j's values.
+template <int kValues, int row_halves>
+__device__ GroupScale fit_values(const __half* tile, bool columns, int line, int first, int bits) {
+  constexpr uint32_t kInteger = 0x4b400000u;  // the bits of kRoundToInteger
+  static_assert(kInteger == 301u << 22);
   const float top = static_cast<float>((1 << bits) - 1);
-  const int j = static_cast<int>(threadIdx.x) % kPartialSums;
+  const int lane = static_cast<int>(threadIdx.x) % 32, j = lane % kPartialSums;
   const auto all = [](auto v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
   };
-  float y[kValues], low = 65504.0f, high = -65504.0f;
+  const __half* const from =
+      columns ? tile + (first + lane) * row_halves + line : tile + (line + lane % 8) * row_halves + first + lane / 8 * 8;
+  uint32_t x[kValues / 2];
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    y[i] = __half2float(first[(i / 2 * 2 * kPartialSums + 2 * j + i % 2) * step]);
-    low = fminf(low, y[i]), high = fmaxf(high, y[i]);
+  for (int i = 0; i < kValues / 2; i += 4) {
+    uint32_t v[4];
+    load_tiles(from + i * 8 * (columns ? row_halves : 1), columns, v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[i + k] = v[k];
   }
+  __half2 lows = half2_of(x[0]), highs = lows;
+#pragma unroll
+  for (int i = 1; i < kValues / 2; ++i) lows = __hmin2(lows, half2_of(x[i])), highs = __hmax2(highs, half2_of(x[i]));
 #pragma unroll
   for (int other = 1; other < kPartialSums; other *= 2) {
-    low = fminf(low, __shfl_xor_sync(~0u, low, other)), high = fmaxf(high, __shfl_xor_sync(~0u, high, other));
+    lows = __hmin2(lows, __shfl_xor_sync(~0u, lows, other)), highs = __hmax2(highs, __shfl_xor_sync(~0u, highs, other));
   }
-  const CodedRange range = coded_range({low, high}, true);
-  float sum_y = 0.0f;
+  const float2 low = __half22float2(lows), high = __half22float2(highs);
+  const CodedRange range = coded_range({fminf(low.x, low.y), fmaxf(high.x, high.y)}, true);
+  float y[kValues], sum_y = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    y[i] = y[i] - range.middle;
+  for (int i = 0; i < kValues; i += 2) {
+    const float2 pair = __half22float2(half2_of(x[i / 2]));
+    y[i] = pair.x - range.middle, y[i + 1] = pair.y - range.middle;
     sum_y += y[i];
+    sum_y += y[i + 1];
   }
   return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), [&](CodeMap map) {
-    constexpr int kInteger = 0x4b400000;  // the bits of kRoundToInteger
-    uint32_t code = 0;
-    float squared = 0.0f, product = 0.0f;
+    float product = 0.0f;
+    if (bits > 4) {  // sums of wide codes, rarely wanted, in a loop of their own over the tile
+      const int step = columns ? row_halves : 1;
+      const __half* const mine = columns ? tile + (first + 2 * j) * row_halves + line + lane / 4
+                                         : tile + (line + lane / 4) * row_halves + first + 2 * j;
+      float code = 0.0f, squared = 0.0f;
+#pragma unroll 1
+      for (int i = 0; i < kValues; ++i) {
+        const float v = __half2float(mine[(i / 2 * 2 * kPartialSums + i % 2) * step]) - range.middle;
+        const float c = quantize_code(v, map, top);
+        code += c;
+        squared = __fmaf_rn(c, c, squared);
+        product = __fmaf_rn(c, v, product);
+      }
+      return FitSums{all(code), all(squared), all(product)};
+    }
+    uint32_t squares[2] = {};
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      const float raised = raised_code(y[i], map, top), c = raised - kRoundToInteger;
-      code += __float_as_uint(raised);
-      squared = __fmaf_rn(c, c, squared);
-      product = __fmaf_rn(c, y[i], product);
+      const float raised = raised_code(y[i], map, top);
+      squares[i % 2] += __float_as_uint(raised) * __float_as_uint(raised);
+      product = __fmaf_rn(raised - kRoundToInteger, y[i], product);
     }
-    code = all(code - static_cast<uint32_t>(kValues) * kInteger);
-    return FitSums{static_cast<float>(code), all(squared), all(product)};
+    const uint32_t sums = all(code_sums(squares[0] + squares[1]));
+    return FitSums{static_cast<float>(sums >> 16), static_cast<float>(sums & 0xffffu), all(product)};
   });
 }
 
-// Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does, a thread a token, and leaves codes in the tile.
+// Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does and leaves codes in the tile. Channels come in
+// blocks, 8 of them to each thread of a token: first all threads add what the errors of the blocks before mean for their
+// channels, the block's weights in shared memory, then they take turns, since the errors of 8 channels change those of the
+// next. Every sum runs over the channels in their order.
 template <int dim>
 __device__ void feed_back(const SideShape& side, const float* weights, const uint16_t* meta, const CodeMap* groups,
-                          float* errors, __half* tile) {
-  constexpr int kTokens = feedback_tokens(dim), kAtOnce = 8;
+                          float* errors, float* panel, __half* tile) {
+  constexpr int kTokens = feedback_tokens(dim), kBlock = feedback_block(dim), kTurns = kBlock / kFeedbackChannels;
   const float top = static_cast<float>((1 << side.bits) - 1), centre = code_centre(side.bits);
   const int group_shift = 31 - __clz(side.group);
-  const int token = static_cast<int>(threadIdx.x);
-  if (token >= kPageTokens) return;
-  // Each strip of tokens is one run of threads; both strips of the widest heads use the buffer in turn.
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, turn = thread / kTokens;
   for (int strip = 0; strip < kPageTokens; strip += kTokens) {
-    if (strip != 0) asm volatile("bar.sync 1, 128;\n" ::: "memory");
-    if (token < strip || token >= strip + kTokens) continue;
-    float* const mine = errors + token - strip;
-    __half* const row = tile + token * tile_row(dim);
-    for (int c0 = 0; c0 < dim; c0 += kAtOnce) {
-      float exact[kAtOnce], wanted[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) exact[k] = wanted[k] = __half2float(row[c0 + k]);
-      const float* rows[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) rows[k] = weights + (c0 + k) * (c0 + k - 1) / 2;
-      for (int i = 0; i < c0; ++i) {
-        const float error = mine[i * kTokens];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) wanted[k] = wanted[k] + __ldg(rows[k] + i) * error;
+    const int token = strip + thread % kTokens;
+    float* const mine = errors + thread % kTokens;
+    for (int c0 = 0; c0 < dim; c0 += kBlock) {
+      // Weights [input channel][channel of the block]; a warp reads 8 of 4 rows at a time.
+      __syncthreads();
+      for (int k = warp * 4 % kBlock + lane % 4, part = warp * 4 / kBlock; part * 8 < c0 + k; part += kSealWarps * 4 / kBlock) {
+        const int i = part * 8 + lane / 4, c = c0 + k;
+        if (i < c) panel[i * kBlock + k] = __ldg(weights + c * (c - 1) / 2 + i);
       }
-      float fresh[kAtOnce];
+      __syncthreads();
+      const int first = c0 + turn * kFeedbackChannels;
+      const float* const my_weights = panel + turn * kFeedbackChannels;
+      uint4* const cells = reinterpret_cast<uint4*>(tile + token * tile_row(dim) + first);
+      float exact[kFeedbackChannels], wanted[kFeedbackChannels];
+      const auto unpack_cells = [&](float(&to)[kFeedbackChannels]) {
+        const uint4 v = *cells;
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
+        for (int k = 0; k < kFeedbackChannels; ++k) {
+          const float2 x = __half22float2(half2_of(pairs[k / 2]));
+          to[k] = k % 2 == 0 ? x.x : x.y;
+        }
+      };
+      const auto add = [&](int i) {
+        const float error = mine[i * kTokens];
+        const auto* const w = reinterpret_cast<const float4*>(my_weights + i * kBlock);
+        const float4 a = w[0], b = w[1];
+        const float row[kFeedbackChannels] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-        for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + __ldg(rows[k] + c0 + i) * fresh[i];
-        const int c = c0 + k;
-        const int group = side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c;
-        const int at = side.scale_at(token, c);
-        const float scale = f16_to_f32(meta[at]), mid = f16_to_f32(meta[at + side.mid_step()]);
-        const float code = quantize_code(finite(wanted[k]), groups[group], top);
-        fresh[k] = exact[k] - (mid + scale * (code - centre));
-        mine[c * kTokens] = fresh[k];
-        row[c] = __float2half_rn(code);
+        for (int k = 0; k < kFeedbackChannels; ++k) wanted[k] = wanted[k] + row[k] * error;
+      };
+      unpack_cells(wanted);
+#pragma unroll 8
+      for (int i = 0; i < c0; ++i) add(i);
+      unpack_cells(exact);
+      CodeMap maps[kFeedbackChannels];
+      float scale[kFeedbackChannels], mid[kFeedbackChannels];
+#pragma unroll
+      for (int k = 0; k < kFeedbackChannels; ++k) {
+        const int c = first + k, at = side.scale_at(token, c);
+        maps[k] = groups[side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c];
+        scale[k] = f16_to_f32(meta[at]), mid[k] = f16_to_f32(meta[at + side.mid_step()]);
+      }
+      for (int now = 0; now < kTurns; ++now) {
+        if (turn == now) {
+          float fresh[kFeedbackChannels], code[kFeedbackChannels];
+#pragma unroll
+          for (int k = 0; k < kFeedbackChannels; ++k) {
+#pragma unroll
+            for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + my_weights[(first + i) * kBlock + k] * fresh[i];
+            code[k] = quantize_code(finite(wanted[k]), maps[k], top);
+            fresh[k] = exact[k] - (mid[k] + scale[k] * (code[k] - centre));
+            mine[(first + k) * kTokens] = fresh[k];
+          }
+          *cells = {pack(code[0], code[1]), pack(code[2], code[3]), pack(code[4], code[5]), pack(code[6], code[7])};
+        }
+        if (now == kTurns - 1) break;
+        __syncthreads();
+        if (turn > now) {
+#pragma unroll
+          for (int i = 0; i < kFeedbackChannels; ++i) add(c0 + now * kFeedbackChannels + i);
+        }
       }
     }
   }
@@ -363,24 +454,26 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
       meta[to + side.mid_step()] = stored.mid;
     };
     if constexpr (fitted) {
-      // Whole warps: `width` is a multiple of the groups that a warp takes.
+      // Whole warps: `width` is a multiple of the eight groups that a warp takes.
       for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
         const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
-        const __half* const x = side.per_token ? tile + i * row_halves + first : tile + first * row_halves + i;
-        const int step = side.per_token ? 1 : row_halves;
+        const int line = i - thread % 32 / kPartialSums;
+        const auto fit = [&](auto values) {
+          return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits);
+        };
         GroupScale stored;
         switch (side.per_token && dim - first < side.group ? dim - first : side.group) {
           case 32:
-            stored = fit_values<8>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 8>{});
             break;
           case 64:
-            stored = fit_values<16>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 16>{});
             break;
           case 96:
-            stored = fit_values<24>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 24>{});
             break;
           default:
-            stored = fit_values<32>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 32>{});
             break;
         }
         if (job % kPartialSums == 0) store(at, i, g, stored);
@@ -445,7 +538,7 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
     if (feedback) {
       const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
       feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), meta, groups,
-                     reinterpret_cast<float*>(space + layout.errors), tile);
+                     reinterpret_cast<float*>(space + layout.errors), reinterpret_cast<float*>(space + layout.ranges), tile);
       __syncthreads();
       // The tile holds codes now.
       const float factor = 1.0f / static_cast<float>((1 << side.bits) - 1);
