@@ -11,10 +11,11 @@ template <int dim>
 void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
   constexpr int kShared = PrefillTile<dim>::shared_bytes;
   allow_shared(prefill_kernel<dim>, kShared, "attend: shared memory");
+  const RecordShape shape = record_shape(p.format);
   const int rows = arguments.group * arguments.q_tokens;
   const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kPrefillRows - 1) / kPrefillRows));
   prefill_kernel<dim><<<grid, kPrefillThreads, kShared, static_cast<cudaStream_t>(p.stream)>>>(
-      PrefillArguments{arguments, record_shape(p.format)});
+      PrefillArguments{arguments, shape.key(), shape.value(), shape.key_bytes()});
   check_cuda(cudaGetLastError(), "attend: launch");
 }
 

@@ -13,7 +13,11 @@
 
 namespace kvmix::cuda {
 
-inline constexpr int kPrefillRows = 128, kPrefillThreads = 384;
+#ifndef KVMIX_PRODUCERS
+#define KVMIX_PRODUCERS 2
+#endif
+inline constexpr int kPrefillRows = 128, kProducers = KVMIX_PRODUCERS;  // warpgroups that dequantise
+inline constexpr int kProducerThreads = 128 * kProducers, kPrefillThreads = kProducerThreads + 256;
 inline constexpr float kSlack = 2.0f;  // weights stay below 2^(kLift + kSlack), well inside fp16
 
 template <int dim>
@@ -62,33 +66,34 @@ class Walk {
   int page_end_, sinks_, length_, seen_begin_, seen_end_;
 };
 
-// A stretch of a packed side to shared memory, by the warps of one warpgroup.
-template <int dim, bool key>
-__device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, uint32_t to) {
-  constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim;
-  constexpr int kBlocks = kTokens * dim / (16 * kBlockChannels);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
-  const uint8_t* const meta = side_start + side.meta();
-  const uint32_t mine = to + (lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16;
-  const auto store = [&](int token0, int channel0, const uint32_t(&a)[4]) {
-    const int token = token0 - part * kTokens, row0 = key ? token : channel0, column0 = key ? channel0 : token;
-    store_tiles((mine + column0 / 64 * panel_bytes(kRows) + row0 * 128) ^ static_cast<uint32_t>(column0 % 64 * 2), a);
-  };
-  with_bits(side.bits, [&](auto width) {
+// A stretch of a packed side to shared memory, by the producers; ready() waits until it may be written.
+template <int dim, bool key, class Ready>
+__device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, uint32_t to,
+                                          const Ready& ready) {
+  constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim, kStep = 4 * kProducers;
+  constexpr unsigned kBlocks = kTokens * dim / (16 * kBlockChannels);
+  const unsigned warp = threadIdx.x / 32, first = static_cast<unsigned>(part) * kBlocks, end = first + kBlocks;
+  with_format<key>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
-    for (int block = part * kBlocks + warp; block < (part + 1) * kBlocks; block += 4) {
-      const uint8_t* const codes = side_start + block * block_bytes(bits);
-      if constexpr (bits == 16) {  // a tile at a time, for want of registers
-#pragma unroll
-        for (int field = 0; field < kFields; ++field) {
-          const uint4 v = reinterpret_cast<const uint4*>(codes + 512 * field)[lane];
-          const int tile = block * kFields + field;
-          store(tile / (dim / 16) * 16, tile % (dim / 16) * 16, {v.x, v.y, v.z, v.w});
-        }
-      } else {
-        uint32_t w[block_words(bits)];
-        load_words<bits>(codes, lane, w);
-        dequantise_block<dim, key, bits>(w, meta, side, block, lane, store);
+    const int lane = lane_again();
+    const uint32_t mine = to + static_cast<uint32_t>((lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16);
+    const auto store = [&](unsigned token0, unsigned channel0, const uint32_t(&a)[4]) {
+      const unsigned token = token0 % kTokens, row0 = key ? token : channel0, column0 = key ? channel0 : token;
+      store_tiles((mine ^ (column0 % 64 * 2)) + column0 / 64 * panel_bytes(kRows) + row0 * 128, a);
+    };
+    if constexpr (bits == 16) {
+      ready();
+      for (unsigned block = first + warp; block < end; block += kStep) copy_block<dim>(side_start, block, lane, store);
+    } else {
+      LaneScales<what.value> scales(side_start + side.meta(), side, lane);
+      uint32_t w[block_words(bits)];
+      unsigned block = first + warp;
+      if (block < end) load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
+      ready();
+      while (block < end) {
+        dequantise_block<dim, what.value, bits>(w, scales, block, store);
+        block += kStep;
+        if (block < end) load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
       }
     }
   });
@@ -99,16 +104,16 @@ template <int dim, bool key>
 __device__ inline void copy_stretch(const __half* rows, int live, uint8_t* to) {
   constexpr int kTokens = PrefillTile<dim>::tokens, kOctets = dim / 8;
   const uint4 zero = {0, 0, 0, 0};
-  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int thread = static_cast<int>(threadIdx.x);
   const auto load = [&](int token, int octet) {
     return token < live ? *reinterpret_cast<const uint4*>(rows + token * dim + octet * 8) : zero;
   };
   if (key) {
-    for (int at = thread; at < kTokens * kOctets; at += 128) {
+    for (int at = thread; at < kTokens * kOctets; at += kProducerThreads) {
       *reinterpret_cast<uint4*>(to + swizzled(kTokens, at / kOctets, at % kOctets * 8)) = load(at / kOctets, at % kOctets);
     }
   } else {
-    for (int at = thread; at < kTokens / 2 * kOctets; at += 128) {
+    for (int at = thread; at < kTokens / 2 * kOctets; at += kProducerThreads) {
       const int token = at % (kTokens / 2) * 2, octet = at / (kTokens / 2);
       const uint4 v0 = load(token, octet), v1 = load(token + 1, octet);
       const uint32_t a[4] = {v0.x, v0.y, v0.z, v0.w}, b[4] = {v1.x, v1.y, v1.z, v1.w};
@@ -138,7 +143,8 @@ struct PrefillBarriers {
 // What a thread block needs beside AttendArguments.
 struct PrefillArguments {
   AttendArguments attend;
-  RecordShape shape;
+  SideShape key, value;
+  int value_start;  // of a record
 };
 
 // The rows of a tile: row r is query token r / group, head r % group of the KV head.
@@ -156,28 +162,34 @@ __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cu
   using Tile = PrefillTile<dim>;
   const AttendArguments& args = arguments.attend;
   const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
-  for (int n = 0; walk.next(); ++n) {
-    const int slot = n % 2, parity = n / 2 % 2 ^ 1;
+  bool more = walk.next();
+  int32_t next_id = more ? table[walk.page] : 0;
+  for (int n = 0; more; ++n) {
+    const int slot = n % 2, parity = n / 2 % 2 ^ 1, part = walk.part, live = walk.live;
+    const int32_t id = next_id;
+    more = walk.next();
+    if (more) next_id = table[walk.page];
     uint8_t* const keys = shared + Tile::keys + slot * Tile::key_bytes;
     uint8_t* const values = shared + Tile::values + slot * Tile::value_bytes;
-    const int32_t id = table[walk.page];
     const uint8_t* const record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
     const auto* const open = reinterpret_cast<const __half*>(
         args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride);
-    wait(&barriers.keys_free[slot], parity);
+    const auto keys_ready = [&] { wait(&barriers.keys_free[slot], parity); };
+    const auto values_ready = [&] { wait(&barriers.values_free[slot], parity); };
     if (id >= 0) {
-      dequantise_stretch<dim, true>(record + kHeaderBytes, arguments.shape.key(), walk.part, shared_address(keys));
+      dequantise_stretch<dim, true>(record + kHeaderBytes, arguments.key, part, shared_address(keys), keys_ready);
     } else {
-      copy_stretch<dim, true>(open + walk.part * Tile::tokens * dim, walk.live, keys);
+      keys_ready();
+      copy_stretch<dim, true>(open + part * Tile::tokens * dim, live, keys);
     }
     publish_stores();
     arrive(&barriers.keys_there[slot]);
-    wait(&barriers.values_free[slot], parity);
     if (id >= 0) {
-      dequantise_stretch<dim, false>(record + arguments.shape.key_bytes(), arguments.shape.value(), walk.part,
-                                     shared_address(values));
+      dequantise_stretch<dim, false>(record + arguments.value_start, arguments.value, part, shared_address(values),
+                                     values_ready);
     } else {
-      copy_stretch<dim, false>(open + (kPageTokens + walk.part * Tile::tokens) * dim, walk.live, values);
+      values_ready();
+      copy_stretch<dim, false>(open + (kPageTokens + part * Tile::tokens) * dim, live, values);
     }
     publish_stores();
     arrive(&barriers.values_there[slot]);
@@ -373,7 +385,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
       row0, min(args.group * args.q_tokens - row0, kPrefillRows), item.length, args.q_tokens, args.group, args.sliding_window};
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
-      init_barrier(&barriers.keys_there[i], 128), init_barrier(&barriers.values_there[i], 128);
+      init_barrier(&barriers.keys_there[i], kProducerThreads), init_barrier(&barriers.values_there[i], kProducerThreads);
       init_barrier(&barriers.keys_free[i], 8), init_barrier(&barriers.values_free[i], 8);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
@@ -381,12 +393,12 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   __syncthreads();
   const Walk<PrefillTile<dim>::tokens> walk(args, item, tile_rows.begin(0), tile_rows.end(tile_rows.rows - 1));
   const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
-  if (role == 0) {
-    shrink_registers<72>();
+  if (role < kProducers) {
+    shrink_registers<kProducers == 1 ? 72 : 56>();
     produce<dim>(arguments, item, walk, shared, barriers);
   } else {
-    grow_registers<216>();
-    consume<dim>(args, item, tile_rows, walk, (role - 1) * 64, shared, row_factor, barriers);
+    grow_registers<kProducers == 1 ? 216 : 200>();
+    consume<dim>(args, item, tile_rows, walk, (role - kProducers) * 64, shared, row_factor, barriers);
   }
 #endif
 }

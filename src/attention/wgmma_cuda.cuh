@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace kvmix::cuda {
+#include "attention/attend_cuda_common.cuh"
 
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+namespace kvmix::cuda {
 
 // A K-major operand of `rows` rows in shared memory, in panels of 64 halves a row: 16-byte units of a row of 128 bytes stand
 // XOR the row, which the matrix unit knows as its 128-byte swizzle. A panel starts at a multiple of 1024 bytes.
@@ -114,11 +114,11 @@ __device__ inline void wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// Four 8 x 8 tiles of fp16, each register a tile; lane l gives the address of row l % 8 of tile l / 8.
+// Four 8 x 8 tiles of fp16, each register a tile; lane l gives the address of row l % 8 of tile l / 8. The compiler may move
+// other accesses across it: publish_stores keeps it before.
 __device__ inline void store_tiles(uint32_t address, const uint32_t (&a)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(a[0]), "r"(a[1]),
-               "r"(a[2]), "r"(a[3])
-               : "memory");
+               "r"(a[2]), "r"(a[3]));
 }
 
 }  // namespace kvmix::cuda

@@ -27,6 +27,7 @@ struct SealArguments {
   const int32_t* open_ids;
   const int32_t* record_ids;
   RecordShape shape;
+  bool fitted;
   kvmix_cuda_transform key_transform, value_transform;
 };
 
@@ -40,9 +41,9 @@ __host__ __device__ constexpr int feedback_block(int head_dim) {
 }
 
 // Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
-// every group, rounding errors.
+// every group and, for feedback, its scale and midpoint (half2), rounding errors.
 struct SealSpace {
-  int ranges, groups, errors, bytes;
+  int ranges, groups, kept, errors, bytes;
 };
 __host__ __device__ inline SealSpace seal_space(const SideShape& side, bool feedback) {
   SealSpace space{};
@@ -50,7 +51,8 @@ __host__ __device__ inline SealSpace seal_space(const SideShape& side, bool feed
   const int ranges = kPageTokens / kSegment * side.head_dim * 8;
   const int weights = feedback ? side.head_dim * feedback_block(side.head_dim) * 4 : 0;
   space.groups = space.ranges + (ranges > weights ? ranges : weights);
-  space.errors = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  space.kept = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  space.errors = space.kept + (feedback ? (side.meta_bytes() + 15) / 16 * 16 : 0);
   space.bytes = space.errors + (feedback ? side.head_dim * feedback_tokens(side.head_dim) * 4 : 0);
   return space;
 }
@@ -70,22 +72,6 @@ __host__ __device__ constexpr uint32_t word_bias(int word) {
   return sum;
 }
 
-// Four 8 x 8 tiles of fp16 as registers: lane 4 r + j holds elements 2 j and 2 j + 1 of row r, or of column r. Lane l gives the
-// address of row l % 8 of tile l / 8.
-__device__ inline void load_tiles(const __half* row, bool columns, uint32_t (&v)[4]) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if (columns) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address));
-  }
-}
-__device__ inline __half2 half2_of(uint32_t v) { return reinterpret_cast<const __half2&>(v); }
-
 template <int dim, bool key, int bits>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
   constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1);
@@ -93,6 +79,9 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   constexpr int row_halves = tile_row(dim), tiles = dim / 16;
   const int group_shift = 31 - __clz(side.group);
+  // A fragment's registers are 8 x 8 tiles, those with further rows and with further columns in turn.
+  const int token = lane % 8 + (key ? lane / 8 % 2 : lane / 16) * 8, channel = (key ? lane / 16 : lane / 8 % 2) * 8;
+  const uint32_t fragment_row = shared_address(tile + token * row_halves + channel);
   for (int block = warp; block < tiles; block += kSealWarps) {
     uint32_t w[block_words(bits)] = {};
 #pragma unroll
@@ -101,11 +90,8 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
       // A tile lies in one group.
       const int first_group =
           side.per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0;
-      // The registers of the tile's fragment: 8 x 8 tiles with rows and columns in turn, as operand A has them.
       uint32_t v[4];
-      load_tiles(tile + (token0 + lane % 8 + (key ? lane / 8 % 2 : lane / 16) * 8) * row_halves + channel0 +
-                     (key ? lane / 16 : lane / 8 % 2) * 8,
-                 !key, v);
+      load_tiles(fragment_row + static_cast<uint32_t>(token0 * row_halves + channel0) * 2, !key, v);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
@@ -275,13 +261,14 @@ __device__ GroupScale fit_values(const __half* tile, bool columns, int line, int
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
   };
-  const __half* const from =
-      columns ? tile + (first + lane) * row_halves + line : tile + (line + lane % 8) * row_halves + first + lane / 8 * 8;
+  const uint32_t from = shared_address(columns ? tile + (first + lane) * row_halves + line
+                                               : tile + (line + lane % 8) * row_halves + first + lane / 8 * 8);
+  const uint32_t step = columns ? 2 * row_halves : 2;
   uint32_t x[kValues / 2];
 #pragma unroll
   for (int i = 0; i < kValues / 2; i += 4) {
     uint32_t v[4];
-    load_tiles(from + i * 8 * (columns ? row_halves : 1), columns, v);
+    load_tiles(from + static_cast<uint32_t>(i * 8) * step, columns, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[i + k] = v[k];
   }
@@ -331,41 +318,71 @@ __device__ GroupScale fit_values(const __half* tile, bool columns, int line, int
   });
 }
 
+// A thread's share of the weights of a block of channels from c0 on, [input channel][channel of the block]; a warp reads 8 of 4
+// rows at a time.
+template <int dim>
+struct PanelShare {
+  static constexpr int block = feedback_block(dim), loads = dim * block / kSealThreads, parts = 4 * kSealWarps / block;
+  float v[loads];
+
+  __device__ static int channel() {
+    return (static_cast<int>(threadIdx.x) / 32 * 4 + static_cast<int>(threadIdx.x) % 4) % block;
+  }
+  __device__ static int input(int i) {
+    const int thread = static_cast<int>(threadIdx.x);
+    return (thread / 32 * 4 / block + i * parts) * 8 + thread % 32 / 4;
+  }
+  __device__ void load(const float* weights, int c0) {
+    const int c = c0 + channel();
+#pragma unroll
+    for (int i = 0; i < loads; ++i) v[i] = input(i) < c ? __ldg(weights + c * (c - 1) / 2 + input(i)) : 0.0f;
+  }
+  __device__ void store(float* panel) const {
+#pragma unroll
+    for (int i = 0; i < loads; ++i) panel[input(i) * block + channel()] = v[i];
+  }
+};
+
 // Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does and leaves codes in the tile. Channels come in
 // blocks, 8 of them to each thread of a token: first all threads add what the errors of the blocks before mean for their
 // channels, the block's weights in shared memory, then they take turns, since the errors of 8 channels change those of the
-// next. Every sum runs over the channels in their order.
+// next. Every sum runs over the channels in their order. `stored` holds scales and midpoints of groups.
 template <int dim>
-__device__ void feed_back(const SideShape& side, const float* weights, const uint16_t* meta, const CodeMap* groups,
+__device__ void feed_back(const SideShape& side, const float* weights, const CodeMap* groups, const __half2* stored,
                           float* errors, float* panel, __half* tile) {
   constexpr int kTokens = feedback_tokens(dim), kBlock = feedback_block(dim), kTurns = kBlock / kFeedbackChannels;
   const float top = static_cast<float>((1 << side.bits) - 1), centre = code_centre(side.bits);
   const int group_shift = 31 - __clz(side.group);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, turn = thread / kTokens;
+  const int turn = static_cast<int>(threadIdx.x) / kTokens;
+  PanelShare<dim> share;
+  share.load(weights, 0);
   for (int strip = 0; strip < kPageTokens; strip += kTokens) {
-    const int token = strip + thread % kTokens;
-    float* const mine = errors + thread % kTokens;
+    const int token = strip + static_cast<int>(threadIdx.x) % kTokens;
+    float* const mine = errors + token - strip;
     for (int c0 = 0; c0 < dim; c0 += kBlock) {
-      // Weights [input channel][channel of the block]; a warp reads 8 of 4 rows at a time.
       __syncthreads();
-      for (int k = warp * 4 % kBlock + lane % 4, part = warp * 4 / kBlock; part * 8 < c0 + k; part += kSealWarps * 4 / kBlock) {
-        const int i = part * 8 + lane / 4, c = c0 + k;
-        if (i < c) panel[i * kBlock + k] = __ldg(weights + c * (c - 1) / 2 + i);
-      }
+      share.store(panel);
       __syncthreads();
+      share.load(weights, (c0 + kBlock) % dim);
       const int first = c0 + turn * kFeedbackChannels;
       const float* const my_weights = panel + turn * kFeedbackChannels;
       uint4* const cells = reinterpret_cast<uint4*>(tile + token * tile_row(dim) + first);
       float exact[kFeedbackChannels], wanted[kFeedbackChannels];
-      const auto unpack_cells = [&](float(&to)[kFeedbackChannels]) {
-        const uint4 v = *cells;
-        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+      const uint4 before = *cells;
+      const uint32_t pairs[4] = {before.x, before.y, before.z, before.w};
 #pragma unroll
-        for (int k = 0; k < kFeedbackChannels; ++k) {
-          const float2 x = __half22float2(half2_of(pairs[k / 2]));
-          to[k] = k % 2 == 0 ? x.x : x.y;
-        }
-      };
+      for (int k = 0; k < kFeedbackChannels; k += 2) {
+        const float2 x = __half22float2(half2_of(pairs[k / 2]));
+        exact[k] = wanted[k] = x.x, exact[k + 1] = wanted[k + 1] = x.y;
+      }
+      CodeMap maps[kFeedbackChannels];
+      float2 scales[kFeedbackChannels];
+#pragma unroll
+      for (int k = 0; k < kFeedbackChannels; ++k) {
+        const int c = first + k;
+        const int group = side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c;
+        maps[k] = groups[group], scales[k] = __half22float2(stored[group]);
+      }
       const auto add = [&](int i) {
         const float error = mine[i * kTokens];
         const auto* const w = reinterpret_cast<const float4*>(my_weights + i * kBlock);
@@ -374,18 +391,8 @@ __device__ void feed_back(const SideShape& side, const float* weights, const uin
 #pragma unroll
         for (int k = 0; k < kFeedbackChannels; ++k) wanted[k] = wanted[k] + row[k] * error;
       };
-      unpack_cells(wanted);
-#pragma unroll 8
+#pragma unroll 4
       for (int i = 0; i < c0; ++i) add(i);
-      unpack_cells(exact);
-      CodeMap maps[kFeedbackChannels];
-      float scale[kFeedbackChannels], mid[kFeedbackChannels];
-#pragma unroll
-      for (int k = 0; k < kFeedbackChannels; ++k) {
-        const int c = first + k, at = side.scale_at(token, c);
-        maps[k] = groups[side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c];
-        scale[k] = f16_to_f32(meta[at]), mid[k] = f16_to_f32(meta[at + side.mid_step()]);
-      }
       for (int now = 0; now < kTurns; ++now) {
         if (turn == now) {
           float fresh[kFeedbackChannels], code[kFeedbackChannels];
@@ -394,9 +401,10 @@ __device__ void feed_back(const SideShape& side, const float* weights, const uin
 #pragma unroll
             for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + my_weights[(first + i) * kBlock + k] * fresh[i];
             code[k] = quantize_code(finite(wanted[k]), maps[k], top);
-            fresh[k] = exact[k] - (mid[k] + scale[k] * (code[k] - centre));
-            mine[(first + k) * kTokens] = fresh[k];
+            fresh[k] = exact[k] - (scales[k].y + scales[k].x * (code[k] - centre));
           }
+#pragma unroll
+          for (int k = 0; k < kFeedbackChannels; ++k) mine[(first + k) * kTokens] = fresh[k];
           *cells = {pack(code[0], code[1]), pack(code[2], code[3]), pack(code[4], code[5]), pack(code[6], code[7])};
         }
         if (now == kTurns - 1) break;
@@ -410,20 +418,27 @@ __device__ void feed_back(const SideShape& side, const float* weights, const uin
   }
 }
 
-template <int dim, bool fitted, bool changed>
-__global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
+// What a kernel can do; transforms and feedback apart, as they take registers, and there scales are of either kind.
+enum class Way { kMinMax, kFitted, kTransformed, kFeedback };
+
+template <int dim, Way way>
+__global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
+                                                : way == Way::kTransformed ? 3
+                                                                           : 4)
     seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t space[];
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
   const SideShape side = key ? args.shape.key() : args.shape.value();
   const kvmix_cuda_transform& transform = key ? args.key_transform : args.value_transform;
-  const bool feedback = changed && transform.feedback != nullptr && side.bits != 16;
+  constexpr bool changed = way == Way::kTransformed || way == Way::kFeedback;
+  const bool feedback = way == Way::kFeedback && transform.feedback != nullptr && side.bits != 16;
   const int thread = static_cast<int>(threadIdx.x);
   constexpr int row_halves = tile_row(dim);
   const SealSpace layout = seal_space(side, feedback);
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
+  auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
   const auto* const source =
       reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[blockIdx.x] * args.open_page_stride +
                                      static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
@@ -452,8 +467,9 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
       const int to = side.per_token ? g * kPageTokens * 2 + value_scale_slot(i) : g * dim + key_scale_slot(dim, i);
       meta[to] = stored.scale;
       meta[to + side.mid_step()] = stored.mid;
+      if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
-    if constexpr (fitted) {
+    if (way == Way::kFitted || (changed && args.fitted)) {
       // Whole warps: `width` is a multiple of the eight groups that a warp takes.
       for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
         const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
@@ -534,10 +550,9 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
     header[key ? 0 : 1] = side.bits == 16 ? 0 : scale_exponent(all);
     if (key) header[2] = header[3] = 0;
   }
-  if constexpr (changed)
+  if constexpr (way == Way::kFeedback)
     if (feedback) {
-      const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
-      feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), meta, groups,
+      feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), groups, kept,
                      reinterpret_cast<float*>(space + layout.errors), reinterpret_cast<float*>(space + layout.ranges), tile);
       __syncthreads();
       // The tile holds codes now.
@@ -572,23 +587,27 @@ __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
   reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
 }
 
-template <bool fitted, bool changed>
+template <Way way>
 auto kernel_of(int head_dim) {
   switch (head_dim) {
     case 64:
-      return seal_kernel<64, fitted, changed>;
+      return seal_kernel<64, way>;
     case 96:
-      return seal_kernel<96, fitted, changed>;
+      return seal_kernel<96, way>;
     case 128:
-      return seal_kernel<128, fitted, changed>;
+      return seal_kernel<128, way>;
     default:
-      return seal_kernel<256, fitted, changed>;
+      return seal_kernel<256, way>;
   }
 }
-// `changed`: rows are transformed or rounded with feedback; apart, as that takes registers.
-auto kernel_of(int head_dim, bool fitted, bool changed) {
-  if (fitted) return changed ? kernel_of<true, true>(head_dim) : kernel_of<true, false>(head_dim);
-  return changed ? kernel_of<false, true>(head_dim) : kernel_of<false, false>(head_dim);
+auto kernel_of(const kvmix_cuda_seal_params& p) {
+  const auto any = [&](auto&& has) { return has(p.key_transform) || has(p.value_transform); };
+  const int dim = p.format.head_dim;
+  if (any([](const kvmix_cuda_transform& t) { return t.feedback != nullptr; })) return kernel_of<Way::kFeedback>(dim);
+  if (any([](const kvmix_cuda_transform& t) { return t.center != nullptr || t.hadamard != 0; })) {
+    return kernel_of<Way::kTransformed>(dim);
+  }
+  return p.fitted != 0 ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
 }
 
 }  // namespace
@@ -603,15 +622,13 @@ void seal(const kvmix_cuda_seal_params& p) {
                         p.open_ids,
                         p.record_ids,
                         record_shape(p.format),
+                        p.fitted != 0,
                         p.key_transform,
                         p.value_transform};
   const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
   const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
   const int shared = keys > values ? keys : values;
-  const auto changes = [](const kvmix_cuda_transform& t) {
-    return t.center != nullptr || t.feedback != nullptr || t.hadamard != 0;
-  };
-  auto* const kernel = kernel_of(p.format.head_dim, p.fitted != 0, changes(p.key_transform) || changes(p.value_transform));
+  auto* const kernel = kernel_of(p);
   allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
   kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
