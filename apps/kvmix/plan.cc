@@ -164,6 +164,7 @@ int plan(const Arguments& arguments, const Common& common) {
     throw UsageError("planner " + planner.name + " does not measure plans: leave --measure out");
   if (arguments.pareto && !planner.needs_budget)
     throw UsageError("planner " + planner.name + " takes no budget, so it has no curve: leave --pareto out");
+  if (!arguments.calibration.empty()) read_text_file(arguments.calibration);  // refuses what is no text
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();

@@ -10,6 +10,7 @@
 #include "kvmix/measure.h"
 #include "models.h"
 #include "plan_view.h"
+#include "text.h"
 
 namespace kvmix::app {
 namespace {
@@ -31,6 +32,7 @@ Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
 
 int profile(const Arguments& arguments, const Common& common) {
   const auto start = std::chrono::steady_clock::now();
+  if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
   const auto model = load_model(arguments.model);
   const Progress progress = progress_reporter(common);
   const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);

@@ -13,7 +13,7 @@ enum class Part { kWhole, kLowNibble, kHighNibble };
 
 // `Dot` multiplies codes (u8) and weights (s8) and sums them:
 //   kWholeBytes       takes 8-bit codes at once
-//   kRun<largest>     blocks whose sums of codes up to `largest` it holds without saturation
+//   run(largest)      blocks whose sums of codes up to `largest` it holds without saturation
 //   add(sum, codes, weights), widen(sum): to eight 32-bit sums
 template <class Dot>
 struct Int8Avx2 {
@@ -163,7 +163,7 @@ struct Int8Avx2 {
   static void strip(const DotJob<int8_t>& job, int half) {
     const int blocks = job.blocks;
     constexpr int kWeightRows = kRows * kTerms, kQuads = kBlockUnits / kBlocks;
-    constexpr int kRun = Dot::template kRun < kBits == 8 && kPart != Part::kWhole ? 15 : (1 << kBits) - 1 > ;
+    constexpr int kRun = Dot::run(kBits == 8 && kPart != Part::kWhole ? 15 : (1 << kBits) - 1);
     constexpr int kWidth = kLast - kFirst, kSums = kBlocks == 4 ? kLast - kFirst : 4, kSet = kTwoSets && kFirst >= 2 ? 1 : 0;
     const auto weight = [](const int8_t* p) {
       int32_t four;

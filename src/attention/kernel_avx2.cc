@@ -8,8 +8,7 @@ namespace {
 struct Maddubs {
   static constexpr bool kWholeBytes = false;
   // Each 16-bit sum gains two products of a pair of codes per block.
-  template <int kLargest>
-  static constexpr int kRun = 32767 / (2 * 2 * kLargest * 128);
+  static constexpr int run(int largest) { return 32767 / (2 * 2 * largest * 128); }
 
   static __m256i add(__m256i sum, __m256i codes, __m256i weights) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, weights));

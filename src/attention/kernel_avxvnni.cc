@@ -8,8 +8,7 @@ namespace {
 struct Dpbusd {
   static constexpr bool kWholeBytes = true;
   // 32-bit sums hold a whole tile: 256 products of at most 255 * 128.
-  template <int>
-  static constexpr int kRun = kMaxDim;
+  static constexpr int run(int) { return kMaxDim; }
 
   static __m256i add(__m256i sum, __m256i codes, __m256i weights) { return _mm256_dpbusd_avx_epi32(sum, codes, weights); }
   static __m256i widen(__m256i sum) { return sum; }

@@ -190,7 +190,7 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
   if (sized.context > model->shape().context_tokens) {
     throw Error(Status::kInvalidArgument, "windows of " + std::to_string(sized.context) +
                                               " tokens exceed the model's context of " +
-                                              std::to_string(model->shape().context_tokens));
+                                              std::to_string(model->shape().context_tokens) + "; take shorter ones");
   }
   Evaluation evaluation(model, subjects, sized);
   double done = 0;

@@ -47,7 +47,7 @@ TransposedWeights::TransposedWeights(const GgufModel& model) {
   for (const ggml_tensor* m : matrices) transposed_[m] = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, m->ne[1], m->ne[0]);
   buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), ggml_backend_cpu_buffer_type()));
   if (buffer_ == nullptr)
-    throw Error(Status::kOutOfMemory, "not enough memory for the transposed fp32 weights that gradients need");
+    throw Error(Status::kOutOfMemory, "not enough memory for the transposed fp32 weights that gradients need; free some, or take a smaller model");
   std::vector<float> row;
   for (const ggml_tensor* m : matrices) {
     // A repacked matrix is read from its original, which has the same name in the file.
