@@ -89,6 +89,7 @@ void attend(const kvmix_cuda_attend_params& p) {
   a.new_sequence_stride = p.new_sequence_stride, a.new_token_stride = p.new_token_stride;
   a.new_head_stride = p.new_head_stride;
   const int rows = a.group * a.q_tokens;
+  if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
   with_kernel(p.format, rows, [&](auto* kernel, auto config) {
     const Residency device = residency_of(config);

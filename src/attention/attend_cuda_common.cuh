@@ -47,6 +47,8 @@ __device__ inline uint32_t transpose(uint32_t v) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(out) : "r"(v));
   return out;
 }
+__device__ inline __half2 half2_of(uint32_t v) { return reinterpret_cast<const __half2&>(v); }
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ inline uint32_t pack(float low, float high) {
   const __half2 h = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(h);
@@ -227,6 +229,20 @@ template <int quads, int parts, class RowOffset, class Part>
 __device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int rows, int all_rows,
                                   float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
   write_rows<quads>(args, item, kThreads, parts, rows, all_rows, sums, last, row_offset, part);
+}
+
+// Four 8 x 8 tiles of fp16 as registers: lane 4 r + j holds elements 2 j and 2 j + 1 of row r, or of column r. Lane l gives the
+// address of row l % 8 of tile l / 8 in shared memory.
+__device__ inline void load_tiles(uint32_t row, bool columns, uint32_t (&v)[4]) {
+  if (columns) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row));
+  }
 }
 
 __device__ inline void copy_async(void* to, const void* from) {

@@ -192,6 +192,7 @@ void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
 void seal(const kvmix_cuda_seal_params&) { no_cuda(); }
 void append(const kvmix_cuda_append_params&) { no_cuda(); }
 Residency residency(const kvmix_cuda_attend_params&) { no_cuda(); }
+bool has_prefill_kernel() { return false; }
 #endif
 
 }  // namespace kvmix::cuda
@@ -285,8 +286,14 @@ const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params) {
   const kvmix_status status = guarded([&] {
     require(params != nullptr, "attend_kernel: null argument");
     check_shape(*params);
-    const bool few = query_rows(*params) <= 4, some = query_rows(*params) <= 16;
-    name = uses_fast_kernel(*params) ? (few ? "codes-4" : "codes-8") : some ? "pages-16" : "pages-64";
+    const int rows = query_rows(*params);
+    if (uses_fast_kernel(*params)) {
+      name = rows <= 4 ? "codes-4" : "codes-8";
+    } else if (rows <= 16) {
+      name = "pages-16";
+    } else {
+      name = rows > kTileRows && has_prefill_kernel() ? "prefill-128" : "pages-64";
+    }
   });
   return status == KVMIX_OK ? name : nullptr;
 }

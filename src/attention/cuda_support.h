@@ -47,7 +47,9 @@ void seal(const kvmix_cuda_seal_params& params);
 void append(const kvmix_cuda_append_params& params);
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
-// Whether attend_cuda.cuh has a kernel for this; pages_cuda.cuh takes the rest.
+// Whether attend_cuda.cuh has a kernel for this; prefill_cuda.cuh takes more than kTileRows query rows where the current device
+// has it, pages_cuda.cuh the rest.
 bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
+bool has_prefill_kernel();
 
 }  // namespace kvmix::cuda

@@ -27,6 +27,7 @@ int blocks_on_processor(Kernel* kernel, int threads, int shared) {
   return blocks;
 }
 
+void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 int resident_page_blocks(int head_dim, int rows);  // on one multiprocessor
 

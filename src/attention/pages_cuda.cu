@@ -28,11 +28,12 @@ void with_kernel(int head_dim, int rows, const Body& body) {
 
 void launch_pages(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
   const int rows = arguments.group * arguments.q_tokens;
+  const RecordShape shape = record_shape(p.format);
   with_kernel(p.format.head_dim, rows, [&](auto* kernel, int shared) {
     allow_shared(kernel, shared, "attend: shared memory");
     const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kTileRows - 1) / kTileRows));
     kernel<<<grid, kThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(
-        PageArguments{arguments, record_shape(p.format)});
+        PageArguments{arguments, shape.key(), shape.value(), shape.key_bytes()});
     check_cuda(cudaGetLastError(), "attend: launch");
   });
 }

@@ -7,6 +7,7 @@
 
 #include "attention/attend_cuda_common.cuh"
 #include "attention/cuda_support.h"
+#include "attention/dequantise_cuda.cuh"
 
 namespace kvmix::cuda {
 
@@ -16,7 +17,8 @@ static_assert(kTileRows == kWarps * kWarpRows);
 // What a thread block needs beside AttendArguments.
 struct PageArguments {
   AttendArguments attend;
-  RecordShape shape;
+  SideShape key, value;
+  int value_start;  // of a record
 };
 
 template <int dim>
@@ -28,111 +30,62 @@ struct PageTile {
   static constexpr int shared_bytes = page_bytes > merge_bytes ? page_bytes : merge_bytes;
 };
 
-__device__ inline __half2 half2_of(uint32_t v) { return reinterpret_cast<const __half2&>(v); }
-__device__ inline __half2 low_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x5410)); }
-__device__ inline __half2 high_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x7632)); }
-
-// The two codes of a register, exact as halves: under the exponent of 1024 they are its last bits.
-template <int bits>
-__device__ inline __half2 codes_of(const uint32_t (&w)[block_words(bits)], int reg, int field) {
-  constexpr uint32_t kMask = both((1u << (bits % 16)) - 1), kBias = both(0x6400u);
-  const CodePlace place = code_place(bits, reg, field);
-  uint32_t code = (w[place.word] >> place.bit) & kMask;
-  if (bits == 3 && field == 7 && reg >= 2) {
-    const uint32_t w1 = w[(place.word + 1) % block_words(bits)], w2 = w[(place.word + 2) % block_words(bits)];
-    code = ((w[place.word] >> 15) & both(1)) | ((w1 >> 14) & both(2)) | ((w2 >> 13) & both(4));
-  }
-  return __hsub2(half2_of(code | kBias), half2_of(kBias));
-}
-
-// A packed side to shared memory: keys row = token, values row = channel.
-template <int dim, bool key, int bits>
+// A packed side to shared memory: keys row = token, values row = channel. With `own` each warp expands the tokens that it works
+// on, otherwise every kWarps-th block.
+template <int dim, bool key, bool own>
 __device__ inline void expand_side(const uint8_t* part, const SideShape& side, __half* out) {
-  constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row, kTiles = dim / 16;
-  const __half2 centre = __float2half2_rn(((1 << (bits % 16)) - 1) * 0.5f);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const uint8_t* const meta = part + side.meta();
-  const int group_shift = 31 - __clz(side.group), mid_bytes = 2 * side.mid_step();
-  for (int block = warp; block < dim / 16; block += kWarps) {
-    uint32_t w[block_words(bits)];
-    load_words<bits>(part + block * block_bytes(bits), lane, w);
+  constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row;
+  constexpr unsigned kOwnTiles = kChunkTokens / 16 * (dim / 16);
+  const unsigned warp = threadIdx.x / 32;
+  with_format<key>(side, [&](auto what, auto width) {
+    constexpr int bits = width.value;
+    const int lane = lane_again();
+    __half* const mine = out + lane / 4 * kRow + 2 * (lane % 4);
+    const auto store = [&](unsigned token0, unsigned channel0, const uint32_t(&a)[4]) {
+      if (own && kOwnTiles % kFields != 0 && token0 / kChunkTokens != warp) return;  // a block that two warps share
+      __half* const at = mine + (key ? token0 * kRow + channel0 : channel0 * kRow + token0);
 #pragma unroll
-    for (int field = 0; field < kFields; ++field) {
-      const int tile = block * kFields + field, token0 = tile / kTiles * 16, channel0 = tile % kTiles * 16;
-      // Scales and midpoints of the pairs of each register. A tile lies in one group; what a lane needs of it lies together.
-      __half2 scale[4], mid[4];
-      if constexpr (bits != 16) {
-        if (!key) {
-          const int slot = (channel0 >> group_shift) * kPageTokens * 2 + (token0 / 2 + 2 * (lane % 4)) * 4;
-          const uint4 v = *reinterpret_cast<const uint4*>(meta + 2 * slot);
-          scale[0] = scale[1] = low_half2(v.x, v.z), scale[2] = scale[3] = high_half2(v.x, v.z);
-          mid[0] = mid[1] = low_half2(v.y, v.w), mid[2] = mid[3] = high_half2(v.y, v.w);
-        } else if (side.per_token) {
-          const int slot = (channel0 >> group_shift) * kPageTokens * 2 + (token0 / 2 + lane / 4) * 4;
-          const uint2 v = *reinterpret_cast<const uint2*>(meta + 2 * slot);
-          scale[0] = scale[2] = low_half2(v.x, v.x), scale[1] = scale[3] = high_half2(v.x, v.x);
-          mid[0] = mid[2] = low_half2(v.y, v.y), mid[1] = mid[3] = high_half2(v.y, v.y);
-        } else {
-          const int slot = (token0 >> group_shift) * dim + (lane % 4) * (dim / 4) + channel0 / 4;
-          const uint2 v = *reinterpret_cast<const uint2*>(meta + 2 * slot);
-          const uint2 m = *reinterpret_cast<const uint2*>(meta + 2 * slot + mid_bytes);
-          scale[0] = scale[1] = half2_of(v.x), scale[2] = scale[3] = half2_of(v.y);
-          mid[0] = mid[1] = half2_of(m.x), mid[2] = mid[3] = half2_of(m.y);
-        }
-      }
-#pragma unroll
-      for (int reg = 0; reg < 4; ++reg) {
-        const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
-        const int token = token0 + (key ? row : column), channel = channel0 + (key ? column : row);
-        __half2 pair;
-        if constexpr (bits == 16) {
-          pair = half2_of(w[code_place(16, reg, field).word]);
-        } else {
-          pair = __hfma2(scale[reg], __hsub2(codes_of<bits>(w, reg, field), centre), mid[reg]);
-        }
-        *reinterpret_cast<__half2*>(out + (key ? token * kRow + channel : channel * kRow + token)) = pair;
+      for (int reg = 0; reg < 4; ++reg) *reinterpret_cast<uint32_t*>(at + reg % 2 * 8 * kRow + reg / 2 * 8) = a[reg];
+    };
+    constexpr unsigned kStep = own ? 1 : kWarps;
+    unsigned block = own ? warp * kOwnTiles / kFields : warp;
+    const unsigned end = own ? ((warp + 1) * kOwnTiles + kFields - 1) / kFields : dim / 16;
+    if constexpr (bits == 16) {
+      for (; block < end; block += kStep) copy_block<dim>(part, block, lane, store);
+    } else {
+      LaneScales<what.value> scales(part + side.meta(), side, lane);
+      uint32_t w[block_words(bits)];
+      load_codes<bits>(part + block * block_bytes(bits), lane, w);
+      while (block < end) {
+        dequantise_block<dim, what.value, bits>(w, scales, block, store);
+        block += kStep;
+        if (block < end) load_codes<bits>(part + block * block_bytes(bits), lane, w);
       }
     }
-  }
+  });
 }
 
-template <int dim, bool key>
-__device__ void expand_side(const uint8_t* part, const SideShape& side, __half* out) {
-  switch (side.bits) {
-    case 1:
-      return expand_side<dim, key, 1>(part, side, out);
-    case 2:
-      return expand_side<dim, key, 2>(part, side, out);
-    case 3:
-      return expand_side<dim, key, 3>(part, side, out);
-    case 4:
-      return expand_side<dim, key, 4>(part, side, out);
-    case 8:
-      return expand_side<dim, key, 8>(part, side, out);
-    default:
-      return expand_side<dim, key, 16>(part, side, out);
-  }
-}
-
-// An open page to shared memory; slots without a token become zero.
+// Tokens [first, first + count) of an open page to shared memory, by `threads` threads; slots without a token become zero.
 template <int dim>
-__device__ inline void copy_open(const __half* page, int live, __half* keys, __half* values) {
+__device__ inline void copy_open(const __half* page, int live, int first, int count, int thread, int threads, __half* keys,
+                                 __half* values) {
   constexpr int kOctets = dim / 8;
-  const uint4 zero = {0, 0, 0, 0};
-  for (int at = static_cast<int>(threadIdx.x); at < kPageTokens * kOctets; at += kThreads) {
-    const int token = at / kOctets, channel = at % kOctets * 8;
-    const uint4 v = token < live ? *reinterpret_cast<const uint4*>(page + token * dim + channel) : zero;
-    *reinterpret_cast<uint4*>(keys + token * PageTile<dim>::key_row + channel) = v;
+  const auto load = [&](int token, int octet) {
+    const uint4 zero = {0, 0, 0, 0};
+    return token < live ? *reinterpret_cast<const uint4*>(page + token * dim + octet * 8) : zero;
+  };
+  for (int at = thread; at < count * kOctets; at += threads) {
+    const int token = first + at / kOctets, octet = at % kOctets;
+    *reinterpret_cast<uint4*>(keys + token * PageTile<dim>::key_row + octet * 8) = load(token, octet);
   }
   page += kPageTokens * dim;
-  for (int at = static_cast<int>(threadIdx.x); at < kPageTokens / 2 * kOctets; at += kThreads) {
-    const int token = at % (kPageTokens / 2) * 2, channel = at / (kPageTokens / 2) * 8;
-    const uint4 v0 = token < live ? *reinterpret_cast<const uint4*>(page + token * dim + channel) : zero;
-    const uint4 v1 = token + 1 < live ? *reinterpret_cast<const uint4*>(page + (token + 1) * dim + channel) : zero;
+  for (int at = thread; at < count / 2 * kOctets; at += threads) {
+    const int token = first + at % (count / 2) * 2, octet = at / (count / 2);
+    const uint4 v0 = load(token, octet), v1 = load(token + 1, octet);
     const uint32_t a[4] = {v0.x, v0.y, v0.z, v0.w}, b[4] = {v1.x, v1.y, v1.z, v1.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      auto* const to = reinterpret_cast<uint32_t*>(values + (channel + 2 * i) * PageTile<dim>::value_row + token);
+      auto* const to = reinterpret_cast<uint32_t*>(values + (octet * 8 + 2 * i) * PageTile<dim>::value_row + token);
       to[0] = __byte_perm(a[i], b[i], 0x5410);
       to[PageTile<dim>::value_row / 2] = __byte_perm(a[i], b[i], 0x7632);
     }
@@ -186,6 +139,10 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
           *reinterpret_cast<const uint32_t*>(keys + (my_row + 8 * (i % 2)) * Tile::key_row + 16 * k + pair + 8 * (i / 2));
     }
   }
+  // A lane's row of the tiles of two operands B side by side.
+  const int tile_row = lane % 8 + lane / 16 * 8, tile_column = lane / 8 % 2 * 8;
+  const uint32_t key_tile = shared_address(keys + tile_row * Tile::key_row + tile_column);
+  const uint32_t value_tile = shared_address(values + tile_row * Tile::value_row + tile_column);
   float factor[2], top[2] = {kFloor, kFloor}, sum[2] = {};
   int begin[2], end[2];
 #pragma unroll
@@ -202,32 +159,49 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
   float acc[dim / 8][4] = {};
 
   const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
+  // Warps that split the tokens meet no more before the end: each has its tokens in shared memory to itself.
+  const auto meet = [] {
+    if constexpr (split_tokens) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  };
+  if constexpr (split_tokens) __syncthreads();
+  int32_t next_id = item.page_begin < item.page_end ? table[item.page_begin] : 0;
   for (int page = item.page_begin; page < item.page_end; ++page) {
     const int first = args.sinks > 0 ? (page == 0 ? 0 : args.sinks + (page - 1) * kPageTokens) : page * kPageTokens;
     const int live = min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
+    const int32_t id = next_id;
+    if (page + 1 < item.page_end) next_id = table[page + 1];
     if (first >= last_end) break;
-    if (first + live <= first_begin) continue;
-    const int32_t id = table[page];
-    __syncthreads();
+    if (first + live <= first_begin || (split_tokens && warp * kChunkTokens >= live)) continue;
+    meet();
     if (id >= 0) {
       const uint8_t* record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-      expand_side<dim, true>(record + kHeaderBytes, arguments.shape.key(), keys);
-      expand_side<dim, false>(record + arguments.shape.key_bytes(), arguments.shape.value(), values);
+      expand_side<dim, true, split_tokens>(record + kHeaderBytes, arguments.key, keys);
+      expand_side<dim, false, split_tokens>(record + arguments.value_start, arguments.value, values);
     } else {
-      const uint8_t* open =
-          args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride;
-      copy_open<dim>(reinterpret_cast<const __half*>(open), live, keys, values);
+      const auto* const open = reinterpret_cast<const __half*>(
+          args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride);
+      if constexpr (split_tokens) {
+        copy_open<dim>(open, live, warp * kChunkTokens, kChunkTokens, lane, 32, keys, values);
+      } else {
+        copy_open<dim>(open, live, 0, kPageTokens, static_cast<int>(threadIdx.x), kThreads, keys, values);
+      }
     }
-    __syncthreads();
+    meet();
     for (int chunk = split_tokens ? warp : 0; chunk < (split_tokens ? warp + 1 : kPageTokens / kChunkTokens); ++chunk) {
       if (chunk * kChunkTokens >= live) break;
       float s[4][4] = {};
 #pragma unroll
       for (int k = 0; k < dim / 16; ++k) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const __half* at = keys + (chunk * kChunkTokens + 8 * j + lane / 4) * Tile::key_row + 16 * k + pair;
-          mma(s[j], query[k], *reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 8));
+        for (int j = 0; j < 4; j += 2) {
+          uint32_t b[4];
+          load_tiles(key_tile + static_cast<uint32_t>((chunk * kChunkTokens + 8 * j) * Tile::key_row + 16 * k) * 2, false, b);
+          mma(s[j], query[k], b[0], b[1]);
+          mma(s[j + 1], query[k], b[2], b[3]);
         }
       }
       const int page_limit = first + live;
@@ -272,9 +246,11 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
         const uint32_t a[4] = {pack(s[2 * k][0], s[2 * k][1]), pack(s[2 * k][2], s[2 * k][3]),
                                pack(s[2 * k + 1][0], s[2 * k + 1][1]), pack(s[2 * k + 1][2], s[2 * k + 1][3])};
 #pragma unroll
-        for (int c = 0; c < dim / 8; ++c) {
-          const __half* at = values + (8 * c + lane / 4) * Tile::value_row + chunk * kChunkTokens + 16 * k + pair;
-          mma(acc[c], a, *reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 8));
+        for (int c = 0; c < dim / 8; c += 2) {
+          uint32_t b[4];
+          load_tiles(value_tile + static_cast<uint32_t>(8 * c * Tile::value_row + chunk * kChunkTokens + 16 * k) * 2, false, b);
+          mma(acc[c], a, b[0], b[1]);
+          mma(acc[c + 1], a, b[2], b[3]);
         }
       }
     }

@@ -6,6 +6,8 @@
 // their values in registers; then every lane packs the words of its fragments (tile_layout_cuda.h) straight from the tile.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "attention/attend_cuda_common.cuh"
 #include "attention/cuda_support.h"
 #include "attention/launch_cuda.h"
@@ -25,23 +27,32 @@ struct SealArguments {
   const int32_t* open_ids;
   const int32_t* record_ids;
   RecordShape shape;
+  bool fitted;
   kvmix_cuda_transform key_transform, value_transform;
 };
 
 // Halves of a row of the tile: four banks further a row, for fragments and fits alike.
 __host__ __device__ constexpr int tile_row(int head_dim) { return head_dim + 8; }
-// Tokens whose errors are fed back at once, a thread each.
+// Tokens whose errors are fed back at once, channels of a token that a thread takes, and those of all threads of a token.
 __host__ __device__ constexpr int feedback_tokens(int head_dim) { return head_dim <= 128 ? kPageTokens : kPageTokens / 2; }
+constexpr int kFeedbackChannels = 8;
+__host__ __device__ constexpr int feedback_block(int head_dim) {
+  return kFeedbackChannels * kSealThreads / feedback_tokens(head_dim);
+}
 
-// Shared memory: the tile, the ranges of segments (half2 low, high), the CodeMap of every group, rounding errors.
+// Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
+// every group and, for feedback, its scale and midpoint (half2), rounding errors.
 struct SealSpace {
-  int ranges, groups, errors, bytes;
+  int ranges, groups, kept, errors, bytes;
 };
 __host__ __device__ inline SealSpace seal_space(const SideShape& side, bool feedback) {
   SealSpace space{};
   space.ranges = kPageTokens * tile_row(side.head_dim) * 2;
-  space.groups = space.ranges + kPageTokens / kSegment * side.head_dim * 8;
-  space.errors = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  const int ranges = kPageTokens / kSegment * side.head_dim * 8;
+  const int weights = feedback ? side.head_dim * feedback_block(side.head_dim) * 4 : 0;
+  space.groups = space.ranges + (ranges > weights ? ranges : weights);
+  space.kept = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  space.errors = space.kept + (feedback ? (side.meta_bytes() + 15) / 16 * 16 : 0);
   space.bytes = space.errors + (feedback ? side.head_dim * feedback_tokens(side.head_dim) * 4 : 0);
   return space;
 }
@@ -68,6 +79,9 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   constexpr int row_halves = tile_row(dim), tiles = dim / 16;
   const int group_shift = 31 - __clz(side.group);
+  // A fragment's registers are 8 x 8 tiles, those with further rows and with further columns in turn.
+  const int token = lane % 8 + (key ? lane / 8 % 2 : lane / 16) * 8, channel = (key ? lane / 16 : lane / 8 % 2) * 8;
+  const uint32_t fragment_row = shared_address(tile + token * row_halves + channel);
   for (int block = warp; block < tiles; block += kSealWarps) {
     uint32_t w[block_words(bits)] = {};
 #pragma unroll
@@ -76,15 +90,14 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
       // A tile lies in one group.
       const int first_group =
           side.per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0;
+      uint32_t v[4];
+      load_tiles(fragment_row + static_cast<uint32_t>(token0 * row_halves + channel0) * 2, !key, v);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
         const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
-        const int token = token0 + (key ? row : column), channel = channel0 + (key ? column : row);
-        const __half* const at = tile + token * row_halves + channel;
         const int group = first_group + (key && side.per_token ? row : column);
         if constexpr (bits == 16) {
-          const __half2 pair = __halves2half2(at[0], at[key ? 1 : row_halves]);
-          w[code_place(16, reg, field).word] = reinterpret_cast<const uint32_t&>(pair);
+          w[code_place(16, reg, field).word] = v[reg];
         } else {
           // The maps of both; neighbours in their order unless they are the same group.
           float4 g;
@@ -94,12 +107,7 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
           } else {
             g = *reinterpret_cast<const float4*>(groups + group);
           }
-          float2 x;
-          if constexpr (key) {
-            x = __half22float2(*reinterpret_cast<const __half2*>(at));
-          } else {
-            x = {__half2float(at[0]), __half2float(at[row_halves])};
-          }
+          const float2 x = __half22float2(half2_of(v[reg]));
           const uint32_t c0 = __float_as_uint(raised_code(x.x, {g.x, g.y}, kTop));
           const uint32_t c1 = __float_as_uint(raised_code(x.y, {g.z, g.w}, kTop));
           if (bits == 3 && field == 7 && reg >= 2) {
@@ -232,107 +240,205 @@ __device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half
   }
 }
 
-// A group of kValues * kPartialSums values, four lanes side by side: lane j of them holds partial sum j's.
-template <int kValues>
-__device__ GroupScale fit_values(const __half* first, int step, int bits) {
+// The sums of kInteger + code over a few codes give those of codes and of their squares at once: with kInteger = 301 * 2^22,
+// the square of (kInteger + c) is 301 * 2^23 c + c^2 mod 2^32. So the low 23 bits add up the squares, and the rest, times
+// 301^-1 mod 512, the codes, as long as neither overflows: 32 codes of up to 4 bits do not. Codes above, squares below.
+__device__ inline uint32_t code_sums(uint32_t sum) {
+  constexpr uint32_t kInverse = 165;
+  static_assert(301 * kInverse % 512 == 1);
+  return ((sum >> 23) * kInverse & 511u) << 16 | (sum & 0x7fffffu);
+}
+
+// Fits the groups of a warp: eight rows (tokens) from `line` on, or columns, kValues * kPartialSums values each from `first`
+// on. Lanes 4 r .. 4 r + 3 take group r, lane j of them partial sum j's values.
+template <int kValues, int row_halves>
+__device__ GroupScale fit_values(const __half* tile, bool columns, int line, int first, int bits) {
+  constexpr uint32_t kInteger = 0x4b400000u;  // the bits of kRoundToInteger
+  static_assert(kInteger == 301u << 22);
   const float top = static_cast<float>((1 << bits) - 1);
-  const int j = static_cast<int>(threadIdx.x) % kPartialSums;
+  const int lane = static_cast<int>(threadIdx.x) % 32, j = lane % kPartialSums;
   const auto all = [](auto v) {
     v += __shfl_xor_sync(~0u, v, 1);
     return v + __shfl_xor_sync(~0u, v, 2);
   };
-  float y[kValues], low = 65504.0f, high = -65504.0f;
+  const uint32_t from = shared_address(columns ? tile + (first + lane) * row_halves + line
+                                               : tile + (line + lane % 8) * row_halves + first + lane / 8 * 8);
+  const uint32_t step = columns ? 2 * row_halves : 2;
+  uint32_t x[kValues / 2];
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    y[i] = __half2float(first[(i / 2 * 2 * kPartialSums + 2 * j + i % 2) * step]);
-    low = fminf(low, y[i]), high = fmaxf(high, y[i]);
+  for (int i = 0; i < kValues / 2; i += 4) {
+    uint32_t v[4];
+    load_tiles(from + static_cast<uint32_t>(i * 8) * step, columns, v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[i + k] = v[k];
   }
+  __half2 lows = half2_of(x[0]), highs = lows;
+#pragma unroll
+  for (int i = 1; i < kValues / 2; ++i) lows = __hmin2(lows, half2_of(x[i])), highs = __hmax2(highs, half2_of(x[i]));
 #pragma unroll
   for (int other = 1; other < kPartialSums; other *= 2) {
-    low = fminf(low, __shfl_xor_sync(~0u, low, other)), high = fmaxf(high, __shfl_xor_sync(~0u, high, other));
+    lows = __hmin2(lows, __shfl_xor_sync(~0u, lows, other)), highs = __hmax2(highs, __shfl_xor_sync(~0u, highs, other));
   }
-  const CodedRange range = coded_range({low, high}, true);
-  float sum_y = 0.0f;
+  const float2 low = __half22float2(lows), high = __half22float2(highs);
+  const CodedRange range = coded_range({fminf(low.x, low.y), fmaxf(high.x, high.y)}, true);
+  float y[kValues], sum_y = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    y[i] = y[i] - range.middle;
+  for (int i = 0; i < kValues; i += 2) {
+    const float2 pair = __half22float2(half2_of(x[i / 2]));
+    y[i] = pair.x - range.middle, y[i + 1] = pair.y - range.middle;
     sum_y += y[i];
+    sum_y += y[i + 1];
   }
   return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), [&](CodeMap map) {
-    constexpr int kInteger = 0x4b400000;  // the bits of kRoundToInteger
-    uint32_t code = 0;
-    float squared = 0.0f, product = 0.0f;
+    float product = 0.0f;
+    if (bits > 4) {  // sums of wide codes, rarely wanted, in a loop of their own over the tile
+      const int step = columns ? row_halves : 1;
+      const __half* const mine = columns ? tile + (first + 2 * j) * row_halves + line + lane / 4
+                                         : tile + (line + lane / 4) * row_halves + first + 2 * j;
+      float code = 0.0f, squared = 0.0f;
+#pragma unroll 1
+      for (int i = 0; i < kValues; ++i) {
+        const float v = __half2float(mine[(i / 2 * 2 * kPartialSums + i % 2) * step]) - range.middle;
+        const float c = quantize_code(v, map, top);
+        code += c;
+        squared = __fmaf_rn(c, c, squared);
+        product = __fmaf_rn(c, v, product);
+      }
+      return FitSums{all(code), all(squared), all(product)};
+    }
+    uint32_t squares[2] = {};
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      const float raised = raised_code(y[i], map, top), c = raised - kRoundToInteger;
-      code += __float_as_uint(raised);
-      squared = __fmaf_rn(c, c, squared);
-      product = __fmaf_rn(c, y[i], product);
+      const float raised = raised_code(y[i], map, top);
+      squares[i % 2] += __float_as_uint(raised) * __float_as_uint(raised);
+      product = __fmaf_rn(raised - kRoundToInteger, y[i], product);
     }
-    code = all(code - static_cast<uint32_t>(kValues) * kInteger);
-    return FitSums{static_cast<float>(code), all(squared), all(product)};
+    const uint32_t sums = all(code_sums(squares[0] + squares[1]));
+    return FitSums{static_cast<float>(sums >> 16), static_cast<float>(sums & 0xffffu), all(product)};
   });
 }
 
-// Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does, a thread a token, and leaves codes in the tile.
+// A thread's share of the weights of a block of channels from c0 on, [input channel][channel of the block]; a warp reads 8 of 4
+// rows at a time.
 template <int dim>
-__device__ void feed_back(const SideShape& side, const float* weights, const uint16_t* meta, const CodeMap* groups,
-                          float* errors, __half* tile) {
-  constexpr int kTokens = feedback_tokens(dim), kAtOnce = 8;
+struct PanelShare {
+  static constexpr int block = feedback_block(dim), loads = dim * block / kSealThreads, parts = 4 * kSealWarps / block;
+  float v[loads];
+
+  __device__ static int channel() {
+    return (static_cast<int>(threadIdx.x) / 32 * 4 + static_cast<int>(threadIdx.x) % 4) % block;
+  }
+  __device__ static int input(int i) {
+    const int thread = static_cast<int>(threadIdx.x);
+    return (thread / 32 * 4 / block + i * parts) * 8 + thread % 32 / 4;
+  }
+  __device__ void load(const float* weights, int c0) {
+    const int c = c0 + channel();
+#pragma unroll
+    for (int i = 0; i < loads; ++i) v[i] = input(i) < c ? __ldg(weights + c * (c - 1) / 2 + input(i)) : 0.0f;
+  }
+  __device__ void store(float* panel) const {
+#pragma unroll
+    for (int i = 0; i < loads; ++i) panel[input(i) * block + channel()] = v[i];
+  }
+};
+
+// Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does and leaves codes in the tile. Channels come in
+// blocks, 8 of them to each thread of a token: first all threads add what the errors of the blocks before mean for their
+// channels, the block's weights in shared memory, then they take turns, since the errors of 8 channels change those of the
+// next. Every sum runs over the channels in their order. `stored` holds scales and midpoints of groups.
+template <int dim>
+__device__ void feed_back(const SideShape& side, const float* weights, const CodeMap* groups, const __half2* stored,
+                          float* errors, float* panel, __half* tile) {
+  constexpr int kTokens = feedback_tokens(dim), kBlock = feedback_block(dim), kTurns = kBlock / kFeedbackChannels;
   const float top = static_cast<float>((1 << side.bits) - 1), centre = code_centre(side.bits);
   const int group_shift = 31 - __clz(side.group);
-  const int token = static_cast<int>(threadIdx.x);
-  if (token >= kPageTokens) return;
-  // Each strip of tokens is one run of threads; both strips of the widest heads use the buffer in turn.
+  const int turn = static_cast<int>(threadIdx.x) / kTokens;
+  PanelShare<dim> share;
+  share.load(weights, 0);
   for (int strip = 0; strip < kPageTokens; strip += kTokens) {
-    if (strip != 0) asm volatile("bar.sync 1, 128;\n" ::: "memory");
-    if (token < strip || token >= strip + kTokens) continue;
+    const int token = strip + static_cast<int>(threadIdx.x) % kTokens;
     float* const mine = errors + token - strip;
-    __half* const row = tile + token * tile_row(dim);
-    for (int c0 = 0; c0 < dim; c0 += kAtOnce) {
-      float exact[kAtOnce], wanted[kAtOnce];
+    for (int c0 = 0; c0 < dim; c0 += kBlock) {
+      __syncthreads();
+      share.store(panel);
+      __syncthreads();
+      share.load(weights, (c0 + kBlock) % dim);
+      const int first = c0 + turn * kFeedbackChannels;
+      const float* const my_weights = panel + turn * kFeedbackChannels;
+      uint4* const cells = reinterpret_cast<uint4*>(tile + token * tile_row(dim) + first);
+      float exact[kFeedbackChannels], wanted[kFeedbackChannels];
+      const uint4 before = *cells;
+      const uint32_t pairs[4] = {before.x, before.y, before.z, before.w};
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) exact[k] = wanted[k] = __half2float(row[c0 + k]);
-      const float* rows[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) rows[k] = weights + (c0 + k) * (c0 + k - 1) / 2;
-      for (int i = 0; i < c0; ++i) {
-        const float error = mine[i * kTokens];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) wanted[k] = wanted[k] + __ldg(rows[k] + i) * error;
+      for (int k = 0; k < kFeedbackChannels; k += 2) {
+        const float2 x = __half22float2(half2_of(pairs[k / 2]));
+        exact[k] = wanted[k] = x.x, exact[k + 1] = wanted[k + 1] = x.y;
       }
-      float fresh[kAtOnce];
+      CodeMap maps[kFeedbackChannels];
+      float2 scales[kFeedbackChannels];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-#pragma unroll
-        for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + __ldg(rows[k] + c0 + i) * fresh[i];
-        const int c = c0 + k;
+      for (int k = 0; k < kFeedbackChannels; ++k) {
+        const int c = first + k;
         const int group = side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c;
-        const int at = side.scale_at(token, c);
-        const float scale = f16_to_f32(meta[at]), mid = f16_to_f32(meta[at + side.mid_step()]);
-        const float code = quantize_code(finite(wanted[k]), groups[group], top);
-        fresh[k] = exact[k] - (mid + scale * (code - centre));
-        mine[c * kTokens] = fresh[k];
-        row[c] = __float2half_rn(code);
+        maps[k] = groups[group], scales[k] = __half22float2(stored[group]);
+      }
+      const auto add = [&](int i) {
+        const float error = mine[i * kTokens];
+        const auto* const w = reinterpret_cast<const float4*>(my_weights + i * kBlock);
+        const float4 a = w[0], b = w[1];
+        const float row[kFeedbackChannels] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int k = 0; k < kFeedbackChannels; ++k) wanted[k] = wanted[k] + row[k] * error;
+      };
+#pragma unroll 4
+      for (int i = 0; i < c0; ++i) add(i);
+      for (int now = 0; now < kTurns; ++now) {
+        if (turn == now) {
+          float fresh[kFeedbackChannels], code[kFeedbackChannels];
+#pragma unroll
+          for (int k = 0; k < kFeedbackChannels; ++k) {
+#pragma unroll
+            for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + my_weights[(first + i) * kBlock + k] * fresh[i];
+            code[k] = quantize_code(finite(wanted[k]), maps[k], top);
+            fresh[k] = exact[k] - (scales[k].y + scales[k].x * (code[k] - centre));
+          }
+#pragma unroll
+          for (int k = 0; k < kFeedbackChannels; ++k) mine[(first + k) * kTokens] = fresh[k];
+          *cells = {pack(code[0], code[1]), pack(code[2], code[3]), pack(code[4], code[5]), pack(code[6], code[7])};
+        }
+        if (now == kTurns - 1) break;
+        __syncthreads();
+        if (turn > now) {
+#pragma unroll
+          for (int i = 0; i < kFeedbackChannels; ++i) add(c0 + now * kFeedbackChannels + i);
+        }
       }
     }
   }
 }
 
-template <int dim, bool fitted, bool changed>
-__global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
+// What a kernel can do; transforms and feedback apart, as they take registers, and there scales are of either kind.
+enum class Way { kMinMax, kFitted, kTransformed, kFeedback };
+
+template <int dim, Way way>
+__global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
+                                                : way == Way::kTransformed ? 3
+                                                                           : 4)
     seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t space[];
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
   const SideShape side = key ? args.shape.key() : args.shape.value();
   const kvmix_cuda_transform& transform = key ? args.key_transform : args.value_transform;
-  const bool feedback = changed && transform.feedback != nullptr && side.bits != 16;
+  constexpr bool changed = way == Way::kTransformed || way == Way::kFeedback;
+  const bool feedback = way == Way::kFeedback && transform.feedback != nullptr && side.bits != 16;
   const int thread = static_cast<int>(threadIdx.x);
   constexpr int row_halves = tile_row(dim);
   const SealSpace layout = seal_space(side, feedback);
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
+  auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
   const auto* const source =
       reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[blockIdx.x] * args.open_page_stride +
                                      static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
@@ -361,26 +467,29 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
       const int to = side.per_token ? g * kPageTokens * 2 + value_scale_slot(i) : g * dim + key_scale_slot(dim, i);
       meta[to] = stored.scale;
       meta[to + side.mid_step()] = stored.mid;
+      if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
-    if constexpr (fitted) {
-      // Whole warps: `width` is a multiple of the groups that a warp takes.
+    if (way == Way::kFitted || (changed && args.fitted)) {
+      // Whole warps: `width` is a multiple of the eight groups that a warp takes.
       for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
         const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
-        const __half* const x = side.per_token ? tile + i * row_halves + first : tile + first * row_halves + i;
-        const int step = side.per_token ? 1 : row_halves;
+        const int line = i - thread % 32 / kPartialSums;
+        const auto fit = [&](auto values) {
+          return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits);
+        };
         GroupScale stored;
         switch (side.per_token && dim - first < side.group ? dim - first : side.group) {
           case 32:
-            stored = fit_values<8>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 8>{});
             break;
           case 64:
-            stored = fit_values<16>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 16>{});
             break;
           case 96:
-            stored = fit_values<24>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 24>{});
             break;
           default:
-            stored = fit_values<32>(x, step, side.bits);
+            stored = fit(std::integral_constant<int, 32>{});
             break;
         }
         if (job % kPartialSums == 0) store(at, i, g, stored);
@@ -441,11 +550,10 @@ __global__ void __launch_bounds__(kSealThreads, fitted || changed ? 3 : 4)
     header[key ? 0 : 1] = side.bits == 16 ? 0 : scale_exponent(all);
     if (key) header[2] = header[3] = 0;
   }
-  if constexpr (changed)
+  if constexpr (way == Way::kFeedback)
     if (feedback) {
-      const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
-      feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), meta, groups,
-                     reinterpret_cast<float*>(space + layout.errors), tile);
+      feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), groups, kept,
+                     reinterpret_cast<float*>(space + layout.errors), reinterpret_cast<float*>(space + layout.ranges), tile);
       __syncthreads();
       // The tile holds codes now.
       const float factor = 1.0f / static_cast<float>((1 << side.bits) - 1);
@@ -479,23 +587,27 @@ __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
   reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
 }
 
-template <bool fitted, bool changed>
+template <Way way>
 auto kernel_of(int head_dim) {
   switch (head_dim) {
     case 64:
-      return seal_kernel<64, fitted, changed>;
+      return seal_kernel<64, way>;
     case 96:
-      return seal_kernel<96, fitted, changed>;
+      return seal_kernel<96, way>;
     case 128:
-      return seal_kernel<128, fitted, changed>;
+      return seal_kernel<128, way>;
     default:
-      return seal_kernel<256, fitted, changed>;
+      return seal_kernel<256, way>;
   }
 }
-// `changed`: rows are transformed or rounded with feedback; apart, as that takes registers.
-auto kernel_of(int head_dim, bool fitted, bool changed) {
-  if (fitted) return changed ? kernel_of<true, true>(head_dim) : kernel_of<true, false>(head_dim);
-  return changed ? kernel_of<false, true>(head_dim) : kernel_of<false, false>(head_dim);
+auto kernel_of(const kvmix_cuda_seal_params& p) {
+  const auto any = [&](auto&& has) { return has(p.key_transform) || has(p.value_transform); };
+  const int dim = p.format.head_dim;
+  if (any([](const kvmix_cuda_transform& t) { return t.feedback != nullptr; })) return kernel_of<Way::kFeedback>(dim);
+  if (any([](const kvmix_cuda_transform& t) { return t.center != nullptr || t.hadamard != 0; })) {
+    return kernel_of<Way::kTransformed>(dim);
+  }
+  return p.fitted != 0 ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
 }
 
 }  // namespace
@@ -510,15 +622,13 @@ void seal(const kvmix_cuda_seal_params& p) {
                         p.open_ids,
                         p.record_ids,
                         record_shape(p.format),
+                        p.fitted != 0,
                         p.key_transform,
                         p.value_transform};
   const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
   const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
   const int shared = keys > values ? keys : values;
-  const auto changes = [](const kvmix_cuda_transform& t) {
-    return t.center != nullptr || t.feedback != nullptr || t.hadamard != 0;
-  };
-  auto* const kernel = kernel_of(p.format.head_dim, p.fitted != 0, changes(p.key_transform) || changes(p.value_transform));
+  auto* const kernel = kernel_of(p);
   allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
   kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);

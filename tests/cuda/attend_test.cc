@@ -401,6 +401,51 @@ TEST_P(CudaAttend, LongContext) { check({GetParam(), 4, 1, 1, 16, 128, 0, 0, 0.0
 TEST_P(CudaAttend, SmallValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 1e-3f}); }
 TEST_P(CudaAttend, LargeValues) { check({GetParam(), 2, 2, 1, 0, 128, 0, 0, 0.0f, {1024}, 3000.0f}); }
 
+// Chunks of every kind of length, over tiles of query rows that lie across pages, with sealed pages and open ones before them.
+class CudaPrefill : public ::testing::TestWithParam<kvmix_cuda_format> {
+ protected:
+  void SetUp() override {
+    if (!has_gpu()) GTEST_SKIP() << "NO GPU: the CUDA kernels were not run";
+  }
+};
+
+TEST_P(CudaPrefill, ChunksOfEveryLength) {
+  for (const int tokens : {1, 17, 33, 64, 65, 66, 100, 127, 128, 129, 192, 255, 256, 257, 300}) {
+    check({GetParam(), 1, 1, tokens, 0, 0, 0, 0, 0.0f, {tokens, tokens + 1, tokens + 128}});
+  }
+}
+TEST_P(CudaPrefill, GroupedHeads) {
+  for (const int group : {2, 3, 4, 8}) {
+    for (const int tokens : {9, 40, 130}) check({GetParam(), 2 * group, 2, tokens, 0, 0, 0, 0, 0.0f, {tokens, 3 * tokens + 5}});
+  }
+}
+TEST_P(CudaPrefill, ShorterThanTheChunk) { check({GetParam(), 2, 1, 200, 0, 0, 0, 0, 0.0f, {0, 1, 130, 199, 200}}); }
+TEST_P(CudaPrefill, SealedThenOpenPages) {
+  for (const int open : {1, 128, 200, 512}) check({GetParam(), 4, 2, 150, 0, open, 0, 0, 0.0f, {150, 384, 700, 1111}});
+}
+TEST_P(CudaPrefill, Sinks) {
+  for (const int sinks : {1, 16, 64, 65, 128}) check({GetParam(), 2, 2, 150, sinks, 100, 0, 0, 0.0f, {150, 161, 700, 1025}});
+}
+TEST_P(CudaPrefill, SlidingWindows) {
+  for (const int window : {1, 50, 128, 400, 5000}) check({GetParam(), 4, 2, 140, 4, 128, window, 0, 0.0f, {140, 400, 1300}});
+}
+TEST_P(CudaPrefill, SoftCap) { check({GetParam(), 4, 2, 140, 0, 128, 0, 0, 20.0f, {140, 400}}); }
+TEST_P(CudaPrefill, SoftCapSlidingWindowBfloat16) {
+  check({GetParam(), 6, 2, 140, 16, 128, 300, 0, 30.0f, {140, 700, 144}, 1.0f, true});
+}
+TEST_P(CudaPrefill, Bfloat16) { check({GetParam(), 4, 2, 140, 0, 128, 0, 0, 0.0f, {140, 400}, 1.0f, true}); }
+TEST_P(CudaPrefill, SmallValues) { check({GetParam(), 2, 2, 130, 0, 0, 0, 0, 0.0f, {512}, 1e-3f}); }
+TEST_P(CudaPrefill, LargeValues) { check({GetParam(), 2, 2, 130, 0, 0, 0, 0, 0.0f, {512}, 3000.0f}); }
+TEST_P(CudaPrefill, LongContext) { check({GetParam(), 1, 1, 130, 16, 128, 0, 0, 0.0f, {20000}}); }
+TEST_P(CudaPrefill, Graph) {
+  World world({GetParam(), 4, 2, 100, 0, 64, 0, 0, 0.0f, {700, 1111}});
+  std::vector<uint16_t> direct, replayed;
+  std::vector<float> lse;
+  world.run(&direct, &lse);
+  world.run(&replayed, &lse, true);
+  EXPECT_EQ(direct, replayed);
+}
+
 struct SealCase {
   bool fitted, center, scales, hadamard, feedback;
 };
@@ -549,7 +594,8 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
   p.q_tokens = 3;
   EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-16");
   p.q_tokens = 500;
-  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-64");
+  const std::string prefill = kvmix_cuda_attend_kernel(&p);
+  EXPECT_TRUE(prefill == "pages-64" || prefill == "prefill-128") << prefill;
   for (const kvmix_cuda_format& f : {kvmix_cuda_format{80, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 5, 2, 128, 128, 0},
                                      kvmix_cuda_format{128, 2, 2, 16, 128, 0}}) {
     p.format = f;
@@ -558,11 +604,17 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(kFormats), [](const auto& entry) {
+std::string name_of(const ::testing::TestParamInfo<kvmix_cuda_format>& entry) {
   const kvmix_cuda_format& f = entry.param;
   return std::string("d") + std::to_string(f.head_dim) + "k" + std::to_string(f.key_bits) + "v" + std::to_string(f.value_bits) +
          "g" + std::to_string(f.key_group) + "g" + std::to_string(f.value_group) + (f.key_per_token != 0 ? "token" : "");
-});
+}
+INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(kFormats), name_of);
+INSTANTIATE_TEST_SUITE_P(EveryHeadDim, CudaPrefill,
+                         ::testing::Values(kvmix_cuda_format{64, 3, 8, 32, 64, 0}, kvmix_cuda_format{96, 2, 4, 64, 32, 0},
+                                           kvmix_cuda_format{128, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 4, 3, 64, 32, 1},
+                                           kvmix_cuda_format{256, 1, 16, 128, 128, 0}),
+                         name_of);
 
 }  // namespace
 }  // namespace kvmix
