@@ -285,8 +285,9 @@ struct Warp {
     const auto load = [&](int token, int channel) {
       return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * C::dim + channel) : 0u;
     };
+    constexpr int kAhead = C::channel_tiles < 8 ? 2 : 4;  // tiles whose loads stand side by side; with more, registers spill
     float mine[2][4] = {};
-#pragma unroll 4
+#pragma unroll kAhead
     for (int f = 0; f < C::channel_tiles; ++f) {
       const int channel = 16 * f + column;
       const uint2 q = query[f * 32 + lane];
