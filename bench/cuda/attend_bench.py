@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAGE, DIM = 128, 128
+flush_reads = False
 
 
 class Format(c.Structure):
@@ -75,7 +76,10 @@ def timed(launches, repeat):
 
 
 def flush():
-    scratch.add_(1)
+    if flush_reads:
+        torch.sum(scratch.view(torch.int64))
+    else:
+        scratch.add_(1)
     # Keeps the GPU busy while the timed launch is queued, so that launch latency of the host stays outside.
     torch.cuda._sleep(200000)
 
@@ -275,7 +279,11 @@ def main():
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
     parser.add_argument("--tables", default="attend,seal,prefill")
+    parser.add_argument("--flush", choices=("write", "read"), default="write",
+                        help="what fills the L2 before a launch: written lines, which launches then push out, or read ones")
     args = parser.parse_args()
+    global flush_reads
+    flush_reads = args.flush == "read"
     lib = load(args.library)
     copy = copy_rate(args.repeat)
     print(f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.2f} TB/s")

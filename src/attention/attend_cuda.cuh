@@ -6,6 +6,7 @@
 //   out_c = sum_t p_t (mid_t + s_t (code - centre)):  s_t goes into P, 2^-shift into the epilogue, the rest is a second sum
 // The softmax is in base 2; P is held at 2^kLift times its value over the running maximum of score + value exponent, so that
 // P * s_t stays inside fp16 with small weights well above its smallest numbers.
+// One long file: its parts work on one set of registers.
 #pragma once
 
 #include "attention/attend_cuda_common.cuh"
