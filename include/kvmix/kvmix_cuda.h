@@ -89,9 +89,9 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
- * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute capability
- * 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the rest. Null where
- * the shape is refused. */
+ * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute
+ * capability 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the
+ * rest. Null where the shape is refused. */
 const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
 
 /* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */

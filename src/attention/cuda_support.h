@@ -37,8 +37,10 @@ struct Residency {
 
   int each(int64_t blocks) const { return static_cast<int>((blocks + processors - 1) / processors); }
   int warps(int64_t blocks) const { return each(blocks) <= few_blocks ? few : all; }
-  // Of a thread block of the decode kernel: a multiprocessor's warps, shared by the blocks that it gets; four at least.
-  int block_warps(int64_t blocks) const { return std::max(4, warps(blocks) / std::max(1, each(blocks))); }
+  // Of a thread block of the decode kernel: a multiprocessor's warps, shared in fours by the blocks that it gets.
+  int block_warps(int64_t blocks) const {
+    return each(blocks) <= 1 ? warps(blocks) : std::max(4, warps(blocks) / each(blocks) / 4 * 4);
+  }
 };
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
