@@ -1,11 +1,14 @@
-// kvmix chat: a conversation in the terminal. Ctrl-C stops the answer; at the prompt it ends the program.
+// kvmix chat: a conversation in the terminal. Ctrl-C stops the answer; twice at the prompt it ends the program.
 #include <fmt/core.h>
 #include <unistd.h>
 
-#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <memory>
-#include <optional>
+#include <utility>
 
 #include "command.h"
 #include "console.h"
@@ -21,15 +24,58 @@ struct Arguments {
   std::string system;
 };
 
-// One line from standard input without its end; nothing at the end of input or on Ctrl-C.
-std::optional<std::string> read_line() {
-  std::string line;
-  for (int c = std::getc(stdin); c != EOF; c = std::getc(stdin)) {
-    if (c == '\n') return line;
-    line += static_cast<char>(c);
+// Lines of standard input. Read without stdio, whose end of input is final and which hides that a Ctrl-C came.
+class Lines {
+ public:
+  enum class Event { kLine, kEnd, kInterrupt };
+
+  Event next(std::string& line) {
+    while (true) {
+      if (const size_t end = buffer_.find('\n'); end != std::string::npos) {
+        line = buffer_.substr(0, end);
+        buffer_.erase(0, end + 1);
+        return Event::kLine;
+      }
+      std::array<char, 4096> block;
+      const ssize_t n = ::read(STDIN_FILENO, block.data(), block.size());
+      if (n < 0 && errno == EINTR && !Console::interrupted()) continue;  // another signal, such as a new window size
+      if (Console::interrupted()) {
+        buffer_.clear();
+        return Event::kInterrupt;
+      }
+      if (n < 0) throw Error(Status::kIo, std::string("standard input: ") + std::strerror(errno));
+      if (n == 0) {
+        line = std::exchange(buffer_, "");
+        return line.empty() ? Event::kEnd : Event::kLine;
+      }
+      buffer_.append(block.data(), static_cast<size_t>(n));
+    }
   }
-  if (Console::interrupted() || line.empty()) return std::nullopt;
-  return line;
+
+ private:
+  std::string buffer_;
+};
+
+// Without the escape sequences that arrow keys leave in a line, and other control characters.
+std::string typed(const std::string& line) {
+  std::string text;
+  for (size_t i = 0; i < line.size(); ++i) {
+    const auto c = static_cast<unsigned char>(line[i]);
+    if (c == 0x1b && i + 1 < line.size() && (line[i + 1] == '[' || line[i + 1] == 'O')) {
+      for (++i; i + 1 < line.size() && (line[i + 1] < 0x40 || line[i + 1] > 0x7e); ++i) {
+      }
+      ++i;
+    } else if (c >= 0x20 || c == '\t' || c == '\n') {
+      text += line[i];
+    }
+  }
+  return text;
+}
+
+// Where nobody watches, a line a message would be noise.
+Common quiet_unless_terminal(Common common) {
+  common.quiet = common.quiet || isatty(STDERR_FILENO) == 0;
+  return common;
 }
 
 class Chat {
@@ -37,6 +83,7 @@ class Chat {
   Chat(const Arguments& arguments, const Common& common)
       : arguments_(arguments),
         common_(common),
+        progress_(progress_reporter(quiet_unless_terminal(common))),
         engine_(open_engine(arguments.session, common)),
         sequence_(engine_->cache().create()) {
     if (!engine_->model().has_chat_template()) {
@@ -48,32 +95,55 @@ class Chat {
   int run() {
     const bool terminal = isatty(STDIN_FILENO) != 0 && !common_.json;
     if (terminal && !common_.quiet) {
-      fmt::print(stderr, "Ctrl-C stops an answer; /clear forgets the conversation; Ctrl-D or /exit ends.\n");
+      fmt::print(stderr,
+                 "Ctrl-C stops an answer; /clear forgets the conversation; Ctrl-D or /exit ends;\n"
+                 "a line that ends in \\ goes on in the next one.\n");
     }
+    Lines lines;
+    bool leaving = false;
     while (true) {
       if (terminal) {
         fmt::print(stderr, "> ");
         std::fflush(stderr);
       }
-      const auto line = read_line();
-      if (!line) {
-        if (terminal) fmt::print(stderr, "\n");
-        return Console::interrupted() ? kExitInterrupted : kExitOk;
+      std::string line;
+      Lines::Event event = lines.next(line);
+      while (event == Lines::Event::kLine && line.ends_with('\\')) {
+        std::string more;
+        event = lines.next(more);
+        line.back() = '\n';
+        line += more;
       }
-      if (*line == "/exit") return kExitOk;
-      if (*line == "/clear") {
+      if (event != Lines::Event::kLine && terminal) fmt::print(stderr, "\n");
+      if (event == Lines::Event::kEnd) return kExitOk;
+      if (event == Lines::Event::kInterrupt) {
+        if (!terminal || std::exchange(leaving, true)) return kExitInterrupted;
+        Console::clear_interrupt();
+        fmt::print(stderr, "Ctrl-C once more or Ctrl-D ends.\n");
+        continue;
+      }
+      leaving = false;
+      if (terminal) line = typed(line);
+      if (line == "/exit") return kExitOk;
+      if (line == "/clear") {
         clear();
         continue;
       }
-      if (line->find_first_not_of(" \t\r") == std::string::npos) continue;
+      if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
       try {
-        check_utf8(*line, "the message");
-        answer(*line);
+        check_utf8(line, "the message");
+        answer(line);
       } catch (const Error& e) {
         // The conversation goes on without this message: the person can shorten it or clear.
-        if (e.status() != Status::kInvalidArgument && e.status() != Status::kOutOfMemory) throw;
-        messages_.resize(messages_.size() - (messages_.back().role == "user" ? 1 : 0));
-        fmt::print(stderr, "kvmix: {}; /clear forgets the conversation\n", e.what());
+        if (e.status() != Status::kInvalidArgument && e.status() != Status::kOutOfMemory && e.status() != Status::kCancelled)
+          throw;
+        if (!messages_.empty() && messages_.back().role == "user") messages_.pop_back();
+        const bool cancelled = e.status() == Status::kCancelled;
+        Console::clear_interrupt();
+        Console::clear_line();
+        fmt::print(
+            stderr, "kvmix: {}\n",
+            cancelled ? "stopped; the message is forgotten" : e.what() + std::string("; /clear forgets the conversation"));
       }
     }
   }
@@ -93,21 +163,27 @@ class Chat {
     const int64_t context = model.shape().context_tokens;
     if (static_cast<int64_t>(prompt.size()) >= context) {
       throw Error(Status::kInvalidArgument,
-                  fmt::format("the conversation has {} tokens and the model's context is {}", prompt.size(), context));
+                  fmt::format("with this message the conversation has {} tokens and the model's context is {}", prompt.size(),
+                              context));
     }
-    // What the template made of the earlier turns is in the cache already, up to the first difference.
-    size_t common = 0;
-    while (common < cached_.size() && common + 1 < prompt.size() && cached_[common] == prompt[common]) ++common;
-    engine_->cache().truncate(sequence_, static_cast<int64_t>(common));
+    go_back_to(prompt);
+    // A long message shows progress and can be stopped: all but its last token are run here.
+    const auto fresh = std::span<const Token>(prompt).subspan(cached_.size());
+    const auto start = std::chrono::steady_clock::now();
+    read(fresh.first(fresh.size() - 1));
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    GenerateResult result =
+        generate(*engine_, sequence_, fresh.last(1), arguments_.session.generate, [this](std::string_view piece) {
+          if (!common_.json) {
+            std::fwrite(piece.data(), 1, piece.size(), stdout);
+            std::fflush(stdout);
+          }
+          return !Console::interrupted();
+        });
     cached_ = prompt;
-    const GenerateResult result = generate(*engine_, sequence_, std::span<const Token>(prompt).subspan(common),
-                                           arguments_.session.generate, [this](std::string_view piece) {
-                                             if (!common_.json) {
-                                               std::fwrite(piece.data(), 1, piece.size(), stdout);
-                                               std::fflush(stdout);
-                                             }
-                                             return !Console::interrupted();
-                                           });
+    cached_.insert(cached_.end(), result.cached.begin(), result.cached.end());
+    result.prompt_tokens = static_cast<int>(fresh.size());
+    result.prefill_seconds += seconds;
     Console::clear_interrupt();
     if (common_.json) {
       print_json(result_json(*engine_, result));
@@ -119,12 +195,37 @@ class Chat {
     messages_.push_back({"assistant", result.text});
   }
 
+  // What the cache holds of the conversation stays, up to the first difference to the new prompt.
+  void go_back_to(const std::vector<Token>& prompt) {
+    size_t common = 0;
+    while (common < cached_.size() && common + 1 < prompt.size() && cached_[common] == prompt[common]) ++common;
+    try {
+      engine_->cache().truncate(sequence_, static_cast<int64_t>(common));
+    } catch (const Error& e) {
+      if (e.status() != Status::kUnsupported) throw;
+      common = 0;  // a sliding window has freed what stood there: everything is read again
+      engine_->cache().truncate(sequence_, 0);
+    }
+    cached_.resize(common);
+  }
+
+  void read(std::span<const Token> tokens) {
+    if (tokens.empty()) return;
+    engine_->prefill(sequence_, tokens, [this](int64_t done, int64_t total) {
+      if (done == total) return !Console::interrupted();  // a bar that is full at once would only flicker
+      return progress_(static_cast<double>(done), static_cast<double>(total), "reading");
+    });
+    cached_.insert(cached_.end(), tokens.begin(), tokens.end());
+    Console::clear_line();
+  }
+
   const Arguments& arguments_;
   const Common& common_;
+  Progress progress_;
   std::unique_ptr<Engine> engine_;
   SequenceId sequence_;
   std::vector<ChatMessage> messages_;
-  std::vector<Token> cached_;  // tokens of the last prompt; the answer after it is read again as the template writes it
+  std::vector<Token> cached_;  // the first tokens of what the cache holds
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 #include <memory>
 #include <string_view>
 
@@ -19,8 +20,14 @@ namespace {
 
 volatile std::sig_atomic_t interrupt_count = 0;
 std::atomic<bool> bar_is_up{false};
+std::atomic<int64_t> last_interrupt_ms{0};
 
 void on_interrupt(int) {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  const int64_t ms = now.tv_sec * 1000 + now.tv_nsec / 1000000;
+  const int64_t previous = last_interrupt_ms.exchange(ms);
+  if (interrupt_count > 0 && ms - previous < 500) return;  // the same impatience
   interrupt_count = interrupt_count + 1;
   if (interrupt_count < 2) return;
   constexpr std::string_view kRestore = "\r\033[K\033[0m\033[?25h";
@@ -30,9 +37,9 @@ void on_interrupt(int) {
   _exit(kExitInterrupted);
 }
 
-int terminal_columns() {
+int terminal_columns(int file) {
   winsize size{};
-  return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 20 ? size.ws_col : 80;
+  return ioctl(file, TIOCGWINSZ, &size) == 0 && size.ws_col > 20 ? size.ws_col : 80;
 }
 
 using Clock = std::chrono::steady_clock;
@@ -72,10 +79,15 @@ class Reporter {
       fmt::print(stderr, "{}: {:.0f} %{}\n", what, 100 * share, rest);
       return;
     }
-    const int room = terminal_columns() - 1 - static_cast<int>(rest.size()) - 8;
-    const int bar = std::clamp(room / 2, 5, 30);
-    const std::string label = what.substr(0, static_cast<size_t>(std::max(0, room - bar - 1)));
-    fmt::print(stderr, "\r\033[K{} {} {:3.0f} %{}", label, gauge(share, bar), 100 * share, rest);
+    // The share stands on every terminal; rate and remaining time, the bar and what is measured where there is room.
+    const std::string percent = fmt::format(" {:3.0f} %", 100 * share);
+    int room = terminal_columns(STDERR_FILENO) - 1 - static_cast<int>(percent.size());
+    if (static_cast<int>(rest.size()) > room) rest.clear();
+    room -= static_cast<int>(rest.size());
+    const int bar = std::min((room - 3) / 2, 30);  // and its frame and a space
+    const std::string picture = bar >= 4 ? " " + gauge(share, bar) : "";
+    room -= static_cast<int>(display_width(picture));
+    fmt::print(stderr, "\r\033[K{}{}{}{}", first_columns(what, static_cast<size_t>(room)), picture, percent, rest);
     std::fflush(stderr);
     bar_is_up = true;
     if (done >= total) Console::clear_line();
@@ -115,21 +127,25 @@ void Table::print() const {
     widths.resize(std::max(widths.size(), row.size()));
     for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], display_width(row[i]));
   }
-  for (size_t r = 0; r < rows_.size(); ++r) {
-    std::string line;
-    for (size_t i = 0; i < rows_[r].size(); ++i) {
-      const std::string& cell = rows_[r][i];
-      const std::string pad(widths[i] - display_width(cell), ' ');
-      const bool left = std::find(left_.begin(), left_.end(), i) != left_.end();
-      if (i > 0) line += "  ";
-      line += left ? cell + pad : pad + cell;
-    }
-    line.erase(line.find_last_not_of(' ') + 1);
-    fmt::print("{}\n", line);
-    if (r == 0) {
-      size_t total = 2 * (widths.size() - 1);
-      for (const size_t w : widths) total += w;
-      fmt::print("{}\n", std::string(total, '-'));
+  // On a terminal that is too narrow, the columns go on below, each time beside the first one.
+  const auto room = isatty(STDOUT_FILENO) != 0 ? static_cast<size_t>(terminal_columns(STDOUT_FILENO)) : SIZE_MAX;
+  for (size_t first = 1, end; first <= 1 || first < widths.size(); first = end) {
+    size_t total = widths[0];
+    for (end = first; end < widths.size() && (end == first || total + 2 + widths[end] <= room); ++end) total += 2 + widths[end];
+    if (first > 1) fmt::print("\n");
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      std::string line;
+      for (size_t i = 0; i < std::min(rows_[r].size(), end); ++i) {
+        if (i > 0 && i < first) continue;
+        const std::string& cell = rows_[r][i];
+        const std::string pad(widths[i] - display_width(cell), ' ');
+        const bool left = std::find(left_.begin(), left_.end(), i) != left_.end();
+        if (i > 0) line += "  ";
+        line += left ? cell + pad : pad + cell;
+      }
+      line.erase(line.find_last_not_of(' ') + 1);
+      fmt::print("{}\n", line);
+      if (r == 0) fmt::print("{}\n", std::string(total, '-'));
     }
   }
 }

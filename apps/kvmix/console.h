@@ -12,7 +12,8 @@ namespace kvmix::app {
 
 class Console {
  public:
-  // The first Ctrl-C asks the running work to stop; a second one ends the program at once with status 130.
+  // The first Ctrl-C asks the running work to stop; a second one, half a second later or more, ends
+  // the program at once with status 130.
   static void install_interrupt_handler();
   static bool interrupted();
   // Forgets a Ctrl-C that stopped only an answer.
@@ -25,7 +26,8 @@ class Console {
 // every ten seconds; nothing when quiet. The callback returns false after Ctrl-C.
 Progress progress_reporter(const Common& common);
 
-// Text as columns: the first left-aligned, the others right-aligned, a rule under the header.
+// Text as columns: the first left-aligned, the others right-aligned, a rule under the header. Columns that a terminal has no
+// room for follow below, beside the first one again.
 class Table {
  public:
   explicit Table(std::vector<std::string> header) : rows_{std::move(header)} {}

@@ -3,7 +3,9 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "command.h"
 #include "console.h"
@@ -16,10 +18,11 @@ namespace {
 
 struct Arguments {
   std::string model, text;
-  bool needle = false;
+  bool needle = false, generate = false;
   SubjectArguments subjects;
   EvalOptions options;
   NeedleOptions needles;
+  GenerationOptions generation;
 };
 
 int eval_text(const Arguments& arguments, const Common& common) {
@@ -108,6 +111,50 @@ int eval_needle(const Arguments& arguments, const Common& common) {
   return kExitOk;
 }
 
+int eval_generation(const Arguments& arguments, const Common& common) {
+  if (arguments.text.empty()) throw UsageError("--generate needs --text FILE, whose pieces are continued");
+  const std::string text = read_text_file(arguments.text);
+  const auto model = load_model(arguments.model);
+  GenerationOptions options = arguments.generation;
+  options.prompts = arguments.options.windows;
+  options.threads = common.threads;
+  options.force_plan = arguments.subjects.force;
+  options.float_weights = arguments.options.float_weights;
+  const auto rows =
+      evaluate_generation(model, text, make_subjects(arguments.subjects, *model), options, progress_reporter(common));
+  if (common.json) {
+    nlohmann::json json = nlohmann::json::array();
+    for (const GenerationRow& r : rows) {
+      json.push_back({{"name", r.name},
+                      {"agreement", r.agreement},
+                      {"repetition", r.repetition},
+                      {"bits_per_element", r.bits_per_element}});
+    }
+    print_json({{"model", model->shape().name},
+                {"prompt_tokens", options.prompt_tokens},
+                {"tokens", options.tokens},
+                {"float_weights", options.float_weights},
+                {"rows", json}});
+    return kExitOk;
+  }
+  Table table({"cache", "bits", "agrees for", "shortest", "whole", "repeated"});
+  for (const GenerationRow& r : rows) {
+    const auto n = static_cast<double>(r.agreement.size());
+    table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+               fmt::format("{:.1f}", std::accumulate(r.agreement.begin(), r.agreement.end(), 0.0) / n),
+               fmt::format("{}", *std::min_element(r.agreement.begin(), r.agreement.end())),
+               fmt::format("{}/{}", std::count(r.agreement.begin(), r.agreement.end(), options.tokens), r.agreement.size()),
+               fmt::format("{:.1f} %", 100 * std::accumulate(r.repetition.begin(), r.repetition.end(), 0.0) / n)});
+  }
+  table.print();
+  fmt::print(
+      "\n{} prompts of {} tokens, {} greedy tokens each; agrees for: tokens up to the first that differs from the first row's, "
+      "mean; "
+      "repeated: runs of {} tokens that occurred before\n",
+      rows.front().agreement.size(), options.prompt_tokens, options.tokens, kRepeatedNgram);
+  return kExitOk;
+}
+
 }  // namespace
 
 void add_eval(CommandContext& context) {
@@ -131,6 +178,17 @@ void add_eval(CommandContext& context) {
                     "Run everything, peers too, on a temporary fp32 copy of the weights: rows are then free of the noise that "
                     "8-bit activations add to any change");
   command->add_flag("--needle", arguments->needle, "Passkey retrieval instead of text");
+  auto* generate = command->add_flag("--generate", arguments->generate,
+                                     "Greedy continuations of pieces of the text, --windows of them, against the f16 cache's");
+  GenerationOptions& generation = arguments->generation;
+  command->add_option("--prompt-tokens", generation.prompt_tokens, "--generate: tokens of a piece")
+      ->check(CLI::Range(8, 1 << 20))
+      ->capture_default_str()
+      ->needs(generate);
+  command->add_option("--tokens", generation.tokens, "--generate: tokens of a continuation")
+      ->check(CLI::Range(kRepeatedNgram, 1 << 20))
+      ->capture_default_str()
+      ->needs(generate);
   NeedleOptions& needles = arguments->needles;
   command->add_option("--contexts", needles.contexts, "--needle: tokens of the haystacks")
       ->delimiter(',')
@@ -146,6 +204,7 @@ void add_eval(CommandContext& context) {
   command->add_option("--seed", needles.seed, "--needle: seed of the passkeys and distractors")->capture_default_str();
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) {
+      if (arguments->generate) return eval_generation(*arguments, common);
       return arguments->needle ? eval_needle(*arguments, common) : eval_text(*arguments, common);
     };
   });

@@ -38,6 +38,9 @@ std::string model_path(const std::string& name) {
     }
     return path.string();
   }
+  if (name.find_first_of("./") == std::string::npos && !std::filesystem::exists(name)) {
+    throw Error(Status::kNotFound, name + ": no such file, and scripts/models knows smollm2 and gemma3 only; name a GGUF file");
+  }
   return name;
 }
 

@@ -20,7 +20,7 @@ namespace kvmix::app {
 namespace {
 
 struct Arguments {
-  std::string model, planner = "kvmix", profile, out, fit, calibration;
+  std::string model, planner = "kvmix", profile, out, fit, calibration, tasks;
   double bits = 0;
   int64_t context = 8192;
   int sequences = 1;
@@ -164,15 +164,22 @@ int plan(const Arguments& arguments, const Common& common) {
     throw UsageError("planner " + planner.name + " does not measure plans: leave --measure out");
   if (arguments.pareto && !planner.needs_budget)
     throw UsageError("planner " + planner.name + " takes no budget, so it has no curve: leave --pareto out");
+  if (!arguments.calibration.empty()) read_text_file(arguments.calibration);  // refuses what is no text
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
   if (arguments.pareto) return plan_curve(arguments, common, request);
+  std::vector<Task> tasks;
+  if (!arguments.tasks.empty()) tasks = read_tasks(arguments.tasks);
   std::unique_ptr<PlanMeter> meter;
   if (arguments.measurements > 0) {
     request.progress = progress_reporter(common);
     const uint64_t seed = arguments.seed >= 0 ? static_cast<uint64_t>(arguments.seed) : profile->seed + 1;
-    meter = std::make_unique<TextMeter>(arguments, common.threads, model, seed, request.progress);
+    if (tasks.empty()) {
+      meter = std::make_unique<TextMeter>(arguments, common.threads, model, seed, request.progress);
+    } else {
+      meter = make_task_meter(model, std::move(tasks), common.threads);
+    }
     request.meter = meter.get();
     request.measurements = arguments.measurements;
   }
@@ -248,6 +255,12 @@ void add_plan(CommandContext& context) {
                                    "while that helps, kvtuner searches by it")
                       ->check(CLI::Range(2, 1 << 20))
                       ->excludes(pareto);
+  command
+      ->add_option(
+          "--tasks", arguments->tasks,
+          "--measure, planner kvtuner: accuracy of greedy answers to this .jsonl of {\"prompt\": ..., \"answer\": ...} "
+          "instead of divergence; the last third is held out")
+      ->needs(measure);
   command->add_option("--calib", arguments->calibration, "--measure: text as for kvmix profile; the last third is held out")
       ->needs(measure);
   command->add_option("--windows", arguments->windows, "--measure: windows of up to 2048 tokens to search with")

@@ -10,7 +10,7 @@
 namespace kvmix::app {
 namespace {
 
-constexpr int kBarColumns = 12;
+constexpr int kBarColumns = 8;
 
 std::string score_bar(const std::vector<double>& scores, size_t layer) {
   const double most = *std::max_element(scores.begin(), scores.end());
@@ -18,6 +18,12 @@ std::string score_bar(const std::vector<double>& scores, size_t layer) {
 }
 
 std::string width_bar(const SideConfig& side) { return bar(std::min(side.codec.bits, 8) / 8.0, 8); }
+
+// a, b, ..., z, ba, bb, ...
+std::string letters(size_t i) {
+  const std::string last(1, static_cast<char>('a' + i % 26));
+  return i < 26 ? last : letters(i / 26) + last;
+}
 
 std::string describe(const SideConfig& side) {
   std::string text = to_string(side.codec);
@@ -27,6 +33,26 @@ std::string describe(const SideConfig& side) {
   if (!side.transform.feedback.empty()) text += " feedback";
   if (!side.transform.matrix.empty()) text += " matrix";
   return text;
+}
+
+struct Cost {
+  int64_t context;
+  size_t bytes, f16_bytes;
+  double bits;
+  double smaller() const { return static_cast<double>(f16_bytes) / static_cast<double>(bytes); }
+};
+
+// Of one sequence, at lengths up to the model's context.
+std::vector<Cost> costs_of(const Plan& plan, const ModelShape& model) {
+  const CacheConfig config = cache_config(plan, model);
+  const CacheConfig f16 = cache_config(f16_plan(model), model);
+  std::vector<Cost> costs;
+  for (int64_t context = 1024; context <= 32768; context *= 2) {
+    if (context > std::max<int64_t>(model.context_tokens, 1024)) break;
+    costs.push_back(
+        {context, predict_bytes(config, context), predict_bytes(f16, context), predict_bits_per_element(config, context)});
+  }
+  return costs;
 }
 
 }  // namespace
@@ -42,10 +68,19 @@ void print_plan_table(const Plan& plan, const Profile* profile) {
                       profile->value_score.size() == plan.layers.size();
   std::vector<std::string> header = {"layer"};
   if (scores) header.insert(header.end(), {"K score", "", "V score", ""});
-  header.insert(header.end(), {"K bits", "", "key codec", "V bits", "", "value codec"});
+  header.insert(header.end(), {"K", "bits", "", "V", "bits", ""});
   Table table(header);
   for (const size_t column : scores ? std::vector<size_t>{2, 4, 6, 7, 9, 10} : std::vector<size_t>{2, 3, 5, 6})
     table.left(column);
+  // Codecs are long and few: each gets a letter.
+  std::vector<std::string> codecs;
+  const auto letter = [&](const SideConfig& side) {
+    const std::string name = describe(side);
+    const auto at = std::find(codecs.begin(), codecs.end(), name);
+    const auto i = static_cast<size_t>(at - codecs.begin());
+    if (at == codecs.end()) codecs.push_back(name);
+    return letters(i);
+  };
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const auto& layer = plan.layers[l];
     std::vector<std::string> row = {std::to_string(l)};
@@ -53,11 +88,13 @@ void print_plan_table(const Plan& plan, const Profile* profile) {
       row.insert(row.end(), {fmt::format("{:.3g}", profile->key_score[l]), score_bar(profile->key_score, l),
                              fmt::format("{:.3g}", profile->value_score[l]), score_bar(profile->value_score, l)});
     }
-    row.insert(row.end(), {std::to_string(layer.key.codec.bits), width_bar(layer.key), describe(layer.key),
-                           std::to_string(layer.value.codec.bits), width_bar(layer.value), describe(layer.value)});
+    row.insert(row.end(), {std::to_string(layer.key.codec.bits), width_bar(layer.key), letter(layer.key),
+                           std::to_string(layer.value.codec.bits), width_bar(layer.value), letter(layer.value)});
     table.add(row);
   }
   table.print();
+  fmt::print("\n");
+  for (size_t i = 0; i < codecs.size(); ++i) fmt::print("{:<2} {}\n", letters(i), codecs[i]);
 }
 
 void print_score_table(const Profile& profile) {
@@ -72,17 +109,24 @@ void print_score_table(const Profile& profile) {
 }
 
 void print_plan_costs(const Plan& plan, const ModelShape& model) {
-  const CacheConfig config = cache_config(plan, model);
-  const CacheConfig f16 = cache_config(f16_plan(model), model);
   Table table({"context", "bytes of one sequence", "bits per element", "f16 cache", "smaller"});
-  for (int64_t context = 1024; context <= 32768; context *= 2) {
-    if (context > std::max<int64_t>(model.context_tokens, 1024)) break;
-    const auto bytes = static_cast<double>(predict_bytes(config, context)),
-               full = static_cast<double>(predict_bytes(f16, context));
-    table.add({std::to_string(context), human_bytes(bytes), fmt::format("{:.2f}", predict_bits_per_element(config, context)),
-               human_bytes(full), fmt::format("{:.2f}x", full / bytes)});
+  for (const Cost& c : costs_of(plan, model)) {
+    table.add({std::to_string(c.context), human_bytes(static_cast<double>(c.bytes)), fmt::format("{:.2f}", c.bits),
+               human_bytes(static_cast<double>(c.f16_bytes)), fmt::format("{:.2f}x", c.smaller())});
   }
   table.print();
+}
+
+nlohmann::json plan_costs_json(const Plan& plan, const ModelShape& model) {
+  nlohmann::json json = nlohmann::json::array();
+  for (const Cost& c : costs_of(plan, model)) {
+    json.push_back({{"context", c.context},
+                    {"bytes", c.bytes},
+                    {"bits_per_element", c.bits},
+                    {"f16_bytes", c.f16_bytes},
+                    {"compression", c.smaller()}});
+  }
+  return json;
 }
 
 }  // namespace kvmix::app

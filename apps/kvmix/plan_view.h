@@ -1,6 +1,8 @@
 // Plans and profiles as tables for a person.
 #pragma once
 
+#include <nlohmann/json.hpp>
+
 #include "kvmix/plan.h"
 
 namespace kvmix::app {
@@ -10,6 +12,7 @@ void print_plan_table(const Plan& plan, const Profile* profile);
 void print_score_table(const Profile& profile);
 // What the plan costs on a model: bytes and bits at a few context lengths, against fp16.
 void print_plan_costs(const Plan& plan, const ModelShape& model);
+nlohmann::json plan_costs_json(const Plan& plan, const ModelShape& model);
 
 // Mean code bits over layers and heads of equal size.
 double mean_bits(const Plan& plan, Side side);

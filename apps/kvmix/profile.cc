@@ -10,6 +10,7 @@
 #include "kvmix/measure.h"
 #include "models.h"
 #include "plan_view.h"
+#include "text.h"
 
 namespace kvmix::app {
 namespace {
@@ -17,29 +18,48 @@ namespace {
 struct Arguments {
   std::string model, out = "profile.json", sensitivity;
   int windows = 2;
+  int sinks = -1, local_sinks = -1, window = -1;  // -1: as is usual
   CalibrationOptions calibration;
 };
 
+Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
+  Fp16Part part = usual_fp16_part(shape);
+  if (arguments.sinks >= 0) part.sinks = arguments.sinks;
+  if (arguments.local_sinks >= 0) part.local_sinks = arguments.local_sinks;
+  if (arguments.window >= 0) part.window = arguments.window;
+  return part;
+}
+
 int profile(const Arguments& arguments, const Common& common) {
   const auto start = std::chrono::steady_clock::now();
+  if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
   const auto model = load_model(arguments.model);
   const Progress progress = progress_reporter(common);
   const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);
-  Profile measured = profile_gradients(model, prompts, common.threads, progress);
-  measured.seed = arguments.calibration.seed;
-  if (!arguments.sensitivity.empty()) {
-    // An interrupted measurement of the same prompts goes on where it stopped.
-    if (std::filesystem::exists(arguments.out)) {
-      const Profile earlier = read_profile(arguments.out);
-      if (earlier.fingerprint == measured.fingerprint && earlier.seed == measured.seed && earlier.prompts == measured.prompts &&
-          earlier.tokens == measured.tokens) {
-        measured.sensitivities = earlier.sensitivities;
-      }
-    }
+  Profile measured;
+  if (arguments.sensitivity.empty()) {
+    measured = profile_gradients(model, prompts, common.threads, progress);
+    measured.seed = arguments.calibration.seed;
+  } else {
     SensitivityOptions options;
     options.metric = arguments.sensitivity;
     options.windows = arguments.windows;
     options.threads = common.threads;
+    options.fp16 = fp16_of(arguments, model->shape());
+    measured.fingerprint = model->shape().fingerprint;
+    measured.model = model->shape().name;
+    measured.seed = arguments.calibration.seed;
+    // An interrupted measurement of the same prompts goes on where it stopped.
+    if (std::filesystem::exists(arguments.out)) {
+      const Profile earlier = read_profile(arguments.out);
+      int64_t tokens = 0;
+      for (const auto& prompt : prompts) tokens += static_cast<int64_t>(prompt.size());
+      if (earlier.fingerprint == measured.fingerprint && earlier.seed == measured.seed && earlier.tokens == tokens &&
+          earlier.prompts == static_cast<int>(prompts.size()) && earlier.fp16 == *options.fp16) {
+        measured.sensitivities = earlier.sensitivities;
+        measured.fp16 = earlier.fp16;
+      }
+    }
     options.partial = [&](const Profile& partial) { write_profile(partial, arguments.out); };
     profile_sensitivity(model, prompts, options, measured, progress);
   }
@@ -80,10 +100,17 @@ void add_profile(CommandContext& context) {
           "--sensitivity", arguments->sensitivity,
           "Also measure what each codec costs in each layer: kl (on the running cache), fisher (from gradients) or output "
           "(attention output)")
-      ->check(CLI::IsMember({"kl", "fisher", "fisher-page", "output"}));
+      ->check(CLI::IsMember({"kl", "fisher", "output"}));
   command->add_option("--windows", arguments->windows, "--sensitivity: windows of up to 2048 tokens, made of the prompts")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
+  const auto fp16 = [&](const char* name, int& value, const char* help) {
+    command->add_option(name, value, std::string("--sensitivity: ") + help + ", as plans will keep")
+        ->check(CLI::Range(0, 4096));
+  };
+  fp16("--sinks", arguments->sinks, "first tokens in fp16 (16)");
+  fp16("--local-sinks", arguments->local_sinks, "the same in layers with a sliding window (0)");
+  fp16("--window", arguments->window, "newest tokens in fp16 (64, or a 16th of the narrowest sliding window)");
   command->add_option("-o,--out", arguments->out, "The profile file to write")->capture_default_str();
   command->callback(
       [&context, arguments] { context.action = [arguments](const Common& common) { return profile(*arguments, common); }; });

@@ -50,9 +50,11 @@ std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Com
 
 void print_closing_line(Engine& engine, const GenerateResult& result) {
   const MemoryReport memory = engine.cache().memory();
-  fmt::print(stderr, "[{} prompt tokens in {:.2f} s; {} new at {:.1f} tokens/s; cache {} for {} tokens; {}]\n",
-             result.prompt_tokens, result.prefill_seconds, result.new_tokens, decode_rate(result),
-             human_bytes(static_cast<double>(memory.total_bytes)), memory.tokens, result.stop_reason);
+  // A line of 80 columns in most cases.
+  const std::string reason = result.stop_reason == "end" ? "" : "; " + result.stop_reason;
+  fmt::print(stderr, "[{} tokens at {:.1f} tokens/s after {} in {:.2f} s; cache {}{}]\n", result.new_tokens,
+             decode_rate(result), result.prompt_tokens, result.prefill_seconds,
+             human_bytes(static_cast<double>(memory.total_bytes)), reason);
 }
 
 nlohmann::json result_json(Engine& engine, const GenerateResult& result) {

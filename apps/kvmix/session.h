@@ -17,7 +17,7 @@ struct SessionArguments {
 
 void add_session_options(CLI::App* command, SessionArguments& arguments);
 std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Common& common);
-// "36 tokens at 61.2 tokens/s ..." on standard error.
+// "[36 tokens at 61.2 tokens/s after ..." on standard error.
 void print_closing_line(Engine& engine, const GenerateResult& result);
 nlohmann::json result_json(Engine& engine, const GenerateResult& result);
 

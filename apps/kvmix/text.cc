@@ -104,6 +104,14 @@ std::string gauge(double share, int columns) {
   return text + "]";
 }
 
+std::string first_columns(const std::string& text, size_t columns) {
+  size_t end = 0;
+  for (; end < text.size(); ++end) {
+    if ((text[end] & 0xC0) != 0x80 && columns-- == 0) break;
+  }
+  return text.substr(0, end);
+}
+
 size_t display_width(const std::string& text) {
   return static_cast<size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
 }

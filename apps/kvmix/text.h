@@ -14,6 +14,7 @@ std::string clock_time(double seconds);         // "1:05"
 std::string gauge(double share, int columns);   // "[####....]" with block characters
 std::string bar(double share, int columns);     // blocks without a frame, eighths of a column
 size_t display_width(const std::string& text);  // code points
+std::string first_columns(const std::string& text, size_t columns);
 
 // The whole file, or standard input for "-". Throws kNotFound, kIo, or kInvalidArgument for an empty or non-text file.
 std::string read_text_file(const std::string& path);

@@ -111,11 +111,11 @@ class Packed:
                             kv_heads=kv_heads, q_tokens=q_tokens)
         size = c.c_size_t()
         check(lib, lib.kvmix_cuda_record_bytes(c.byref(p.format), c.byref(size)))
-        record, pages = size.value, length // PAGE
+        record, pages = (size.value + 127) // 128 * 128, length // PAGE  # records at multiples of 128 bytes
         # Random codes, scales and midpoints of fp16 bytes 0x2020..0x2c2c (positive, about 0.01), exponents 0.
         self.pool = torch.randint(0x20, 0x2D, (batch * pages * kv_heads, record), dtype=torch.uint8, device="cuda")
         self.pool[:, :16] = 0
-        self.bytes = self.pool.numel()
+        self.bytes, self.memory = self.pool.shape[0] * size.value, self.pool.numel()
         self.table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages).contiguous()
         if open_page:
             length -= PAGE // 2

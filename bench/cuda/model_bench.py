@@ -28,7 +28,7 @@ def step(lib, batch, q_heads, kv_heads, length, repeat):
         cache.store_new()
         attend += stored
         append += layers * bench.timed([cache.launch], repeat) - stored
-        size += layers * cache.bytes
+        size += layers * cache.memory
         del cache
         work = bench.Sealing(lib, bits, batch, kv_heads, True)
         seal += layers * bench.timed([work.seal], repeat) / bench.PAGE

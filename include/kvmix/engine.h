@@ -122,6 +122,7 @@ struct GenerateResult {
   std::string text;
   std::string stop_reason;  // "end", "stop", "length", "context", "cancelled"
   int prompt_tokens = 0, new_tokens = 0;
+  std::vector<Token> cached;  // tokens of the answer that the cache holds now: all but one that ended it
   double prefill_seconds = 0, decode_seconds = 0;
 };
 

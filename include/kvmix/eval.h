@@ -70,6 +70,29 @@ struct NeedleCell {
 std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                                         const NeedleOptions& options, const Progress& progress);
 
+struct GenerationOptions {
+  int prompts = 8;          // spread evenly over the text
+  int prompt_tokens = 512;  // of each
+  int tokens = 512;         // continued greedily; tokens that end a text are left out, so that all have this length
+  int threads = 0;
+  bool force_plan = false;
+  bool float_weights = false;  // as in EvalOptions
+};
+inline constexpr int kRepeatedNgram = 4;
+struct GenerationRow {
+  std::string name;
+  std::vector<int> agreement;      // of each prompt: tokens up to the first that differs from our f16 cache's
+  std::vector<double> repetition;  // of each prompt: repetition_rate of kRepeatedNgram
+  double bits_per_element = 0;     // all bytes, at the end
+};
+// The first row is our f16 cache. Throws kInvalidArgument for lengths beyond the model's context or too short a text,
+// kMismatch, kCancelled.
+std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> model, const std::string& text,
+                                               std::span<const EvalSubject> subjects, const GenerationOptions& options,
+                                               const Progress& progress);
+// Share of runs of n tokens that stand earlier in the text as well, 0 to 1.
+double repetition_rate(std::span<const Token> tokens, int n);
+
 struct BenchOptions {
   std::vector<int64_t> depths = {0, 1024, 4096, 8160};
   int decode_tokens = 16;  // per repetition and depth

@@ -41,7 +41,8 @@ typedef struct kvmix_cuda_item {
   int32_t split, splits;   /* this piece of that many of the head */
   int32_t partial, ticket; /* first partial slot and ticket of the head */
   int32_t length;          /* tokens of the sequence, the query tokens included */
-  int32_t unused[3];
+  int32_t evict_first; /* not 0: records leave the L2 before what else it holds */
+  int32_t unused[2];
 } kvmix_cuda_item;
 
 typedef struct kvmix_cuda_attend_params {

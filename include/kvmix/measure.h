@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -29,22 +30,21 @@ Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const st
 
 struct SensitivityOptions {
   // "kl": KL divergence of the model's output against the f16 cache with one side of one layer quantised alone, in nats per
-  // scored token, at 1, 2 and 3 bits and carried to other codecs by the output errors; "output": relative squared error of that
-  // layer's attention output; "fisher": elementwise Fisher estimate of the divergence at 2 bits, carried likewise;
-  // "fisher-page": errors summed over a page before squaring, every codec for itself.
+  // scored token, at 1, 2 and 3 bits and carried to other codecs by "fisher"; "fisher": its second-order estimate from the
+  // gradients at the attention output and the codec's error there; "output": relative squared error of the attention output.
   std::string metric = "kl";
   int64_t tokens = 2048;                        // of each window; prompts are joined and cut to it (and to the model's context)
   int windows = 1;                              // as many as the prompts' text allows, at most this many
-  int sinks = 16;                               // as the cache will run: first tokens fp16,
-  int window = 128;                             // newest tokens fp16
+  std::optional<Fp16Part> fp16;                 // as the cache will run; absent: what is usual for the model
   int threads = 0;                              // 0: all cores
   std::function<void(const Profile&)> partial;  // called when a layer is complete, to save what there is
 };
 // Adds sensitivities of one metric to a profile of this model, for every layer, side and candidate codec (widths 1, 2, 3, 4, 6
-// and 8, plain, rotated, and with the transforms that the first window calibrates, which go into profile.transforms). What the
-// profile already has of the metric is kept and not measured again, so a run that was stopped resumes. "kl" and "fisher" also
-// add "output". Throws kMismatch for another model's profile, kInvalidArgument for an unknown metric or too little text,
-// kCancelled.
+// and 8, plain, rotated, and with the transforms that the first window calibrates, which go into profile.transforms). "kl" also
+// adds "fisher" and "output", each of which the other. A profile without gradient scores gets them on the way: prompts that are
+// windows take no further pass. What the profile already has of "kl" is kept and not measured again, so a run that was stopped
+// resumes. Throws kMismatch for another model's profile or one with another fp16 part, kInvalidArgument for an unknown metric
+// or too little text, kCancelled.
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
                          const SensitivityOptions& options, Profile& profile, const Progress& progress);
 
@@ -53,5 +53,17 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
 // two measured last. Keeps `model`; throws kInvalidArgument for a window too short to seal a page of, or none.
 std::unique_ptr<PlanMeter> make_plan_meter(std::shared_ptr<const Model> model, std::vector<std::vector<Token>> windows,
                                            std::vector<std::vector<Token>> held_out, int threads);
+
+struct Task {
+  std::string prompt, answer;
+};
+// A JSON Lines file of {"prompt": ..., "answer": ...}. Throws kCorrupt naming file and line, kInvalidArgument for fewer than 3,
+// kNotFound, kIo.
+std::vector<Task> read_tasks(const std::string& path);
+// Whether a continuation gives the answer: it begins with it, blanks aside, and no letter or digit follows.
+bool is_answer(const std::string& text, const std::string& answer);
+// Measures plans by the tasks that greedy continuations of the running cache do not answer; the last third is held out. Throws
+// kInvalidArgument for fewer than 3 tasks or, when measuring, one beyond the model's context.
+std::unique_ptr<PlanMeter> make_task_meter(std::shared_ptr<const Model> model, std::vector<Task> tasks, int threads);
 
 }  // namespace kvmix

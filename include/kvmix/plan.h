@@ -29,6 +29,16 @@ struct ModelShape {
   int64_t context_tokens = 0;  // trained context
 };
 
+// What a sequence keeps in fp16 beside the page that is being filled.
+struct Fp16Part {
+  int sinks = 16;       // first tokens
+  int local_sinks = 0;  // the same in layers with a sliding window, which soon leaves them behind
+  int window = 64;      // newest tokens
+  friend bool operator==(const Fp16Part&, const Fp16Part&) = default;
+};
+// What plans keep where nobody says.
+Fp16Part usual_fp16_part(const ModelShape& model);
+
 // Measured once per model by `kvmix profile`.
 struct Profile {
   std::string fingerprint, model;
@@ -39,7 +49,7 @@ struct Profile {
   std::vector<double> key_score, value_score;
   // The same per prompt, [prompt][layer], for rank stability; may be empty.
   std::vector<std::vector<double>> key_score_by_prompt, value_score_by_prompt;
-  // Sensitivities: metric ("kl", "fisher", "fisher-page", "output") -> cost in nats per token of quantising only this
+  // Sensitivities: metric ("kl", "fisher", "output") -> cost in nats per token of quantising only this
   // side of this layer with this codec. Empty until measured.
   struct Sensitivity {
     std::string metric;
@@ -50,6 +60,7 @@ struct Profile {
     double cost;
   };
   std::vector<Sensitivity> sensitivities;
+  Fp16Part fp16;  // that they were measured with, and that plans from them keep
   // Transforms calibrated on the model's own rows, which sensitivities name.
   struct Transform {
     std::string name;
@@ -72,6 +83,7 @@ struct Plan {
   };
   std::optional<Prediction> predicted;
   int sinks = 16;
+  std::optional<int> local_sinks;  // of layers with a sliding window; absent: `sinks` too
   WindowRule window;
   struct Layer {
     SideConfig key, value;
@@ -96,6 +108,9 @@ std::string to_json(const Profile& profile);
 
 // Throws kMismatch unless the plan was made for this model (same fingerprint, or `force` and the same layer count and shape).
 void check_plan(const Plan& plan, const ModelShape& model, bool force);
+// Sinks and a fixed window of a plan, as Fp16Part. Throws kUnsupported for a window that is a ratio.
+Fp16Part fp16_part(const Plan& plan);
+void set_fp16_part(const Fp16Part& part, Plan& plan);
 // The cache configuration that the plan means on this model.
 CacheConfig cache_config(const Plan& plan, const ModelShape& model);
 // All fp16, no sinks or window bookkeeping: the baseline cache.
@@ -123,8 +138,10 @@ class BudgetError : public Error {
 class PlanMeter {
  public:
   virtual ~PlanMeter() = default;
-  // KL divergence to the model with an f16 cache, nats, at each scored position; every call scores the same positions.
+  // KL divergence to the model with an f16 cache, nats, at each scored position; or, not in nats, 1 for each task that is not
+  // answered, else 0. Every call scores the same positions or tasks.
   virtual std::vector<double> divergence(const Plan& plan) = 0;
+  virtual bool in_nats() const { return true; }
   // The same on text that is not searched with: whether a gain is one.
   virtual std::vector<double> held_out(const Plan& plan) = 0;
 };

@@ -29,9 +29,9 @@ bool try_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
   using Wide = Config<dim, key_bits, value_bits, key_group, value_group, true>;
   using Narrow = Config<dim, key_bits, value_bits, key_group, value_group, false>;
   if (rows > 4) {
-    body(attend_kernel<Wide>, Wide::shared_bytes);
+    body(attend_kernel<Wide>, Wide{});
   } else {
-    body(attend_kernel<Narrow>, Narrow::shared_bytes);
+    body(attend_kernel<Narrow>, Narrow{});
   }
   return true;
 }
@@ -43,6 +43,21 @@ void with_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
 #include "attention/attend_cuda_formats.inc"
 #undef KVMIX_ATTEND
   );
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "attend: device");
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), "attend: device");
+  return value;
+}
+int processors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+// Warps of a kernel that one multiprocessor holds.
+template <class C>
+int resident_warps(C) {
+  const int room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - C::query_bytes;
+  return std::clamp(room / C::ring, kWarps, C::max_warps);
 }
 
 }  // namespace
@@ -78,24 +93,24 @@ void attend(const kvmix_cuda_attend_params& p) {
   const int rows = a.group * a.q_tokens;
   if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
-  with_kernel(p.format, rows, [&](auto* kernel, int shared) {
+  with_kernel(p.format, rows, [&](auto* kernel, auto config) {
+    const int warps = block_warps(p.item_count, processors(), resident_warps(config));
+    const int shared = config.shared_bytes(warps);
     allow_shared(kernel, shared, "attend: shared memory");
-    kernel<<<p.item_count, kThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
+    kernel<<<p.item_count, 32 * warps, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
     check_cuda(cudaGetLastError(), "attend: launch");
   });
 }
 
-int resident_blocks(const kvmix_cuda_attend_params& p) {
+Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = p.q_heads / p.kv_heads * p.q_tokens;
-  int device = 0, processors = 0, blocks = 0;
-  check_cuda(cudaGetDevice(&device), "plan: device");
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "plan: device");
+  Residency device{processors(), 0};
   if (!uses_fast_kernel(p)) {
-    blocks = resident_page_blocks(p.format.head_dim, rows);
+    device.warps = std::max(1, resident_page_blocks(p.format.head_dim, rows));
   } else {
-    with_kernel(p.format, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
+    with_kernel(p.format, rows, [&](auto*, auto config) { device.warps = resident_warps(config); });
   }
-  return processors * std::max(blocks, 1);
+  return device;
 }
 
 }  // namespace kvmix::cuda

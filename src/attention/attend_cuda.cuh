@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention/attend_cuda_common.cuh"
+#include "attention/cuda_support.h"
 #include "attention/page_copies_cuda.cuh"
 
 namespace kvmix::cuda {
@@ -46,14 +47,19 @@ struct Config {
   static constexpr int tile_blocks =
       places / kFields;  // of a token tile, which with 64 channels shares its block with the next
   static constexpr bool shares_block = channel_tiles < kFields;
-  static constexpr int stage_key = kShape.key_bytes(), stage_value = kShape.value().bytes();
-  static constexpr int ring = stage_key + stage_value;  // per warp
+  // Both copies of a record start at a 128-byte line of it, that of the values value_shift bytes before them.
+  static constexpr int value_begin = kShape.key_bytes() / 128 * 128, value_shift = kShape.key_bytes() - value_begin;
+  static constexpr int stage_key = kShape.key_bytes(), stage_value = value_shift + kShape.value().bytes();
+  static constexpr int key_pitch = (stage_key + 127) / 128 * 128;
+  static constexpr int ring = key_pitch + (stage_value + 127) / 128 * 128;  // per warp
+  static constexpr int query_rows = wide ? kRows : kRows / 2;
   static constexpr int query_bytes = channel_tiles * 32 * 8;
   static constexpr int merge_row = dim + 8;  // floats, without bank conflicts
-  static constexpr int merge_bytes = kWarps * kRows * (merge_row + 2) * 4;
-  static constexpr int ring_bytes = kWarps * ring > merge_bytes ? kWarps* ring : merge_bytes;
-  static constexpr int shared_bytes = ring_bytes + query_bytes;
-  static constexpr int blocks_per_processor = dim <= 128 ? 4 : 2;
+  static_assert(ring >= kRows * (merge_row + 2) * 4, "a warp's part of the merge lies in its ring");
+  static_assert(kWarps * ring >= kRows * kMaxSplits * 8, "the sums of all splits lie in the rings");
+  // Of a multiprocessor. More of them are slower: they only lengthen the queues to memory.
+  static constexpr int max_warps = 8;
+  static constexpr int shared_bytes(int warps) { return query_bytes + warps * ring; }
 };
 
 template <class C>
@@ -74,9 +80,11 @@ struct Warp {
     }
   }
 
-  // Raw scores to weights at 2^kLift over the running maximum; `exponent` is the value scales'.
-  __device__ void softmax(float (&s)[kPageBlocks][4], const float (&factor)[2], int first, const int (&begin)[2],
-                          const int (&end)[2], bool masked, float softcap, int exponent, int lane) {
+  // Raw scores to weights at 2^kLift over the running maximum; `exponent` is the value scales'. Where `masked`, a column sees
+  // the positions range(column) only.
+  template <class Range>
+  __device__ void softmax(float (&s)[kPageBlocks][4], const float (&factor)[2], int first, bool masked, const Range& range,
+                          float softcap, int exponent, int lane) {
     // One branch each for what is rare, so that the common path is straight.
 #pragma unroll
     for (int b = 0; b < kPageBlocks; ++b)
@@ -93,12 +101,16 @@ struct Warp {
     }
     if (masked) {
 #pragma unroll
-      for (int b = 0; b < kPageBlocks; ++b)
+      for (int column = 0; column < C::columns; ++column) {
+        const int2 seen = range(column);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = i & 1, position = first + 16 * b + lane / 4 + 8 * (i >> 1);
-          if (column < C::columns && (position < begin[column] || position >= end[column])) s[b][i] = -INFINITY;
-        }
+        for (int b = 0; b < kPageBlocks; ++b)
+#pragma unroll
+          for (int i = column; i < 4; i += 2) {
+            const int position = first + 16 * b + lane / 4 + 8 * (i >> 1);
+            if (position < seen.x || position >= seen.y) s[b][i] = -INFINITY;
+          }
+      }
     }
     float best[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -271,7 +283,7 @@ struct Warp {
       return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * C::dim + channel) : 0u;
     };
     float mine[2][4] = {};
-#pragma unroll
+#pragma unroll 4
     for (int f = 0; f < C::channel_tiles; ++f) {
       const int channel = 16 * f + column;
       const uint2 q = query[f * 32 + lane];
@@ -326,77 +338,77 @@ struct Warp {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
-    attend_kernel(const __grid_constant__ AttendArguments args) {
-  extern __shared__ __align__(16) uint8_t shared[];
+__global__ void __launch_bounds__(32 * C::max_warps, 1) attend_kernel(const __grid_constant__ AttendArguments args) {
+  extern __shared__ __align__(128) uint8_t shared[];
   __shared__ float row_factor[kRows];
-  __shared__ int last;
+  __shared__ kvmix_cuda_item item;  // read from here where it is needed: registers decide
+  __shared__ int last, present;     // present: warps with work
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const kvmix_cuda_item item = args.items[blockIdx.x];
-  const int rows = args.group * args.q_tokens, q_heads = args.kv_heads * args.group;
-  const auto row_offset = [&](int row) {
-    const int token = row / args.group, head = item.kv_head * args.group + row % args.group;
-    return (static_cast<int64_t>(item.sequence) * args.q_tokens + token) * q_heads + head;
-  };
-
-  uint8_t* const ring = shared + warp * C::ring;
-  uint2* const query = reinterpret_cast<uint2*>(shared + C::ring_bytes);
-  const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
+  const kvmix_cuda_item mine = args.items[blockIdx.x];
+  uint2* const query = reinterpret_cast<uint2*>(shared);
+  uint8_t* const rings = shared + C::query_bytes;
+  uint8_t* const ring = rings + warp * C::ring;
   PageCopies<C> copies(ring, lane, warp);
-  // -1 past the end, as of an open page: nothing to copy.
-  const auto page_id = [&](int page) { return page < item.page_end ? table[page] : -1; };
-  const auto fetch = [&](int32_t page, bool keys) {
-    const uint8_t* const record = args.records + page * args.record_page_stride + item.kv_head * args.record_head_stride;
-    copies.start(page >= 0 ? record + (keys ? 0 : C::stage_key) : nullptr, keys);
+  // Warps without a page leave; four stay for what all of a block do.
+  const int warps = min(static_cast<int>(blockDim.x) / 32, max(kWarps, mine.page_end - mine.page_begin));
+  if (warp >= warps) return;
+  if (threadIdx.x == 0) item = mine, present = warps;
+  const int rows = args.group * args.q_tokens;
+  const auto row_offset = [&](const kvmix_cuda_item& of, int row) {
+    const int token = row / args.group, head = of.kv_head * args.group + row % args.group;
+    return (static_cast<int64_t>(of.sequence) * args.q_tokens + token) * (args.kv_heads * args.group) + head;
   };
-  int32_t id = page_id(item.page_begin + warp), next = page_id(item.page_begin + warp + kWarps);
-  fetch(id, true);
-  fetch(id, false);
-  const int32_t here =
-      item.page_begin + lane < item.page_end ? table[item.page_begin + lane] : 0;  // ids, in search of open pages
 
-  store_new_rows(args, item, C::dim);
+  constexpr int kPerLane = C::dim / 32;
+  float x[kPerLane] = {};
+  if (warp < rows) load_queries(args, row_offset(mine, warp) * C::dim + kPerLane * lane, x);
+  // -1 past the end, as of an open page: nothing to copy.
+  const auto page_id = [&](const kvmix_cuda_item& of, int page) {
+    return page < of.page_end ? args.page_table[of.sequence * args.page_table_stride + page] : -1;
+  };
+  const auto fetch = [&](const kvmix_cuda_item& of, int32_t id, bool keys) {
+    const uint8_t* const record = args.records + id * args.record_page_stride + of.kv_head * args.record_head_stride;
+    copies.start(id >= 0 ? record : nullptr, keys, of.evict_first != 0);
+  };
+  int page = mine.page_begin + warp;
+  int32_t id = page_id(mine, page), next = page_id(mine, page + warps);
+  fetch(mine, id, true);
+  fetch(mine, id, false);
+  // Ids, in search of open pages.
+  const int32_t here = mine.page_begin + lane < mine.page_end ? page_id(mine, mine.page_begin + lane) : 0;
+
+  store_new_rows(args, mine, C::dim, 32 * warps);
   // Query rows, scaled by a power of two to at most 1, in fragment order.
-  __half* const fragments = reinterpret_cast<__half*>(query);
-  for (int column = warp; column < kRows; column += kWarps) {
-    const int row = C::wide ? column : column / 2;
-    const bool used = row < rows && (C::wide || column % 2 == 0);
-    constexpr int kPerLane = C::dim / 32;
-    float x[kPerLane] = {}, best = 0.0f;
-    if (used) {
+  for (int row = warp; row < C::query_rows; row += warps) {
+    if (row != warp) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        x[i] = load_query(args, row_offset(row) * C::dim + kPerLane * lane + i);
-        best = fmaxf(best, fabsf(x[i]));
-      }
+      for (int i = 0; i < kPerLane; ++i) x[i] = 0.0f;
+      if (row < rows) load_queries(args, row_offset(mine, row) * C::dim + kPerLane * lane, x);
     }
+    float best = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) best = fmaxf(best, fabsf(x[i]));
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
     const int exponent = best > 0.0f ? ilogbf(best) + 1 : 0;
-    if (used && lane == 0) row_factor[row] = args.scale * power(exponent);
+    if (lane == 0) row_factor[row] = row < rows ? args.scale * power(exponent) : 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int channel = kPerLane * lane + i, c = channel % 16;
-      const int slot = ((channel / 16) * 32 + column * 4 + (c % 8) / 2) * 4 + (c / 8) * 2 + c % 2;
-      fragments[slot] = __float2half(x[i] * power(-exponent));
+    for (int i = 0; i < kPerLane; i += 2) {
+      const int channel = kPerLane * lane + i, c = channel % 16, column = C::wide ? row : 2 * row;
+      uint32_t* const to = reinterpret_cast<uint32_t*>(query) + ((channel / 16) * 32 + column * 4 + (c % 8) / 2) * 2 + c / 8;
+      *to = pack(x[i] * power(-exponent), x[i + 1] * power(-exponent));
+      if constexpr (!C::wide) to[4 * 2] = 0;  // the odd column
     }
   }
   __syncthreads();
 
-  // What each of this lane's columns may see.
-  float factor[2];
-  int begin[2], end[2], latest = 0x7fffffff, earliest = 0;
-#pragma unroll
-  for (int column = 0; column < C::columns; ++column) {
-    const int row = C::wide ? 2 * (lane % 4) + column : lane % 4;
-    factor[column] = row < rows ? row_factor[row] : 0.0f;
-    const int token = row < rows ? row / args.group : 0;
-    end[column] = item.length - (args.q_tokens - 1 - token);
-    begin[column] = args.sliding_window > 0 && end[column] > args.sliding_window ? end[column] - args.sliding_window : 0;
-  }
-  latest = item.length - (args.q_tokens - 1);  // all rows see up to here
-  earliest = args.sliding_window > 0 ? max(item.length - args.sliding_window, 0) : 0;
-
+  // Which of the positions from..to a column of this lane sees.
+  const auto row_of = [&](int column) { return C::wide ? 2 * (lane % 4) + column : lane % 4; };
+  const auto seen = [&](int column, int from, int to) {
+    const int token = row_of(column) < rows ? row_of(column) / args.group : 0;
+    const int end = item.length - (args.q_tokens - 1 - token);
+    return make_int2(args.sliding_window > 0 ? max(from, end - args.sliding_window) : from, min(to, end));
+  };
   // A sink page is shorter than its slots: the rest belongs to the next page.
   const auto first_token = [&](int page) {
     return args.sinks > 0 ? (page == 0 ? 0 : args.sinks + (page - 1) * kPageTokens) : page * kPageTokens;
@@ -405,12 +417,14 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
     return min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
   };
   // Open pages are read last, without copies ahead: at least they shall be near by then.
+  // Four warps share one, a quarter each, and those after them take the next.
+  const int quarter = warp % 4, turns = present / 4;
   unsigned open = __ballot_sync(~0u, here < 0);
-  for (unsigned rest = open; rest != 0; rest &= rest - 1) {
+  for (unsigned rest = open; warp < 4 && rest != 0; rest &= rest - 1) {
     const int at = __ffs(static_cast<int>(rest)) - 1, page = item.page_begin + at;
-    const int live = live_tokens(page, first_token(page)) - 32 * warp;
+    const int live = live_tokens(page, first_token(page)) - 32 * quarter;
     const uint8_t* const keys = args.open_pages + static_cast<int64_t>(~__shfl_sync(~0u, here, at)) * args.open_page_stride +
-                                item.kv_head * args.open_head_stride + 32 * warp * C::dim * 2;
+                                item.kv_head * args.open_head_stride + 32 * quarter * C::dim * 2;
     for (int line = lane; line * 128 < min(live, 32) * C::dim * 2; line += 32) {
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + line * 128));
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + kPageTokens * C::dim * 2 + line * 128));
@@ -418,54 +432,56 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
   }
   Warp<C> state;
   state.reset();
-  for (int page = item.page_begin + warp; page < item.page_end; page += kWarps) {
-    const int first = first_token(page), live = live_tokens(page, first);
-    const bool masked = live < kPageTokens || first + kPageTokens > latest || first < earliest;
-    const int32_t after = page_id(page + 2 * kWarps);
-    float s[kPageBlocks][4], unit[2];
-    if (id >= 0) copies.wait(true);
-    int page_end[2];
-#pragma unroll
-    for (int column = 0; column < C::columns; ++column) page_end[column] = min(end[column], first + live);
+  for (; page < item.page_end; page += present) {
+    const int32_t after = page_id(item, page + 2 * present);
     if (id >= 0) {
+      const int first = first_token(page), live = live_tokens(page, first);
+      // All rows see the positions below length - (q_tokens - 1), and with a window those it leaves the newest.
+      const bool masked = live < kPageTokens || first + kPageTokens > item.length - (args.q_tokens - 1) ||
+                          (args.sliding_window > 0 && first < item.length - args.sliding_window);
+      float s[kPageBlocks][4], unit[2];
+      copies.wait(true);
       const int2 exponent = *reinterpret_cast<const int2*>(ring);
       state.packed_scores(ring, query, exponent.x, s, lane);
 #pragma unroll
-      for (int column = 0; column < C::columns; ++column) unit[column] = factor[column] * power(12 + exponent.x);
+      for (int column = 0; column < C::columns; ++column) unit[column] = row_factor[row_of(column)] * power(12 + exponent.x);
       __syncwarp();
-      fetch(next, true);
-      state.softmax(s, unit, first, begin, page_end, masked, args.softcap, exponent.y, lane);
+      fetch(item, next, true);
+      state.softmax(
+          s, unit, first, masked, [&](int column) { return seen(column, first, first + live); }, args.softcap, exponent.y,
+          lane);
       copies.wait(false);
-      state.packed_values(ring + C::stage_key, s, lane);
+      state.packed_values(ring + C::key_pitch + C::value_shift, s, lane);
       __syncwarp();
-      fetch(next, false);
+      fetch(item, next, false);
     } else {
-      fetch(next, true);
-      fetch(next, false);
+      fetch(item, next, true);
+      fetch(item, next, false);
     }
     id = next, next = after;
   }
 
   // Open pages, a quarter a warp: alone it would be the last of its block by far.
+  int turn = 0;
   for (int base = item.page_begin; base < item.page_end; base += 32) {
-    if (base != item.page_begin) open = __ballot_sync(~0u, base + lane < item.page_end && table[base + lane] < 0);
+    if (base != item.page_begin) open = __ballot_sync(~0u, base + lane < item.page_end && page_id(item, base + lane) < 0);
     for (; open != 0; open &= open - 1) {
       const int page = base + __ffs(static_cast<int>(open)) - 1;
-      const int32_t open_id = ~table[page];
-      const int first = first_token(page), live = live_tokens(page, first), quarter = first + 32 * warp;
-      if (32 * warp >= live) continue;
-      int quarter_begin[2], quarter_end[2];
-#pragma unroll
-      for (int column = 0; column < C::columns; ++column) {
-        quarter_begin[column] = max(begin[column], quarter);
-        quarter_end[column] = min(end[column], min(first + live, quarter + 32));
-      }
+      const int32_t open_id = ~page_id(item, page);
+      const int first = first_token(page), live = live_tokens(page, first), from = first + 32 * quarter;
+      const bool of_mine = turn == warp / 4;
+      turn = turn + 1 < turns ? turn + 1 : 0;
+      if (!of_mine || 32 * quarter >= live) continue;
       const __half* const keys = reinterpret_cast<const __half*>(
           args.open_pages + static_cast<int64_t>(open_id) * args.open_page_stride + item.kv_head * args.open_head_stride);
-      float s[kPageBlocks][4];
-      state.open_scores(keys, live, warp, query, s, lane);
-      state.softmax(s, factor, first, quarter_begin, quarter_end, true, args.softcap, 0, lane);
-      state.open_values(keys + kPageTokens * C::dim, live, warp, s, lane);
+      float s[kPageBlocks][4], unit[2];
+#pragma unroll
+      for (int column = 0; column < C::columns; ++column) unit[column] = row_factor[row_of(column)];
+      state.open_scores(keys, live, quarter, query, s, lane);
+      state.softmax(
+          s, unit, first, true, [&](int column) { return seen(column, from, min(first + live, from + 32)); }, args.softcap, 0,
+          lane);
+      state.open_values(keys + kPageTokens * C::dim, live, quarter, s, lane);
     }
   }
 
@@ -480,11 +496,11 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
     }
   }
   __syncthreads();
-  float* const merged = reinterpret_cast<float*>(shared);  // [warp][row][C::merge_row], then [warp][row][2]
-  float* const merged_sums = merged + kWarps * kRows * C::merge_row;
+  float* const merged = reinterpret_cast<float*>(rings);  // [warp][row][C::merge_row], then [warp][row][2]
+  float* const merged_sums = merged + present * kRows * C::merge_row;
 #pragma unroll
   for (int column = 0; column < C::columns; ++column) {
-    const int row = C::wide ? 2 * (lane % 4) + column : lane % 4;
+    const int row = row_of(column);
     if (row >= rows) continue;
     float* to = merged + (warp * kRows + row) * C::merge_row;
 #pragma unroll
@@ -506,12 +522,15 @@ __global__ void __launch_bounds__(kThreads, C::blocks_per_processor)
     }
   }
   __syncthreads();
-  write_rows<C::dim / 4, kWarps>(args, item, rows, rows, reinterpret_cast<float2*>(shared), &last, row_offset,
-                                 [&](int w, int row) {
-                                   const int at = w * kRows + row;
-                                   return RowPart{make_float2(merged_sums[2 * at], merged_sums[2 * at + 1]),
-                                                  reinterpret_cast<const float4*>(merged + at * C::merge_row)};
-                                 });
+  const kvmix_cuda_item done = item;
+  write_rows<C::dim / 4>(
+      args, done, 32 * present, present, rows, rows, reinterpret_cast<float2*>(rings), &last,
+      [&](int row) { return row_offset(done, row); },
+      [&](int w, int row) {
+        const int at = w * kRows + row;
+        return RowPart{make_float2(merged_sums[2 * at], merged_sums[2 * at + 1]),
+                       reinterpret_cast<const float4*>(merged + at * C::merge_row)};
+      });
 }
 
 }  // namespace kvmix::cuda

@@ -77,12 +77,32 @@ __device__ inline uint32_t f16_of_bf16(uint32_t v) {  // two of them; finite val
   const auto limited = [](float x) { return fabsf(x) < INFINITY ? fminf(fmaxf(x, -65504.0f), 65504.0f) : x; };
   return pack(limited(__uint_as_float(v << 16)), limited(__uint_as_float(v & 0xffff0000u)));
 }
+// n of them at `at`, a multiple of n; n is 2 or a multiple of 4.
+template <int n>
+__device__ inline void load_queries(const AttendArguments& args, int64_t at, float (&x)[n]) {
+  uint32_t words[n / 2];
+  if constexpr (n == 2) {
+    words[0] = static_cast<const uint32_t*>(args.q)[at / 2];
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) {
+      const uint2 v = static_cast<const uint2*>(args.q)[at / 4 + i];
+      words[2 * i] = v.x, words[2 * i + 1] = v.y;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < n / 2; ++i) {
+    x[2 * i] = args.bf16 ? __uint_as_float(words[i] << 16) : half_bits(words[i] & 0xffffu);
+    x[2 * i + 1] = args.bf16 ? __uint_as_float(words[i] & 0xffff0000u) : half_bits(words[i] >> 16);
+  }
+}
 // Stores the newest rows of an item's sequence and head that fall into its open pages, of which it is the only reader; a
 // __syncthreads makes them visible to the block.
-__device__ inline void store_new_rows(const AttendArguments& args, const kvmix_cuda_item& item, int dim) {
+__device__ inline void store_new_rows(const AttendArguments& args, const kvmix_cuda_item& item, int dim,
+                                      int threads = kThreads) {
   if (args.new_keys == nullptr) return;
   const int octets = dim / 8;
-  for (int at = static_cast<int>(threadIdx.x); at < args.q_tokens * 2 * octets; at += kThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < args.q_tokens * 2 * octets; at += threads) {
     const int octet = at % octets, side = at / octets % 2, token = at / (2 * octets);
     const int position = item.length - args.q_tokens + token;
     if (position < 0) continue;
@@ -141,14 +161,14 @@ __device__ inline bool arrived_last(const AttendArguments& args, const kvmix_cud
 }
 // Adds up the splits of a head, in their order; `sums` is shared memory for rows x splits.
 template <int quads, class Finish>
-__device__ inline void combine_splits(const AttendArguments& args, const kvmix_cuda_item& item, int rows, float2* sums,
-                                      const Finish& finish) {
+__device__ inline void combine_splits(const AttendArguments& args, const kvmix_cuda_item& item, int threads, int rows,
+                                      float2* sums, const Finish& finish) {
   const auto slot = [&](int row, int split) { return static_cast<int64_t>(item.partial + split) * rows + row; };
-  for (int at = static_cast<int>(threadIdx.x); at < rows * item.splits; at += kThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < rows * item.splits; at += threads) {
     sums[at] = __ldcg(reinterpret_cast<const float2*>(args.partial_sums) + slot(at / item.splits, at % item.splits));
   }
   __syncthreads();
-  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += kThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += threads) {
     const int row = at / quads, quad = at % quads;
     const float2* const mine = sums + row * item.splits;
     float top = kFloor, sum = 0.0f;
@@ -173,21 +193,21 @@ struct RowPart {
 // The end of a block: adds up the `parts` of every row, four channels a thread, and writes the row; with several splits the
 // block that arrives last writes it for all. part(w, row) is in shared memory, as is `last`; `sums` is shared memory that
 // may overlap the parts. `all_rows` are those of the head, of which the block has `rows`; row_offset(row) is a row's place in
-// the output.
-template <int quads, int parts, class RowOffset, class Part>
-__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int rows, int all_rows,
-                                  float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
+// the output. `threads` of the block are still there.
+template <int quads, class RowOffset, class Part>
+__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int threads, int parts, int rows,
+                                  int all_rows, float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
   const auto finish = [&](int row, int quad, const float4& value, float top, float sum) {
     store_output(args, row_offset(row) * quads + quad, value, sum > 0.0f ? 1.0f / sum : 0.0f);
     if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(top, sum);
   };
-  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += kThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += threads) {
     const int row = at / quads, quad = at % quads;
     float top = kFloor, sum = 0.0f;
     float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
+#pragma unroll 4
     for (int w = 0; w < parts; ++w) top = fmaxf(top, part(w, row).sums.x);
-#pragma unroll
+#pragma unroll 4
     for (int w = 0; w < parts; ++w) {
       const RowPart one = part(w, row);
       const float scale = exp2_fast(one.sums.x - top);
@@ -201,7 +221,13 @@ __device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_
     }
   }
   if (item.splits == 1 || !arrived_last(args, item, last)) return;
-  combine_splits<quads>(args, item, rows, sums, finish);
+  combine_splits<quads>(args, item, threads, rows, sums, finish);
+}
+// The same for a block of kThreads with a fixed number of parts.
+template <int quads, int parts, class RowOffset, class Part>
+__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int rows, int all_rows,
+                                  float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
+  write_rows<quads>(args, item, kThreads, parts, rows, all_rows, sums, last, row_offset, part);
 }
 
 // Four 8 x 8 tiles of fp16 as registers: lane 4 r + j holds elements 2 j and 2 j + 1 of row r, or of column r. Lane l gives the

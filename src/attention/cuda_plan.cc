@@ -1,5 +1,6 @@
 // The CUDA kernels' work list and C ABI. No device code: it is built, tested and answers without CUDA too.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <initializer_list>
 #include <span>
@@ -19,7 +20,8 @@ constexpr kvmix_cuda_format kFormats[] = {
 #undef KVMIX_ATTEND
 };
 
-constexpr int kMaxSplitsPerHead = 256, kPagesAtOnce = 4;
+constexpr int kPagesAtOnce = 4;
+constexpr int64_t kSparingBytes = 256 << 20;  // launches that read less spare what the L2 holds
 
 int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * (p.q_heads / p.kv_heads); }
 
@@ -36,7 +38,8 @@ int first_page(const kvmix_cuda_attend_params& p, int length) {
   return first < p.sinks ? 0 : 1 + (first - p.sinks) / kPageTokens;
 }
 
-std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
+std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths,
+                                       const Residency& device) {
   struct Run {
     int begin, end;
   };
@@ -50,26 +53,32 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
     pages += static_cast<int64_t>(count) * p.kv_heads;
     longest = std::max(longest, count);
   }
-  // The chunk with the smallest estimated time: waves x (pages of a warp + a block's fixed cost, in pages of a warp). With
-  // fewer blocks on a multiprocessor each runs faster, down to half of what fits.
-  constexpr double kFixed = 1.0, kFixedShared = 1.2, kAlone = 0.1;
+  // The chunk with the smallest estimated time, in turns of a full multiprocessor: waves x (turns of a warp + a block's fixed
+  // cost) + the sum over splits. With few warps on a multiprocessor a turn is shorter, down to what one warp alone takes.
+  constexpr double kAlone = 0.7, kFixed = 1.0, kSum = 0.5, kSumSplit = 0.02;
+  const bool fast = uses_fast_kernel(p);
   int chunk = longest;
   double best = -1.0;
-  // A block of the fast kernel takes four pages at once, the page kernel one after the other.
-  const int step = uses_fast_kernel(p) ? kPagesAtOnce : 1;
-  const int most = query_rows(p) > kTileRows ? 1 : kMaxSplitsPerHead;
+  const int most = query_rows(p) > kTileRows ? 1 : kMaxSplits;
   for (int splits = 1; splits <= std::min(longest, most); ++splits) {
     int candidate = (longest + splits - 1) / splits;
-    if (candidate > step) candidate = (candidate + step - 1) / step * step;
+    if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
     for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
-    const double waves = std::max(1.0, static_cast<double>(blocks) / slots);
-    const double full = waves <= 4.0 ? static_cast<double>((blocks + slots - 1) / slots) : waves + 0.5;
-    const double load = std::clamp(static_cast<double>((4 * blocks + slots - 1) / slots) / 4.0, 0.5, 1.0);
-    const double page = kAlone + (1.0 - kAlone) * load;
-    const double time = full * ((candidate + step - 1) / step * page + kFixed + kFixedShared * load) + 0.02 * splits;
+    blocks = std::max<int64_t>(blocks, 1);
+    // A block of the fast kernel takes a page a warp at once, the page kernel one after the other.
+    const int warps = fast ? block_warps(blocks, device.processors, device.warps) : 1;
+    const int resident = std::max(1, device.warps / warps);  // blocks of a multiprocessor
+    const double waves = std::max(1.0, static_cast<double>(blocks) / (static_cast<double>(device.processors) * resident));
+    const double full = waves <= 4.0 ? std::ceil(waves) : waves + 0.5;
+    const auto here = std::min<int64_t>((blocks + device.processors - 1) / device.processors, resident);
+    const double turn = std::max(kAlone, static_cast<double>(here * std::min(warps, candidate)) / device.warps);
+    const double turns = (candidate + warps - 1) / warps;
+    const double time = full * (turns * turn + kFixed) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
+  // What is little beside the L2 shall leave it as it was.
+  const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
   std::vector<kvmix_cuda_item> items;
   const bool images = uses_images(p);
   int ticket = 0, image = 0;
@@ -87,6 +96,7 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
         item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
         item.length = lengths[sequence];
         if (images) item.partial = image, image += item.page_end - item.page_begin;
+        item.evict_first = bytes <= kSparingBytes;
         items.push_back(item);
       }
       ++ticket;
@@ -179,7 +189,7 @@ namespace {
 void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
 void seal(const kvmix_cuda_seal_params&) { no_cuda(); }
 void append(const kvmix_cuda_append_params&) { no_cuda(); }
-int resident_blocks(const kvmix_cuda_attend_params&) { no_cuda(); }
+Residency residency(const kvmix_cuda_attend_params&) { no_cuda(); }
 bool has_prefill_kernel() { return false; }
 #endif
 
@@ -226,9 +236,9 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
     require(params != nullptr && lengths != nullptr && item_count != nullptr && workspace_bytes != nullptr,
             "plan: null argument");
     check_shape(*params);
-    const int resident = slots > 0 ? slots : resident_blocks(*params);
     const std::vector<kvmix_cuda_item> planned =
-        make_plan(*params, {lengths, static_cast<size_t>(params->sequences)}, resident);
+        make_plan(*params, {lengths, static_cast<size_t>(params->sequences)},
+                  slots > 0 ? Residency{slots, uses_fast_kernel(*params) ? 4 : 1} : residency(*params));
     const auto count = static_cast<int32_t>(planned.size());
     if (items != nullptr) {
       require(capacity >= count,

@@ -1,6 +1,8 @@
 // What the host sides of the CUDA kernels share: checks of shapes, names of formats, the workspace's parts.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 
 #include "codec/tile_layout_cuda.h"
@@ -9,7 +11,8 @@
 
 namespace kvmix::cuda {
 
-inline constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
+inline constexpr int kMaxSplits = 256;  // of a head
+inline constexpr int kTileRows = 64;    // query rows of a block of the page kernel; more are not split along the pages
 
 std::string format_name(const kvmix_cuda_format& format);
 std::string supported_formats();
@@ -27,11 +30,23 @@ struct WorkspaceLayout {
 };
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
 
+// What a device holds at once of a kernel: on each of `processors` multiprocessors `warps` warps of the fast kernel or `warps`
+// thread blocks of the page kernel.
+struct Residency {
+  int processors, warps;
+};
+// Warps of a thread block of the fast kernel: all that a multiprocessor holds, shared by the blocks that it gets; four at
+// least.
+inline int block_warps(int64_t blocks, int processors, int warps) {
+  const int64_t each = (blocks + processors - 1) / processors;
+  return std::max(4, static_cast<int>(warps / std::max<int64_t>(each, 1)));
+}
+
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
 void attend(const kvmix_cuda_attend_params& params);
 void seal(const kvmix_cuda_seal_params& params);
 void append(const kvmix_cuda_append_params& params);
-int resident_blocks(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the whole current device
+Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
 // Whether attend_cuda.cuh has a kernel for this; prefill_cuda.cuh takes more than kTileRows query rows where the current device
 // has it, pages_cuda.cuh the rest.

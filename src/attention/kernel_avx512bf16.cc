@@ -13,7 +13,8 @@ struct Bf16 {
   static constexpr int kValueVectors = 4;
 
   static int terms(int, bool) { return 1; }
-  static int rows(int) { return 4; }
+  static constexpr bool takes(int, int terms) { return terms == 1; }
+  static constexpr int rows(int) { return 4; }
 
   static void prepare(const Source& from, int n, int, int rows, uint16_t* w, ptrdiff_t row_stride, Prepared& out) {
     for (int r = 0; r < rows; ++r) prepare(from.x + r * from.stride, from.scale, from.mid, n, w + r * row_stride, out, r);
@@ -35,40 +36,7 @@ struct Bf16 {
     out.mid[row] = Avx512::reduce_add(middle);
   }
 
-  using Dots = void (*)(const DotJob<uint16_t>& job);
-
-  static Dots dots(int bits, int, int rows, int lane_blocks, bool two_sets) {
-    switch (bits) {
-      case 1:
-        return dots<1>(rows, lane_blocks, two_sets);
-      case 2:
-        return dots<2>(rows, lane_blocks, two_sets);
-      case 3:
-        return dots<3>(rows, lane_blocks, two_sets);
-      case 4:
-        return dots<4>(rows, lane_blocks, two_sets);
-      case 5:
-        return dots<5>(rows, lane_blocks, two_sets);
-      case 6:
-        return dots<6>(rows, lane_blocks, two_sets);
-      default:
-        return dots<8>(rows, lane_blocks, two_sets);
-    }
-  }
-
- private:
-  static __m256i reinterpret_bits(__m256bh v) {
-    __m256i r;
-    __builtin_memcpy(&r, &v, sizeof r);
-    return r;
-  }
-  static __m512bh as_bf16(__m512i v) {
-    __m512bh r;
-    __builtin_memcpy(&r, &v, sizeof r);
-    return r;
-  }
-
-  template <int kBits, int kRows, int kBlocks, bool kTwoSets>
+  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
   static void dots(const DotJob<uint16_t>& job) {
     const uint8_t* codes = job.codes;
     const char* ahead = job.ahead;
@@ -156,6 +124,18 @@ struct Bf16 {
     }
   }
 
+ private:
+  static __m256i reinterpret_bits(__m256bh v) {
+    __m256i r;
+    __builtin_memcpy(&r, &v, sizeof r);
+    return r;
+  }
+  static __m512bh as_bf16(__m512i v) {
+    __m512bh r;
+    __builtin_memcpy(&r, &v, sizeof r);
+    return r;
+  }
+
   // Sums of n weights by quad % 4.
   static void quad_sums(const uint16_t* w, int n, float* sums) {
     __m512 total = _mm512_setzero_ps();
@@ -166,32 +146,6 @@ struct Bf16 {
     alignas(64) float lanes[16];
     _mm512_store_ps(lanes, total);
     for (int j = 0; j < 4; ++j) sums[j] = lanes[4 * j] + lanes[4 * j + 1] + lanes[4 * j + 2] + lanes[4 * j + 3];
-  }
-
-  template <int kBits, int kRows>
-  static Dots dots(int lane_blocks, bool two_sets) {
-    switch (lane_blocks) {
-      case 1:
-        return dots<kBits, kRows, 1, false>;
-      case 2:
-        return dots<kBits, kRows, 2, false>;
-      default:
-        return two_sets ? dots<kBits, kRows, 4, true> : dots<kBits, kRows, 4, false>;
-    }
-  }
-
-  template <int kBits>
-  static Dots dots(int rows, int lane_blocks, bool two_sets) {
-    switch (rows) {
-      case 1:
-        return dots<kBits, 1>(lane_blocks, two_sets);
-      case 2:
-        return dots<kBits, 2>(lane_blocks, two_sets);
-      case 3:
-        return dots<kBits, 3>(lane_blocks, two_sets);
-      default:
-        return dots<kBits, 4>(lane_blocks, two_sets);
-    }
   }
 };
 

@@ -14,7 +14,8 @@ struct Vnni {
   static constexpr int kValueVectors = 4;
 
   static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
-  static int rows(int terms) { return terms == 1 ? 4 : 2; }
+  static constexpr bool takes(int bits, int terms) { return terms == 2 || bits <= 4; }
+  static constexpr int rows(int terms) { return terms == 1 ? 4 : 2; }
 
   static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
     if (terms == 2)
@@ -98,8 +99,6 @@ struct Vnni {
     _mm_store_ps(out.sum, _mm_mul_ps(_mm_load_ps(out.sum), scale));
   }
 
-  using Dots = void (*)(const DotJob<int8_t>& job);
-
   template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
   static void dots(const DotJob<int8_t>& job) {
     const uint8_t* codes = job.codes;
@@ -155,55 +154,6 @@ struct Vnni {
         _mm512_storeu_ps(job.out + r * job.out_stride + i * kUnitLanes,
                          _mm512_fmadd_ps(total[i], _mm512_set1_ps(job.a[set][r]), _mm512_set1_ps(job.b[set][r])));
       }
-    }
-  }
-
-  template <int kBits, int kTerms, int kRows>
-  static Dots dots(int lane_blocks, bool two_sets) {
-    switch (lane_blocks) {
-      case 1:
-        return dots<kBits, kTerms, kRows, 1, false>;
-      case 2:
-        return dots<kBits, kTerms, kRows, 2, false>;
-      default:
-        return two_sets ? dots<kBits, kTerms, kRows, 4, true> : dots<kBits, kTerms, kRows, 4, false>;
-    }
-  }
-
-  template <int kBits>
-  static Dots dots(int terms, int rows, int lane_blocks, bool two_sets) {
-    if (terms == 2) return rows == 1 ? dots<kBits, 2, 1>(lane_blocks, two_sets) : dots<kBits, 2, 2>(lane_blocks, two_sets);
-    if constexpr (kBits <= 4) {
-      switch (rows) {
-        case 1:
-          return dots<kBits, 1, 1>(lane_blocks, two_sets);
-        case 2:
-          return dots<kBits, 1, 2>(lane_blocks, two_sets);
-        case 3:
-          return dots<kBits, 1, 3>(lane_blocks, two_sets);
-        default:
-          return dots<kBits, 1, 4>(lane_blocks, two_sets);
-      }
-    }
-    __builtin_unreachable();  // terms(): wider codes always take two terms
-  }
-
-  static Dots dots(int bits, int terms, int rows, int lane_blocks, bool two_sets) {
-    switch (bits) {
-      case 1:
-        return dots<1>(terms, rows, lane_blocks, two_sets);
-      case 2:
-        return dots<2>(terms, rows, lane_blocks, two_sets);
-      case 3:
-        return dots<3>(terms, rows, lane_blocks, two_sets);
-      case 4:
-        return dots<4>(terms, rows, lane_blocks, two_sets);
-      case 5:
-        return dots<5>(terms, rows, lane_blocks, two_sets);
-      case 6:
-        return dots<6>(terms, rows, lane_blocks, two_sets);
-      default:
-        return dots<8>(terms, rows, lane_blocks, two_sets);
     }
   }
 };

@@ -2,10 +2,12 @@
 // A kernel file supplies `K`:
 //   Simd       vectors of floats (simd_*.h)
 //   Weight     what a query or probability becomes before it meets codes (int8, bf16)
-//   kRows(terms)                          query rows per block
+//   rows(terms)                           query rows per block
 //   terms(bits, exact)                    Weight rows per query row: 2 = high and low part
 //   prepare(Source, n, terms, rows, w, term_stride, out)  rounds x * s of some rows to Weights
-//   dots(bits, terms, rows, blocks, sets)         the micro-kernel: codes x Weights -> one float per lane, times a plus b
+//   takes(bits, terms), dots<...>(DotJob)         the micro-kernels (dots_table.h): codes x Weights -> one float per lane,
+//   times a
+//                                                 plus b
 // Everything has internal linkage (see simd_avx512.h); K lives in an unnamed namespace.
 #pragma once
 
@@ -13,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention/dots_table.h"
 #include "attention/kernel.h"
 #include "codec/tile_layout.h"
 
@@ -23,7 +26,7 @@ inline constexpr int kMaxDim = 256;
 inline constexpr int kMaxScales = 1024;  // of a tile: 256 x 128 elements in groups of 32
 inline constexpr int kMaxBlockRows = 4;
 inline constexpr int kMaxTerms = 2;
-inline constexpr int kAhead = 3;  // pages between use and prefetch
+inline constexpr int kRowsAhead = 16;  // fp16 rows between use and prefetch
 // Pages whose scores are made before one softmax over them: independent work for the processor. Only when other query rows
 // use the pages again: pages that come from memory are best walked in one direction.
 inline constexpr int kBatchPages = 4;
@@ -70,21 +73,6 @@ inline SidePlan side_plan(const TileFormat& f, int terms) {
 
 struct TileScales {
   alignas(64) float scale[kMaxScales], mid[kMaxScales];
-};
-
-// What a micro-kernel reads and writes. Weight rows at weights[half] + (row * terms + term) * stride; half 1 serves lane blocks
-// 2 and 3 and differs from half 0 only where two sets of scales meet in a lane group. out[row * out_stride + lane] =
-// a[half][row] * dot + b[half][row]. `ahead` is prefetched line by line.
-template <class Weight>
-struct DotJob {
-  const uint8_t* codes;
-  int blocks;
-  const Weight* weights[2];
-  ptrdiff_t stride;
-  const float *a[2], *b[2];
-  float* out;
-  ptrdiff_t out_stride;
-  const char* ahead;
 };
 
 // Query rows (or probabilities) ready to meet one tile's codes: per set of scales or segment the factors of dots.
@@ -197,7 +185,7 @@ class Flow {
         }
         project(key_, page.key, next, scales, work_.query, rows, work_.p[b], kPageTokens);
       } else {
-        score_f16(reinterpret_cast<const uint16_t*>(page.key), q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
+        score_f16(page, q, rows, seen[b].lo, seen[b].hi, factor, work_.p[b]);
       }
     }
     if (!any) return;
@@ -310,15 +298,15 @@ class Flow {
       const int lane = first * kUnitLanes, lanes = width * kUnitLanes;
       const int set = lane >> plan.group_shift, set2 = (lane + lanes - 1) >> plan.group_shift;
       const int blocks = width * n / (kUnitReduce * kBlockUnits);
-      K::dots(plan.bits, plan.terms, rows, width, set2 != set)({codes,
-                                                                blocks,
-                                                                {x.weights + set * n, x.weights + set2 * n},
-                                                                row_size,
-                                                                {x.a[set], x.a[set2]},
-                                                                {x.b[set], x.b[set2]},
-                                                                out + lane,
-                                                                out_stride,
-                                                                ahead});
+      DotsTable<K>::find(plan.bits, plan.terms, rows, width, set2 != set)({codes,
+                                                                           blocks,
+                                                                           {x.weights + set * n, x.weights + set2 * n},
+                                                                           row_size,
+                                                                           {x.a[set], x.a[set2]},
+                                                                           {x.b[set], x.b[set2]},
+                                                                           out + lane,
+                                                                           out_stride,
+                                                                           ahead});
       codes += blocks * plan.bits * kVectorBytes;
       ahead += blocks * plan.bits * kVectorBytes;
     }
@@ -330,7 +318,7 @@ class Flow {
     for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
       const int width = lane_blocks - first < kLaneGroupBlocks ? lane_blocks - first : kLaneGroupBlocks;
       const int lane = first * kUnitLanes, lanes = width * kUnitLanes;
-      const auto dots = K::dots(plan.bits, plan.terms, rows, width, false);
+      const auto dots = DotsTable<K>::find(plan.bits, plan.terms, rows, width, false);
       for (int g = 0; g < plan.segments; ++g) {
         const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
         const int blocks = width * n / (kUnitReduce * kBlockUnits);
@@ -420,9 +408,16 @@ class Flow {
   }
 
   // Scores against fp16 rows [lo, hi) (token-major). kW tokens at a time are widened once for all query rows.
-  void score_f16(const uint16_t* key, const float* q, int rows, int lo, int hi, float factor, float* out) {
+  void score_f16(const PageRef& page, const float* q, int rows, int lo, int hi, float factor, float* out) {
+    const auto* key = reinterpret_cast<const uint16_t*>(page.key);
     const int d = job_.head_dim;
+    // Pages that several blocks of rows read are near already.
+    const bool cold = rows == job_.rows;
     for (int t0 = lo / kW * kW; t0 < hi; t0 += kW) {
+      for (int line = 0; cold && line < kW * d * 2; line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(key + static_cast<ptrdiff_t>(t0 + kRowsAhead) * d) + line, 0, 3);
+        __builtin_prefetch(reinterpret_cast<const char*>(page.value) + static_cast<ptrdiff_t>(t0) * d * 2 + line, 0, 2);
+      }
       for (int t = 0; t < kW; ++t) {
         float* to = work_.rows_f32 + t * d;
         if (t0 + t < hi) {

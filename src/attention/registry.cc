@@ -8,6 +8,7 @@ namespace kvmix {
 #if defined(__x86_64__)
 extern const AttentionKernel kAvx512VnniKernel;
 extern const AttentionKernel kAvx512Bf16Kernel;
+extern const AttentionKernel kAvxVnniKernel;
 extern const AttentionKernel kAvx2Kernel;
 #endif
 extern const AttentionKernel kPortableKernel;
@@ -16,9 +17,7 @@ namespace {
 
 const std::array kKernels = {
 #if defined(__x86_64__)
-    &kAvx512VnniKernel,
-    &kAvx512Bf16Kernel,
-    &kAvx2Kernel,
+    &kAvx512VnniKernel, &kAvx512Bf16Kernel, &kAvxVnniKernel, &kAvx2Kernel,
 #endif
     &kPortableKernel,
 };

@@ -41,7 +41,9 @@ std::byte* PagePool::carve(Class& size_class, PagePool& pool) {
   if (size_class.regions.empty() || size_class.regions.back().carved_bytes + record > size_class.regions.back().mapped_bytes) {
     const size_t mapped = std::max(kRegionBytes, round_up(record, kHugePage));
     void* base = mmap(nullptr, mapped + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) throw Error(Status::kOutOfMemory, "the system has no address space for another cache region");
+    if (base == MAP_FAILED)
+      throw Error(Status::kOutOfMemory,
+                  "the system has no memory for another cache region: use a shorter context or a smaller plan");
     // Keep the huge-page aligned part.
     auto* raw = static_cast<std::byte*>(base);
     const auto address = reinterpret_cast<uintptr_t>(raw);

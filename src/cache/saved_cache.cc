@@ -102,7 +102,7 @@ Header read_header(Reader& in) {
 Reader open_saved(const std::string& path, const std::string& content) {
   Reader in(path, content);
   if (content.size() < sizeof kMagic || std::memcmp(content.data(), kMagic, sizeof kMagic) != 0) {
-    throw Error(Status::kCorrupt, path + " is not a saved cache");
+    throw Error(Status::kCorrupt, path + " is not a saved cache; give a file that a cache was saved to");
   }
   in.bytes(sizeof kMagic, "the magic");
   const auto version = in.number<uint32_t>("the version");

@@ -86,6 +86,7 @@ GenerateResult generate(Engine& engine, SequenceId sequence, std::span<const Tok
     // The last token enters the cache as well, so that a next turn continues from it.
     const EngineItem item{sequence, {&token, 1}};
     logits = engine.step({&item, 1});
+    result.cached.push_back(token);
   }
   emit(pending.size());
   result.decode_seconds = seconds_since(decode_start);

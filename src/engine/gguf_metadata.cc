@@ -13,7 +13,8 @@ bool GgufMetadata::has(const std::string& key) const { return find(key) >= 0; }
 
 std::string GgufMetadata::text(const std::string& key) const {
   const int64_t id = find(key);
-  if (id < 0) throw Error(Status::kCorrupt, path_suffix(key) + " is missing; this is not a complete model file");
+  if (id < 0)
+    throw Error(Status::kCorrupt, path_suffix(key) + " is missing; this is not a complete model file; obtain it again");
   if (gguf_get_kv_type(gguf_, id) != GGUF_TYPE_STRING)
     throw Error(Status::kCorrupt, path_suffix(key) + " is not text; obtain the file again");
   return gguf_get_val_str(gguf_, id);
@@ -25,7 +26,8 @@ std::string GgufMetadata::text_or(const std::string& key, const std::string& fal
 
 double GgufMetadata::number(const std::string& key) const {
   const int64_t id = find(key);
-  if (id < 0) throw Error(Status::kCorrupt, path_suffix(key) + " is missing; this is not a complete model file");
+  if (id < 0)
+    throw Error(Status::kCorrupt, path_suffix(key) + " is missing; this is not a complete model file; obtain it again");
   double value = NAN;
   switch (gguf_get_kv_type(gguf_, id)) {
     case GGUF_TYPE_UINT8:

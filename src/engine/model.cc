@@ -47,7 +47,8 @@ MappedFile::MappedFile(const std::string& path) {
   void* data = regular ? mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, descriptor, 0) : MAP_FAILED;
   close(descriptor);
   if (!regular) throw Error(Status::kCorrupt, path + " is empty or not a regular file; give a GGUF file");
-  if (data == MAP_FAILED) throw Error(Status::kIo, path + ": cannot map: " + std::strerror(errno));
+  if (data == MAP_FAILED)
+    throw Error(Status::kIo, path + ": cannot map: " + std::strerror(errno) + "; free memory or check the file");
   data_ = static_cast<char*>(data);
   bytes_ = static_cast<size_t>(info.st_size);
 }
@@ -74,7 +75,8 @@ GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
   llama_model_params params = llama_model_default_params();
   params.vocab_only = true;
   vocabulary_.reset(llama_model_load_from_file(path.c_str(), params));
-  if (vocabulary_ == nullptr) throw Error(Status::kCorrupt, path + ": its tokenizer cannot be read; obtain the file again");
+  if (vocabulary_ == nullptr)
+    throw Error(Status::kCorrupt, path + ": its tokenizer cannot be read; free memory, or obtain the file again");
   check_special_tokens(llama_model_get_vocab(vocabulary_.get()), path);
   const int tokens = llama_vocab_n_tokens(llama_model_get_vocab(vocabulary_.get()));
   if (tokens != parameters_.vocab) {
@@ -105,7 +107,8 @@ void GgufModel::load_weights(const gguf_context* gguf, ggml_context* meta) {
     const ggml_tensor* described = ggml_get_tensor(meta, name.c_str());
     const size_t bytes = ggml_nbytes(described), offset = gguf_get_tensor_offset(gguf, i);
     if (data_offset > file_.bytes() || offset > file_.bytes() - data_offset || bytes > file_.bytes() - data_offset - offset) {
-      throw Error(Status::kCorrupt, path_ + ": tensor " + name + " reaches beyond the end of the file; the file is truncated");
+      throw Error(Status::kCorrupt,
+                  path_ + ": tensor " + name + " reaches beyond the end of the truncated file; obtain it again");
     }
     ggml_tensor* tensor = ggml_dup_tensor(tensors_.get(), described);
     ggml_set_name(tensor, name.c_str());

@@ -52,7 +52,8 @@ Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t 
   impl.name = "llama.cpp " + type_name;
   impl.type = cache_type(type_name);
   impl.model.reset(llama_model_load_from_file(model_path.c_str(), llama_model_default_params()));
-  if (impl.model == nullptr) throw Error(Status::kCorrupt, model_path + ": libllama cannot load it");
+  if (impl.model == nullptr)
+    throw Error(Status::kCorrupt, model_path + ": libllama cannot load it; free memory, or leave --peer out");
   impl.vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl.model.get()));
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(context * sequences);
@@ -66,7 +67,8 @@ Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t 
   params.no_perf = true;
   impl.context.reset(llama_init_from_model(impl.model.get(), params));
   if (impl.context == nullptr)
-    throw Error(Status::kUnsupported, impl.name + ": libllama cannot make a context of " + std::to_string(context));
+    throw Error(Status::kUnsupported, impl.name + ": libllama cannot make a context of " + std::to_string(context) +
+                                          " tokens; free memory, or take a shorter one");
   impl.batch_tokens = std::max(kChunk, sequences);
   impl.batch = llama_batch_init(impl.batch_tokens, 0, 1);
 }

@@ -48,9 +48,10 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
   }
   const int64_t context = depths.back() + options.decode_tokens;
   if (context > model->shape().context_tokens) {
-    throw Error(Status::kInvalidArgument,
-                "depth " + std::to_string(depths.back()) + " and " + std::to_string(options.decode_tokens) +
-                    " decoded tokens exceed the model's context of " + std::to_string(model->shape().context_tokens));
+    throw Error(Status::kInvalidArgument, "depth " + std::to_string(depths.back()) + " and " +
+                                              std::to_string(options.decode_tokens) +
+                                              " decoded tokens exceed the model's context of " +
+                                              std::to_string(model->shape().context_tokens) + "; take a smaller depth");
   }
   std::vector<Token> tokens;
   const std::vector<Token> paragraph = model->tokenize(kParagraph, false);

@@ -1,6 +1,7 @@
 #include "eval/contender.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "base/parallel.h"
@@ -77,7 +78,17 @@ class Ours final : public Contender {
   void clear() override {
     for (const SequenceId id : ids_) engine_->cache().remove(id);
     ids_.clear();
+    if (marked_) engine_->cache().remove(*marked_);
+    marked_.reset();
     for (int s = 0; s < sequences_; ++s) ids_.push_back(engine_->cache().create());
+  }
+  void mark() override {
+    if (marked_) engine_->cache().remove(*marked_);
+    marked_ = engine_->cache().fork(ids_[0]);
+  }
+  void rewind() override {
+    engine_->cache().remove(ids_[0]);
+    ids_[0] = engine_->cache().fork(*marked_);
   }
   int64_t chunk_end(int64_t from) const override {
     const auto next = std::upper_bound(seals_.begin(), seals_.end(), from);
@@ -93,6 +104,7 @@ class Ours final : public Contender {
   int sequences_;
   std::unique_ptr<Engine> engine_;
   std::vector<SequenceId> ids_;
+  std::optional<SequenceId> marked_;
   std::vector<EngineItem> items_;
   std::vector<int64_t> seals_;
 };
@@ -103,18 +115,32 @@ class Theirs final : public Contender {
       : model_(std::move(model)), sequences_(o.sequences), peer_(model_->path(), type, o.context, o.threads, o.sequences) {}
 
   std::span<const float> feed(std::span<const Token> tokens, bool all_logits) override {
+    length_ += static_cast<int64_t>(tokens.size());
     return peer_.step(tokens, all_logits, !all_logits);
   }
-  std::span<const float> decode(std::span<const Token> tokens) override { return peer_.step_batch(tokens); }
+  std::span<const float> decode(std::span<const Token> tokens) override {
+    ++length_;
+    return peer_.step_batch(tokens);
+  }
   void fill(std::span<const Token> tokens) override {
+    length_ += static_cast<int64_t>(tokens.size());
     if (sequences_ == 1) {
       peer_.step(tokens, false, true);
     } else {
       peer_.fill_batch(tokens, sequences_);
     }
   }
-  void truncate(int64_t n) override { peer_.truncate(n); }
-  void clear() override { peer_.clear(); }
+  void truncate(int64_t n) override {
+    peer_.truncate(n);
+    length_ = n;
+  }
+  void clear() override {
+    peer_.clear();
+    length_ = 0;
+  }
+  // Its cells keep what they hold, so the first tokens of a sequence are the same again.
+  void mark() override { marked_ = length_; }
+  void rewind() override { truncate(marked_); }
   int64_t chunk_end(int64_t from) const override { return from + kPageTokens; }
   size_t cache_bytes(int64_t tokens) const override { return peer_.cache_bytes(model_->shape(), tokens); }
   std::string kernel() const override { return "ggml"; }
@@ -122,6 +148,7 @@ class Theirs final : public Contender {
  private:
   std::shared_ptr<const Model> model_;
   int sequences_;
+  int64_t length_ = 0, marked_ = 0;
   Peer peer_;
 };
 

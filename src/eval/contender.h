@@ -28,6 +28,9 @@ class Contender {
   // Sequences go back to n tokens.
   virtual void truncate(int64_t n) = 0;
   virtual void clear() = 0;
+  // Remembers sequence 0 as it is, pages sealed and open; rewind() goes back to it as often as wanted, until clear().
+  virtual void mark() = 0;
+  virtual void rewind() = 0;
   // Where a chunk that starts at `from` may end at the latest, so that chunked feeding stores and sees what decoding one by
   // one would: no page is sealed between two tokens of a chunk. At most kPageTokens away.
   virtual int64_t chunk_end(int64_t from) const = 0;

@@ -8,6 +8,7 @@
 #include "engine/float_copy.h"
 #include "eval/contender.h"
 #include "eval/divergence.h"
+#include "eval/windows.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -189,7 +190,7 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
   if (sized.context > model->shape().context_tokens) {
     throw Error(Status::kInvalidArgument, "windows of " + std::to_string(sized.context) +
                                               " tokens exceed the model's context of " +
-                                              std::to_string(model->shape().context_tokens));
+                                              std::to_string(model->shape().context_tokens) + "; take shorter ones");
   }
   Evaluation evaluation(model, subjects, sized);
   double done = 0;
@@ -218,24 +219,7 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
 
 std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
                               std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress) {
-  if (options.context < 8) throw Error(Status::kInvalidArgument, "a window needs at least 8 tokens");
-  const std::vector<Token> tokens = model->tokenize(text, false);
-  const bool bos = !model->tokenize("", true).empty();
-  const auto context = static_cast<size_t>(options.context);
-  const size_t available = tokens.size() / context;
-  if (available == 0) {
-    throw Error(Status::kInvalidArgument, "the text has " + std::to_string(tokens.size()) +
-                                              " tokens, less than one window of " + std::to_string(context) +
-                                              "; give a longer text or a smaller --context");
-  }
-  const size_t count = options.windows == 0 ? available : std::min(available, static_cast<size_t>(options.windows));
-  std::vector<std::vector<Token>> windows;
-  for (size_t w = 0; w < count; ++w) {
-    // Spread evenly over the text; each starts with BOS where the model is used to it.
-    const auto start = tokens.begin() + static_cast<ptrdiff_t>(w * available / count * context);
-    windows.emplace_back(start, start + static_cast<ptrdiff_t>(context));
-    if (bos && model->bos() >= 0) windows.back()[0] = model->bos();
-  }
+  const std::vector<std::vector<Token>> windows = text_windows(*model, text, options.context, options.windows);
   if (!options.float_weights) return evaluate_tokens(std::move(model), windows, subjects, options, progress);
   // The copy has another fingerprint; plans are held to the model that was named.
   for (const EvalSubject& s : subjects) {

@@ -47,7 +47,7 @@ TransposedWeights::TransposedWeights(const GgufModel& model) {
   for (const ggml_tensor* m : matrices) transposed_[m] = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, m->ne[1], m->ne[0]);
   buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), ggml_backend_cpu_buffer_type()));
   if (buffer_ == nullptr)
-    throw Error(Status::kOutOfMemory, "not enough memory for the transposed fp32 weights that gradients need");
+    throw Error(Status::kOutOfMemory, "not enough memory for the transposed fp32 weights that gradients need; free some, or take a smaller model");
   std::vector<float> row;
   for (const ggml_tensor* m : matrices) {
     // A repacked matrix is read from its original, which has the same name in the file.
@@ -93,8 +93,7 @@ void Backward::add(ggml_tensor* t, ggml_tensor* g) {
   sum = sum == nullptr ? g : ggml_add(ctx_, sum, g);
 }
 
-void Backward::run(ggml_cgraph* forward, ggml_tensor* output, ggml_tensor* output_gradient, bool later) {
-  later_ = later;
+void Backward::run(ggml_cgraph* forward, ggml_tensor* output, ggml_tensor* output_gradient) {
   gradients_[output] = output_gradient;
   std::map<const ggml_tensor*, LayerNodes*> attentions;
   for (LayerNodes& layer : layers_) attentions[layer.out] = &layer;
@@ -198,10 +197,6 @@ void Backward::propagate_attention(LayerNodes& layer, ggml_tensor* g) {
   };
   add(k, ggml_cont(ctx_, heads_outside(ctx_, key_gradient(gs))));
   add(v, ggml_cont(ctx_, heads_outside(ctx_, value_gradient(p))));
-  if (later_) {
-    layer.later_key_gradient = key_gradient(ggml_mul(ctx_, gs, inputs_.later));
-    layer.later_value_gradient = value_gradient(ggml_mul(ctx_, p, inputs_.later));
-  }
 }
 
 }  // namespace kvmix

@@ -28,13 +28,11 @@ struct LayerNodes {
   ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr;  // [head_dim, heads, n], rotated
   ggml_tensor *scores = nullptr, *out = nullptr;         // softmax [n, n, q_heads]; output [head_dim * q_heads, n]
   ggml_tensor *input = nullptr, *key_projection = nullptr, *value_projection = nullptr;
-  ggml_tensor *later_key_gradient = nullptr, *later_value_gradient = nullptr;  // [head_dim, n, kv_heads], see BackwardInputs
 };
 
 struct BackwardInputs {
   ggml_tensor* mask_global;  // f32 [n, n]: 0 or -inf
   ggml_tensor* mask_local;
-  ggml_tensor* later;  // f32 [n, n]: 1 where the query stands in a later page than the key, else 0
 };
 
 // Builds the differentiable forward graph: plain attention, unfused gates.
@@ -62,11 +60,9 @@ class DifferentiableHooks final : public GraphHooks {
 // Extends the graph by the gradients of everything between `output` and the embedding, given d loss / d output.
 class Backward {
  public:
-  Backward(ggml_context* ctx, const HyperParameters& p, const TransposedWeights& weights, const BackwardInputs& inputs,
-           std::vector<LayerNodes>& layers)
-      : ctx_(ctx), p_(p), weights_(weights), inputs_(inputs), layers_(layers) {}
-  // `later` asks for the gradients at the cached rows as well.
-  void run(ggml_cgraph* forward, ggml_tensor* output, ggml_tensor* output_gradient, bool later);
+  Backward(ggml_context* ctx, const HyperParameters& p, const TransposedWeights& weights, std::vector<LayerNodes>& layers)
+      : ctx_(ctx), p_(p), weights_(weights), layers_(layers) {}
+  void run(ggml_cgraph* forward, ggml_tensor* output, ggml_tensor* output_gradient);
   ggml_tensor* gradient(const ggml_tensor* t) const;
 
  private:
@@ -78,9 +74,7 @@ class Backward {
   ggml_context* ctx_;
   const HyperParameters& p_;
   const TransposedWeights& weights_;
-  const BackwardInputs& inputs_;
   std::vector<LayerNodes>& layers_;
-  bool later_ = false;
   std::map<const ggml_tensor*, ggml_tensor*> gradients_;
 };
 

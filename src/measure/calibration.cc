@@ -179,7 +179,7 @@ std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model>
   if (options.tokens > model->shape().context_tokens) {
     throw Error(Status::kInvalidArgument, "calibration prompts of " + std::to_string(options.tokens) +
                                               " tokens exceed the model's context of " +
-                                              std::to_string(model->shape().context_tokens));
+                                              std::to_string(model->shape().context_tokens) + "; take shorter ones");
   }
   return options.file.empty() ? own_prompts(std::move(model), options, threads, progress) : file_prompts(*model, options);
 }

@@ -16,11 +16,10 @@ namespace {
 
 struct LossCall {
   const std::vector<Token>* targets;  // of rows 0 .. n-2; the last row predicts nothing
-  float scale;                        // of the gradient
   std::vector<double>* losses;
 };
 
-// (softmax(logits) - onehot(target)) * scale, row by row.
+// softmax(logits) - onehot(target), row by row: the gradient of the summed loss.
 void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth, void* data) {
   const auto& call = *static_cast<LossCall*>(data);
   const int64_t vocab = logits->ne[0], n = logits->ne[1];
@@ -38,10 +37,10 @@ void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth
       g[i] = std::exp(x[i] - top);
       sum += static_cast<double>(g[i]);
     }
-    const auto norm = static_cast<float>(static_cast<double>(call.scale) / sum);
+    const auto norm = static_cast<float>(1 / sum);
     for (int64_t i = 0; i < vocab; ++i) g[i] *= norm;
     const Token target = (*call.targets)[static_cast<size_t>(r)];
-    g[target] -= call.scale;
+    g[target] -= 1.0f;
     (*call.losses)[static_cast<size_t>(r)] = std::log(sum) + static_cast<double>(top - x[target]);
   }
 }
@@ -68,7 +67,7 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
     return t;
   };
   const GraphInputs inputs{input(GGML_TYPE_I32, n, 1), input(GGML_TYPE_I32, n, 1), nullptr};
-  const BackwardInputs masks{input(GGML_TYPE_F32, n, n), input(GGML_TYPE_F32, n, n), input(GGML_TYPE_F32, n, n)};
+  const BackwardInputs masks{input(GGML_TYPE_F32, n, n), input(GGML_TYPE_F32, n, n)};
   DifferentiableHooks hooks(p, masks);
   ggml_tensor* logits = model.architecture().build(ctx, p, model.weights(), inputs, hooks);
   ggml_cgraph* graph = ggml_new_graph_custom(ctx, nodes, false);
@@ -76,11 +75,10 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
 
   std::vector<Token> targets(prompt.begin() + 1, prompt.end());
   std::vector<double> losses(static_cast<size_t>(n - 1));
-  // The later-page gradients are of the summed loss, the scores of the mean.
-  LossCall call{&targets, options.later ? 1.0f : 1.0f / static_cast<float>(n - 1), &losses};
+  LossCall call{&targets, &losses};
   ggml_tensor* loss = ggml_map_custom1(ctx, logits, loss_gradient, GGML_N_TASKS_MAX, &call);
-  Backward backward(ctx, p, weights, masks, hooks.layers);
-  backward.run(graph, logits, loss, options.later);
+  Backward backward(ctx, p, weights, hooks.layers);
+  backward.run(graph, logits, loss);
 
   std::vector<ggml_tensor*> norms;
   const auto want = [&](ggml_tensor* t) {
@@ -94,13 +92,12 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
       norms.push_back(ggml_sum(ctx, ggml_sqr(ctx, ggml_mul_mat(ctx, xt, gt))));
       want(norms.back());
     }
-    if (!options.later) continue;
+    if (!options.rows) continue;
     for (ggml_tensor** t : {&layer.q, &layer.k, &layer.v}) {
       *t = ggml_cont(ctx, ggml_permute(ctx, *t, 0, 2, 1, 3));
       want(*t);
     }
-    want(layer.later_key_gradient);
-    want(layer.later_value_gradient);
+    want(backward.gradient(layer.out));
   }
   const std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>> allocator(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
   // An input that nothing uses gets no memory; the masks are set only where they have some.
@@ -112,7 +109,6 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
     static_cast<Token*>(inputs.tokens->data)[t] = prompt[static_cast<size_t>(t)];
     static_cast<Token*>(inputs.positions->data)[t] = static_cast<Token>(t);
   }
-  const auto page = [&](int64_t t) { return t < options.sinks ? -1 : (t - options.sinks) / kPageTokens; };
   const auto fill = [&](ggml_tensor* t, auto value) {
     if (t->data == nullptr) return;
     for (int64_t query = 0; query < n; ++query) {
@@ -121,7 +117,6 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
   };
   fill(masks.mask_global, [](int64_t q, int64_t k) { return k <= q ? 0.0f : -INFINITY; });
   fill(masks.mask_local, [&](int64_t q, int64_t k) { return k <= q && k > q - p.sliding_window ? 0.0f : -INFINITY; });
-  fill(masks.later, [&](int64_t q, int64_t k) { return page(k) >= 0 && page(q) > page(k) ? 1.0f : 0.0f; });
 
   const std::unique_ptr<ggml_backend, Freer<ggml_backend_free>> backend(ggml_backend_cpu_init());
   ggml_backend_cpu_set_n_threads(backend.get(), options.threads);
@@ -131,19 +126,35 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
   PassResult result;
   for (const double l : losses) result.loss += l / static_cast<double>(n - 1);
   for (size_t i = 0; i < norms.size(); i += 2) {
-    result.key_norm.push_back(std::sqrt(static_cast<double>(*static_cast<const float*>(norms[i]->data))));
-    result.value_norm.push_back(std::sqrt(static_cast<double>(*static_cast<const float*>(norms[i + 1]->data))));
+    const auto norm = [&](const ggml_tensor* t) {  // of the mean loss
+      return std::sqrt(static_cast<double>(*static_cast<const float*>(t->data))) / static_cast<double>(n - 1);
+    };
+    result.key_norm.push_back(norm(norms[i]));
+    result.value_norm.push_back(norm(norms[i + 1]));
   }
-  if (options.later) {
+  if (options.rows) {
     for (const LayerNodes& layer : hooks.layers) {
       result.queries.push_back(copied(layer.q));
       result.keys.push_back(copied(layer.k));
       result.values.push_back(copied(layer.v));
-      result.key_gradient.push_back(copied(layer.later_key_gradient));
-      result.value_gradient.push_back(copied(layer.later_value_gradient));
+      result.output_gradient.push_back(copied(backward.gradient(layer.out)));
     }
   }
   return result;
+}
+
+void add_scores(const PassResult& pass, size_t tokens, Profile& profile) {
+  const double before = profile.prompts;
+  profile.key_score.resize(pass.key_norm.size());
+  profile.value_score.resize(pass.value_norm.size());
+  for (size_t l = 0; l < pass.key_norm.size(); ++l) {
+    profile.key_score[l] += (pass.key_norm[l] - profile.key_score[l]) / (before + 1);
+    profile.value_score[l] += (pass.value_norm[l] - profile.value_score[l]) / (before + 1);
+  }
+  profile.key_score_by_prompt.push_back(pass.key_norm);
+  profile.value_score_by_prompt.push_back(pass.value_norm);
+  ++profile.prompts;
+  profile.tokens += static_cast<int64_t>(tokens);
 }
 
 Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts, int threads,
@@ -154,24 +165,12 @@ Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const st
   Profile profile;
   profile.fingerprint = model->shape().fingerprint;
   profile.model = model->shape().name;
-  const size_t layers = model->shape().layers.size();
-  profile.key_score.assign(layers, 0.0);
-  profile.value_score.assign(layers, 0.0);
-  PassOptions options;
-  options.threads = thread_count(threads);
+  const PassOptions options{.threads = thread_count(threads)};
   for (const std::vector<Token>& prompt : prompts) {
     if (progress && !progress(static_cast<double>(profile.prompts), static_cast<double>(prompts.size()), "gradients")) {
       throw Error(Status::kCancelled, "stopped while measuring gradients");
     }
-    const PassResult pass = differentiate(inside, weights, prompt, options);
-    for (size_t l = 0; l < layers; ++l) {
-      profile.key_score[l] += pass.key_norm[l] / static_cast<double>(prompts.size());
-      profile.value_score[l] += pass.value_norm[l] / static_cast<double>(prompts.size());
-    }
-    profile.key_score_by_prompt.push_back(pass.key_norm);
-    profile.value_score_by_prompt.push_back(pass.value_norm);
-    ++profile.prompts;
-    profile.tokens += static_cast<int64_t>(prompt.size());
+    add_scores(differentiate(inside, weights, prompt, options), prompt.size(), profile);
   }
   if (progress) progress(1, 1, "gradients");
   return profile;

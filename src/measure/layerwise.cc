@@ -181,7 +181,7 @@ void fill(ggml_tensor* t, std::span<const float> values) {
 
 }  // namespace
 
-Layerwise::Layerwise(const GgufModel& model, int threads, int sinks, int window)
+Layerwise::Layerwise(const GgufModel& model, int threads, const Fp16Part& fp16)
     : model_(model),
       threads_(threads),
       dim_(model.parameters().model_dim),
@@ -189,8 +189,7 @@ Layerwise::Layerwise(const GgufModel& model, int threads, int sinks, int window)
       allocator_(ggml_gallocr_new(ggml_backend_cpu_buffer_type())) {
   ggml_backend_cpu_set_n_threads(backend_.get(), threads_);
   Plan plan = f16_plan(model.shape());
-  plan.sinks = sinks;
-  plan.window.tokens = window;
+  set_fp16_part(fp16, plan);
   layers_ = cache_config(plan, model.shape()).layers;
 
   head_.context.reset(ggml_init({4 * ggml_tensor_overhead(), nullptr, true}));

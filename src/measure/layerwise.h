@@ -8,14 +8,14 @@
 #include <vector>
 
 #include "engine/model.h"
-#include "kvmix/cache.h"
+#include "kvmix/plan.h"
 
 namespace kvmix {
 
 class Layerwise {
  public:
-  // `sinks` and `window` decide which keys a query reads from sealed pages, as in the running cache.
-  Layerwise(const GgufModel& model, int threads, int sinks, int window);
+  // `fp16` decides which keys a query reads from sealed pages, as in the running cache.
+  Layerwise(const GgufModel& model, int threads, const Fp16Part& fp16);
 
   // Codecs are fp16: nothing is quantised until a caller sets them in a copy.
   const LayerConfig& layer_config(int layer) const { return layers_[static_cast<size_t>(layer)]; }

@@ -44,15 +44,12 @@ class LayerwiseMeter final : public PlanMeter {
 
   // Sinks and window decide what a query reads of the exact rows too, so a runner belongs to one choice of them.
   void prepare(const Plan& plan) {
-    if (plan.window.ratio_key > 0 || plan.window.ratio_value > 0) {
-      throw Error(Status::kUnsupported, "a plan whose window is a ratio cannot be measured layer by layer; use a fixed window");
-    }
-    const int sinks = plan.sinks, window = plan.window.tokens;
-    if (runner_ != nullptr && sinks == sinks_ && window == window_) return;
+    const Fp16Part fp16 = fp16_part(plan);
+    if (runner_ != nullptr && fp16 == fp16_) return;
     for (Text* text : {&searched_, &held_out_}) {
       text->scored.clear();
       text->runs = {};
-      const int least = sinks + window + 3 * kPageTokens;
+      const int least = fp16.sinks + fp16.window + 3 * kPageTokens;
       for (const std::vector<Token>& tokens : text->windows) {
         if (static_cast<int>(tokens.size()) >= least) continue;
         throw Error(Status::kInvalidArgument, "a window of " + std::to_string(tokens.size()) +
@@ -60,9 +57,8 @@ class LayerwiseMeter final : public PlanMeter {
                                                   std::to_string(least));
       }
     }
-    runner_ = std::make_unique<Layerwise>(gguf_model(*model_), threads_, sinks, window);
-    sinks_ = sinks;
-    window_ = window;
+    runner_ = std::make_unique<Layerwise>(gguf_model(*model_), threads_, fp16);
+    fp16_ = fp16;
   }
 
   static size_t agreement(const Run& run, const std::vector<LayerConfig>& configs) {
@@ -120,7 +116,8 @@ class LayerwiseMeter final : public PlanMeter {
   }
 
   std::shared_ptr<const Model> model_;
-  int threads_, sinks_ = 0, window_ = 0;
+  int threads_;
+  Fp16Part fp16_;
   std::unique_ptr<Layerwise> runner_;
   Text searched_, held_out_;
 };

@@ -1,10 +1,8 @@
 // What quantising one layer's keys or values alone costs.
 //
 // kl:     KL divergence to the exact model with only that tensor quantised, at 1, 2 and 3 bits, in fp32 so that nothing else
-//         differs; other codecs by the ratio of their error in the attention output.
-// fisher: second order from gradients at the cached rows, (sum of gradient x error)^2 / 2, element by element at 2 bits with
-// the
-//         same ratios ("fisher"), or summed inside a page first, which sees errors that go together ("fisher-page").
+//         differs; other codecs by the ratio of their `fisher`.
+// fisher: second order in the error of the attention output, from one backward pass (layer_errors.h).
 // output: relative squared error of the attention output (KVTuner's measure, forward only).
 #include <algorithm>
 #include <cmath>
@@ -14,9 +12,9 @@
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "measure/gradients.h"
+#include "measure/layer_errors.h"
 #include "measure/layerwise.h"
 #include "measure/scored_rows.h"
-#include "measure/stored_page.h"
 #include "measure/transforms.h"
 #include "plan/planner.h"
 
@@ -25,21 +23,19 @@ namespace {
 
 constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
 constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
-constexpr int kSampledQueries = 48;
 
 struct Candidate {
   SideConfig config;
   std::string transform;
-  double output_error = 0;  // relative to the output's energy
-  double fisher = 0, fisher_page = 0;
+  CodecErrors errors;  // summed over windows
 };
 
-// The codecs that plans choose from, the reference choice (2 bits) first.
+// The codecs that plans choose from.
 std::vector<Candidate> candidates(const Profile& profile, int layer, Side side, int head_dim) {
   std::vector<Candidate> out;
   const auto add = [&](SideConfig config, const std::string& transform) {
     config.transform = named_transform(profile, layer, side, transform);
-    out.push_back({std::move(config), transform, 0, 0, 0});
+    out.push_back({std::move(config), transform, {}});
   };
   for (const int bits : kWidths) {
     std::vector<SideConfig> codecs{side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits)};
@@ -56,125 +52,8 @@ std::vector<Candidate> candidates(const Profile& profile, int layer, Side side, 
       }
     }
   }
-  const auto reference = std::find_if(out.begin(), out.end(), [](const Candidate& c) { return c.config.codec.bits == 2; });
-  std::rotate(out.begin(), reference, reference + 1);
   return out;
 }
-
-// Rows as the sealed pages of a sequence hold them; sinks and the last, partial page stay as they are.
-std::vector<float> stored_rows(const SideConfig& config, Side side, int head, int dim, int64_t n, int sinks,
-                               const float* rows) {
-  std::vector<float> out(rows, rows + n * dim);
-  StoredPage page(config, side, dim);
-  for (int64_t first = sinks; first + kPageTokens <= n; first += kPageTokens) {
-    page.read_back(head, dim, rows + first * dim, out.data() + first * dim);
-  }
-  return out;
-}
-
-// One layer of one pass: adds to the candidates' errors.
-class LayerErrors {
- public:
-  LayerErrors(const ModelShape::Layer& shape, const PassResult& pass, size_t layer, int sinks)
-      : shape_(shape),
-        pass_(pass),
-        layer_(layer),
-        sinks_(sinks),
-        n_(static_cast<int64_t>(pass.keys[layer].size()) / (shape.kv_heads * shape.head_dim)) {
-    // Queries spread over the second half of the prompt.
-    const int64_t half = n_ / 2, step = std::max<int64_t>(1, (n_ - half) / kSampledQueries);
-    for (int64_t t = half; t < n_; t += step) queries_.push_back(t);
-    exact_ = outputs(nullptr, nullptr, -1);
-    for (const float x : exact_) energy_ += static_cast<double>(x) * static_cast<double>(x);
-  }
-
-  void add(Candidate& candidate, Side side) {
-    const int dim = shape_.head_dim;
-    const std::vector<float>& rows = side == Side::kKey ? pass_.keys[layer_] : pass_.values[layer_];
-    const std::vector<float>& gradient = side == Side::kKey ? pass_.key_gradient[layer_] : pass_.value_gradient[layer_];
-    double output = 0, element = 0, pages = 0;
-    for (int head = 0; head < shape_.kv_heads; ++head) {
-      const float* x = rows.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
-      const float* g = gradient.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
-      const std::vector<float> stored = stored_rows(candidate.config, side, head, dim, n_, sinks_, x);
-      const std::vector<float> changed =
-          outputs(side == Side::kKey ? stored.data() : nullptr, side == Side::kValue ? stored.data() : nullptr, head);
-      const size_t width = changed.size() / static_cast<size_t>(shape_.kv_heads);
-      for (size_t i = width * static_cast<size_t>(head); i < width * static_cast<size_t>(head + 1); ++i) {
-        const double d = static_cast<double>(changed[i]) - static_cast<double>(exact_[i]);
-        output += d * d;
-      }
-      for (int64_t first = sinks_; first + kPageTokens <= n_; first += kPageTokens) {
-        double page = 0;
-        for (int64_t i = first * dim; i < (first + kPageTokens) * dim; ++i) {
-          const double gd = static_cast<double>(g[i]) * static_cast<double>(stored[static_cast<size_t>(i)] - x[i]);
-          element += gd * gd;
-          page += gd;
-        }
-        pages += page * page;
-      }
-    }
-    candidate.output_error += output / energy_;
-    candidate.fisher += element / (2.0 * static_cast<double>(n_));
-    candidate.fisher_page += pages / (2.0 * static_cast<double>(n_));
-  }
-
- private:
-  // Attention outputs of the sampled queries, [kv_head][query][group][head_dim]; one head's rows may be replaced, and then only
-  // that head is computed. A query sees stored rows of pages before its own window and the exact rows after.
-  std::vector<float> outputs(const float* keys, const float* values, int only_head) const {
-    const int dim = shape_.head_dim, group = shape_.q_heads / shape_.kv_heads;
-    std::vector<float> out(static_cast<size_t>(shape_.q_heads) * queries_.size() * static_cast<size_t>(dim), 0.0f);
-    std::vector<float> scores(static_cast<size_t>(n_));
-    for (int head = 0; head < shape_.kv_heads; ++head) {
-      if (only_head >= 0 && head != only_head) continue;
-      const float* k = pass_.keys[layer_].data() + static_cast<ptrdiff_t>(head) * n_ * dim;
-      const float* v = pass_.values[layer_].data() + static_cast<ptrdiff_t>(head) * n_ * dim;
-      for (size_t s = 0; s < queries_.size(); ++s) {
-        const int64_t t = queries_[s];
-        const int64_t page = (t - sinks_) / kPageTokens;
-        const int64_t exact_from = std::max<int64_t>(0, sinks_ + (page - 1) * kPageTokens);
-        const int64_t first = shape_.sliding_window > 0 ? std::max<int64_t>(0, t - shape_.sliding_window + 1) : 0;
-        for (int h = 0; h < group; ++h) {
-          const float* q = pass_.queries[layer_].data() + (static_cast<ptrdiff_t>(head * group + h) * n_ + t) * dim;
-          float top = -INFINITY;
-          for (int64_t u = first; u <= t; ++u) {
-            const float* row = (keys != nullptr && u < exact_from ? keys : k) + u * dim;
-            float lanes[16] = {};
-            for (int c = 0; c < dim; c += 16) {
-              for (int j = 0; j < 16; ++j) lanes[j] += q[c + j] * row[c + j];
-            }
-            float sum = 0;
-            for (const float lane : lanes) sum += lane;
-            scores[static_cast<size_t>(u)] = sum * shape_.scale;
-            top = std::max(top, sum * shape_.scale);
-          }
-          float* o =
-              &out[((static_cast<size_t>(head) * queries_.size() + s) * static_cast<size_t>(group) + static_cast<size_t>(h)) *
-                   static_cast<size_t>(dim)];
-          float norm = 0;
-          for (int64_t u = first; u <= t; ++u) {
-            const float p = std::exp(scores[static_cast<size_t>(u)] - top);
-            norm += p;
-            const float* row = (values != nullptr && u < exact_from ? values : v) + u * dim;
-            for (int c = 0; c < dim; ++c) o[c] += p * row[c];
-          }
-          for (int c = 0; c < dim; ++c) o[c] /= norm;
-        }
-      }
-    }
-    return out;
-  }
-
-  const ModelShape::Layer& shape_;
-  const PassResult& pass_;
-  size_t layer_;
-  int sinks_;
-  int64_t n_;
-  std::vector<int64_t> queries_;
-  std::vector<float> exact_;
-  double energy_ = 1e-30;
-};
 
 // A window run with nothing quantised: the residual stream at every layer, to restart from, and what the model then says.
 class ExactRun {
@@ -202,7 +81,7 @@ class ExactRun {
 
 // The prompts one after the other, cut into windows.
 std::vector<std::vector<Token>> windows_of(std::span<const std::vector<Token>> prompts, const SensitivityOptions& options,
-                                           int64_t context) {
+                                           int64_t context, const Fp16Part& fp16) {
   const auto length = static_cast<size_t>(std::min(options.tokens, context));
   std::vector<Token> all;
   for (const std::vector<Token>& prompt : prompts) all.insert(all.end(), prompt.begin(), prompt.end());
@@ -212,9 +91,9 @@ std::vector<std::vector<Token>> windows_of(std::span<const std::vector<Token>> p
     if (n < length && !windows.empty()) break;
     windows.emplace_back(all.begin() + static_cast<ptrdiff_t>(at), all.begin() + static_cast<ptrdiff_t>(at + n));
   }
-  if (windows.empty() || static_cast<int>(windows.front().size()) < options.sinks + options.window + 3 * kPageTokens) {
-    throw Error(Status::kInvalidArgument, "sensitivities need at least " +
-                                              std::to_string(options.sinks + options.window + 3 * kPageTokens) +
+  const int least = fp16.sinks + fp16.window + 3 * kPageTokens;
+  if (windows.empty() || static_cast<int>(windows.front().size()) < least) {
+    throw Error(Status::kInvalidArgument, "sensitivities need at least " + std::to_string(least) +
                                               " tokens of prompts, so that pages are sealed; use more --prompts or --tokens");
   }
   return windows;
@@ -225,10 +104,8 @@ std::vector<std::vector<Token>> windows_of(std::span<const std::vector<Token>> p
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
                          const SensitivityOptions& options, Profile& profile, const Progress& progress) {
   const std::string& metric = options.metric;
-  if (metric != "kl" && metric != "fisher" && metric != "fisher-page" && metric != "output") {
-    throw Error(Status::kInvalidArgument,
-                "sensitivity \"" + metric + "\" is unknown; expected kl, fisher, fisher-page or output");
-  }
+  if (metric != "kl" && metric != "fisher" && metric != "output")
+    throw Error(Status::kInvalidArgument, "sensitivity \"" + metric + "\" is unknown; expected kl, fisher or output");
   const GgufModel& inside = gguf_model(*model);
   const ModelShape& shape = model->shape();
   if (profile.fingerprint != shape.fingerprint) {
@@ -239,56 +116,72 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const auto report = [&](double done, double total, const char* what) {
     if (progress && !progress(done, total, what)) throw Error(Status::kCancelled, "stopped while measuring sensitivities");
   };
-  const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens);
+  const Fp16Part fp16 = options.fp16.value_or(usual_fp16_part(shape));
+  if (!profile.sensitivities.empty() && profile.fp16 != fp16)
+    throw Error(Status::kMismatch, "the profile was measured with other sinks or another window; start a new one");
+  profile.fp16 = fp16;
+  const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens, fp16);
+  Plan frame = f16_plan(shape);
+  set_fp16_part(fp16, frame);
+  const CacheConfig config = cache_config(frame, shape);
 
   // Errors in the attention output and, from the gradients, in the loss.
   std::vector<std::vector<Candidate>> tensors;
   const TransposedWeights weights(inside);
-  PassOptions pass_options;
-  pass_options.threads = threads;
-  pass_options.later = true;
-  pass_options.sinks = options.sinks;
   const double passes = static_cast<double>(windows.size());
+  const bool scores_missing = profile.key_score.empty();
+  std::vector<bool> scored(prompts.size(), !scores_missing);
   for (size_t i = 0; i < windows.size(); ++i) {
-    const PassResult pass = differentiate(inside, weights, windows[i], pass_options);
+    const PassResult pass = differentiate(inside, weights, windows[i], {.threads = threads, .rows = true});
+    if (scores_missing && i < prompts.size() && windows[i] == prompts[i]) {
+      add_scores(pass, windows[i].size(), profile);
+      scored[i] = true;
+    }
     if (i == 0) {
-      profile.transforms = calibrated_transforms(inside, pass, options.sinks, threads);
+      profile.transforms = calibrated_transforms(inside, pass, fp16.sinks, threads);
       for (size_t l = 0; l < layers; ++l) {
         for (const Side side : {Side::kKey, Side::kValue})
           tensors.push_back(candidates(profile, static_cast<int>(l), side, shape.layers[l].head_dim));
       }
     }
     parallel_for(threads, layers, [&](size_t l) {
-      LayerErrors errors(shape.layers[l], pass, l, options.sinks);
+      const LayerErrors errors(config.layers[l], pass, l);
       for (const Side side : {Side::kKey, Side::kValue}) {
-        for (Candidate& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) errors.add(c, side);
+        for (Candidate& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) {
+          const CodecErrors e = errors.of(c.config, side);
+          c.errors.output += e.output / passes;
+          c.errors.fisher += e.fisher / passes;
+        }
       }
     });
     report(static_cast<double>(i + 1), passes, "errors by layer and codec");
+  }
+  for (size_t p = 0; p < prompts.size(); ++p) {
+    if (scored[p]) continue;
+    report(static_cast<double>(p), static_cast<double>(prompts.size()), "gradients");
+    add_scores(differentiate(inside, weights, prompts[p], {.threads = threads}), prompts[p].size(), profile);
   }
 
   // Tensors are numbered layer by layer, keys before values.
   const auto is_of = [](const Profile::Sensitivity& s, const std::string& name, size_t tensor, const Candidate& c) {
     return s.metric == name && s.layer == static_cast<int>(tensor / 2) && (s.side == Side::kKey) == (tensor % 2 == 0) &&
-           s.codec == to_string(c.config.codec) && s.transform == c.transform;
+           s.transform == c.transform && s.codec == to_string(c.config.codec);
   };
   const auto store = [&](const std::string& name, size_t tensor, const Candidate& c, double cost) {
-    std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) { return is_of(s, name, tensor, c); });
     profile.sensitivities.push_back({name, static_cast<int>(tensor / 2), tensor % 2 == 0 ? Side::kKey : Side::kValue,
                                      to_string(c.config.codec), c.transform, cost});
   };
+  std::erase_if(profile.sensitivities, [](const Profile::Sensitivity& s) { return s.metric != "kl"; });
   for (size_t t = 0; t < tensors.size(); ++t) {
     for (const Candidate& c : tensors[t]) {
-      const double ratio = c.output_error / std::max(tensors[t].front().output_error, 1e-30);
-      store("output", t, c, c.output_error / passes);
-      store("fisher", t, c, tensors[t].front().fisher / passes * ratio);
-      store("fisher-page", t, c, c.fisher_page / passes);
+      store("output", t, c, c.errors.output);
+      store("fisher", t, c, c.errors.fisher);
     }
   }
   if (metric != "kl") return;
 
   // The divergence at the narrow widths, where errors are large and ratios mislead, one tensor at a time; the other codecs of a
-  // width, and wider ones, by the ratio of their error in the attention output.
+  // width, and wider ones, by the ratio of their `fisher`.
   struct Run {
     size_t tensor;
     const Candidate* measured;
@@ -303,7 +196,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
         const bool widest = bits == kMeasuredWidths[std::size(kMeasuredWidths) - 1];
         if (c.config.codec.bits != bits && !(widest && c.config.codec.bits > bits)) continue;
         run.follow.push_back(&c);
-        const bool better = run.measured == nullptr || c.output_error < run.measured->output_error;
+        const bool better = run.measured == nullptr || c.errors.fisher < run.measured->errors.fisher;
         if (c.config.codec.bits == bits && better) run.measured = &c;
       }
       const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Candidate* c) {
@@ -311,23 +204,26 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
                            [&](const Profile::Sensitivity& s) { return is_of(s, "kl", t, *c); });
       });
       if (known) continue;  // from an earlier, interrupted run
+      std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) {
+        return std::any_of(run.follow.begin(), run.follow.end(), [&](const Candidate* c) { return is_of(s, "kl", t, *c); });
+      });
       total += static_cast<double>(layers - t / 2);
       runs.push_back(std::move(run));
     }
   }
   if (runs.empty()) return;
-  Layerwise runner(inside, threads, options.sinks, options.window);
+  Layerwise runner(inside, threads, fp16);
   std::vector<ExactRun> exact;
   for (const std::vector<Token>& window : windows) exact.emplace_back(runner, window, threads);
   double done = 0;
   for (const Run& run : runs) {
     const auto layer = static_cast<int>(run.tensor / 2);
-    LayerConfig config = runner.layer_config(layer);
-    (run.tensor % 2 == 0 ? config.key : config.value) = run.measured->config;
+    LayerConfig changed = runner.layer_config(layer);
+    (run.tensor % 2 == 0 ? changed.key : changed.value) = run.measured->config;
     double divergence = 0;
-    for (const ExactRun& e : exact) divergence += e.divergence(runner, layer, config) / passes;
+    for (const ExactRun& e : exact) divergence += e.divergence(runner, layer, changed) / passes;
     for (const Candidate* c : run.follow)
-      store("kl", run.tensor, *c, divergence * c->output_error / std::max(run.measured->output_error, 1e-30));
+      store("kl", run.tensor, *c, divergence * c->errors.fisher / std::max(run.measured->errors.fisher, 1e-300));
     if (options.partial) options.partial(profile);
     done += static_cast<double>(layers - run.tensor / 2);
     report(done, total, "divergence by layer, side and width");

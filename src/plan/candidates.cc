@@ -39,7 +39,7 @@ std::string pick_metric(const Profile& profile, const std::string& wanted) {
     throw Error(Status::kInvalidArgument,
                 "the profile has no \"" + wanted + "\" sensitivities; measure them with kvmix profile --sensitivity " + wanted);
   }
-  for (const char* metric : {"kl", "fisher-page", "fisher", "output"}) {
+  for (const char* metric : {"kl", "fisher", "output"}) {
     if (have.contains(metric)) return metric;
   }
   return "";

@@ -36,6 +36,7 @@ nlohmann::json parse_json(const std::string& text, const std::string& name) {
     return nlohmann::json::parse(text);
   } catch (const nlohmann::json::exception& e) {
     std::string what = e.what();
+    if (const size_t tag = what.find("] "); what.starts_with('[') && tag != std::string::npos) what.erase(0, tag + 2);
     std::string clean;
     for (const char c : what.substr(0, 160))
       clean += static_cast<unsigned char>(c) < 0x20 || static_cast<unsigned char>(c) > 0x7e ? '?' : c;

@@ -40,13 +40,18 @@ std::string refine_plan(const PlannerRequest& request, const PricedChoices& pric
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvmix", request.options);
   Plan plan = empty_plan(request, "kvmix");
-  read_fp16_part(options, usual_window(*request.model), plan);
-  const std::string metric = pick_metric(
-      *request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output", "gradient"}));
+  read_fp16_part(options, request.profile->fp16, plan);
+  const std::string metric =
+      pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
     throw Error(Status::kInvalidArgument, "measuring plans starts from losses in nats, and this goes by " +
                                               (metric.empty() ? "gradient scores" : metric) +
-                                              "; measure kl or fisher-page with kvmix profile --sensitivity");
+                                              "; measure kl or fisher with kvmix profile --sensitivity");
+  }
+  if (request.meter != nullptr && !request.meter->in_nats()) {
+    throw Error(
+        Status::kInvalidArgument,
+        "planner kvmix moves bytes by divergence, not by answered tasks; use --planner kvtuner, or measure without tasks");
   }
   const int64_t context = request.budget.context;
   const PricedChoices priced = price(plan, *request.model, *request.profile, metric, context);
@@ -69,13 +74,15 @@ Plan make(const PlannerRequest& request) {
 }  // namespace
 
 extern const Planner kKvmixPlanner;
-const Planner kKvmixPlanner = {
-    {"kvmix",
-     "a byte budget spent exactly where it was measured to matter",
-     {{"metric", "best, kl, fisher, fisher-page, output or gradient (best the profile has)"}, kSinksOption, kWindowOption},
-     true,
-     true,
-     true},
-    make};
+const Planner kKvmixPlanner = {{"kvmix",
+                                "a byte budget spent exactly where it was measured to matter",
+                                {{"metric", "best, kl, fisher, output or gradient (best the profile has)"},
+                                 kSinksOption,
+                                 kLocalSinksOption,
+                                 kWindowOption},
+                                true,
+                                true,
+                                true},
+                               make};
 
 }  // namespace kvmix

@@ -1,7 +1,7 @@
 // KVTuner (arXiv 2502.04420): a pair of widths for each layer, found in three steps. Inside a layer only pairs survive that are
 // Pareto-optimal in bits and error of the attention output; layers with the same survivors and similar errors form a group that
-// shares its choice; a multi-objective search assigns pairs to groups. Its objective is the measured divergence of the whole
-// plan with a meter, else the sum of what the profile measured.
+// shares its choice; a multi-objective search assigns pairs to groups. Its objective is what a meter measures of the whole
+// plan, divergence or unanswered tasks (the paper's own), else the sum of what the profile measured.
 //
 // The profile holds the squared error of each side alone; of a pair it is taken to be their sum, as of independent errors.
 // Sizes are all bytes, not the mean of nominal widths.
@@ -181,9 +181,9 @@ class Tuner {
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvtuner", request.options);
   Plan plan = empty_plan(request, "kvtuner");
-  read_fp16_part(options, usual_window(*request.model), plan);
+  read_fp16_part(options, request.profile->fp16, plan);
   const std::string metric =
-      pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "fisher-page", "output"}));
+      pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output"}));
   if (metric.empty()) {
     throw Error(Status::kInvalidArgument,
                 "planner kvtuner needs measured errors, and the profile has only gradient scores; run kvmix profile "
@@ -206,8 +206,13 @@ Plan make(const PlannerRequest& request) {
   plan.note = note;
   if (request.meter != nullptr) {
     const std::vector<double> held_out = request.meter->held_out(plan);
-    std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f", tuner.measurements(),
-                  best.loss, mean(held_out));
+    if (request.meter->in_nats()) {
+      std::snprintf(note, sizeof note, "; %d plans measured, this one %.5f, on text not searched with %.5f",
+                    tuner.measurements(), best.loss, mean(held_out));
+    } else {
+      std::snprintf(note, sizeof note, "; %d plans measured, this one answers %.1f %% of the tasks, of those held out %.1f %%",
+                    tuner.measurements(), 100 * (1 - best.loss), 100 * (1 - mean(held_out)));
+    }
     plan.note += note;
   }
   return plan;
@@ -216,19 +221,19 @@ Plan make(const PlannerRequest& request) {
 }  // namespace
 
 extern const Planner kKvtunerPlanner;
-const Planner kKvtunerPlanner = {
-    {"kvtuner",
-     "KVTuner: pairs of widths shared by similar layers, by multi-objective search",
-     {{"metric", "what predicts a plan's loss: best, kl, fisher, fisher-page or output (best the profile has)"},
-      {"widths", "2,4,8 as the paper, or all (2,4,8)"},
-      {"threshold", "layers whose log10 errors differ by no more share a pair (0.15)"},
-      {"population", "of the search (50)"},
-      {"search-seed", "seed of the search (0)"},
-      kSinksOption,
-      kWindowOption},
-     true,
-     true,
-     true},
-    make};
+const Planner kKvtunerPlanner = {{"kvtuner",
+                                  "KVTuner: pairs of widths shared by similar layers, by multi-objective search",
+                                  {{"metric", "what predicts a plan's loss: best, kl, fisher or output (best the profile has)"},
+                                   {"widths", "2,4,8 as the paper, or all (2,4,8)"},
+                                   {"threshold", "layers whose log10 errors differ by no more share a pair (0.15)"},
+                                   {"population", "of the search (50)"},
+                                   {"search-seed", "seed of the search (0)"},
+                                   kSinksOption,
+                                   kLocalSinksOption,
+                                   kWindowOption},
+                                  true,
+                                  true,
+                                  true},
+                                 make};
 
 }  // namespace kvmix

@@ -79,6 +79,7 @@ std::string to_json(const Plan& plan) {
   j["note"] = plan.note;
   if (plan.predicted) j["predicted"] = {{"metric", plan.predicted->metric}, {"cost", plan.predicted->cost}};
   j["sinks"] = plan.sinks;
+  if (plan.local_sinks) j["local_sinks"] = *plan.local_sinks;
   j["window"] = {
       {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
   // A layer a line, so that a person can read and compare plans.
@@ -115,6 +116,7 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     predicted.finish();
   }
   plan.sinks = static_cast<int>(object.integer("sinks", 0, 4096));
+  if (object.has("local_sinks")) plan.local_sinks = static_cast<int>(object.integer("local_sinks", 0, 4096));
   JsonObject window = object.object("window");
   plan.window.tokens = static_cast<int>(window.integer("tokens", 0, 1 << 20));
   plan.window.ratio_key = static_cast<float>(window.number("ratio_key", 0, 0.95));
@@ -154,6 +156,18 @@ void check_plan(const Plan& plan, const ModelShape& model, bool force) {
   }
 }
 
+Fp16Part fp16_part(const Plan& plan) {
+  if (plan.window.ratio_key > 0 || plan.window.ratio_value > 0)
+    throw Error(Status::kUnsupported, "a plan whose window is a ratio cannot be measured layer by layer; use a fixed window");
+  return {plan.sinks, plan.local_sinks.value_or(plan.sinks), plan.window.tokens};
+}
+
+void set_fp16_part(const Fp16Part& part, Plan& plan) {
+  plan.sinks = part.sinks;
+  plan.local_sinks = part.local_sinks == part.sinks ? std::nullopt : std::optional(part.local_sinks);
+  plan.window = {part.window, 0, 0};
+}
+
 CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
   CacheConfig config;
   for (size_t l = 0; l < plan.layers.size(); ++l) {
@@ -165,7 +179,7 @@ CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
     layer.scale = shape.scale;
     layer.softcap = shape.softcap;
     layer.sliding_window = shape.sliding_window;
-    layer.sinks = plan.sinks;
+    layer.sinks = shape.sliding_window > 0 ? plan.local_sinks.value_or(plan.sinks) : plan.sinks;
     layer.window = plan.window;
     layer.key = plan.layers[l].key;
     layer.value = plan.layers[l].value;

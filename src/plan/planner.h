@@ -37,14 +37,12 @@ Plan empty_plan(const PlannerRequest& request, const char* planner);
 SideConfig recipe_key(int bits, bool hadamard);
 SideConfig recipe_value(int bits);
 
-// Newest tokens kept fp16 where nobody says how many: 128, but at most a sixteenth of the narrowest sliding window, most of
-// which would otherwise be fp16.
-int usual_window(const ModelShape& model);
-// The plan's sinks and window from options of these names; 16 and `window` where nobody says.
-void read_fp16_part(const PlannerOptions& options, int window, Plan& plan);
-inline constexpr std::pair<const char*, const char*> kSinksOption{"sinks", "first tokens kept fp16 (16)"};
-inline constexpr std::pair<const char*, const char*> kWindowOption{
-    "window", "newest tokens kept fp16 (128; at most a 16th of the narrowest sliding window)"};
+// The plan's sinks and window from options of these names; `usual` where nobody says.
+void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& plan);
+inline constexpr std::pair<const char*, const char*> kSinksOption{"sinks", "first tokens kept fp16 (the profile's, 16)"};
+inline constexpr std::pair<const char*, const char*> kLocalSinksOption{
+    "local-sinks", "the same in layers with a sliding window (the profile's, 0)"};
+inline constexpr std::pair<const char*, const char*> kWindowOption{"window", "newest tokens kept fp16 (the profile's)"};
 
 // The budget as bytes of one sequence at budget.context.
 double budget_bytes(const Budget& budget, const ModelShape& model);

@@ -152,17 +152,20 @@ TransformSpec named_transform(const Profile& profile, int layer, Side side, cons
                                      (side == Side::kKey ? " keys" : " values") + "; measure it again with kvmix profile");
 }
 
-int usual_window(const ModelShape& model) {
-  int tokens = 128;
+Fp16Part usual_fp16_part(const ModelShape& model) {
+  Fp16Part part;
   for (const ModelShape::Layer& layer : model.layers) {
-    if (layer.sliding_window > 0) tokens = std::min(tokens, layer.sliding_window / 16);
+    if (layer.sliding_window > 0) part.window = std::min(part.window, layer.sliding_window / 16);
   }
-  return tokens;
+  return part;
 }
 
-void read_fp16_part(const PlannerOptions& options, int window, Plan& plan) {
-  plan.sinks = options.integer("sinks", 16, 0, 4096);
-  plan.window.tokens = options.integer("window", window, 0, 1 << 20);
+void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& plan) {
+  Fp16Part part;
+  part.sinks = options.integer("sinks", usual.sinks, 0, 4096);
+  part.local_sinks = options.integer("local-sinks", std::min(part.sinks, usual.local_sinks), 0, 4096);
+  part.window = options.integer("window", usual.window, 0, 1 << 20);
+  set_fp16_part(part, plan);
 }
 
 double budget_bytes(const Budget& budget, const ModelShape& model) {

@@ -8,7 +8,7 @@ Plan make(const PlannerRequest& request) {
   const PlannerOptions options("uniform", request.options);
   Plan plan = empty_plan(request, "uniform");
   const int key_bits = options.bits("k-bits", 4), value_bits = options.bits("v-bits", 4);
-  read_fp16_part(options, 128, plan);
+  read_fp16_part(options, usual_fp16_part(*request.model), plan);
   const bool rotate_keys = options.choice("key-hadamard", "off", {"on", "off"}) == "on";
   const bool rotate_values = options.choice("value-hadamard", "on", {"on", "off"}) == "on";
   const int group = options.integer("group", 0, 0, 128);
@@ -41,8 +41,9 @@ const Planner kUniformPlanner = {{"uniform",
                                    {"value-hadamard", "rotate values: on or off (on)"},
                                    {"group", "32, 64 or 128 for both sides (keys 128, values 64)"},
                                    {"codec-fit", "minmax or fitted for both sides (keys fitted, values minmax)"},
-                                   kSinksOption,
-                                   {"window", "newest tokens kept fp16 (128)"}},
+                                   {"sinks", "first tokens kept fp16 (16)"},
+                                   {"local-sinks", "the same in layers with a sliding window (0)"},
+                                   {"window", "newest tokens kept fp16 (64; at most a 16th of the narrowest sliding window)"}},
                                   false,
                                   false,
                                   false},

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -26,8 +27,9 @@ struct Outcome {
 class Program {
  public:
   // Starts `kvmix arguments...`. Outputs go to files in `folder`; standard input is `input`, or stays open when `keep_open`.
+  // With `address_space_bytes` that is all it may map.
   Program(const TemporaryFolder& folder, const std::vector<std::string>& arguments, const std::string& input = "",
-          bool keep_open = false, const std::string& out_path = "")
+          bool keep_open = false, const std::string& out_path = "", size_t address_space_bytes = 0)
       : out_(out_path.empty() ? folder.file("stdout") : out_path), err_(folder.file("stderr")) {
     std::filesystem::remove(folder.file("stdout"));
     std::filesystem::remove(err_);
@@ -43,6 +45,8 @@ class Program {
       words.insert(words.begin(), KVMIX_PROGRAM);
       for (std::string& word : words) argv.push_back(word.data());
       argv.push_back(nullptr);
+      const rlimit limit{address_space_bytes, address_space_bytes};
+      if (address_space_bytes > 0) setrlimit(RLIMIT_AS, &limit);
       execv(KVMIX_PROGRAM, argv.data());
       _exit(127);
     }

@@ -82,6 +82,35 @@ TEST(Evaluate, PerplexityIsTheDefinitionsAndF16IsItsOwnReference) {
   EXPECT_NEAR(rows[0].perplexity, perplexity, 0.02 * perplexity);
 }
 
+TEST(Generation, RepeatedRunsAreCounted) {
+  EXPECT_EQ(repetition_rate(std::vector<Token>{1, 2, 3, 4, 5, 6}, 4), 0);
+  EXPECT_DOUBLE_EQ(repetition_rate(std::vector<Token>{1, 2, 1, 2, 1, 2}, 2), 3.0 / 5);  // 12 21 | 12 21 12
+  EXPECT_DOUBLE_EQ(repetition_rate(std::vector<Token>(10, 7), 4), 6.0 / 7);
+  EXPECT_EQ(repetition_rate(std::vector<Token>{1, 1}, 4), 0);
+}
+
+TEST(Generation, AgreesWithItselfAndNotForLongAtOneBit) {
+  const auto model = Model::load(testing::model_file("smollm2"));
+  std::vector<EvalSubject> subjects = {{"same", f16_plan(model->shape()), ""}};
+  for (const char* bits : {"8", "1"}) subjects.push_back({bits, uniform(*model, bits), ""});
+  GenerationOptions options;
+  options.prompts = 2;
+  options.prompt_tokens = 320;
+  options.tokens = 48;
+  const auto rows = evaluate_generation(model, testing::long_text(60), subjects, options, {});
+  ASSERT_EQ(rows.size(), 4u);
+  for (const size_t r : {0, 1}) EXPECT_EQ(rows[r].agreement, (std::vector<int>{48, 48}));
+  EXPECT_EQ(rows[1].repetition, rows[0].repetition);
+  const auto together = [](const GenerationRow& row) { return row.agreement[0] + row.agreement[1]; };
+  EXPECT_LT(together(rows[3]), together(rows[2]));
+  EXPECT_LT(rows[3].bits_per_element, rows[2].bits_per_element);
+  EXPECT_LT(rows[2].bits_per_element, rows[0].bits_per_element);
+  options.tokens = 1 << 20;
+  EXPECT_THROW(evaluate_generation(model, testing::long_text(60), subjects, options, {}), Error);
+  options.tokens = 48;
+  EXPECT_THROW(evaluate_generation(model, "short", subjects, options, {}), Error);
+}
+
 TEST(Needle, IsFoundInAnF16CacheAtAThousandTokens) {
   const auto model = Model::load(testing::model_file("smollm2"));
   const EvalSubject f16{"f16", f16_plan(model->shape()), ""};

@@ -6,12 +6,14 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <fstream>
 
 #include "eval/divergence.h"
 #include "kvmix/error.h"
 #include "kvmix/eval.h"
 #include "measure/gradients.h"
 #include "measure/layerwise.h"
+#include "support/models.h"
 #include "support/tiny_model.h"
 
 namespace kvmix {
@@ -85,11 +87,120 @@ TEST(Gradients, OnePassEqualsFiniteDifferencesOfEachLayer) {
   }
 }
 
+// A bias of the values moves every attention output by as much, so its derivative is the sum of the output's gradients.
+TEST(Gradients, AtTheAttentionOutputEqualFiniteDifferences) {
+  const ChangeableModel m({.architecture = "qwen2", .layers = 2, .qkv_bias = true});
+  const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
+  const TransposedWeights weights(m.inside());
+  const PassResult pass = differentiate(m.inside(), weights, prompt, {.rows = true});
+  const std::string name = "blk.0.attn_v.bias";
+  const auto* values = static_cast<const float*>(m.inside().weights().get(name)->data);
+  const ModelShape::Layer& layer = m.model()->shape().layers[0];
+  const int group = layer.q_heads / layer.kv_heads;
+  for (int i = 0; i < layer.kv_heads * layer.head_dim; i += 7) {
+    const float old = values[i], step = 0.02f;
+    const off_t here = m.offset(name) + i * static_cast<off_t>(sizeof(float));
+    m.set(here, old + step);
+    const double above = differentiate(m.inside(), weights, prompt, {}).loss;
+    m.set(here, old - step);
+    const double below = differentiate(m.inside(), weights, prompt, {}).loss;
+    m.set(here, old);
+    const double slope = (above - below) / (2 * static_cast<double>(step)) * 9;  // of the sum over 9 predictions
+    double sum = 0;
+    for (int t = 0; t < 10; ++t) {
+      for (int h = 0; h < group; ++h) {
+        const int head = i / layer.head_dim * group + h;
+        sum += static_cast<double>(
+            pass.output_gradient[0][static_cast<size_t>((t * layer.q_heads + head) * layer.head_dim + i % layer.head_dim)]);
+      }
+    }
+    EXPECT_NEAR(sum, slope, 1e-2 * std::abs(slope) + 1e-4) << i;
+  }
+}
+
+// On text that the model wrote, so that its labels are draws from its own distribution.
+TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
+  const ChangeableModel m({.architecture = "llama"});
+  CalibrationOptions text;
+  text.prompts = 1;
+  text.tokens = 1000;
+  const auto windows = calibration_prompts(m.model(), text, 1, {});
+  Profile profile;
+  profile.fingerprint = m.model()->shape().fingerprint;
+  SensitivityOptions options;
+  options.metric = "kl";
+  options.threads = 1;
+  profile_sensitivity(m.model(), windows, options, profile, {});
+  EXPECT_EQ(profile.prompts, 1);  // the scores come with the window's pass
+  double fisher = 0, kl = 0;
+  for (const auto& s : profile.sensitivities) {
+    if (parse_codec(s.codec).bits != 3) continue;
+    if (s.metric == "fisher") fisher += s.cost;
+    if (s.metric == "kl") kl += s.cost;
+  }
+  EXPECT_GT(fisher, 0.5 * kl);
+  EXPECT_LT(fisher, 2 * kl);
+  options.fp16 = Fp16Part{.window = 32};
+  EXPECT_THROW(profile_sensitivity(m.model(), windows, options, profile, {}), Error);
+}
+
+TEST(Tasks, AreAnsweredByWhatBeginsWithTheAnswer) {
+  EXPECT_TRUE(is_answer(" 42.\n", "42"));
+  EXPECT_TRUE(is_answer("42", " 42 "));
+  EXPECT_FALSE(is_answer("421", "42"));
+  EXPECT_FALSE(is_answer("It is 42", "42"));
+  EXPECT_FALSE(is_answer("4", "42"));
+}
+
+TEST(Tasks, FilesAreCheckedLineByLine) {
+  const testing::TemporaryFolder folder("kvmix-tasks");
+  const std::string path = folder.file("tasks.jsonl");
+  const auto refused = [&](const std::string& content, const std::string& part) {
+    std::ofstream(path) << content;
+    try {
+      read_tasks(path);
+      ADD_FAILURE() << content;
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+      EXPECT_NE(std::string(e.what()).find(path), std::string::npos) << e.what();
+    }
+  };
+  const std::string good = "{\"prompt\": \"one\", \"answer\": \"1\"}\n";
+  refused(good + "{\"prompt\": \"two\"}\n", "line 2 is not an object with a \"answer\"");
+  refused(good + "\n{\"prompt\": 2, \"answer\": \"2\"}\n", "line 3");
+  refused(good + "{\"prompt\": \"two\", \"answer\": \" \"}\n", "line 2");
+  refused(good + "not json\n", "line 2");
+  refused(good + good, "2 tasks");
+  std::ofstream(path) << good + good + "\n" + good;
+  EXPECT_EQ(read_tasks(path).size(), 3u);
+  EXPECT_THROW(read_tasks(folder.file("none.jsonl")), Error);
+}
+
+// The running cache answers what the model knows, with fp16 rows and with fine codes; wrong answers count.
+TEST(Tasks, AreCountedWithTheRunningCache) {
+  const auto model = Model::load(testing::model_file("smollm2"));
+  std::vector<Task> tasks = {{"The capital of France is", "Paris"}, {"The capital of France is", "Rome"},
+                             {"The capital of Italy is", "Rome"},   {"The capital of Italy is", "Paris"},
+                             {"The capital of Spain is", "Madrid"}, {"The capital of Spain is", "London"}};
+  const auto meter = make_task_meter(model, tasks, 2);
+  EXPECT_FALSE(meter->in_nats());
+  PlannerRequest request;
+  request.model = &model->shape();
+  request.options = {{"k-bits", "8"}, {"v-bits", "8"}};
+  for (const Plan& plan : {f16_plan(model->shape()), make_plan("uniform", request)}) {
+    EXPECT_EQ(meter->divergence(plan), (std::vector<double>{0, 1, 0, 1}));
+    EXPECT_EQ(meter->held_out(plan), (std::vector<double>{0, 1}));
+  }
+  EXPECT_THROW(make_task_meter(model, {tasks[0], tasks[1]}, 2), Error);
+  for (int i = 0; i < 9000; ++i) tasks[0].prompt += " and";
+  EXPECT_THROW(make_task_meter(model, tasks, 2)->divergence(f16_plan(model->shape())), Error);
+}
+
 // Of the codecs of one width, the one that is measured.
-bool least_output_error(const Profile& profile, const Profile::Sensitivity& of) {
-  const auto output = [&](const Profile::Sensitivity& like) {
+bool least_fisher(const Profile& profile, const Profile::Sensitivity& of) {
+  const auto fisher = [&](const Profile::Sensitivity& like) {
     for (const auto& s : profile.sensitivities) {
-      if (s.metric == "output" && s.layer == like.layer && s.side == like.side && s.codec == like.codec &&
+      if (s.metric == "fisher" && s.layer == like.layer && s.side == like.side && s.codec == like.codec &&
           s.transform == like.transform) {
         return s.cost;
       }
@@ -98,7 +209,7 @@ bool least_output_error(const Profile& profile, const Profile::Sensitivity& of) 
   };
   for (const auto& s : profile.sensitivities) {
     if (s.metric == of.metric && s.layer == of.layer && s.side == of.side &&
-        parse_codec(s.codec).bits == parse_codec(of.codec).bits && output(s) < output(of)) {
+        parse_codec(s.codec).bits == parse_codec(of.codec).bits && fisher(s) < fisher(of)) {
       return false;
     }
   }
@@ -114,7 +225,7 @@ TEST_P(LayerwiseModel, SaysWhatTheEngineSays) {
   Engine engine(m.model(), f16_plan(m.model()->shape()), {.threads = 2});
   const EngineItem item{engine.cache().create(), tokens, true};
   const auto ours = engine.step({&item, 1});
-  Layerwise runner(m.inside(), 2, 16, 128);
+  Layerwise runner(m.inside(), 2, {});
   std::vector<float> hidden = runner.embed(tokens);
   for (int l = 0; l < runner.layers(); ++l) hidden = runner.forward(l, runner.layer_config(l), hidden);
   std::vector<int> rows;
@@ -146,10 +257,9 @@ TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
   for (const auto& s : profile.sensitivities) {
     const CodecSpec codec = parse_codec(s.codec);
     if (s.metric != "kl" || (s.layer != 0 && s.layer != global)) continue;
-    if (codec.bits > 3 || !least_output_error(profile, s)) continue;  // the others follow by ratios
+    if (codec.bits > 3 || !least_fisher(profile, s)) continue;  // the others follow by ratios
     Plan plan = f16_plan(m.model()->shape());
-    plan.sinks = options.sinks;
-    plan.window.tokens = options.window;
+    set_fp16_part(profile.fp16, plan);
     auto& layer = plan.layers[static_cast<size_t>(s.layer)];
     SideConfig& side = s.side == Side::kKey ? layer.key : layer.value;
     side.codec = codec;

@@ -39,6 +39,7 @@ Profile profile(const ModelShape& model) {
 // With errors and divergences of the recipe's codecs.
 Profile measured_profile(const ModelShape& model) {
   Profile p = profile(model);
+  p.fp16.window = 128;
   for (size_t l = 0; l < model.layers.size(); ++l) {
     for (const Side side : {Side::kKey, Side::kValue}) {
       const double weight = (side == Side::kKey ? p.key_score : p.value_score)[l];
@@ -122,16 +123,34 @@ TEST(Planners, GradientScoresAreEnoughForTheDefault) {
   }
 }
 
-TEST(Planners, NarrowSlidingWindowsKeepFewTokensInFp16) {
+TEST(Planners, KeepInFp16WhatTheProfileWasMeasuredWith) {
   ModelShape model = shape(4);
   Profile p = profile(model);
+  p.fp16 = usual_fp16_part(model);
   PlannerRequest request = request_for(model, p);
   request.budget.bits = 6;
-  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 128);
-  model.layers[1].sliding_window = 512;
-  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 32);
-  request.options["window"] = "64";
   EXPECT_EQ(make_plan("kvmix", request).window.tokens, 64);
+  model.layers[1].sliding_window = 512;
+  p.fp16 = usual_fp16_part(model);
+  EXPECT_EQ(make_plan("kvmix", request).window.tokens, 32);
+  p.fp16 = {8, 4, 96};
+  for (const char* planner : {"kvmix", "uniform"}) {
+    const Plan plan = make_plan(planner, request);
+    if (std::string(planner) == "kvmix") {
+      EXPECT_EQ(fp16_part(plan), p.fp16);
+    } else {
+      EXPECT_EQ(fp16_part(plan), usual_fp16_part(model));
+    }
+    const CacheConfig config = cache_config(plan, model);
+    EXPECT_EQ(config.layers[0].sinks, plan.sinks);
+    EXPECT_EQ(config.layers[1].sinks, plan.local_sinks);
+    EXPECT_EQ(to_json(parse_plan(to_json(plan), "memory")), to_json(plan));
+  }
+  request.options = {{"window", "64"}, {"sinks", "2"}};
+  EXPECT_EQ(fp16_part(make_plan("kvmix", request)), (Fp16Part{2, 2, 64}));  // never more in sliding layers than elsewhere
+  request.options["local-sinks"] = "1";
+  EXPECT_EQ(fp16_part(make_plan("kvmix", request)), (Fp16Part{2, 1, 64}));
+  EXPECT_EQ(parse_profile(to_json(p), "memory").fp16, p.fp16);
 }
 
 // Sequences share the bytes, each with its own sinks, window and tables.
@@ -275,7 +294,7 @@ TEST(Files, WhatIsWrongIsNamed) {
   refused("\"sinks\"", "\"sink\"", "sink");
   refused("\"sinks\"", "\"predicted\": {\"metric\": \"kl\"}, \"sinks\"", "predicted.cost");
   refused("kvmix-plan", "kvmix-profile", "format");
-  refused("\"tokens\": 128", "\"tokens\": 1e400", "");
+  refused("\"tokens\": 64", "\"tokens\": 1e400", "");
   refused("{", std::string(200000, '['), "nested");
   EXPECT_THROW(read_plan("/nonexistent/plan.json"), Error);
 }

@@ -326,6 +326,25 @@ TEST(Planners, ThoseThatMeasureFollowTheMeterWithinTheirBudget) {
   }
 }
 
+// Answered tasks instead of divergence: the search goes by them, moving bytes by divergence does not.
+TEST(Planners, TasksAreForTheSearchOnly) {
+  class TaskingMeter final : public PlanMeter {
+   public:
+    bool in_nats() const override { return false; }
+    std::vector<double> divergence(const Plan& plan) override {
+      return {plan.layers[5].value.codec.bits >= 4 ? 0.0 : 1.0, 0.0};
+    }
+    std::vector<double> held_out(const Plan& plan) override { return divergence(plan); }
+  } meter;
+  SmallModel small;
+  small.request.meter = &meter;
+  small.request.measurements = 200;
+  EXPECT_THROW(make_plan("kvmix", small.request), Error);
+  const Plan plan = make_plan("kvtuner", small.request);
+  EXPECT_GE(plan.layers[5].value.codec.bits, 4);
+  EXPECT_NE(plan.note.find("answers 100.0 % of the tasks, of those held out 100.0 %"), std::string::npos) << plan.note;
+}
+
 // A gain that other text does not show is not kept.
 TEST(Planners, WhatHeldOutTextDoesNotConfirmIsNotKept) {
   SmallModel small;

@@ -1,0 +1,113 @@
+// Accuracy of plans on tasks: KVTuner's own objective (arXiv 2502.04420; its search runs on exact matches of greedy answers).
+#include <algorithm>
+#include <cctype>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "base/file.h"
+#include "base/parallel.h"
+#include "kvmix/error.h"
+#include "kvmix/measure.h"
+
+namespace kvmix {
+namespace {
+
+constexpr size_t kLargestFile = size_t{1} << 30;
+constexpr int64_t kSpareTokens = 4;  // an answer may be split otherwise than its text alone
+
+std::string trimmed(const std::string& text) {
+  const char* spaces = " \t\r\n";
+  const size_t first = text.find_first_not_of(spaces);
+  return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(spaces) - first + 1);
+}
+
+class TaskMeter final : public PlanMeter {
+ public:
+  TaskMeter(std::shared_ptr<const Model> model, std::vector<Task> searched, std::vector<Task> held_out, int threads)
+      : model_(std::move(model)),
+        searched_(std::move(searched)),
+        held_out_(std::move(held_out)),
+        threads_(thread_count(threads)) {}
+
+  bool in_nats() const override { return false; }
+  std::vector<double> divergence(const Plan& plan) override { return mistakes(plan, searched_); }
+  std::vector<double> held_out(const Plan& plan) override { return mistakes(plan, held_out_); }
+
+ private:
+  std::vector<double> mistakes(const Plan& plan, const std::vector<Task>& tasks) const {
+    Engine engine(model_, plan, {.threads = threads_});
+    std::vector<double> out;
+    for (const Task& task : tasks) out.push_back(is_answer(answer(engine, task), task.answer) ? 0.0 : 1.0);
+    return out;
+  }
+
+  std::string answer(Engine& engine, const Task& task) const {
+    const std::vector<Token> prompt = model_->tokenize(task.prompt, true);
+    const auto most = static_cast<int64_t>(model_->tokenize(task.answer, false).size()) + kSpareTokens;
+    if (static_cast<int64_t>(prompt.size()) + most > model_->shape().context_tokens) {
+      throw Error(Status::kInvalidArgument, "a task of " + std::to_string(prompt.size()) +
+                                                " tokens and its answer exceed the model's context of " +
+                                                std::to_string(model_->shape().context_tokens) + "; shorten it");
+    }
+    const SequenceId id = engine.cache().create();
+    auto logits = engine.prefill(id, prompt);
+    std::string text;
+    for (int64_t t = 0; t < most; ++t) {
+      const Token token = static_cast<Token>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+      if (model_->is_end(token)) break;
+      text += model_->token_text(token);
+      const EngineItem item{id, {&token, 1}};
+      logits = engine.step({&item, 1});
+    }
+    engine.cache().remove(id);
+    return text;
+  }
+
+  std::shared_ptr<const Model> model_;
+  std::vector<Task> searched_, held_out_;
+  int threads_;
+};
+
+}  // namespace
+
+bool is_answer(const std::string& text, const std::string& answer) {
+  const std::string said = trimmed(text), wanted = trimmed(answer);
+  return said.starts_with(wanted) &&
+         (said.size() == wanted.size() || std::isalnum(static_cast<unsigned char>(said[wanted.size()])) == 0);
+}
+
+std::vector<Task> read_tasks(const std::string& path) {
+  std::istringstream lines(read_file(path, kLargestFile));
+  std::vector<Task> tasks;
+  std::string line;
+  for (size_t number = 1; std::getline(lines, line); ++number) {
+    if (trimmed(line).empty()) continue;
+    const nlohmann::json value = nlohmann::json::parse(line, nullptr, false);
+    const auto text = [&](const char* key) {
+      const bool there = value.is_object() && value.contains(key) && value[key].is_string();
+      const std::string found = there ? value[key].get<std::string>() : "";
+      if (trimmed(found).empty()) {
+        throw Error(Status::kCorrupt, path + ": line " + std::to_string(number) + " is not an object with a \"" + key +
+                                          "\"; write {\"prompt\": ..., \"answer\": ...}, one a line");
+      }
+      return found;
+    };
+    tasks.push_back({text("prompt"), text("answer")});
+  }
+  if (tasks.size() < 3) {
+    throw Error(Status::kInvalidArgument,
+                path + ": " + std::to_string(tasks.size()) + " tasks; give at least 3, of which the last third is held out");
+  }
+  return tasks;
+}
+
+std::unique_ptr<PlanMeter> make_task_meter(std::shared_ptr<const Model> model, std::vector<Task> tasks, int threads) {
+  const auto searched = static_cast<ptrdiff_t>(tasks.size() - tasks.size() / 3);
+  std::vector<Task> held_out(tasks.begin() + searched, tasks.end());
+  tasks.resize(static_cast<size_t>(searched));
+  if (tasks.empty() || held_out.empty())
+    throw Error(Status::kInvalidArgument, "measuring plans on tasks needs at least 3 of them");
+  return std::make_unique<TaskMeter>(std::move(model), std::move(tasks), std::move(held_out), threads);
+}
+
+}  // namespace kvmix
