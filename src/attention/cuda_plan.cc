@@ -83,7 +83,8 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
   // What is little beside the L2 shall leave it as it was.
   const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
   std::vector<kvmix_cuda_item> items;
-  int ticket = 0;
+  const bool images = uses_images(p);
+  int ticket = 0, image = 0;
   for (size_t sequence = 0; sequence < runs.size(); ++sequence) {
     const Run& r = runs[sequence];
     // An empty sequence still gets a block, which writes zeros and -inf.
@@ -97,6 +98,7 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
         item.page_end = std::min(item.page_begin + chunk, r.end);
         item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
         item.length = lengths[sequence];
+        if (images) item.partial = image, image += item.page_end - item.page_begin;
         item.evict_first = bytes <= kSparingBytes;
         items.push_back(item);
       }
@@ -160,6 +162,11 @@ bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
            f.key_group == other.key_group && f.value_group == other.value_group && f.key_per_token == 0;
   };
   return query_rows(p) <= 8 && std::any_of(std::begin(kFormats), std::end(kFormats), same);
+}
+
+bool uses_images(const kvmix_cuda_attend_params& p) {
+  constexpr int kFewestRows = 512;  // fewer are faster when each tile dequantises
+  return query_rows(p) >= kFewestRows && has_prefill_kernel();
 }
 
 void check_shape(const kvmix_cuda_attend_params& p) {
@@ -248,6 +255,12 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
     }
     *item_count = count;
     *workspace_bytes = workspace_layout(*params).bytes(count);
+    if (uses_images(*params)) {
+      for (const kvmix_cuda_item& item : planned) {
+        *workspace_bytes += static_cast<size_t>(item.page_end - item.page_begin) *
+                            static_cast<size_t>(page_image_bytes(params->format.head_dim));
+      }
+    }
   });
 }
 

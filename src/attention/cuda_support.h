@@ -53,5 +53,11 @@ Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel t
 // has it, pages_cuda.cuh the rest.
 bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
 bool has_prefill_kernel();
+// Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
+bool uses_images(const kvmix_cuda_attend_params& params);
+// A page as it stands in shared memory: keys in panels of 64 channels, values of 64 tokens, rows of 128 bytes.
+constexpr int page_image_bytes(int head_dim) {
+  return (head_dim + 63) / 64 * kPageTokens * 128 + kPageTokens / 64 * head_dim * 128;
+}
 
 }  // namespace kvmix::cuda
