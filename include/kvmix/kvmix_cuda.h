@@ -41,7 +41,7 @@ typedef struct kvmix_cuda_item {
   int32_t split, splits;   /* this piece of that many of the head */
   int32_t partial, ticket; /* first partial slot and ticket of the head */
   int32_t length;          /* tokens of the sequence, the query tokens included */
-  int32_t evict_first; /* not 0: records leave the L2 before what else it holds */
+  int32_t evict_first;     /* not 0: records leave the L2 before what else it holds */
   int32_t unused[2];
 } kvmix_cuda_item;
 
@@ -83,13 +83,15 @@ typedef struct kvmix_cuda_attend_params {
 kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
                              kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
-/* Attention in one launch, decode and prefill. Can be captured in a graph. Every slot of a packed page must be finite. */
+/* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, whose
+ * workspace then holds all pages of the items as fp16. Can be captured in a graph. Every slot of a packed page must be finite.
+ */
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
- * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute capability
- * 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the rest. Null where
- * the shape is refused. */
+ * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute
+ * capability 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the
+ * rest. Null where the shape is refused. */
 const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
 
 /* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */
