@@ -85,8 +85,7 @@ void inspect_model(const std::string& path, bool json) {
 
 // What a sequence costs: sinks, fp16 pages and sealed pages, each of all layers and heads.
 struct Formula {
-  double sink_bytes = 0;
-  size_t f16_page_bytes = 0, sealed_page_bytes = 0;
+  size_t sink_bytes = 0, f16_page_bytes = 0, sealed_page_bytes = 0;
 };
 
 Formula formula_of(const Plan& plan, const ModelShape& shape) {
@@ -94,9 +93,10 @@ Formula formula_of(const Plan& plan, const ModelShape& shape) {
   for (const LayerConfig& l : cache_config(plan, shape).layers) {
     const auto heads = static_cast<size_t>(l.kv_heads);
     f.sealed_page_bytes += heads * (tile_bytes(l.key.codec, l.head_dim) + tile_bytes(l.value.codec, l.head_dim));
-    f.f16_page_bytes += heads * 2 * tile_bytes(CodecSpec{}, l.head_dim);
+    const size_t f16_page = heads * 2 * tile_bytes(CodecSpec{}, l.head_dim);
+    f.f16_page_bytes += f16_page;
+    f.sink_bytes += f16_page / kPageTokens * static_cast<size_t>(l.sinks);
   }
-  f.sink_bytes = static_cast<double>(f.f16_page_bytes) / kPageTokens;
   return f;
 }
 
@@ -114,8 +114,7 @@ void inspect_plan(const Arguments& arguments, bool json) {
                          {"mean_value_bits", mean_bits(plan, Side::kValue)}};
     if (model) {
       const Formula f = formula_of(plan, model->shape());
-      value["formula"] = {{"sinks", plan.sinks},
-                          {"sink_bytes", f.sink_bytes},
+      value["formula"] = {{"sink_bytes", f.sink_bytes},
                           {"f16_page_bytes", f.f16_page_bytes},
                           {"sealed_page_bytes", f.sealed_page_bytes},
                           {"page_tokens", kPageTokens}};
@@ -133,6 +132,7 @@ void inspect_plan(const Arguments& arguments, bool json) {
   } else {
     fmt::print("f16           {} sinks, window of {} to {} newest tokens\n", plan.sinks, plan.window.tokens,
                plan.window.tokens + kPageTokens);
+    if (plan.local_sinks) fmt::print("              {} sinks in layers with a sliding window\n", *plan.local_sinks);
   }
   fmt::print("code bits     keys {:.3f}, values {:.3f} on average over layers\n\n", mean_bits(plan, Side::kKey),
              mean_bits(plan, Side::kValue));
@@ -143,9 +143,9 @@ void inspect_plan(const Arguments& arguments, bool json) {
   }
   const Formula f = formula_of(plan, model->shape());
   fmt::print(
-      "\nformula       {} sinks x {:.0f} B + f16 pages x {} B + sealed pages x {} B + tables;\n              a page is {} "
+      "\nformula       {} B of sinks + f16 pages x {} B + sealed pages x {} B + tables;\n              a page is {} "
       "tokens of all layers\n",
-      plan.sinks, f.sink_bytes, f.f16_page_bytes, f.sealed_page_bytes, kPageTokens);
+      f.sink_bytes, f.f16_page_bytes, f.sealed_page_bytes, kPageTokens);
   print_plan_costs(plan, model->shape());
 }
 

@@ -2,10 +2,12 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <new>
 
 #include "command.h"
 #include "console.h"
+#include "help.h"
 #include "kvmix/error.h"
 
 namespace kvmix::app {
@@ -35,6 +37,7 @@ int flush_output(int status) {
 
 int run(int argc, char** argv) {
   CLI::App root("Small, fast key/value caches for language models.", "kvmix");
+  root.formatter(std::make_shared<HelpFormatter>());
   root.require_subcommand(1);
   root.set_version_flag("--version", KVMIX_VERSION);
   root.footer("Start with: kvmix profile smollm2 -o profile.json");

@@ -56,7 +56,9 @@ typedef struct kvmix_cuda_attend_params {
   const void* q;          /* fp16 (or bf16) [sequences][q_tokens][q_heads][head_dim], 16-byte aligned */
   void* out;              /* as q */
   float* lse;             /* natural log-sum-exp [sequences][q_tokens][q_heads], or null; -inf where nothing is visible */
-  const void* records;    /* record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes */
+  /* Record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes, 16-byte aligned; strides that
+   * are multiples of 128 (or at least 32) are read fastest. */
+  const void* records;
   int64_t record_page_stride, record_head_stride;
   void* open_pages; /* likewise for open pages */
   int64_t open_page_stride, open_head_stride;

@@ -104,7 +104,7 @@ Plan parse_plan(const std::string& json, const std::string& name) {
   JsonObject object(root, name, "");
   if (object.text("format") != kFormat) object.fail("format", std::string("expected \"") + kFormat + "\"; this is not a plan");
   if (object.integer("version", 0, 1000000) != kVersion)
-    object.fail("version", "this build reads version " + std::to_string(kVersion));
+    object.fail("version", "this build reads version " + std::to_string(kVersion) + "; make it again with kvmix plan");
   Plan plan;
   plan.model = object.text("model");
   plan.fingerprint = object.text("fingerprint");

@@ -62,7 +62,7 @@ Profile parse_profile(const std::string& json, const std::string& name) {
   if (object.text("format") != kFormat)
     object.fail("format", std::string("expected \"") + kFormat + "\"; this is not a profile");
   if (object.integer("version", 0, 1000000) != kVersion)
-    object.fail("version", "this build reads version " + std::to_string(kVersion));
+    object.fail("version", "this build reads version " + std::to_string(kVersion) + "; make it again with kvmix profile");
   Profile profile;
   profile.model = object.text("model");
   profile.fingerprint = object.text("fingerprint");

@@ -15,7 +15,7 @@ using testing::Program;
 TEST(Chat, AnswersTurnsAndStopsAnAnswerOnCtrlC) {
   const testing::TemporaryFolder folder("kvmix-chat");
   Program chat(folder, {"chat", testing::model_file("smollm2"), "--cache", "4/4", "--temperature", "0", "-n", "1500"},
-               "Count from 1 to 500, one number a line.\n", true);
+               "Write a long story about the sea and its people.\n", true);
   ASSERT_TRUE(chat.until([&] { return chat.out().size() > 20; })) << chat.err();
   chat.interrupt();
   const auto closing_lines = [&] {

@@ -32,6 +32,8 @@ TEST_F(Cli, EveryCommandHasHelpWithAnExample) {
     EXPECT_EQ(o.status, 0) << name;
     EXPECT_NE(o.out.find("Example:\n  kvmix " + name), std::string::npos) << name;
     for (const char* option : {"--threads", "--json", "--quiet"}) EXPECT_NE(o.out.find(option), std::string::npos) << name;
+    std::istringstream help(o.out.substr(0, o.out.find("Example:")));
+    for (std::string shown; std::getline(help, shown);) EXPECT_LE(shown.size(), 80u) << name << ": " << shown;
   }
   EXPECT_EQ(commands, 9);
   EXPECT_EQ(run({"--version"}).status, 0);
