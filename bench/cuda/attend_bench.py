@@ -8,11 +8,13 @@ the group folded into the query axis). Needs PyTorch with CUDA; libkvmix built w
 import argparse
 import ctypes as c
 import statistics
+import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAGE, DIM = 128, 128
+flush_reads = False
 
 
 class Format(c.Structure):
@@ -60,6 +62,7 @@ def timed(launches, repeat):
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
+    time.sleep(0.05)  # the driver may still be clearing memory that was just given back
     times = []
     for i in range(repeat):
         flush()
@@ -73,7 +76,10 @@ def timed(launches, repeat):
 
 
 def flush():
-    scratch.add_(1)
+    if flush_reads:
+        torch.sum(scratch.view(torch.int64))
+    else:
+        scratch.add_(1)
     # Keeps the GPU busy while the timed launch is queued, so that launch latency of the host stays outside.
     torch.cuda._sleep(200000)
 
@@ -193,7 +199,7 @@ def check(lib, status):
 
 
 SHAPES = ((16, 32, 32, 8192), (32, 32, 32, 8192), (1, 32, 32, 131072), (64, 32, 8, 8192), (16, 32, 8, 8192),
-          (1, 32, 8, 131072), (8, 32, 8, 4096), (1, 32, 8, 4096))
+          (1, 32, 8, 131072), (256, 32, 8, 1024), (8, 32, 8, 4096), (1, 32, 8, 4096))
 
 
 def load(path):
@@ -273,7 +279,11 @@ def main():
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
     parser.add_argument("--tables", default="attend,seal,prefill")
+    parser.add_argument("--flush", choices=("write", "read"), default="write",
+                        help="what fills the L2 before a launch: written lines, which launches then push out, or read ones")
     args = parser.parse_args()
+    global flush_reads
+    flush_reads = args.flush == "read"
     lib = load(args.library)
     copy = copy_rate(args.repeat)
     print(f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.2f} TB/s")

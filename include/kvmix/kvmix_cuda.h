@@ -41,7 +41,7 @@ typedef struct kvmix_cuda_item {
   int32_t split, splits;   /* this piece of that many of the head */
   int32_t partial, ticket; /* first partial slot and ticket of the head */
   int32_t length;          /* tokens of the sequence, the query tokens included */
-  int32_t evict_first; /* not 0: records leave the L2 before what else it holds */
+  int32_t evict_first;     /* not 0: records leave the L2 before what else it holds */
   int32_t unused[2];
 } kvmix_cuda_item;
 
@@ -56,7 +56,9 @@ typedef struct kvmix_cuda_attend_params {
   const void* q;          /* fp16 (or bf16) [sequences][q_tokens][q_heads][head_dim], 16-byte aligned */
   void* out;              /* as q */
   float* lse;             /* natural log-sum-exp [sequences][q_tokens][q_heads], or null; -inf where nothing is visible */
-  const void* records;    /* record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes */
+  /* Record of (page id, kv head) at id * record_page_stride + kv_head * record_head_stride bytes, 16-byte aligned; strides that
+   * are multiples of 128 (or at least 32) are read fastest. */
+  const void* records;
   int64_t record_page_stride, record_head_stride;
   void* open_pages; /* likewise for open pages */
   int64_t open_page_stride, open_head_stride;
@@ -87,9 +89,9 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
- * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute capability
- * 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the rest. Null where
- * the shape is refused. */
+ * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute
+ * capability 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the
+ * rest. Null where the shape is refused. */
 const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
 
 /* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */

@@ -51,13 +51,11 @@ int attribute(cudaDeviceAttr which) {
   check_cuda(cudaDeviceGetAttribute(&value, which, device), "attend: device");
   return value;
 }
-int processors() { return attribute(cudaDevAttrMultiProcessorCount); }
-
-// Warps of a kernel that one multiprocessor holds.
 template <class C>
-int resident_warps(C) {
+Residency residency_of(C) {
   const int room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - C::query_bytes;
-  return std::clamp(room / C::ring, kWarps, C::max_warps);
+  const int all = std::clamp(room / C::ring, kWarps, C::most_warps);
+  return {attribute(cudaDevAttrMultiProcessorCount), C::few_blocks, std::min(all, kMaxWarps), all};
 }
 
 }  // namespace
@@ -94,8 +92,12 @@ void attend(const kvmix_cuda_attend_params& p) {
   if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
   with_kernel(p.format, rows, [&](auto* kernel, auto config) {
-    const int warps = block_warps(p.item_count, processors(), resident_warps(config));
-    const int shared = config.shared_bytes(warps);
+    const Residency device = residency_of(config);
+    const int warps = device.block_warps(p.item_count);
+    // At least so much that a multiprocessor takes no more blocks than planned.
+    const int blocks = std::max(1, device.warps(p.item_count) / warps);
+    const int shared =
+        std::max(config.shared_bytes(warps), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (blocks + 1));
     allow_shared(kernel, shared, "attend: shared memory");
     kernel<<<p.item_count, 32 * warps, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
     check_cuda(cudaGetLastError(), "attend: launch");
@@ -104,11 +106,12 @@ void attend(const kvmix_cuda_attend_params& p) {
 
 Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = p.q_heads / p.kv_heads * p.q_tokens;
-  Residency device{processors(), 0};
-  if (!uses_fast_kernel(p)) {
-    device.warps = std::max(1, resident_page_blocks(p.format.head_dim, rows));
+  Residency device{};
+  if (uses_fast_kernel(p)) {
+    with_kernel(p.format, rows, [&](auto*, auto config) { device = residency_of(config); });
   } else {
-    with_kernel(p.format, rows, [&](auto*, auto config) { device.warps = resident_warps(config); });
+    const int blocks = std::max(1, resident_page_blocks(p.format.head_dim, rows));
+    device = {attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
   }
   return device;
 }

@@ -1,11 +1,12 @@
-// The decode kernel. A thread block of kWarps warps takes one item: a run of pages of one sequence and KV head. Each warp walks
-// every kWarps-th packed page alone, copying packed halves of records (keys, then values) through its own two buffers of shared
-// memory (PageCopies), one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16 subnormals
-// (tile_layout_cuda.h) and query rows the eight columns, so codes cost one AND each pair and no conversion:
+// The decode kernel. A thread block of four to kMaxWarps warps takes one item: a run of pages of one sequence and KV head. Each
+// warp walks every so many'th packed page alone, copying packed halves of records (keys, then values) through its own two
+// buffers of shared memory (PageCopies), one half ahead of the arithmetic. Codes are operand A of mma.m16n8k16 as fp16
+// subnormals (tile_layout_cuda.h) and query rows the eight columns, so codes cost one AND each pair and no conversion:
 //   score = sum_c q_c (mid_c + s_c (code - centre)):  s_c 2^-shift goes into Q, the rest is one number per page and row
 //   out_c = sum_t p_t (mid_t + s_t (code - centre)):  s_t goes into P, 2^-shift into the epilogue, the rest is a second sum
 // The softmax is in base 2; P is held at 2^kLift times its value over the running maximum of score + value exponent, so that
 // P * s_t stays inside fp16 with small weights well above its smallest numbers.
+// One long file: its parts work on one set of registers.
 #pragma once
 
 #include "attention/attend_cuda_common.cuh"
@@ -57,8 +58,11 @@ struct Config {
   static constexpr int merge_row = dim + 8;  // floats, without bank conflicts
   static_assert(ring >= kRows * (merge_row + 2) * 4, "a warp's part of the merge lies in its ring");
   static_assert(kWarps * ring >= kRows * kMaxSplits * 8, "the sums of all splits lie in the rings");
-  // Of a multiprocessor. More of them are slower: they only lengthen the queues to memory.
-  static constexpr int max_warps = 8;
+  // A multiprocessor's warps. Registers allow most_warps, but launches of up to few_blocks blocks a multiprocessor take
+  // kMaxWarps: with records of 9 KB these keep the memory busy, and more only queue for it. With many short blocks more warps
+  // hide each other's beginnings. Wider formats need the registers of eight.
+  static constexpr int most_warps = dim <= 128 && ring <= 10 * 1024 ? 16 : kMaxWarps;
+  static constexpr int few_blocks = dim == 64 || (dim == 128 && ring < 9 * 1024) ? 1 : 8;
   static constexpr int shared_bytes(int warps) { return query_bytes + warps * ring; }
 };
 
@@ -282,8 +286,9 @@ struct Warp {
     const auto load = [&](int token, int channel) {
       return token < live ? *reinterpret_cast<const uint32_t*>(keys + token * C::dim + channel) : 0u;
     };
+    constexpr int kAhead = C::channel_tiles < 8 ? 2 : 4;  // tiles whose loads stand side by side; with more, registers spill
     float mine[2][4] = {};
-#pragma unroll 4
+#pragma unroll kAhead
     for (int f = 0; f < C::channel_tiles; ++f) {
       const int channel = 16 * f + column;
       const uint2 q = query[f * 32 + lane];
@@ -338,7 +343,8 @@ struct Warp {
 };
 
 template <class C>
-__global__ void __launch_bounds__(32 * C::max_warps, 1) attend_kernel(const __grid_constant__ AttendArguments args) {
+__global__ void __launch_bounds__(32 * kMaxWarps, C::most_warps / kMaxWarps)
+    attend_kernel(const __grid_constant__ AttendArguments args) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ float row_factor[kRows];
   __shared__ kvmix_cuda_item item;  // read from here where it is needed: registers decide

@@ -11,6 +11,7 @@
 
 namespace kvmix::cuda {
 
+inline constexpr int kMaxWarps = 8;  // of a block of the decode kernel
 inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 8, kFields = 8;
 inline constexpr float kLift = 12.0f;
 inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are

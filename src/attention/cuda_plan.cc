@@ -53,10 +53,13 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
     pages += static_cast<int64_t>(count) * p.kv_heads;
     longest = std::max(longest, count);
   }
-  // The chunk with the smallest estimated time, in turns of a full multiprocessor: waves x (turns of a warp + a block's fixed
-  // cost) + the sum over splits. With few warps on a multiprocessor a turn is shorter, down to what one warp alone takes.
-  constexpr double kAlone = 0.7, kFixed = 1.0, kSum = 0.5, kSumSplit = 0.02;
+  // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
+  // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
+  // the arithmetic of one warp. The page kernel takes a page a block, arithmetic alone.
+  constexpr double kRate = 25e3, kTurn = 2.5, kPageTurn = 8.0, kPageShare = 3.5;  // bytes and us of a multiprocessor
+  constexpr double kBlock = 2.5, kBlockWarp = 0.125, kSum = 1.8, kSumSplit = 0.07;
   const bool fast = uses_fast_kernel(p);
+  const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
   int chunk = longest;
   double best = -1.0;
   const int most = query_rows(p) > kTileRows ? 1 : kMaxSplits;
@@ -66,21 +69,22 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
     int64_t blocks = 0;
     for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
     blocks = std::max<int64_t>(blocks, 1);
-    // A block of the fast kernel takes a page a warp at once, the page kernel one after the other.
-    const int warps = fast ? block_warps(blocks, device.processors, device.warps) : 1;
-    const int resident = std::max(1, device.warps / warps);  // blocks of a multiprocessor
+    const int warps = fast ? device.block_warps(blocks) : 1;
+    const int resident = std::max(1, device.warps(blocks) / warps);  // blocks of a multiprocessor
     const double waves = std::max(1.0, static_cast<double>(blocks) / (static_cast<double>(device.processors) * resident));
     const double full = waves <= 4.0 ? std::ceil(waves) : waves + 0.5;
-    const auto here = std::min<int64_t>((blocks + device.processors - 1) / device.processors, resident);
-    const double turn = std::max(kAlone, static_cast<double>(here * std::min(warps, candidate)) / device.warps);
+    const int busy = std::min(device.each(blocks), resident) * std::min(warps, candidate);
+    const double turn = fast ? std::max(kTurn * size, busy * static_cast<double>(record_shape(p.format).bytes()) / kRate)
+                             : std::max(kPageTurn, busy * kPageShare) * size;
     const double turns = (candidate + warps - 1) / warps;
-    const double time = full * (turns * turn + kFixed) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
+    const double time = full * (turns * turn + kBlock + kBlockWarp * busy) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
   // What is little beside the L2 shall leave it as it was.
   const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
   std::vector<kvmix_cuda_item> items;
-  int ticket = 0;
+  const bool images = uses_images(p);
+  int ticket = 0, image = 0;
   for (size_t sequence = 0; sequence < runs.size(); ++sequence) {
     const Run& r = runs[sequence];
     // An empty sequence still gets a block, which writes zeros and -inf.
@@ -94,6 +98,7 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
         item.page_end = std::min(item.page_begin + chunk, r.end);
         item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
         item.length = lengths[sequence];
+        if (images) item.partial = image, image += item.page_end - item.page_begin;
         item.evict_first = bytes <= kSparingBytes;
         items.push_back(item);
       }
@@ -101,6 +106,12 @@ std::vector<kvmix_cuda_item> make_plan(const kvmix_cuda_attend_params& p, std::s
     }
   }
   return items;
+}
+
+// Of a device that holds `slots` thread blocks.
+Residency residency_of_slots(const kvmix_cuda_attend_params& p, int slots) {
+  const int all = uses_fast_kernel(p) ? kPagesAtOnce : 1;
+  return {slots, 0, all, all};
 }
 
 void require(bool ok, const std::string& message) {
@@ -151,6 +162,11 @@ bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
            f.key_group == other.key_group && f.value_group == other.value_group && f.key_per_token == 0;
   };
   return query_rows(p) <= 8 && std::any_of(std::begin(kFormats), std::end(kFormats), same);
+}
+
+bool uses_images(const kvmix_cuda_attend_params& p) {
+  constexpr int kFewestRows = 512;  // fewer are faster when each tile dequantises
+  return query_rows(p) >= kFewestRows && has_prefill_kernel();
 }
 
 void check_shape(const kvmix_cuda_attend_params& p) {
@@ -229,9 +245,8 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
     require(params != nullptr && lengths != nullptr && item_count != nullptr && workspace_bytes != nullptr,
             "plan: null argument");
     check_shape(*params);
-    const std::vector<kvmix_cuda_item> planned =
-        make_plan(*params, {lengths, static_cast<size_t>(params->sequences)},
-                  slots > 0 ? Residency{slots, uses_fast_kernel(*params) ? 4 : 1} : residency(*params));
+    const std::vector<kvmix_cuda_item> planned = make_plan(*params, {lengths, static_cast<size_t>(params->sequences)},
+                                                           slots > 0 ? residency_of_slots(*params, slots) : residency(*params));
     const auto count = static_cast<int32_t>(planned.size());
     if (items != nullptr) {
       require(capacity >= count,
@@ -240,6 +255,12 @@ kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32
     }
     *item_count = count;
     *workspace_bytes = workspace_layout(*params).bytes(count);
+    if (uses_images(*params)) {
+      for (const kvmix_cuda_item& item : planned) {
+        *workspace_bytes += static_cast<size_t>(item.page_end - item.page_begin) *
+                            static_cast<size_t>(page_image_bytes(params->format.head_dim));
+      }
+    }
   });
 }
 

@@ -30,17 +30,18 @@ struct WorkspaceLayout {
 };
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
 
-// What a device holds at once of a kernel: on each of `processors` multiprocessors `warps` warps of the fast kernel or `warps`
-// thread blocks of the page kernel.
+// What a device takes at once of the kernel for a shape. `all` on each of `processors` multiprocessors are warps of the decode
+// kernel or thread blocks of the page kernel; launches of up to `few_blocks` blocks a multiprocessor take `few` of them.
 struct Residency {
-  int processors, warps;
+  int processors, few_blocks, few, all;
+
+  int each(int64_t blocks) const { return static_cast<int>((blocks + processors - 1) / processors); }
+  int warps(int64_t blocks) const { return each(blocks) <= few_blocks ? few : all; }
+  // Of a thread block of the decode kernel: a multiprocessor's warps, shared in fours by the blocks that it gets.
+  int block_warps(int64_t blocks) const {
+    return each(blocks) <= 1 ? warps(blocks) : std::max(4, warps(blocks) / each(blocks) / 4 * 4);
+  }
 };
-// Warps of a thread block of the fast kernel: all that a multiprocessor holds, shared by the blocks that it gets; four at
-// least.
-inline int block_warps(int64_t blocks, int processors, int warps) {
-  const int64_t each = (blocks + processors - 1) / processors;
-  return std::max(4, static_cast<int>(warps / std::max<int64_t>(each, 1)));
-}
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
 void attend(const kvmix_cuda_attend_params& params);
@@ -52,5 +53,11 @@ Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel t
 // has it, pages_cuda.cuh the rest.
 bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
 bool has_prefill_kernel();
+// Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
+bool uses_images(const kvmix_cuda_attend_params& params);
+// A page as it stands in shared memory: keys in panels of 64 channels, values of 64 tokens, rows of 128 bytes.
+constexpr int page_image_bytes(int head_dim) {
+  return (head_dim + 63) / 64 * kPageTokens * 128 + kPageTokens / 64 * head_dim * 128;
+}
 
 }  // namespace kvmix::cuda

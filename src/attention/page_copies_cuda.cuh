@@ -22,7 +22,7 @@ class PageCopies {
  public:
   __device__ PageCopies(uint8_t* ring, int lane, int warp) : ring_(ring), lane_(lane) {
 #if KVMIX_BULK
-    __shared__ uint64_t barriers[2 * C::max_warps];
+    __shared__ uint64_t barriers[2 * kMaxWarps];
     barriers_ = static_cast<uint32_t>(__cvta_generic_to_shared(barriers + 2 * warp));
     if (lane == 0) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(barriers_) : "memory");

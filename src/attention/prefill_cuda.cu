@@ -7,16 +7,26 @@
 namespace kvmix::cuda {
 namespace {
 
+template <auto kernel>
+void launch(dim3 grid, int threads, int shared, const PrefillArguments& arguments, void* stream) {
+  allow_shared(kernel, shared, "attend: shared memory");
+  kernel<<<grid, static_cast<unsigned>(threads), static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)>>>(arguments);
+  check_cuda(cudaGetLastError(), "attend: launch");
+}
+
 template <int dim>
 void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
-  constexpr int kShared = PrefillTile<dim>::shared_bytes;
-  allow_shared(prefill_kernel<dim>, kShared, "attend: shared memory");
+  using Tile = PrefillTile<dim>;
+  constexpr int kImageBlocks = 2048;  // about; several for each place on a device
   const RecordShape shape = record_shape(p.format);
+  const PrefillArguments a{arguments, shape.key(), shape.value(), shape.key_bytes(),
+                           reinterpret_cast<uint8_t*>(arguments.partial_sums)};
   const int rows = arguments.group * arguments.q_tokens;
   const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kPrefillRows - 1) / kPrefillRows));
-  prefill_kernel<dim><<<grid, kPrefillThreads, kShared, static_cast<cudaStream_t>(p.stream)>>>(
-      PrefillArguments{arguments, shape.key(), shape.value(), shape.key_bytes()});
-  check_cuda(cudaGetLastError(), "attend: launch");
+  if (!uses_images(p)) return launch<prefill_kernel<dim, false>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
+  const dim3 image_grid(grid.x, static_cast<unsigned>((kImageBlocks + p.item_count - 1) / p.item_count));
+  launch<image_kernel<dim>>(image_grid, kImageThreads, Tile::part_bytes + 1024, a, p.stream);
+  launch<prefill_kernel<dim, true>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
 }
 
 }  // namespace

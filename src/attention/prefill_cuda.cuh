@@ -1,10 +1,12 @@
 // The prefill kernel of compute capability 9.0: a tile of 128 query rows of one item over the pages that it sees, for any
-// mixture of formats and head_dim 64, 96, 128 and 256. Of the block's three warpgroups one dequantises stretches of tokens into
+// mixture of formats and head_dim 64, 96, 128 and 256. Of the block's three warpgroups one brings stretches of tokens into
 // shared memory as fp16, two buffers ahead; each of the others multiplies them with 64 query rows (wgmma), and while the
 // weights of one stretch meet its values, the scores of the next are already there and become weights:
-//   producer:  wait until a buffer is free, dequantise keys, say so; values likewise
+//   producer:  wait until a buffer is free, bring keys, say so; values likewise
 //   consumer:  scores(i + 1), output += weights(i) values(i); when the scores are there, softmax(i + 1) beside the second
-// The softmax is in base 2, weights are held at 2^kLift over a maximum that follows the true one within kSlack.
+// Short chunks: the producer dequantises. Long ones, whose tiles would each dequantise the same pages: a launch before writes
+// all pages to the workspace as they shall stand in shared memory (images), and the producer is one thread that asks for
+// copies. The softmax is in base 2, weights are held at 2^kLift over a maximum that follows the true one within kSlack.
 #pragma once
 
 #include "attention/cuda_support.h"
@@ -13,11 +15,7 @@
 
 namespace kvmix::cuda {
 
-#ifndef KVMIX_PRODUCERS
-#define KVMIX_PRODUCERS 2
-#endif
-inline constexpr int kPrefillRows = 128, kProducers = KVMIX_PRODUCERS;  // warpgroups that dequantise
-inline constexpr int kProducerThreads = 128 * kProducers, kPrefillThreads = kProducerThreads + 256;
+inline constexpr int kPrefillRows = 128, kWarpgroup = 128, kPrefillThreads = 3 * kWarpgroup, kImageThreads = 2 * kWarpgroup;
 inline constexpr float kSlack = 2.0f;  // weights stay below 2^(kLift + kSlack), well inside fp16
 
 template <int dim>
@@ -27,6 +25,9 @@ struct PrefillTile {
   static constexpr int slab = dim < 128 ? dim : 128, slabs = dim / slab;  // output channels of one matrix instruction
   static constexpr int query_bytes = panels * panel_bytes(64);            // of a warpgroup
   static constexpr int key_bytes = panels * panel_bytes(tokens), value_bytes = tokens / 64 * panel_bytes(dim);
+  static constexpr int part_bytes = key_bytes + value_bytes;  // of an image
+  static constexpr int image_bytes = page_image_bytes(dim);
+  static_assert(part_bytes * (kPageTokens / tokens) == image_bytes);
   static constexpr int keys = 2 * query_bytes, values = keys + 2 * key_bytes;
   static constexpr int shared_bytes = values + 2 * value_bytes + 1024;  // and what aligns it
 };
@@ -66,11 +67,11 @@ class Walk {
   int page_end_, sinks_, length_, seen_begin_, seen_end_;
 };
 
-// A stretch of a packed side to shared memory, by the producers; ready() waits until it may be written.
-template <int dim, bool key, class Ready>
+// A stretch of a packed side to shared memory, by the block's first threads; ready() waits until it may be written.
+template <int dim, bool key, int threads, class Ready>
 __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, uint32_t to,
                                           const Ready& ready) {
-  constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim, kStep = 4 * kProducers;
+  constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim, kStep = threads / 32;
   constexpr unsigned kBlocks = kTokens * dim / (16 * kBlockChannels);
   const unsigned warp = threadIdx.x / 32, first = static_cast<unsigned>(part) * kBlocks, end = first + kBlocks;
   with_format<key>(side, [&](auto what, auto width) {
@@ -100,7 +101,7 @@ __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideS
 }
 
 // A stretch of an open page's side; slots without a token become zero.
-template <int dim, bool key>
+template <int dim, bool key, int threads>
 __device__ inline void copy_stretch(const __half* rows, int live, uint8_t* to) {
   constexpr int kTokens = PrefillTile<dim>::tokens, kOctets = dim / 8;
   const uint4 zero = {0, 0, 0, 0};
@@ -109,11 +110,11 @@ __device__ inline void copy_stretch(const __half* rows, int live, uint8_t* to) {
     return token < live ? *reinterpret_cast<const uint4*>(rows + token * dim + octet * 8) : zero;
   };
   if (key) {
-    for (int at = thread; at < kTokens * kOctets; at += kProducerThreads) {
+    for (int at = thread; at < kTokens * kOctets; at += threads) {
       *reinterpret_cast<uint4*>(to + swizzled(kTokens, at / kOctets, at % kOctets * 8)) = load(at / kOctets, at % kOctets);
     }
   } else {
-    for (int at = thread; at < kTokens / 2 * kOctets; at += kProducerThreads) {
+    for (int at = thread; at < kTokens / 2 * kOctets; at += threads) {
       const int token = at % (kTokens / 2) * 2, octet = at / (kTokens / 2);
       const uint4 v0 = load(token, octet), v1 = load(token + 1, octet);
       const uint32_t a[4] = {v0.x, v0.y, v0.z, v0.w}, b[4] = {v1.x, v1.y, v1.z, v1.w};
@@ -145,7 +146,74 @@ struct PrefillArguments {
   AttendArguments attend;
   SideShape key, value;
   int value_start;  // of a record
+  uint8_t* images;  // page p of an item: image item.partial + p - item.page_begin
 };
+__device__ inline uint8_t* image_part(const PrefillArguments& arguments, const kvmix_cuda_item& item, int page, int part,
+                                      int page_bytes, int part_bytes) {
+  return arguments.images + static_cast<int64_t>(item.partial + page - item.page_begin) * page_bytes + part * part_bytes;
+}
+
+// A stretch of a page's keys, then of its values, to shared memory, each after ready(side) and before done(side).
+template <int dim, int threads, class Ready, class Done>
+__device__ inline void bring_stretch(const PrefillArguments& arguments, const kvmix_cuda_item& item, int32_t id, int part,
+                                     int live, uint8_t* keys, uint8_t* values, const Ready& ready, const Done& done) {
+  using Tile = PrefillTile<dim>;
+  const AttendArguments& args = arguments.attend;
+  const uint8_t* const record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
+  const auto* const open = reinterpret_cast<const __half*>(args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride +
+                                                           item.kv_head * args.open_head_stride);
+  if (id >= 0) {
+    dequantise_stretch<dim, true, threads>(record + kHeaderBytes, arguments.key, part, shared_address(keys), [&] { ready(0); });
+  } else {
+    ready(0);
+    copy_stretch<dim, true, threads>(open + part * Tile::tokens * dim, live, keys);
+  }
+  publish_stores();
+  done(0);
+  if (id >= 0) {
+    dequantise_stretch<dim, false, threads>(record + arguments.value_start, arguments.value, part, shared_address(values),
+                                            [&] { ready(1); });
+  } else {
+    ready(1);
+    copy_stretch<dim, false, threads>(open + (kPageTokens + part * Tile::tokens) * dim, live, values);
+  }
+  publish_stores();
+  done(1);
+}
+
+// Writes the images of an item's pages, gridDim.y blocks an item.
+template <int dim>
+__global__ void __launch_bounds__(kImageThreads, 3) image_kernel(const __grid_constant__ PrefillArguments arguments) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint8_t space[];
+  using Tile = PrefillTile<dim>;
+  uint8_t* const shared = space + (1024 - shared_address(space) % 1024) % 1024;
+  const AttendArguments& args = arguments.attend;
+  const kvmix_cuda_item item = args.items[blockIdx.x];
+  const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
+  for (int page = item.page_begin + static_cast<int>(blockIdx.y); page < item.page_end; page += static_cast<int>(gridDim.y)) {
+    const int first = args.sinks > 0 && page > 0 ? args.sinks + (page - 1) * kPageTokens : page * kPageTokens;
+    const int live = min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
+    for (int part = 0; part < kPageTokens / Tile::tokens; ++part) {
+      bring_stretch<dim, kImageThreads>(
+          arguments, item, table[page], part, live - part * Tile::tokens, shared, shared + Tile::key_bytes,
+          [](int side) {
+            // The copy before has read the buffer.
+            if (side == 0) {
+              if (threadIdx.x == 0) wait_stores();
+              __syncthreads();
+            }
+          },
+          [](int) {});
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        store_bulk(image_part(arguments, item, page, part, Tile::image_bytes, Tile::part_bytes), shared, Tile::part_bytes);
+      }
+    }
+  }
+  if (threadIdx.x == 0) wait_stores();
+#endif
+}
 
 // The rows of a tile: row r is query token r / group, head r % group of the KV head.
 struct TileRows {
@@ -156,43 +224,33 @@ struct TileRows {
   __device__ int begin(int row) const { return window > 0 ? max(end(row) - window, 0) : 0; }
 };
 
-template <int dim>
+template <int dim, bool images>
 __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cuda_item& item,
                                Walk<PrefillTile<dim>::tokens> walk, uint8_t* shared, PrefillBarriers& barriers) {
   using Tile = PrefillTile<dim>;
-  const AttendArguments& args = arguments.attend;
-  const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
+  if (images && threadIdx.x % kWarpgroup != 0) return;
+  const int32_t* const table = arguments.attend.page_table + item.sequence * arguments.attend.page_table_stride;
   bool more = walk.next();
-  int32_t next_id = more ? table[walk.page] : 0;
+  int32_t next_id = more && !images ? table[walk.page] : 0;
   for (int n = 0; more; ++n) {
-    const int slot = n % 2, parity = n / 2 % 2 ^ 1, part = walk.part, live = walk.live;
+    const int slot = n % 2, parity = n / 2 % 2 ^ 1, page = walk.page, part = walk.part, live = walk.live;
     const int32_t id = next_id;
     more = walk.next();
-    if (more) next_id = table[walk.page];
+    if (more && !images) next_id = table[walk.page];
     uint8_t* const keys = shared + Tile::keys + slot * Tile::key_bytes;
     uint8_t* const values = shared + Tile::values + slot * Tile::value_bytes;
-    const uint8_t* const record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-    const auto* const open = reinterpret_cast<const __half*>(
-        args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride);
-    const auto keys_ready = [&] { wait(&barriers.keys_free[slot], parity); };
-    const auto values_ready = [&] { wait(&barriers.values_free[slot], parity); };
-    if (id >= 0) {
-      dequantise_stretch<dim, true>(record + kHeaderBytes, arguments.key, part, shared_address(keys), keys_ready);
+    if constexpr (images) {
+      const uint8_t* const from = image_part(arguments, item, page, part, Tile::image_bytes, Tile::part_bytes);
+      wait(&barriers.keys_free[slot], parity);
+      load_bulk(keys, from, Tile::key_bytes, &barriers.keys_there[slot]);
+      wait(&barriers.values_free[slot], parity);
+      load_bulk(values, from + Tile::key_bytes, Tile::value_bytes, &barriers.values_there[slot]);
     } else {
-      keys_ready();
-      copy_stretch<dim, true>(open + part * Tile::tokens * dim, live, keys);
+      bring_stretch<dim, kWarpgroup>(
+          arguments, item, id, part, live, keys, values,
+          [&](int side) { wait(side == 0 ? &barriers.keys_free[slot] : &barriers.values_free[slot], parity); },
+          [&](int side) { arrive(side == 0 ? &barriers.keys_there[slot] : &barriers.values_there[slot]); });
     }
-    publish_stores();
-    arrive(&barriers.keys_there[slot]);
-    if (id >= 0) {
-      dequantise_stretch<dim, false>(record + arguments.value_start, arguments.value, part, shared_address(values),
-                                     values_ready);
-    } else {
-      values_ready();
-      copy_stretch<dim, false>(open + (kPageTokens + part * Tile::tokens) * dim, live, values);
-    }
-    publish_stores();
-    arrive(&barriers.values_there[slot]);
   }
 }
 
@@ -328,9 +386,18 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     if (lane == 0) arrive(&barriers.keys_free[0]);
     softmax();
     pack_weights();
+#ifdef KVMIX_ORDER
+    if (base != 0) asm volatile("bar.arrive 3, 256;\n" ::: "memory");
+#endif
     while (walk.next()) {
+#ifdef KVMIX_ORDER
+      asm volatile("bar.sync %0, 256;\n" ::"r"(3 + base / 64) : "memory");
+#endif
       start_scores(n + 1);
       start_output(n);
+#ifdef KVMIX_ORDER
+      asm volatile("bar.arrive %0, 256;\n" ::"r"(4 - base / 64) : "memory");
+#endif
       matrix_wait<1>();
       hold(s);
       if (lane == 0) arrive(&barriers.keys_free[(n + 1) % 2]);
@@ -370,7 +437,7 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
   }
 }
 
-template <int dim>
+template <int dim, bool images>
 __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __grid_constant__ PrefillArguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t space[];
@@ -385,20 +452,21 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
       row0, min(args.group * args.q_tokens - row0, kPrefillRows), item.length, args.q_tokens, args.group, args.sliding_window};
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
-      init_barrier(&barriers.keys_there[i], kProducerThreads), init_barrier(&barriers.values_there[i], kProducerThreads);
+      constexpr int kArrivals = images ? 1 : kWarpgroup;
+      init_barrier(&barriers.keys_there[i], kArrivals), init_barrier(&barriers.values_there[i], kArrivals);
       init_barrier(&barriers.keys_free[i], 8), init_barrier(&barriers.values_free[i], 8);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   }
   __syncthreads();
   const Walk<PrefillTile<dim>::tokens> walk(args, item, tile_rows.begin(0), tile_rows.end(tile_rows.rows - 1));
-  const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
-  if (role < kProducers) {
-    shrink_registers<kProducers == 1 ? 72 : 56>();
-    produce<dim>(arguments, item, walk, shared, barriers);
+  const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (role == 0) {
+    shrink_registers<images ? 24 : 72>();
+    produce<dim, images>(arguments, item, walk, shared, barriers);
   } else {
-    grow_registers<kProducers == 1 ? 216 : 200>();
-    consume<dim>(args, item, tile_rows, walk, (role - kProducers) * 64, shared, row_factor, barriers);
+    grow_registers<images ? 240 : 216>();
+    consume<dim>(args, item, tile_rows, walk, (role - 1) * 64, shared, row_factor, barriers);
   }
 #endif
 }

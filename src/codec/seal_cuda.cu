@@ -76,37 +76,44 @@ template <int dim, bool key, int bits>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
   constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1);
   constexpr uint32_t kMask = (1u << bits) - 1;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  constexpr int row_halves = tile_row(dim), tiles = dim / 16;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr unsigned row_halves = tile_row(dim), tiles = dim / 16;
   const int group_shift = 31 - __clz(side.group);
+  const bool per_token = !key || side.per_token;
   // A fragment's registers are 8 x 8 tiles, those with further rows and with further columns in turn.
   const int token = lane % 8 + (key ? lane / 8 % 2 : lane / 16) * 8, channel = (key ? lane / 16 : lane / 8 % 2) * 8;
-  const uint32_t fragment_row = shared_address(tile + token * row_halves + channel);
-  for (int block = warp; block < tiles; block += kSealWarps) {
+  const uint32_t fragment_row = shared_address(tile + token * static_cast<int>(row_halves) + channel);
+  for (unsigned block = threadIdx.x / 32; block < tiles; block += kSealWarps) {
     uint32_t w[block_words(bits)] = {};
+    float4 maps[4];  // of both codes of a register
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
-      const int index = block * 8 + field, token0 = index / tiles * 16, channel0 = index % tiles * 16;
-      // A tile lies in one group.
-      const int first_group =
-          side.per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0;
+      const unsigned index = block * 8 + static_cast<unsigned>(field), token0 = index / tiles * 16, channel0 = index % tiles * 16;
+      // A tile lies in one group; groups of channels begin with every second tile at most.
+      if (bits != 16 && (!per_token || field == 0 || channel0 == 0 || channel0 % kSegment == 0)) {
+        const CodeMap* const from = groups + (per_token ? (channel0 >> group_shift) * kPageTokens + token0
+                                                        : (token0 >> group_shift) * dim + channel0);
+        if (key && per_token) {  // the same for neighbours
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const CodeMap same = from[lane / 4 + 8 * i];
+            maps[i] = maps[i + 2] = {same.factor, same.offset, same.factor, same.offset};
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            maps[2 * i] = maps[2 * i + 1] = *reinterpret_cast<const float4*>(from + 2 * (lane % 4) + 8 * i);
+          }
+        }
+      }
       uint32_t v[4];
-      load_tiles(fragment_row + static_cast<uint32_t>(token0 * row_halves + channel0) * 2, !key, v);
+      load_tiles(fragment_row + (token0 * row_halves + channel0) * 2, !key, v);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
-        const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2);
-        const int group = first_group + (key && side.per_token ? row : column);
         if constexpr (bits == 16) {
           w[code_place(16, reg, field).word] = v[reg];
         } else {
-          // The maps of both; neighbours in their order unless they are the same group.
-          float4 g;
-          if (key && side.per_token) {
-            const CodeMap same = groups[group];
-            g = {same.factor, same.offset, same.factor, same.offset};
-          } else {
-            g = *reinterpret_cast<const float4*>(groups + group);
-          }
+          const float4 g = maps[reg];
           const float2 x = __half22float2(half2_of(v[reg]));
           const uint32_t c0 = __float_as_uint(raised_code(x.x, {g.x, g.y}, kTop));
           const uint32_t c1 = __float_as_uint(raised_code(x.y, {g.z, g.w}, kTop));
@@ -470,6 +477,7 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
       if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
     if (way == Way::kFitted || (changed && args.fitted)) {
+      auto* const fits = reinterpret_cast<GroupScale*>(space + layout.ranges);
       // Whole warps: `width` is a multiple of the eight groups that a warp takes.
       for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
         const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
@@ -492,8 +500,10 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
             stored = fit(std::integral_constant<int, 32>{});
             break;
         }
-        if (job % kPartialSums == 0) store(at, i, g, stored);
+        if (job % kPartialSums == 0) fits[at] = stored;
       }
+      __syncthreads();
+      for (int at = thread; at < count_of_groups; at += kSealThreads) store(at, at % width, at / width, fits[at]);
     } else {
       auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
       auto* const highs = lows + kPageTokens / kSegment * dim;

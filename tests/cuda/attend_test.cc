@@ -437,13 +437,28 @@ TEST_P(CudaPrefill, Bfloat16) { check({GetParam(), 4, 2, 140, 0, 128, 0, 0, 0.0f
 TEST_P(CudaPrefill, SmallValues) { check({GetParam(), 2, 2, 130, 0, 0, 0, 0, 0.0f, {512}, 1e-3f}); }
 TEST_P(CudaPrefill, LargeValues) { check({GetParam(), 2, 2, 130, 0, 0, 0, 0, 0.0f, {512}, 3000.0f}); }
 TEST_P(CudaPrefill, LongContext) { check({GetParam(), 1, 1, 130, 16, 128, 0, 0, 0.0f, {20000}}); }
+// From 512 query rows a KV head on, pages may be dequantised before.
+TEST_P(CudaPrefill, LongChunks) {
+  for (const int tokens : {511, 512, 513}) check({GetParam(), 1, 1, tokens, 0, 0, 0, 0, 0.0f, {tokens, tokens + 129, 1300}});
+}
+TEST_P(CudaPrefill, LongChunksOfGroupedHeads) {
+  check({GetParam(), 6, 2, 260, 0, 128, 0, 0, 0.0f, {0, 1, 259, 260, 700, 1111}});
+}
+TEST_P(CudaPrefill, LongChunksWithSinks) {
+  for (const int sinks : {4, 65, 128}) check({GetParam(), 4, 2, 260, sinks, 200, 0, 0, 0.0f, {260, 391, 1025}});
+}
+TEST_P(CudaPrefill, LongChunksInSlidingWindows) {
+  for (const int window : {1, 100, 400}) check({GetParam(), 4, 2, 260, 4, 128, window, 0, 20.0f, {260, 400, 1300}, 1.0f, true});
+}
 TEST_P(CudaPrefill, Graph) {
-  World world({GetParam(), 4, 2, 100, 0, 64, 0, 0, 0.0f, {700, 1111}});
-  std::vector<uint16_t> direct, replayed;
-  std::vector<float> lse;
-  world.run(&direct, &lse);
-  world.run(&replayed, &lse, true);
-  EXPECT_EQ(direct, replayed);
+  for (const int tokens : {100, 260}) {
+    World world({GetParam(), 4, 2, tokens, 0, 64, 0, 0, 0.0f, {700, 1111}});
+    std::vector<uint16_t> direct, replayed;
+    std::vector<float> lse;
+    world.run(&direct, &lse);
+    world.run(&replayed, &lse, true);
+    EXPECT_EQ(direct, replayed);
+  }
 }
 
 struct SealCase {
