@@ -2,7 +2,9 @@
 include(CMakePackageConfigHelpers)
 set(kvmix_targets kvmix_core)
 install(TARGETS ${kvmix_targets} EXPORT kvmixTargets)
-install(DIRECTORY include/kvmix DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+# The engine is not part of the package; its headers would promise what cannot be linked.
+install(DIRECTORY include/kvmix DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} PATTERN "engine.h" EXCLUDE PATTERN "eval.h" EXCLUDE
+        PATTERN "measure.h" EXCLUDE)
 install(EXPORT kvmixTargets NAMESPACE kvmix:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/kvmix)
 configure_package_config_file(cmake/kvmixConfig.cmake.in ${CMAKE_CURRENT_BINARY_DIR}/kvmixConfig.cmake
   INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/kvmix)

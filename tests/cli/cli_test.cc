@@ -167,6 +167,21 @@ TEST_F(CliPlans, PlansAreMeasuredAsAWhole) {
           {"window"});
 }
 
+// What inspect says in words it says as JSON too.
+TEST_F(CliPlans, RanksAndSizesAreShownInBothForms) {
+  const std::string words = run({"inspect", profile_}).out;
+  const json ranks = json::parse(run({"inspect", profile_, "--json"}).out)["rank_correlation"]["with_kl_at_2_bits"];
+  ASSERT_TRUE(ranks.contains("output")) << ranks;
+  char shown[64];
+  std::snprintf(shown, sizeof shown, "%.3f together", ranks["output"]["together"].get<double>());
+  EXPECT_NE(words.find(shown), std::string::npos) << shown << "\n" << words;
+  const std::string plan = plan_file();
+  const std::string sizes = run({"inspect", plan, "--model", model_}).out;
+  const json as_json = json::parse(run({"inspect", plan, "--model", model_, "--json"}).out);
+  EXPECT_NE(sizes.find("pages x " + as_json["formula"]["sealed_page_bytes"].dump() + " B"), std::string::npos) << sizes;
+  EXPECT_EQ(as_json["sizes"][0]["context"], 1024);
+}
+
 TEST_F(CliPlans, SequencesShareTheBytes) {
   const std::string plan = folder_.file("plan.json");
   const Outcome o =
