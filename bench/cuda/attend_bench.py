@@ -252,11 +252,12 @@ def seal_table(lib, copy, repeat):
 
 def prefill_table(lib, repeat):
     """A whole prompt over its own packed pages, against causal fp16 attention."""
-    print("| prefill (batch, q heads, KV heads, tokens) | bits K/V | fp16 ms | packed ms | ratio | kernel |")
-    print("|---|---|--:|--:|--:|---|")
-    for batch, q_heads, kv_heads, length in ((1, 32, 32, 4096), (1, 32, 8, 4096), (1, 32, 8, 16384)):
-        q = torch.randn(batch, q_heads, length, DIM, dtype=torch.float16, device="cuda")
-        k = torch.randn(batch, kv_heads, length, DIM, dtype=torch.float16, device="cuda")
+    print("| prefill (batch, q heads, KV heads, tokens) | head_dim | bits K/V | fp16 ms | packed ms | ratio | kernel |")
+    print("|---|--:|---|--:|--:|--:|---|")
+    for batch, q_heads, kv_heads, length, dim in ((1, 32, 32, 4096, DIM), (1, 32, 8, 4096, DIM), (1, 32, 8, 16384, DIM),
+                                                  (1, 32, 8, 8192, 64), (1, 16, 4, 8192, 256)):
+        q = torch.randn(batch, q_heads, length, dim, dtype=torch.float16, device="cuda")
+        k = torch.randn(batch, kv_heads, length, dim, dtype=torch.float16, device="cuda")
         times = []
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             def call():
@@ -267,9 +268,9 @@ def prefill_table(lib, repeat):
             except RuntimeError:
                 pass  # this backend does not take the shape
         for bits in ((2, 2), (4, 4)):
-            cache = Packed(lib, bits, batch, q_heads, kv_heads, length, q_tokens=length)
+            cache = Packed(lib, bits, batch, q_heads, kv_heads, length, dim=dim, q_tokens=length)
             ms = timed([cache.launch], repeat)
-            print(f"| {(batch, q_heads, kv_heads, length)} | {bits[0]}/{bits[1]} | {min(times):.4f} | {ms:.4f} | "
+            print(f"| {(batch, q_heads, kv_heads, length)} | {dim} | {bits[0]}/{bits[1]} | {min(times):.4f} | {ms:.4f} | "
                   f"{min(times) / ms:.2f} | {cache.kernel} |", flush=True)
 
 

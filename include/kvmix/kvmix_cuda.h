@@ -85,7 +85,9 @@ typedef struct kvmix_cuda_attend_params {
 kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
                              kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
-/* Attention in one launch, decode and prefill. Can be captured in a graph. Every slot of a packed page must be finite. */
+/* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, whose
+ * workspace then holds all pages of the items as fp16. Can be captured in a graph. Every slot of a packed page must be finite.
+ */
 kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed

@@ -1,8 +1,9 @@
 // The page kernel: attention over any mixture of formats, any number of query rows, head_dim 64, 96, 128 and 256. A thread
 // block of four warps takes one item (decode) or one tile of 64 query rows of it (prefill), and walks its pages: the page is
-// dequantised once into shared memory as fp16 (keys [token][channel], values [channel][token]), then every warp runs
-// mma.m16n8k16 with 16 query rows as operand A. With at most 16 rows the warps share the rows and split the page's tokens,
-// otherwise they share the tokens and split the rows. The softmax is in base 2, weights are held at 2^kLift over the maximum.
+// dequantised into shared memory as fp16 (keys [token][channel], values [channel][token]), then every warp runs mma.m16n8k16
+// with 16 query rows as operand A. With at most 16 rows the warps share the rows and split the page's tokens, each dequantising
+// its own and waiting for no other; otherwise they share the tokens and split the rows. The softmax is in base 2, weights are
+// held at 2^kLift over the maximum.
 #pragma once
 
 #include "attention/attend_cuda_common.cuh"

@@ -386,18 +386,9 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     if (lane == 0) arrive(&barriers.keys_free[0]);
     softmax();
     pack_weights();
-#ifdef KVMIX_ORDER
-    if (base != 0) asm volatile("bar.arrive 3, 256;\n" ::: "memory");
-#endif
     while (walk.next()) {
-#ifdef KVMIX_ORDER
-      asm volatile("bar.sync %0, 256;\n" ::"r"(3 + base / 64) : "memory");
-#endif
       start_scores(n + 1);
       start_output(n);
-#ifdef KVMIX_ORDER
-      asm volatile("bar.arrive %0, 256;\n" ::"r"(4 - base / 64) : "memory");
-#endif
       matrix_wait<1>();
       hold(s);
       if (lane == 0) arrive(&barriers.keys_free[(n + 1) % 2]);

@@ -12,12 +12,14 @@
 #include "attention/cuda_support.h"
 #include "attention/launch_cuda.h"
 #include "base/fp16.h"
+#include "codec/feedback_cuda.cuh"
+#include "codec/fit_cuda.cuh"
 #include "codec/quantize.h"
 
 namespace kvmix::cuda {
 namespace {
 
-constexpr int kSegment = 32, kSealThreads = 256, kSealWarps = kSealThreads / 32;
+constexpr int kSegment = 32;
 
 struct SealArguments {
   const uint8_t* open_pages;
@@ -30,15 +32,6 @@ struct SealArguments {
   bool fitted;
   kvmix_cuda_transform key_transform, value_transform;
 };
-
-// Halves of a row of the tile: four banks further a row, for fragments and fits alike.
-__host__ __device__ constexpr int tile_row(int head_dim) { return head_dim + 8; }
-// Tokens whose errors are fed back at once, channels of a token that a thread takes, and those of all threads of a token.
-__host__ __device__ constexpr int feedback_tokens(int head_dim) { return head_dim <= 128 ? kPageTokens : kPageTokens / 2; }
-constexpr int kFeedbackChannels = 8;
-__host__ __device__ constexpr int feedback_block(int head_dim) {
-  return kFeedbackChannels * kSealThreads / feedback_tokens(head_dim);
-}
 
 // Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
 // every group and, for feedback, its scale and midpoint (half2), rounding errors.
@@ -88,11 +81,12 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
     float4 maps[4];  // of both codes of a register
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
-      const unsigned index = block * 8 + static_cast<unsigned>(field), token0 = index / tiles * 16, channel0 = index % tiles * 16;
+      const unsigned index = block * 8 + static_cast<unsigned>(field), token0 = index / tiles * 16,
+                     channel0 = index % tiles * 16;
       // A tile lies in one group; groups of channels begin with every second tile at most.
       if (bits != 16 && (!per_token || field == 0 || channel0 == 0 || channel0 % kSegment == 0)) {
-        const CodeMap* const from = groups + (per_token ? (channel0 >> group_shift) * kPageTokens + token0
-                                                        : (token0 >> group_shift) * dim + channel0);
+        const CodeMap* const from =
+            groups + (per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0);
         if (key && per_token) {  // the same for neighbours
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -172,8 +166,6 @@ __device__ inline uint32_t finite_pair(uint32_t v) {
   if ((v & 0x7c000000u) == 0x7c000000u) v &= 0xffffu;
   return v;
 }
-__device__ inline float finite(float v) { return fabsf(v) < INFINITY ? v : 0.0f; }
-
 // The page's rows to the tile.
 template <int dim>
 __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) {
@@ -243,184 +235,6 @@ __device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half
     for (int i = 0; i < kPerLane; ++i) {
       const __half h = __float2half_rn(x[i]);
       tile[row * tile_row(dim) + 32 * i + lane] = as_is || !__hisinf(h) && !__hisnan(h) ? h : __float2half_rn(0.0f);
-    }
-  }
-}
-
-// The sums of kInteger + code over a few codes give those of codes and of their squares at once: with kInteger = 301 * 2^22,
-// the square of (kInteger + c) is 301 * 2^23 c + c^2 mod 2^32. So the low 23 bits add up the squares, and the rest, times
-// 301^-1 mod 512, the codes, as long as neither overflows: 32 codes of up to 4 bits do not. Codes above, squares below.
-__device__ inline uint32_t code_sums(uint32_t sum) {
-  constexpr uint32_t kInverse = 165;
-  static_assert(301 * kInverse % 512 == 1);
-  return ((sum >> 23) * kInverse & 511u) << 16 | (sum & 0x7fffffu);
-}
-
-// Fits the groups of a warp: eight rows (tokens) from `line` on, or columns, kValues * kPartialSums values each from `first`
-// on. Lanes 4 r .. 4 r + 3 take group r, lane j of them partial sum j's values.
-template <int kValues, int row_halves>
-__device__ GroupScale fit_values(const __half* tile, bool columns, int line, int first, int bits) {
-  constexpr uint32_t kInteger = 0x4b400000u;  // the bits of kRoundToInteger
-  static_assert(kInteger == 301u << 22);
-  const float top = static_cast<float>((1 << bits) - 1);
-  const int lane = static_cast<int>(threadIdx.x) % 32, j = lane % kPartialSums;
-  const auto all = [](auto v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
-  };
-  const uint32_t from = shared_address(columns ? tile + (first + lane) * row_halves + line
-                                               : tile + (line + lane % 8) * row_halves + first + lane / 8 * 8);
-  const uint32_t step = columns ? 2 * row_halves : 2;
-  uint32_t x[kValues / 2];
-#pragma unroll
-  for (int i = 0; i < kValues / 2; i += 4) {
-    uint32_t v[4];
-    load_tiles(from + static_cast<uint32_t>(i * 8) * step, columns, v);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) x[i + k] = v[k];
-  }
-  __half2 lows = half2_of(x[0]), highs = lows;
-#pragma unroll
-  for (int i = 1; i < kValues / 2; ++i) lows = __hmin2(lows, half2_of(x[i])), highs = __hmax2(highs, half2_of(x[i]));
-#pragma unroll
-  for (int other = 1; other < kPartialSums; other *= 2) {
-    lows = __hmin2(lows, __shfl_xor_sync(~0u, lows, other)), highs = __hmax2(highs, __shfl_xor_sync(~0u, highs, other));
-  }
-  const float2 low = __half22float2(lows), high = __half22float2(highs);
-  const CodedRange range = coded_range({fminf(low.x, low.y), fmaxf(high.x, high.y)}, true);
-  float y[kValues], sum_y = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kValues; i += 2) {
-    const float2 pair = __half22float2(half2_of(x[i / 2]));
-    y[i] = pair.x - range.middle, y[i + 1] = pair.y - range.middle;
-    sum_y += y[i];
-    sum_y += y[i + 1];
-  }
-  return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), [&](CodeMap map) {
-    float product = 0.0f;
-    if (bits > 4) {  // sums of wide codes, rarely wanted, in a loop of their own over the tile
-      const int step = columns ? row_halves : 1;
-      const __half* const mine = columns ? tile + (first + 2 * j) * row_halves + line + lane / 4
-                                         : tile + (line + lane / 4) * row_halves + first + 2 * j;
-      float code = 0.0f, squared = 0.0f;
-#pragma unroll 1
-      for (int i = 0; i < kValues; ++i) {
-        const float v = __half2float(mine[(i / 2 * 2 * kPartialSums + i % 2) * step]) - range.middle;
-        const float c = quantize_code(v, map, top);
-        code += c;
-        squared = __fmaf_rn(c, c, squared);
-        product = __fmaf_rn(c, v, product);
-      }
-      return FitSums{all(code), all(squared), all(product)};
-    }
-    uint32_t squares[2] = {};
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const float raised = raised_code(y[i], map, top);
-      squares[i % 2] += __float_as_uint(raised) * __float_as_uint(raised);
-      product = __fmaf_rn(raised - kRoundToInteger, y[i], product);
-    }
-    const uint32_t sums = all(code_sums(squares[0] + squares[1]));
-    return FitSums{static_cast<float>(sums >> 16), static_cast<float>(sums & 0xffffu), all(product)};
-  });
-}
-
-// A thread's share of the weights of a block of channels from c0 on, [input channel][channel of the block]; a warp reads 8 of 4
-// rows at a time.
-template <int dim>
-struct PanelShare {
-  static constexpr int block = feedback_block(dim), loads = dim * block / kSealThreads, parts = 4 * kSealWarps / block;
-  float v[loads];
-
-  __device__ static int channel() {
-    return (static_cast<int>(threadIdx.x) / 32 * 4 + static_cast<int>(threadIdx.x) % 4) % block;
-  }
-  __device__ static int input(int i) {
-    const int thread = static_cast<int>(threadIdx.x);
-    return (thread / 32 * 4 / block + i * parts) * 8 + thread % 32 / 4;
-  }
-  __device__ void load(const float* weights, int c0) {
-    const int c = c0 + channel();
-#pragma unroll
-    for (int i = 0; i < loads; ++i) v[i] = input(i) < c ? __ldg(weights + c * (c - 1) / 2 + input(i)) : 0.0f;
-  }
-  __device__ void store(float* panel) const {
-#pragma unroll
-    for (int i = 0; i < loads; ++i) panel[input(i) * block + channel()] = v[i];
-  }
-};
-
-// Rounds a page with error feedback as feedback_tile (kvmix/codec.h) does and leaves codes in the tile. Channels come in
-// blocks, 8 of them to each thread of a token: first all threads add what the errors of the blocks before mean for their
-// channels, the block's weights in shared memory, then they take turns, since the errors of 8 channels change those of the
-// next. Every sum runs over the channels in their order. `stored` holds scales and midpoints of groups.
-template <int dim>
-__device__ void feed_back(const SideShape& side, const float* weights, const CodeMap* groups, const __half2* stored,
-                          float* errors, float* panel, __half* tile) {
-  constexpr int kTokens = feedback_tokens(dim), kBlock = feedback_block(dim), kTurns = kBlock / kFeedbackChannels;
-  const float top = static_cast<float>((1 << side.bits) - 1), centre = code_centre(side.bits);
-  const int group_shift = 31 - __clz(side.group);
-  const int turn = static_cast<int>(threadIdx.x) / kTokens;
-  PanelShare<dim> share;
-  share.load(weights, 0);
-  for (int strip = 0; strip < kPageTokens; strip += kTokens) {
-    const int token = strip + static_cast<int>(threadIdx.x) % kTokens;
-    float* const mine = errors + token - strip;
-    for (int c0 = 0; c0 < dim; c0 += kBlock) {
-      __syncthreads();
-      share.store(panel);
-      __syncthreads();
-      share.load(weights, (c0 + kBlock) % dim);
-      const int first = c0 + turn * kFeedbackChannels;
-      const float* const my_weights = panel + turn * kFeedbackChannels;
-      uint4* const cells = reinterpret_cast<uint4*>(tile + token * tile_row(dim) + first);
-      float exact[kFeedbackChannels], wanted[kFeedbackChannels];
-      const uint4 before = *cells;
-      const uint32_t pairs[4] = {before.x, before.y, before.z, before.w};
-#pragma unroll
-      for (int k = 0; k < kFeedbackChannels; k += 2) {
-        const float2 x = __half22float2(half2_of(pairs[k / 2]));
-        exact[k] = wanted[k] = x.x, exact[k + 1] = wanted[k + 1] = x.y;
-      }
-      CodeMap maps[kFeedbackChannels];
-      float2 scales[kFeedbackChannels];
-#pragma unroll
-      for (int k = 0; k < kFeedbackChannels; ++k) {
-        const int c = first + k;
-        const int group = side.per_token ? (c >> group_shift) * kPageTokens + token : (token >> group_shift) * dim + c;
-        maps[k] = groups[group], scales[k] = __half22float2(stored[group]);
-      }
-      const auto add = [&](int i) {
-        const float error = mine[i * kTokens];
-        const auto* const w = reinterpret_cast<const float4*>(my_weights + i * kBlock);
-        const float4 a = w[0], b = w[1];
-        const float row[kFeedbackChannels] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int k = 0; k < kFeedbackChannels; ++k) wanted[k] = wanted[k] + row[k] * error;
-      };
-#pragma unroll 4
-      for (int i = 0; i < c0; ++i) add(i);
-      for (int now = 0; now < kTurns; ++now) {
-        if (turn == now) {
-          float fresh[kFeedbackChannels], code[kFeedbackChannels];
-#pragma unroll
-          for (int k = 0; k < kFeedbackChannels; ++k) {
-#pragma unroll
-            for (int i = 0; i < k; ++i) wanted[k] = wanted[k] + my_weights[(first + i) * kBlock + k] * fresh[i];
-            code[k] = quantize_code(finite(wanted[k]), maps[k], top);
-            fresh[k] = exact[k] - (scales[k].y + scales[k].x * (code[k] - centre));
-          }
-#pragma unroll
-          for (int k = 0; k < kFeedbackChannels; ++k) mine[(first + k) * kTokens] = fresh[k];
-          *cells = {pack(code[0], code[1]), pack(code[2], code[3]), pack(code[4], code[5]), pack(code[6], code[7])};
-        }
-        if (now == kTurns - 1) break;
-        __syncthreads();
-        if (turn > now) {
-#pragma unroll
-          for (int i = 0; i < kFeedbackChannels; ++i) add(c0 + now * kFeedbackChannels + i);
-        }
-      }
     }
   }
 }

@@ -35,6 +35,12 @@ void tanh_back(ggml_tensor* out, const ggml_tensor* gradient, const ggml_tensor*
 ggml_tensor* heads_outside(ggml_context* ctx, ggml_tensor* t) { return ggml_permute(ctx, t, 0, 2, 1, 3); }
 ggml_tensor* transposed(ggml_context* ctx, ggml_tensor* t) { return ggml_cont(ctx, ggml_transpose(ctx, t)); }
 
+// softmax(scale K Q^T + mask): [n, n, q_heads].
+ggml_tensor* probabilities(ggml_context* ctx, const LayerNodes& layer, float scale) {
+  ggml_tensor* s = ggml_mul_mat(ctx, heads_outside(ctx, layer.k), heads_outside(ctx, layer.q));
+  return ggml_soft_max_ext(ctx, s, layer.mask, scale, 0.0f);
+}
+
 }  // namespace
 
 TransposedWeights::TransposedWeights(const GgufModel& model) {
@@ -47,7 +53,8 @@ TransposedWeights::TransposedWeights(const GgufModel& model) {
   for (const ggml_tensor* m : matrices) transposed_[m] = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, m->ne[1], m->ne[0]);
   buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), ggml_backend_cpu_buffer_type()));
   if (buffer_ == nullptr)
-    throw Error(Status::kOutOfMemory, "not enough memory for the transposed fp32 weights that gradients need; free some, or take a smaller model");
+    throw Error(Status::kOutOfMemory,
+                "not enough memory for the transposed fp32 weights that gradients need; free some, or take a smaller model");
   std::vector<float> row;
   for (const ggml_tensor* m : matrices) {
     // A repacked matrix is read from its original, which has the same name in the file.
@@ -67,11 +74,9 @@ ggml_tensor* DifferentiableHooks::attention(ggml_context* ctx, int64_t il, ggml_
   layer.q = q;
   layer.k = k;
   layer.v = v;
-  ggml_tensor* mask = p_.is_local(il) ? inputs_.mask_local : inputs_.mask_global;
-  ggml_tensor* s = ggml_mul_mat(ctx, heads_outside(ctx, k), heads_outside(ctx, q));
-  layer.scores = ggml_soft_max_ext(ctx, s, mask, p_.attention_scale, 0.0f);
+  layer.mask = p_.is_local(il) ? inputs_.mask_local : inputs_.mask_global;
   ggml_tensor* vt = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));  // [n, head_dim, kv_heads]
-  ggml_tensor* o = ggml_mul_mat(ctx, vt, layer.scores);
+  ggml_tensor* o = ggml_mul_mat(ctx, vt, probabilities(ctx, layer, p_.attention_scale));
   layer.out = ggml_cont_2d(ctx, heads_outside(ctx, o), q->ne[0] * q->ne[1], q->ne[2]);
   return layer.out;
 }
@@ -170,7 +175,9 @@ void Backward::propagate(ggml_tensor* t, ggml_tensor* g) {
 
 // out = (softmax(scale K Q^T + mask) V), heads of a group sharing K and V.
 void Backward::propagate_attention(LayerNodes& layer, ggml_tensor* g) {
-  ggml_tensor *q = layer.q, *k = layer.k, *v = layer.v, *p = layer.scores;
+  ggml_tensor *q = layer.q, *k = layer.k, *v = layer.v;
+  // Made again: those of all layers together would be most of the memory of a pass.
+  ggml_tensor* p = probabilities(ctx_, layer, p_.attention_scale);
   const int64_t dim = q->ne[0], heads = q->ne[1], n = q->ne[2], kv_heads = k->ne[1], group = heads / kv_heads;
   // [head_dim, n, q_heads]
   ggml_tensor* go = ggml_cont(ctx_, heads_outside(ctx_, ggml_reshape_3d(ctx_, g, dim, heads, n)));

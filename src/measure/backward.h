@@ -26,7 +26,7 @@ class TransposedWeights {
 // One layer's attention and projections in the graph, and their gradients once backward ran.
 struct LayerNodes {
   ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr;  // [head_dim, heads, n], rotated
-  ggml_tensor *scores = nullptr, *out = nullptr;         // softmax [n, n, q_heads]; output [head_dim * q_heads, n]
+  ggml_tensor *mask = nullptr, *out = nullptr;           // f32 [n, n]; output [head_dim * q_heads, n]
   ggml_tensor *input = nullptr, *key_projection = nullptr, *value_projection = nullptr;
 };
 
