@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "eval/contender.h"
 #include "eval/divergence.h"
 #include "kvmix/eval.h"
 #include "support/models.h"
@@ -109,6 +110,36 @@ TEST(Generation, AgreesWithItselfAndNotForLongAtOneBit) {
   EXPECT_THROW(evaluate_generation(model, testing::long_text(60), subjects, options, {}), Error);
   options.tokens = 48;
   EXPECT_THROW(evaluate_generation(model, "short", subjects, options, {}), Error);
+}
+
+// What lets prompts share their beginning: after a detour the marked sequence goes on as if there had been none.
+TEST(Contender, RewindsToWhatWasMarked) {
+  const std::string path = testing::model_file("smollm2");
+  const auto model = Model::load(path);
+  const std::vector<Token> tokens = testing::long_text_tokens(*model, 1301);
+  std::vector<Token> detour(tokens.rbegin(), tokens.rend());
+  const std::span<const Token> text(tokens);
+  ContenderOptions options;
+  options.context = 1536;
+  options.threads = 2;
+  for (const EvalSubject& subject : {EvalSubject{"2/2", uniform(*model, "2"), ""}, EvalSubject{"peer", std::nullopt, "q8_0"}}) {
+    const auto finish = [&](Contender& row) {
+      row.feed(text.subspan(512, 512), false);
+      row.feed(text.subspan(1024, 276), false);
+      const auto logits = row.decode(text.subspan(1300, 1));
+      return std::vector<float>(logits.begin(), logits.end());
+    };
+    const auto alone = make_contender(model, subject, options), shared = make_contender(model, subject, options);
+    alone->feed(text.first(512), false);
+    shared->feed(text.first(512), false);
+    shared->mark();
+    for (int i = 0; i < 2; ++i) {
+      shared->feed(std::span<const Token>(detour).first(200), false);  // enough to seal a page
+      shared->decode(std::span<const Token>(detour).first(1));
+      shared->rewind();
+    }
+    EXPECT_EQ(finish(*shared), finish(*alone)) << subject.name;
+  }
 }
 
 TEST(Needle, IsFoundInAnF16CacheAtAThousandTokens) {
