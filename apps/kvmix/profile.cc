@@ -1,6 +1,7 @@
 // kvmix profile: measures a model once, for planners.
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <memory>
@@ -14,6 +15,9 @@
 
 namespace kvmix::app {
 namespace {
+
+constexpr int kMostTokens = 2048;  // of a window
+constexpr int kJoined = 512;       // prompts of fewer tokens are joined to windows
 
 struct Arguments {
   std::string model, out = "profile.json", sensitivity;
@@ -44,6 +48,8 @@ int profile(const Arguments& arguments, const Common& common) {
     SensitivityOptions options;
     options.metric = arguments.sensitivity;
     options.windows = arguments.windows;
+    // As long as prompts, so that one pass gives both scores and sensitivities; short prompts are joined.
+    options.tokens = arguments.calibration.tokens < kJoined ? kMostTokens : std::min(arguments.calibration.tokens, kMostTokens);
     options.threads = common.threads;
     options.fp16 = fp16_of(arguments, model->shape());
     measured.fingerprint = model->shape().fingerprint;
@@ -91,7 +97,10 @@ void add_profile(CommandContext& context) {
       "--calib", calibration.file,
       "Calibration text, .txt or .jsonl with {\"text\": ...}; without it the project's own prompts, continued by the model");
   command->add_option("--prompts", calibration.prompts, "Prompts")->check(CLI::Range(1, 4096))->capture_default_str();
-  command->add_option("--tokens", calibration.tokens, "Tokens per prompt, continuation included")
+  command
+      ->add_option(
+          "--tokens", calibration.tokens,
+          "Tokens per prompt, continuation included; memory grows with their square: SmolLM2 takes about 10 GB at 2048")
       ->check(CLI::Range(16, 32768))
       ->capture_default_str();
   command->add_option("--seed", calibration.seed, "Seed of the continuations")->capture_default_str();
@@ -101,7 +110,9 @@ void add_profile(CommandContext& context) {
           "Also measure what each codec costs in each layer: kl (on the running cache), fisher (from gradients) or output "
           "(attention output)")
       ->check(CLI::IsMember({"kl", "fisher", "output"}));
-  command->add_option("--windows", arguments->windows, "--sensitivity: windows of up to 2048 tokens, made of the prompts")
+  command
+      ->add_option("--windows", arguments->windows,
+                   "--sensitivity: windows of up to 2048 tokens: prompts, joined where they have fewer than 512")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
   const auto fp16 = [&](const char* name, int& value, const char* help) {
