@@ -1,5 +1,5 @@
 // The CUDA kernels: attention against a double-precision oracle on the same codes, sealing against the CPU codec. What needs a
-// GPU skips loudly without one.
+// GPU skips loudly without one. One long file: its tests share one problem, one oracle and one bound.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
