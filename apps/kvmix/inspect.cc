@@ -83,9 +83,9 @@ void inspect_model(const std::string& path, bool json) {
   fmt::print("\n");
 }
 
-// What a sequence costs: sinks, fp16 pages and sealed pages, each of all layers and heads.
+// What a sequence costs: sinks, open pages and sealed pages, each of all layers and heads.
 struct Formula {
-  size_t sink_bytes = 0, f16_page_bytes = 0, sealed_page_bytes = 0;
+  size_t sink_bytes = 0, open_page_bytes = 0, sealed_page_bytes = 0;
 };
 
 Formula formula_of(const Plan& plan, const ModelShape& shape) {
@@ -93,9 +93,9 @@ Formula formula_of(const Plan& plan, const ModelShape& shape) {
   for (const LayerConfig& l : cache_config(plan, shape).layers) {
     const auto heads = static_cast<size_t>(l.kv_heads);
     f.sealed_page_bytes += heads * (tile_bytes(l.key.codec, l.head_dim) + tile_bytes(l.value.codec, l.head_dim));
-    const size_t f16_page = heads * 2 * tile_bytes(CodecSpec{}, l.head_dim);
-    f.f16_page_bytes += f16_page;
-    f.sink_bytes += f16_page / kPageTokens * static_cast<size_t>(l.sinks);
+    for (const CodecSpec& codec : {l.key.codec, l.value.codec})
+      f.open_page_bytes += heads * tile_bytes(codec.is_f16() ? codec : l.recent, l.head_dim);
+    f.sink_bytes += heads * 2 * tile_bytes(CodecSpec{}, l.head_dim) / kPageTokens * static_cast<size_t>(l.sinks);
   }
   return f;
 }
@@ -115,7 +115,7 @@ void inspect_plan(const Arguments& arguments, bool json) {
     if (model) {
       const Formula f = formula_of(plan, model->shape());
       value["formula"] = {{"sink_bytes", f.sink_bytes},
-                          {"f16_page_bytes", f.f16_page_bytes},
+                          {"open_page_bytes", f.open_page_bytes},
                           {"sealed_page_bytes", f.sealed_page_bytes},
                           {"page_tokens", kPageTokens}};
       value["sizes"] = plan_costs_json(plan, model->shape());
@@ -126,12 +126,13 @@ void inspect_plan(const Arguments& arguments, bool json) {
   fmt::print("plan          for {} by {}\n", plan.model, plan.planner);
   fmt::print("fingerprint   {}\n", plan.fingerprint);
   if (!plan.note.empty()) fmt::print("note          {}\n", plan.note);
+  const std::string recent = to_string(plan.recent);
   if (plan.window.ratio_key > 0 || plan.window.ratio_value > 0) {
-    fmt::print("f16           {} sinks, window {} of keys and {} of values of the f16 tail\n", plan.sinks,
-               plan.window.ratio_key, plan.window.ratio_value);
+    fmt::print("not packed    {} sinks (f16), window {} of keys and {} of values of that tail ({})\n", plan.sinks,
+               plan.window.ratio_key, plan.window.ratio_value, recent);
   } else {
-    fmt::print("f16           {} sinks, window of {} to {} newest tokens\n", plan.sinks, plan.window.tokens,
-               plan.window.tokens + kPageTokens);
+    fmt::print("not packed    {} sinks (f16), window of {} to {} newest tokens ({})\n", plan.sinks, plan.window.tokens,
+               plan.window.tokens + kPageTokens, recent);
     if (plan.local_sinks) fmt::print("              {} sinks in layers with a sliding window\n", *plan.local_sinks);
   }
   fmt::print("code bits     keys {:.3f}, values {:.3f} on average over layers\n\n", mean_bits(plan, Side::kKey),
@@ -143,9 +144,9 @@ void inspect_plan(const Arguments& arguments, bool json) {
   }
   const Formula f = formula_of(plan, model->shape());
   fmt::print(
-      "\nformula       {} B of sinks + f16 pages x {} B + sealed pages x {} B + tables;\n              a page is {} "
+      "\nformula       {} B of sinks + open pages x {} B + sealed pages x {} B + tables;\n              a page is {} "
       "tokens of all layers\n",
-      f.sink_bytes, f.f16_page_bytes, f.sealed_page_bytes, kPageTokens);
+      f.sink_bytes, f.open_page_bytes, f.sealed_page_bytes, kPageTokens);
   print_plan_costs(plan, model->shape());
 }
 

@@ -1,8 +1,9 @@
-// The cache: per (sequence, layer, KV head) a bag of pages, appended to in fp16 and sealed into packed pages.
+// The cache: per (sequence, layer, KV head) a bag of pages, appended to in fp16 or 8 bits and sealed into packed pages.
 //
 // Token positions of a sequence: [0, sinks) live in the sink rows (fp16 for ever); after them come pages of kPageTokens.
 // Page p is sealed, before the next token is appended, once `window` newer tokens exist behind its last slot. So between
-// `window` and `window + kPageTokens` newest tokens are fp16, whether they came one at a time or in page-aligned chunks.
+// `window` and `window + kPageTokens` newest tokens are not sealed, whether they came one at a time or in page-aligned chunks.
+// Their rows are fp16, or (`recent`) 8-bit codes, which take half the room and are sealed from.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +40,7 @@ struct SideConfig {
   friend bool operator==(const SideConfig&, const SideConfig&) = default;
 };
 
-// How many newest tokens stay fp16.
+// How many newest tokens stay unsealed.
 struct WindowRule {
   int tokens = 128;       // fixed window; used when ratio is 0
   float ratio_key = 0;    // > 0: the paper's rule (KVmix b.4): about ratio x the current fp16 tail stays; per side, the
@@ -55,6 +56,9 @@ struct LayerConfig {
   int sliding_window = 0;         // > 0: a query at position p sees keys in (p - sliding_window, p]; older pages are freed
   int sinks = 16;
   WindowRule window;
+  // Rows that are not sealed yet, of sides that are not fp16 altogether: f16, or min-max codes of 8 bits scaled per token
+  // ("int8.token.g64.minmax.zero").
+  CodecSpec recent;
   SideConfig key, value;
 };
 
@@ -76,7 +80,7 @@ struct StepItem {
 // Real bytes, from the allocator. `total` is what the pool has taken from the system for these sequences.
 struct MemoryReport {
   size_t sealed_bytes = 0;   // packed pages in use (codes, scales, padding)
-  size_t open_bytes = 0;     // fp16 pages: window and the page being filled, unused slots included
+  size_t open_bytes = 0;     // pages not sealed: window and the page being filled, unused slots included
   size_t sink_bytes = 0;     // fp16 sink rows
   size_t table_bytes = 0;    // page tables and per-sequence state
   size_t slack_bytes = 0;    // taken from the system, not in use by any page
@@ -105,9 +109,9 @@ class Cache {
 
   SequenceId create();
   void remove(SequenceId sequence);
-  // A copy that shares sealed and full fp16 pages (reference-counted); the page being filled is copied on write.
+  // A copy that shares sealed and other full pages (reference-counted); the page being filled is copied on write.
   SequenceId fork(SequenceId sequence);
-  // Keeps the first n_tokens. Cutting inside a sealed page decodes it back into an fp16 page (its loss stays).
+  // Keeps the first n_tokens. Cutting inside a sealed page makes it an open page again (its loss stays).
   void truncate(SequenceId sequence, int64_t n_tokens);
   int64_t length(SequenceId sequence) const;
   std::vector<SequenceId> sequences() const;
@@ -126,7 +130,7 @@ class Cache {
   void abort_step();
 
   MemoryReport memory() const;
-  // Sealed and fp16 token counts of a sequence in a layer: how long the window really is.
+  // Sealed and unsealed token counts of a sequence in a layer: how long the window really is.
   struct TailReport {
     int64_t sinks, sealed, window;
   };

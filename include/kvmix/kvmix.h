@@ -42,7 +42,8 @@ typedef struct kvmix_layer_config {
   float softcap;             /* > 0: scores become softcap * tanh(score / softcap) */
   int32_t sliding_window;    /* > 0: a query sees this many newest tokens, itself included */
   int32_t sinks;             /* first tokens kept in fp16 */
-  int32_t window;            /* newest tokens kept in fp16, at least */
+  int32_t window;            /* newest tokens that are not packed yet, at least */
+  const char* recent_codec;  /* those: NULL or "f16", or "int8.token.g64.minmax.zero" for half the bytes */
   const char* key_codec;     /* "f16" or e.g. "int3.channel.g128.fitted.zero" */
   const char* value_codec;   /* "f16" or e.g. "int2.token.g64.minmax.zero" */
   int32_t key_hadamard;      /* nonzero: rotate before storing */

@@ -85,6 +85,7 @@ struct Plan {
   int sinks = 16;
   std::optional<int> local_sinks;  // of layers with a sliding window; absent: `sinks` too
   WindowRule window;
+  CodecSpec recent;  // rows that are not sealed yet: f16, or 8-bit codes (LayerConfig::recent)
   struct Layer {
     SideConfig key, value;
   };

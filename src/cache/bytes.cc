@@ -15,10 +15,12 @@ LayerSizes layer_sizes(const LayerConfig& layer) {
   };
   sizes.key = format(layer.key, Side::kKey);
   sizes.value = format(layer.value, Side::kValue);
+  sizes.open_key = format({open_codec(layer.recent, layer.key.codec), {}}, Side::kKey);
+  sizes.open_value = format({open_codec(layer.recent, layer.value.codec), {}}, Side::kValue);
+  sizes.recent_codes = !sizes.open_key.spec.is_f16() || !sizes.open_value.spec.is_f16();
   const size_t row_bytes = static_cast<size_t>(layer.head_dim) * sizeof(uint16_t);
   sizes.sink_bytes = (2 * row_bytes * static_cast<size_t>(layer.sinks) + 63) / 64 * 64;
-  sizes.open_value_offset = row_bytes * kPageTokens;
-  sizes.open_bytes = 2 * sizes.open_value_offset;
+  sizes.open_bytes = sizes.open_key.bytes + sizes.open_value.bytes;
   sizes.packed_bytes = sizes.key.bytes + sizes.value.bytes;
   sizes.seals = !layer.key.codec.is_f16() || !layer.value.codec.is_f16();
   sizes.group = layer.q_heads / layer.kv_heads;

@@ -57,6 +57,7 @@ LayerConfig layer_config(const kvmix_layer_config& from) {
   layer.sliding_window = from.sliding_window;
   layer.sinks = from.sinks;
   layer.window.tokens = from.window;
+  if (from.recent_codec != nullptr) layer.recent = parse_codec(from.recent_codec);
   layer.key.codec = parse_codec(from.key_codec);
   layer.value.codec = parse_codec(from.value_codec);
   layer.key.transform.hadamard = from.key_hadamard != 0;
@@ -96,6 +97,7 @@ void kvmix_layer_defaults(kvmix_layer_config* layer) {
   *layer = {};
   layer->sinks = 16;
   layer->window = 128;
+  layer->recent_codec = "f16";
   layer->key_codec = "int3.channel.g128.fitted.zero";
   layer->value_codec = "int3.token.g64.minmax.zero";
 }

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <string>
 
-#include "base/fp16.h"
 #include "cache/state.h"
 #include "cache/transform.h"
+#include "codec/row.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -27,6 +27,13 @@ void check_config(const CacheConfig& config) {
     }
     check_codec(layer.key.codec, layer.head_dim);
     check_codec(layer.value.codec, layer.head_dim);
+    if (!layer.recent.is_f16()) {
+      check_codec(layer.recent, layer.head_dim);
+      if (!takes_rows(layer.recent)) {
+        throw Error(Status::kInvalidArgument, where + ": recent rows cannot be " + to_string(layer.recent) +
+                                                  "; expected f16 or int8.token.g{32,64,128}.minmax.{zero,sym}");
+      }
+    }
     if (layer.sinks < 0 || layer.sinks > 4096) throw Error(Status::kInvalidArgument, where + ": sinks must be 0 to 4096");
     if (layer.window.tokens < 0 || layer.window.tokens > (1 << 20)) {
       throw Error(Status::kInvalidArgument, where + ": the window must be 0 to 1048576 tokens");
@@ -181,7 +188,7 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
     return keep > 0 && keep - 1 < sequence.layers[l].sealed &&
            live_slots(impl.config.layers[l], keep - 1, n_tokens) < kPageTokens;
   };
-  // The fp16 pages for cut ones come first: when there is no memory for them, nothing has changed.
+  // The open pages for cut ones come first: when there is no memory for them, nothing has changed.
   std::vector<std::pair<std::byte*, size_t>> fresh;
   try {
     for (size_t l = 0; l < sequence.layers.size(); ++l) {
@@ -217,19 +224,18 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
       }
       head.pages.resize(static_cast<size_t>(keep));
       if (!cuts_sealed) continue;
-      // The cut page is appended to again, so it becomes fp16 rows once more.
+      // The cut page is appended to again, so it becomes open rows once more.
       std::byte*& slot = head.pages.back();
       std::byte* open = fresh[next_fresh++].first;
       rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(layer.head_dim));
-      const auto expand = [&](const TileFormat& format, const std::byte* tile, std::byte* out) {
-        decode_tile(format.spec, format.side, layer.head_dim, tile, rows.data());
-        for (size_t i = 0; i < rows.size(); ++i) {
-          const uint16_t h = f32_to_f16(rows[i]);
-          std::memcpy(out + i * 2, &h, 2);
+      const auto expand = [&](const TileFormat& from, const std::byte* tile, const TileFormat& to, std::byte* out) {
+        decode_tile(from.spec, from.side, layer.head_dim, tile, rows.data());
+        for (int slot_index = 0; slot_index < kPageTokens; ++slot_index) {
+          store_open_row(to, slot_index, rows.data() + static_cast<ptrdiff_t>(slot_index) * layer.head_dim, out);
         }
       };
-      expand(sizes.key, slot, open);
-      expand(sizes.value, slot + sizes.key.bytes, open + sizes.open_value_offset);
+      expand(sizes.key, slot, sizes.open_key, open);
+      expand(sizes.value, slot + sizes.key.bytes, sizes.open_value, open + sizes.open_key.bytes);
       impl.pool.release(slot, sizes.packed_bytes);
       slot = open;
     }
@@ -288,7 +294,7 @@ void Cache::end_step() {
   if (!impl.in_step) throw Error(Status::kInvalidArgument, "no step is open");
   bool trim = false;
   for (const SlotChange& change : impl.changes) {
-    // Replaced: fp16 pages that were sealed, and shared ones that were copied.
+    // Replaced: open pages that were sealed, and shared ones that were copied.
     if (change.old == nullptr) continue;
     impl.pool.release(change.old, change.old_bytes);
     trim = true;
@@ -315,7 +321,7 @@ void Cache::end_step() {
     }
   }
   impl.in_step = false;
-  // A prompt's chunks need more fp16 pages than the window; once decoding starts the system gets them back.
+  // A prompt's chunks need more open pages than the window; once decoding starts the system gets them back.
   const bool decoding = std::all_of(impl.entries.begin(), impl.entries.end(),
                                     [](const StepEntry& entry) { return entry.n_tokens < kPageTokens; });
   const size_t slack = impl.pool.taken_bytes() - impl.pool.used_bytes();

@@ -17,8 +17,11 @@ constexpr size_t kStepBytes = size_t{64} << 10;
 
 size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Records that the system can take back one by one.
-bool returnable(size_t record_bytes) { return record_bytes % kSystemPage == 0 && record_bytes >= 4 * kSystemPage; }
+// System pages that a record of a region touches: [first, last].
+struct PageSpan {
+  size_t first, last;
+};
+PageSpan pages_of(size_t offset, size_t bytes) { return {offset / kSystemPage, (offset + bytes - 1) / kSystemPage}; }
 
 }  // namespace
 
@@ -36,7 +39,8 @@ void PagePool::take(size_t bytes) {
   taken_bytes_ += bytes;
 }
 
-std::byte* PagePool::carve(Class& size_class, PagePool& pool) {
+// A record that no one had yet.
+std::byte* PagePool::carve(Class& size_class) {
   const size_t record = size_class.record_bytes;
   if (size_class.regions.empty() || size_class.regions.back().carved_bytes + record > size_class.regions.back().mapped_bytes) {
     const size_t mapped = std::max(kRegionBytes, round_up(record, kHugePage));
@@ -50,37 +54,46 @@ std::byte* PagePool::carve(Class& size_class, PagePool& pool) {
     const size_t skip = round_up(address, kHugePage) - address;
     if (skip != 0) munmap(raw, skip);
     if (skip != kHugePage) munmap(raw + skip + mapped, kHugePage - skip);
-    size_class.regions.push_back({raw + skip, mapped, 0, 0});
+    size_class.regions.push_back({raw + skip, mapped, 0, false, {}, {}});
   }
   Region& region = size_class.regions.back();
-  const size_t end = region.carved_bytes + record;
-  if (end > region.taken_bytes) {
-    // A class that has grown large takes huge pages; a small one stays exact to 64 KiB.
-    const bool huge = !returnable(record) && region.taken_bytes % kHugePage == 0 && size_class.live * record >= 32 * kHugePage;
+  const size_t end = region.carved_bytes + record, taken = region.users.size() * kSystemPage;
+  if (end > taken) {
+    // A class that has grown large takes huge pages, unless its records can be given back one by one; a small one stays exact
+    // to 64 KiB.
+    const bool huge = record % kSystemPage != 0 && taken % kHugePage == 0 && size_class.live * record >= 32 * kHugePage;
     const size_t target = std::min(region.mapped_bytes, round_up(end, huge ? kHugePage : kStepBytes));
-    pool.take(target - region.taken_bytes);
-    if (huge) madvise(region.base + region.taken_bytes, target - region.taken_bytes, MADV_HUGEPAGE);
-    region.taken_bytes = target;
+    take(target - taken);
+    if (huge) madvise(region.base + taken, target - taken, MADV_HUGEPAGE);
+    region.huge = region.huge || huge;
+    region.users.resize(target / kSystemPage, 0);
+    region.resident.resize(target / kSystemPage, true);
   }
   std::byte* out = region.base + region.carved_bytes;
   region.carved_bytes = end;
   return out;
 }
 
+PagePool::Region& PagePool::region_of(Class& size_class, const std::byte* record) {
+  return *std::find_if(size_class.regions.begin(), size_class.regions.end(),
+                       [record](const Region& r) { return record >= r.base && record < r.base + r.mapped_bytes; });
+}
+
 std::byte* PagePool::allocate(size_t record_bytes) {
   record_bytes = round_up(record_bytes, 64);
   Class& size_class = classes_[record_bytes];
   size_class.record_bytes = record_bytes;
-  std::byte* out;
-  if (!size_class.free_resident.empty()) {
-    out = size_class.free_resident.back();
-    size_class.free_resident.pop_back();
-  } else if (!size_class.free_released.empty()) {
-    take(record_bytes);
-    out = size_class.free_released.back();
-    size_class.free_released.pop_back();
-  } else {
-    out = carve(size_class, *this);
+  const bool fresh = size_class.free.empty();
+  std::byte* out = fresh ? carve(size_class) : size_class.free.back();
+  Region& region = region_of(size_class, out);
+  const PageSpan span = pages_of(static_cast<size_t>(out - region.base), record_bytes);
+  size_t missing = 0;
+  for (size_t p = span.first; p <= span.last; ++p) missing += region.resident[p] ? 0 : 1;
+  if (missing > 0) take(missing * kSystemPage);
+  if (!fresh) size_class.free.pop_back();
+  for (size_t p = span.first; p <= span.last; ++p) {
+    region.resident[p] = true;
+    ++region.users[p];
   }
   ++size_class.live;
   used_bytes_ += record_bytes;
@@ -97,7 +110,11 @@ void PagePool::release(std::byte* record, size_t record_bytes) {
   }
   record_bytes = round_up(record_bytes, 64);
   Class& size_class = classes_.at(record_bytes);
-  size_class.free_resident.push_back(record);
+  Region& region = region_of(size_class, record);
+  const PageSpan span = pages_of(static_cast<size_t>(record - region.base), record_bytes);
+  for (size_t p = span.first; p <= span.last; ++p) --region.users[p];
+  size_class.free.push_back(record);
+  size_class.untrimmed.push_back(record);
   --size_class.live;
   used_bytes_ -= record_bytes;
 }
@@ -105,20 +122,29 @@ void PagePool::release(std::byte* record, size_t record_bytes) {
 void PagePool::trim() {
   for (auto& [bytes, size_class] : classes_) {
     if (size_class.live == 0) {
-      for (const Region& region : size_class.regions) munmap(region.base, region.mapped_bytes);
-      for (const Region& region : size_class.regions) taken_bytes_ -= region.taken_bytes;
-      taken_bytes_ += size_class.free_released.size() * bytes;  // was subtracted when released
-      size_class.regions.clear();
-      size_class.free_resident.clear();
-      size_class.free_released.clear();
-    } else if (returnable(bytes)) {
-      for (std::byte* record : size_class.free_resident) {
-        madvise(record, bytes, MADV_DONTNEED);
-        size_class.free_released.push_back(record);
-        taken_bytes_ -= bytes;
+      for (const Region& region : size_class.regions) {
+        munmap(region.base, region.mapped_bytes);
+        taken_bytes_ -= static_cast<size_t>(std::count(region.resident.begin(), region.resident.end(), true)) * kSystemPage;
       }
-      size_class.free_resident.clear();
+      size_class.regions.clear();
+      size_class.free.clear();
+    } else {
+      for (const std::byte* record : size_class.untrimmed) {
+        Region& region = region_of(size_class, record);
+        if (region.huge) continue;
+        const PageSpan span = pages_of(static_cast<size_t>(record - region.base), bytes);
+        const auto idle = [&](size_t p) { return region.users[p] == 0 && region.resident[p]; };
+        for (size_t p = span.first; p <= span.last; ++p) {
+          if (!idle(p)) continue;
+          size_t end = p;
+          for (; end <= span.last && idle(end); ++end) region.resident[end] = false;
+          madvise(region.base + p * kSystemPage, (end - p) * kSystemPage, MADV_DONTNEED);
+          taken_bytes_ -= (end - p) * kSystemPage;
+          p = end;
+        }
+      }
     }
+    size_class.untrimmed.clear();
   }
 }
 

@@ -25,7 +25,7 @@ class PagePool {
   void release(std::byte* record, size_t record_bytes);
   bool shared(const std::byte* record) const { return extra_references_.contains(record); }
 
-  // Hands free memory at the end of each class back to the system, and whole free records of page-multiple size.
+  // Hands the system pages that no record uses any more back, but those inside huge pages only with the last of their class.
   void trim();
 
   size_t used_bytes() const { return used_bytes_; }
@@ -34,18 +34,22 @@ class PagePool {
  private:
   struct Region {
     std::byte* base;
-    size_t mapped_bytes, carved_bytes, taken_bytes;
+    size_t mapped_bytes, carved_bytes;
+    bool huge;                   // huge pages were asked for
+    std::vector<uint8_t> users;  // live records of each system page taken so far
+    std::vector<bool> resident;  // taken from the system, and not given back
   };
   struct Class {
     size_t record_bytes = 0;
     std::vector<Region> regions;
-    std::vector<std::byte*> free_resident;  // freed, memory still taken
-    std::vector<std::byte*> free_released;  // freed and given back to the system
+    std::vector<std::byte*> free;       // records to use again
+    std::vector<std::byte*> untrimmed;  // released since the last trim
     size_t live = 0;
   };
 
   void take(size_t bytes);
-  static std::byte* carve(Class& size_class, PagePool& pool);
+  std::byte* carve(Class& size_class);
+  static Region& region_of(Class& size_class, const std::byte* record);
 
   size_t max_bytes_, used_bytes_ = 0, taken_bytes_ = 0;
   std::map<size_t, Class> classes_;

@@ -36,9 +36,12 @@ MemoryReport Cache::memory() const {
   report.slack_bytes = impl.pool.taken_bytes() - report.sealed_bytes - report.open_bytes - report.sink_bytes;
   report.total_bytes = impl.pool.taken_bytes() + report.table_bytes;
   for (const ThreadScratch& t : impl.threads) {
-    report.scratch_bytes += t.kernel.capacity() +
-                            (t.q.capacity() + t.m.capacity() + t.l.capacity() + t.acc.capacity()) * sizeof(float) +
-                            t.positions.capacity() * sizeof(int64_t) + t.pages.capacity() * sizeof(PageRef);
+    report.scratch_bytes += t.kernel.capacity() + t.q.capacity() * sizeof(float) + t.rows.capacity() * sizeof(uint16_t) +
+                            t.positions.capacity() * sizeof(int64_t) +
+                            (t.pages.capacity() + t.open_pages.capacity()) * sizeof(PageRef);
+    for (const PartialRoom* room : {&t.whole, &t.open}) {
+      report.scratch_bytes += (room->m.capacity() + room->l.capacity() + room->acc.capacity()) * sizeof(float);
+    }
   }
   report.scratch_bytes += (impl.part_m.capacity() + impl.part_l.capacity() + impl.part_acc.capacity()) * sizeof(float);
   return report;
@@ -99,13 +102,22 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
       std::fill_n(to, static_cast<ptrdiff_t>(live) * dim, std::numeric_limits<float>::quiet_NaN());
       continue;
     }
-    if (page >= state.sealed) {
-      expand(head.pages[p] + (side == Side::kValue ? s.open_value_offset : 0), live, to);
-      continue;
+    const bool sealed = page < state.sealed;
+    const TileFormat &key = sealed ? s.key : s.open_key, &value = sealed ? s.value : s.open_value;
+    const TileFormat& format = side == Side::kKey ? key : value;
+    const std::byte* from = head.pages[p] + (side == Side::kValue ? key.bytes : 0);
+    if (format.spec.is_f16()) {
+      expand(from, live, to);
+    } else if (sealed) {
+      decode_tile(format.spec, side, dim, from, tile.data());
+      std::copy_n(tile.data(), static_cast<ptrdiff_t>(live) * dim, to);
+    } else {
+      for (int t = 0; t < live; ++t) {
+        std::byte record[kMostRowBytes];
+        load_row(format.spec, side, dim, from, t, record);
+        decode_row(format.spec, dim, record, to + static_cast<ptrdiff_t>(t) * dim);
+      }
     }
-    const TileFormat& format = side == Side::kKey ? s.key : s.value;
-    decode_tile(format.spec, side, dim, head.pages[p] + (side == Side::kValue ? s.key.bytes : 0), tile.data());
-    std::copy_n(tile.data(), static_cast<ptrdiff_t>(live) * dim, to);
   }
   if (!original_space) return;
   const TransformSpec& transform = side == Side::kKey ? layer.key.transform : layer.value.transform;

@@ -10,7 +10,7 @@ namespace kvmix {
 namespace {
 
 constexpr char kMagic[8] = {'K', 'V', 'M', 'I', 'X', 'S', 'E', 'Q'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kLongestText = 4096;
 constexpr size_t kLargestFile = size_t{1} << 40;
 
@@ -67,7 +67,7 @@ class Reader {
 struct SavedLayer {
   int32_t kv_heads, head_dim, sinks;
   int64_t sealed, freed;
-  std::string key, value;
+  std::string key, value, recent;
 };
 
 struct Header {
@@ -93,6 +93,7 @@ Header read_header(Reader& in) {
     layer.freed = in.number<int64_t>("a layer");
     layer.key = in.text("a codec");
     layer.value = in.text("a codec");
+    layer.recent = in.text("a codec");
     header.layers.push_back(std::move(layer));
   }
   return header;
@@ -118,6 +119,34 @@ Reader open_saved(const std::string& path, const std::string& content) {
   std::memcpy(&stored, content.data() + content.size() - sizeof stored, sizeof stored);
   if (stored != sum.value()) in.fail("its checksum does not match");
   return in;
+}
+
+// Bytes of a row of an open page's side, and such rows out of a page and into one.
+size_t saved_row_bytes(const TileFormat& format) {
+  return format.spec.is_f16() ? static_cast<size_t>(format.head_dim) * 2 : row_bytes(format.spec, format.head_dim);
+}
+void save_rows(const TileFormat& format, const std::byte* page, int count, std::string& to) {
+  const size_t bytes = saved_row_bytes(format);
+  for (int t = 0; t < count; ++t) {
+    std::byte record[kMostRowBytes];
+    const std::byte* row = page + static_cast<size_t>(t) * bytes;
+    if (!format.spec.is_f16()) {
+      load_row(format.spec, format.side, format.head_dim, page, t, record);
+      row = record;
+    }
+    to.append(reinterpret_cast<const char*>(row), bytes);
+  }
+}
+void load_rows(const TileFormat& format, Reader& from, int count, std::byte* page) {
+  const size_t bytes = saved_row_bytes(format);
+  for (int t = 0; t < count; ++t) {
+    const char* row = from.bytes(bytes, "a page");
+    if (format.spec.is_f16()) {
+      std::memcpy(page + static_cast<size_t>(t) * bytes, row, bytes);
+    } else {
+      store_row(format.spec, format.side, format.head_dim, reinterpret_cast<const std::byte*>(row), t, page);
+    }
+  }
 }
 
 }  // namespace
@@ -151,6 +180,7 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     number(sequence.layers[l].freed);
     text(to_string(layer.key.codec));
     text(to_string(layer.value.codec));
+    text(to_string(layer.recent));
   }
   for (size_t l = 0; l < sequence.layers.size(); ++l) {
     const LayerConfig& layer = impl.config.layers[l];
@@ -168,9 +198,9 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
         if (p < state.sealed) {
           add(page, s.packed_bytes);
         } else {
-          const auto live = static_cast<size_t>(live_slots(layer, p, sequence.length));
-          add(page, live * row);
-          add(page + s.open_value_offset, live * row);
+          const int live = live_slots(layer, p, sequence.length);
+          save_rows(s.open_key, page, live, body);
+          save_rows(s.open_value, page + s.open_key.bytes, live, body);
         }
       }
     }
@@ -198,7 +228,8 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     const LayerConfig& layer = impl.config.layers[l];
     const std::string where = "layer " + std::to_string(l);
     if (saved.kv_heads != layer.kv_heads || saved.head_dim != layer.head_dim || saved.sinks != layer.sinks ||
-        saved.key != to_string(layer.key.codec) || saved.value != to_string(layer.value.codec)) {
+        saved.key != to_string(layer.key.codec) || saved.value != to_string(layer.value.codec) ||
+        saved.recent != to_string(layer.recent)) {
       throw Error(Status::kMismatch,
                   path + ": " + where + " has another shape or codec than this cache; use the plan it was saved with");
     }
@@ -218,7 +249,9 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     const int64_t sinks = std::min<int64_t>(layer.sinks, header.tokens);
     const int64_t open_rows = header.tokens - sinks - header.layers[l].sealed * kPageTokens;
     expected += static_cast<size_t>(layer.kv_heads) *
-                (2 * row * static_cast<size_t>(sinks + std::max<int64_t>(open_rows, 0)) +
+                (2 * row * static_cast<size_t>(sinks) +
+                 (saved_row_bytes(impl.sizes[l].open_key) + saved_row_bytes(impl.sizes[l].open_value)) *
+                     static_cast<size_t>(std::max<int64_t>(open_rows, 0)) +
                  static_cast<size_t>(header.layers[l].sealed - header.layers[l].freed) * impl.sizes[l].packed_bytes);
   }
   if (expected != in.left())
@@ -251,10 +284,10 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
             page = impl.pool.allocate(s.packed_bytes);
             std::memcpy(page, in.bytes(s.packed_bytes, "a page"), s.packed_bytes);
           } else {
-            const size_t live = static_cast<size_t>(live_slots(layer, p, header.tokens)) * row;
+            const int live = live_slots(layer, p, header.tokens);
             page = impl.pool.allocate(s.open_bytes);
-            std::memcpy(page, in.bytes(live, "a page"), live);
-            std::memcpy(page + s.open_value_offset, in.bytes(live, "a page"), live);
+            load_rows(s.open_key, in, live, page);
+            load_rows(s.open_value, in, live, page + s.open_key.bytes);
           }
         }
       }

@@ -8,6 +8,8 @@
 #include "attention/kernel.h"
 #include "base/parallel.h"
 #include "cache/pool.h"
+#include "codec/encoders.h"
+#include "codec/row.h"
 #include "kvmix/cache.h"
 
 namespace kvmix {
@@ -33,11 +35,11 @@ struct SequenceState {
 
 // Sizes of a layer's records.
 struct LayerSizes {
-  TileFormat key, value;
+  TileFormat key, value, open_key, open_value;
   size_t sink_bytes, open_bytes, packed_bytes;
-  size_t open_value_offset;  // of the value rows in an fp16 page
-  bool seals;                // false when both sides stay fp16
-  int group;                 // query heads per KV head
+  bool recent_codes;  // some open rows are codes
+  bool seals;         // false when both sides stay fp16
+  int group;          // query heads per KV head
 };
 
 struct StepEntry {
@@ -76,11 +78,18 @@ struct AttendUnit {
   int part_slot;                 // its first row in the partial results
 };
 
+// Room for a partial softmax: m and l [rows], acc [rows][head_dim].
+struct PartialRoom {
+  std::vector<float> m, l, acc;
+};
+
 struct ThreadScratch {
   std::vector<std::byte> kernel;
-  std::vector<float> q, m, l, acc;
+  std::vector<float> q;
+  PartialRoom whole, open;     // of a unit, and of its open pages where they are attended to apart
+  std::vector<uint16_t> rows;  // a page's rows on their way from open codes to packed ones
   std::vector<int64_t> positions;
-  std::vector<PageRef> pages;
+  std::vector<PageRef> pages, open_pages;
   double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
 };
 
@@ -124,6 +133,18 @@ struct Cache::Impl {
   const AttentionKernel& pick_kernel(const AttendJob& job) const;
 };
 
+// Stores a row of head_dim floats into a slot of an open page's side.
+inline void store_open_row(const TileFormat& format, int slot, const float* row, std::byte* page) {
+  const TileEncoder& encoder = best_tile_encoder();
+  if (format.spec.is_f16()) {
+    encoder.to_f16(row, format.head_dim, reinterpret_cast<uint16_t*>(page) + static_cast<ptrdiff_t>(slot) * format.head_dim);
+  } else {
+    std::byte record[kMostRowBytes];
+    encoder.encode_row(format.spec, format.head_dim, row, record);
+    store_row(format.spec, format.side, format.head_dim, record, slot, page);
+  }
+}
+
 // Live slots of page `page` at this sequence length.
 inline int live_slots(const LayerConfig& layer, int64_t page, int64_t length) {
   const int64_t first = layer.sinks + page * kPageTokens;
@@ -132,6 +153,8 @@ inline int live_slots(const LayerConfig& layer, int64_t page, int64_t length) {
 inline int64_t page_count(const LayerConfig& layer, int64_t length) {
   return length <= layer.sinks ? 0 : (length - layer.sinks + kPageTokens - 1) / kPageTokens;
 }
+// How a side's rows are kept until they are sealed: one that stays fp16 has nothing to gain from codes.
+inline CodecSpec open_codec(const CodecSpec& recent, const CodecSpec& codec) { return codec.is_f16() ? codec : recent; }
 LayerSizes layer_sizes(const LayerConfig& layer);
 // Pages that a fixed window seals at this length.
 int64_t fixed_seal_target(const LayerConfig& layer, int64_t length);

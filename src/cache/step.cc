@@ -20,6 +20,31 @@ constexpr int64_t kLeastPagesPerUnit = 4;
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+TileFormat sink_rows(int head_dim) {
+  TileFormat rows;
+  rows.head_dim = head_dim;
+  return rows;
+}
+
+// A partial softmax (AttendJob).
+struct Partial {
+  float *m, *l, *acc;
+};
+
+// Adds the partial softmax of other pages.
+void merge(const Partial& other, int rows, int dim, const Partial& to) {
+  for (int r = 0; r < rows; ++r) {
+    const float top = std::max(to.m[r], other.m[r]);
+    if (other.m[r] == -INFINITY) continue;
+    const float mine = to.m[r] == -INFINITY ? 0.0f : std::exp(to.m[r] - top), theirs = std::exp(other.m[r] - top);
+    to.m[r] = top;
+    to.l[r] = mine * to.l[r] + theirs * other.l[r];
+    float* acc = to.acc + static_cast<ptrdiff_t>(r) * dim;
+    const float* from = other.acc + static_cast<ptrdiff_t>(r) * dim;
+    for (int i = 0; i < dim; ++i) acc[i] = mine * acc[i] + theirs * from[i];
+  }
+}
+
 template <typename T>
 T* grown(std::vector<T>& v, size_t n) {
   if (v.size() < n) v.resize(n);
@@ -140,11 +165,17 @@ void Cache::Impl::plan_attention(size_t l) {
   for (ThreadScratch& t : threads) {
     grown(t.kernel, kernel_bytes + 64);
     grown(t.q, rows * dim);
-    grown(t.m, rows);
-    grown(t.l, rows);
-    grown(t.acc, std::max(rows, size_t{1}) * dim);
+    for (PartialRoom* room : {&t.whole, &t.open}) {
+      if (room == &t.open && !sizes[l].recent_codes) continue;
+      grown(room->m, rows);
+      grown(room->l, rows);
+      grown(room->acc, std::max(rows, size_t{1}) * dim);
+    }
+    if (sizes[l].recent_codes && !step.seals.empty()) grown(t.rows, kPageTokens * dim);
     grown(t.positions, rows);
-    if (t.pages.capacity() < static_cast<size_t>(most_pages) + 1) t.pages.reserve(static_cast<size_t>(most_pages) + kTableStep);
+    for (std::vector<PageRef>* pages : {&t.pages, &t.open_pages}) {
+      if (pages->capacity() < static_cast<size_t>(most_pages) + 1) pages->reserve(static_cast<size_t>(most_pages) + kTableStep);
+    }
   }
 }
 
@@ -161,13 +192,24 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
   const std::vector<SealJob>& seals = impl.steps[l].seals;
   for (size_t i = static_cast<size_t>(ith); i < seals.size(); i += static_cast<size_t>(nth)) {
     const SealJob& job = seals[i];
-    const auto seal = [&](const CodecSpec& spec, Side side, const TransformSpec& transform, size_t open, size_t packed) {
-      const auto* rows = reinterpret_cast<const uint16_t*>(job.open + open);
-      encoder.encode_with(spec, side, layer.head_dim, rows, head_feedback(transform, job.kv_head, layer.head_dim),
-                          job.packed + packed);
+    const auto seal = [&](const TileFormat& open, const TileFormat& packed, const TransformSpec& transform,
+                          const std::byte* from, std::byte* to) {
+      const auto* rows = reinterpret_cast<const uint16_t*>(from);
+      if (!open.spec.is_f16()) {
+        for (int t = 0; t < kPageTokens; ++t) {
+          std::byte record[kMostRowBytes];
+          float row[256];
+          load_row(open.spec, open.side, layer.head_dim, from, t, record);
+          decode_row(open.spec, layer.head_dim, record, row);
+          encoder.to_f16(row, layer.head_dim, scratch.rows.data() + static_cast<ptrdiff_t>(t) * layer.head_dim);
+        }
+        rows = scratch.rows.data();
+      }
+      encoder.encode_with(packed.spec, packed.side, layer.head_dim, rows, head_feedback(transform, job.kv_head, layer.head_dim),
+                          to);
     };
-    seal(s.key.spec, Side::kKey, layer.key.transform, 0, 0);
-    seal(s.value.spec, Side::kValue, layer.value.transform, s.open_value_offset, s.key.bytes);
+    seal(s.open_key, s.key, layer.key.transform, job.open, job.packed);
+    seal(s.open_value, s.value, layer.value.transform, job.open + s.open_key.bytes, job.packed + s.key.bytes);
   }
   const auto sealed = Clock::now();
   if (!seals.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();
@@ -180,21 +222,17 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
       HeadState& state = entry.sequence->layers[l].heads[static_cast<size_t>(head)];
       for (int t = 0; t < entry.n_tokens; ++t) {
         const int64_t position = entry.start + t;
-        std::byte *key, *value;
-        if (position < layer.sinks) {
-          key = state.sinks + static_cast<size_t>(position) * dim * 2;
-          value = key + static_cast<size_t>(layer.sinks) * dim * 2;
-        } else {
-          const int64_t offset = position - layer.sinks;
-          key = state.pages[static_cast<size_t>(offset / kPageTokens)] + static_cast<size_t>(offset % kPageTokens) * dim * 2;
-          value = key + s.open_value_offset;
-        }
+        const bool sink = position < layer.sinks;
+        const int64_t offset = sink ? position : position - layer.sinks;
+        const auto slot = static_cast<int>(sink ? offset : offset % kPageTokens);
+        std::byte* rows = sink ? state.sinks : state.pages[static_cast<size_t>(offset / kPageTokens)];
         std::copy_n(k + (entry.row + t) * k_stride + head * layer.head_dim, dim, row);
         transform_row(layer.key.transform, head, layer.head_dim, row);
-        encoder.to_f16(row, layer.head_dim, reinterpret_cast<uint16_t*>(key));
+        store_open_row(sink ? sink_rows(layer.head_dim) : s.open_key, slot, row, rows);
+        rows += sink ? static_cast<size_t>(layer.sinks) * dim * 2 : s.open_key.bytes;
         std::copy_n(v + (entry.row + t) * v_stride + head * layer.head_dim, dim, row);
         transform_row(layer.value.transform, head, layer.head_dim, row);
-        encoder.to_f16(row, layer.head_dim, reinterpret_cast<uint16_t*>(value));
+        store_open_row(sink ? sink_rows(layer.head_dim) : s.open_value, slot, row, rows);
       }
     }
   }
@@ -216,8 +254,6 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
   kernel_scratch += (64 - reinterpret_cast<uintptr_t>(kernel_scratch) % 64) % 64;
 
   AttendJob job{};
-  job.key = s.key;
-  job.value = s.value;
   job.head_dim = dim;
   job.scale = layer.scale;
   job.softcap = layer.softcap;
@@ -250,6 +286,7 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
     }
     const int64_t oldest = layer.sliding_window > 0 ? entry.start + unit.first_token - layer.sliding_window + 1 : 0;
     scratch.pages.clear();
+    scratch.open_pages.clear();
     if (unit.part == 0 && layer.sinks > 0 && oldest < layer.sinks) {
       scratch.pages.push_back({head.sinks, head.sinks + static_cast<size_t>(layer.sinks) * static_cast<size_t>(dim) * 2, 0,
                                static_cast<int>(std::min<int64_t>(layer.sinks, length)), false});
@@ -258,23 +295,39 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
       const int64_t first = layer.sinks + p * kPageTokens;
       if (first + kPageTokens <= oldest) continue;
       const std::byte* page = head.pages[static_cast<size_t>(p)];
-      const bool packed = p < state.sealed;
-      scratch.pages.push_back(
-          {page, page + (packed ? s.key.bytes : s.open_value_offset), first, live_slots(layer, p, length), packed});
+      const bool packed = p < state.sealed, codes = packed || s.recent_codes;
+      (packed || !codes ? scratch.pages : scratch.open_pages)
+          .push_back({page, page + (packed ? s.key.bytes : s.open_key.bytes), first, live_slots(layer, p, length), codes});
     }
     job.rows = rows;
     job.q = scratch.q.data();
     job.position = scratch.positions.data();
-    job.pages = scratch.pages;
     const bool whole = unit.parts == 1;
     const int slot = unit.part_slot + unit.part * rows;
-    job.m = whole ? scratch.m.data() : impl.part_m.data() + slot;
-    job.l = whole ? scratch.l.data() : impl.part_l.data() + slot;
-    job.acc = whole ? scratch.acc.data() : impl.part_acc.data() + static_cast<ptrdiff_t>(slot) * dim;
-    impl.pick_kernel(job).attend(job, kernel_scratch);
+    const Partial partial = whole ? Partial{scratch.whole.m.data(), scratch.whole.l.data(), scratch.whole.acc.data()}
+                                  : Partial{impl.part_m.data() + slot, impl.part_l.data() + slot,
+                                            impl.part_acc.data() + static_cast<ptrdiff_t>(slot) * dim};
+    const auto attend_to = [&](const TileFormat& key, const TileFormat& value, std::span<const PageRef> pages,
+                               const Partial& to) {
+      job.key = key;
+      job.value = value;
+      job.pages = pages;
+      job.m = to.m;
+      job.l = to.l;
+      job.acc = to.acc;
+      impl.pick_kernel(job).attend(job, kernel_scratch);
+    };
+    // Rows of codes have formats of their own, so a launch of their own.
+    const bool apart = !scratch.open_pages.empty(), both = apart && !scratch.pages.empty();
+    if (!apart || both) attend_to(s.key, s.value, scratch.pages, partial);
+    if (apart) {
+      const Partial open = both ? Partial{scratch.open.m.data(), scratch.open.l.data(), scratch.open.acc.data()} : partial;
+      attend_to(s.open_key, s.open_value, scratch.open_pages, open);
+      if (both) merge(open, rows, dim, partial);
+    }
     if (whole) {
       for (int r = 0; r < rows; ++r) {
-        write_out(entry, unit.head, unit.first_token, r, job.acc + static_cast<ptrdiff_t>(r) * dim, job.l[r]);
+        write_out(entry, unit.head, unit.first_token, r, partial.acc + static_cast<ptrdiff_t>(r) * dim, partial.l[r]);
       }
       continue;
     }
@@ -288,7 +341,7 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
       };
       float top = -INFINITY;
       for (int part = 0; part < unit.parts; ++part) top = std::max(top, impl.part_m[static_cast<size_t>(at(part))]);
-      float* acc = scratch.acc.data();
+      float* acc = scratch.whole.acc.data();
       std::fill_n(acc, dim, 0.0f);
       float sum = 0;
       for (int part = 0; part < unit.parts; ++part) {

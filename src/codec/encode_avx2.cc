@@ -10,7 +10,11 @@ bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 extern const TileEncoder kAvx2TileEncoder;
-const TileEncoder kAvx2TileEncoder = {"avx2", available, TileSeal<Avx2>::encode, TileSeal<Avx2>::encode_feedback,
-                                      TileSeal<Avx2>::to_f16};
+const TileEncoder kAvx2TileEncoder = {"avx2",
+                                      available,
+                                      TileSeal<Avx2>::encode,
+                                      TileSeal<Avx2>::encode_feedback,
+                                      TileSeal<Avx2>::to_f16,
+                                      TileSeal<Avx2>::encode_row};
 
 }  // namespace kvmix

@@ -13,7 +13,11 @@ bool available() {
 }  // namespace
 
 extern const TileEncoder kAvx512TileEncoder;
-const TileEncoder kAvx512TileEncoder = {"avx512", available, TileSeal<Avx512>::encode, TileSeal<Avx512>::encode_feedback,
-                                        TileSeal<Avx512>::to_f16};
+const TileEncoder kAvx512TileEncoder = {"avx512",
+                                        available,
+                                        TileSeal<Avx512>::encode,
+                                        TileSeal<Avx512>::encode_feedback,
+                                        TileSeal<Avx512>::to_f16,
+                                        TileSeal<Avx512>::encode_row};
 
 }  // namespace kvmix

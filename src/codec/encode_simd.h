@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "codec/quantize.h"
+#include "codec/row.h"
 #include "codec/tile_layout.h"
 
 namespace kvmix {
@@ -129,6 +130,34 @@ class TileSeal {
 
   static void to_f16(const float* x, int n, uint16_t* out) {
     for (int i = 0; i < n; i += kW) S::store_f16(out + i, S::load(x + i));
+  }
+
+  // head_dim is a multiple of 16, so whole vectors.
+  static void encode_row(const CodecSpec& spec, int head_dim, const float* x, std::byte* record) {
+    const int groups = scale_groups(spec, head_dim);
+    uint16_t numbers[2 * 8];
+    auto* codes = reinterpret_cast<uint8_t*>(record) + (row_bytes(spec, head_dim) - static_cast<size_t>(head_dim));
+    const float top = static_cast<float>((1 << spec.bits) - 1);
+    for (int g = 0; g < groups; ++g) {
+      const int first = g * spec.group, n = head_dim - first < spec.group ? head_dim - first : spec.group;
+      V high = finite(S::load(x + first)), low = S::negate(high);
+      for (int c = kW; c < n; c += kW) {
+        const V v = finite(S::load(x + first + c));
+        high = S::max(high, v);
+        low = S::max(low, S::negate(v));
+      }
+      const GroupScale scale = min_max_scale(coded_range({-S::reduce_max(low), S::reduce_max(high)}, spec.zero_point), top);
+      numbers[g] = scale.scale;
+      numbers[groups + g] = scale.mid;
+      const CodeMap map = code_map(f16_to_f32(scale.scale), f16_to_f32(scale.mid), top);
+      const Map wide{S::set1(map.factor), S::set1(map.offset)};
+      for (int c = 0; c < n; c += kW) {
+        alignas(16) uint8_t bytes[kW];
+        S::store_bytes(bytes, quantize(finite(S::load(x + first + c)), wide, S::set1(top)));
+        std::memcpy(codes + first + c, bytes, kW);
+      }
+    }
+    std::memcpy(record, numbers, static_cast<size_t>(codes - reinterpret_cast<uint8_t*>(record)));
   }
 
  private:

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "base/fp16.h"
+#include "codec/row.h"
 
 namespace kvmix {
 
@@ -24,6 +25,7 @@ const TileEncoder kSerialTileEncoder = {
     [](const float* x, int n, uint16_t* out) {
       for (int i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
     },
+    encode_row,
 };
 
 const std::array kEncoders = {

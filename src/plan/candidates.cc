@@ -79,12 +79,14 @@ PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& pr
     const LayerConfig& layer = base.layers[l];
     const PagePrediction pages = predict_pages(layer, context);
     const int64_t sealed = (pages.sealed - pages.freed) * layer.kv_heads;
+    const int64_t open = (pages.pages - pages.sealed) * layer.kv_heads;
     for (const Side side : {Side::kKey, Side::kValue}) {
-      priced.fixed_bytes -= sealed * static_cast<int64_t>(tile_bytes(CodecSpec{}, layer.head_dim));
+      const auto bytes = [&](const CodecSpec& codec) { return static_cast<int64_t>(tile_bytes(codec, layer.head_dim)); };
+      priced.fixed_bytes -= (sealed + open) * bytes(CodecSpec{});
       priced.sides.push_back(candidates(profile, metric, static_cast<int>(l), side));
       std::vector<Choice> choices;
       for (const Candidate& c : priced.sides.back())
-        choices.push_back({sealed * static_cast<int64_t>(tile_bytes(c.config.codec, layer.head_dim)), c.cost});
+        choices.push_back({sealed * bytes(c.config.codec) + open * bytes(open_codec(plan.recent, c.config.codec)), c.cost});
       priced.items.push_back(std::move(choices));
     }
   }

@@ -41,6 +41,7 @@ Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvmix", request.options);
   Plan plan = empty_plan(request, "kvmix");
   read_fp16_part(options, request.profile->fp16, plan);
+  read_recent(options, plan);
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
@@ -79,7 +80,8 @@ const Planner kKvmixPlanner = {{"kvmix",
                                 {{"metric", "best, kl, fisher, output or gradient (best the profile has)"},
                                  kSinksOption,
                                  kLocalSinksOption,
-                                 kWindowOption},
+                                 kWindowOption,
+                                 kRecentOption},
                                 true,
                                 true,
                                 true},

@@ -182,6 +182,7 @@ Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvtuner", request.options);
   Plan plan = empty_plan(request, "kvtuner");
   read_fp16_part(options, request.profile->fp16, plan);
+  read_recent(options, plan);
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output"}));
   if (metric.empty()) {
@@ -230,7 +231,8 @@ const Planner kKvtunerPlanner = {{"kvtuner",
                                    {"search-seed", "seed of the search (0)"},
                                    kSinksOption,
                                    kLocalSinksOption,
-                                   kWindowOption},
+                                   kWindowOption,
+                                   kRecentOption},
                                   true,
                                   true,
                                   true},

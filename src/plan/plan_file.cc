@@ -1,5 +1,6 @@
 // Plans as JSON (docs/file-formats.md).
 #include "base/file.h"
+#include "codec/row.h"
 #include "kvmix/plan.h"
 #include "plan/half_text.h"
 #include "plan/json_reader.h"
@@ -82,6 +83,7 @@ std::string to_json(const Plan& plan) {
   if (plan.local_sinks) j["local_sinks"] = *plan.local_sinks;
   j["window"] = {
       {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
+  if (!plan.recent.is_f16()) j["recent"] = to_string(plan.recent);
   // A layer a line, so that a person can read and compare plans.
   const std::string marker = "@layers@";
   j["layers"] = marker;
@@ -122,6 +124,15 @@ Plan parse_plan(const std::string& json, const std::string& name) {
   plan.window.ratio_key = static_cast<float>(window.number("ratio_key", 0, 0.95));
   plan.window.ratio_value = static_cast<float>(window.number("ratio_value", 0, 0.95));
   window.finish();
+  if (object.has("recent")) {
+    try {
+      plan.recent = parse_codec(object.text("recent", 64));
+    } catch (const Error& e) {
+      object.fail("recent", e.what());
+    }
+    if (!plan.recent.is_f16() && !takes_rows(plan.recent))
+      object.fail("recent", "expected \"f16\" or \"int8.token.g{32,64,128}.minmax.{zero,sym}\"");
+  }
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {
     JsonObject layer(layers[l], name, "layers[" + std::to_string(l) + "]");
@@ -181,6 +192,7 @@ CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
     layer.sliding_window = shape.sliding_window;
     layer.sinks = shape.sliding_window > 0 ? plan.local_sinks.value_or(plan.sinks) : plan.sinks;
     layer.window = plan.window;
+    layer.recent = plan.recent;
     layer.key = plan.layers[l].key;
     layer.value = plan.layers[l].value;
     config.layers.push_back(std::move(layer));

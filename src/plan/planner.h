@@ -39,10 +39,14 @@ SideConfig recipe_value(int bits);
 
 // The plan's sinks and window from options of these names; `usual` where nobody says.
 void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& plan);
+// Likewise how rows are kept until they are sealed; 8 bits where nobody says.
+void read_recent(const PlannerOptions& options, Plan& plan);
+inline constexpr std::pair<const char*, const char*> kRecentOption{"recent",
+                                                                   "rows not sealed yet: 8 (bits) or f16, twice the bytes (8)"};
 inline constexpr std::pair<const char*, const char*> kSinksOption{"sinks", "first tokens kept fp16 (the profile's, 16)"};
 inline constexpr std::pair<const char*, const char*> kLocalSinksOption{
     "local-sinks", "the same in layers with a sliding window (the profile's, 0)"};
-inline constexpr std::pair<const char*, const char*> kWindowOption{"window", "newest tokens kept fp16 (the profile's)"};
+inline constexpr std::pair<const char*, const char*> kWindowOption{"window", "newest tokens not packed (the profile's)"};
 
 // The budget as bytes of one sequence at budget.context.
 double budget_bytes(const Budget& budget, const ModelShape& model);

@@ -168,6 +168,10 @@ void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& 
   set_fp16_part(part, plan);
 }
 
+void read_recent(const PlannerOptions& options, Plan& plan) {
+  if (options.choice("recent", "8", {"8", "f16"}) == "8") plan.recent = {8, Axis::kToken, 64, Fit::kMinMax, true};
+}
+
 double budget_bytes(const Budget& budget, const ModelShape& model) {
   if (budget.context < 1 || budget.context > (int64_t{1} << 32))
     throw Error(Status::kInvalidArgument, "the budget's context must be at least 1 token");

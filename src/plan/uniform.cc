@@ -9,6 +9,7 @@ Plan make(const PlannerRequest& request) {
   Plan plan = empty_plan(request, "uniform");
   const int key_bits = options.bits("k-bits", 4), value_bits = options.bits("v-bits", 4);
   read_fp16_part(options, usual_fp16_part(*request.model), plan);
+  read_recent(options, plan);
   const bool rotate_keys = options.choice("key-hadamard", "off", {"on", "off"}) == "on";
   const bool rotate_values = options.choice("value-hadamard", "on", {"on", "off"}) == "on";
   const int group = options.integer("group", 0, 0, 128);
@@ -43,7 +44,8 @@ const Planner kUniformPlanner = {{"uniform",
                                    {"codec-fit", "minmax or fitted for both sides (keys fitted, values minmax)"},
                                    {"sinks", "first tokens kept fp16 (16)"},
                                    {"local-sinks", "the same in layers with a sliding window (0)"},
-                                   {"window", "newest tokens kept fp16 (64; at most a 16th of the narrowest sliding window)"}},
+                                   {"window", "newest tokens not packed (64; at most a 16th of the narrowest sliding window)"},
+                                   kRecentOption},
                                   false,
                                   false,
                                   false},

@@ -13,12 +13,14 @@ namespace kvmix {
 namespace {
 
 using testing::key_codec;
+using testing::kRecents;
 using testing::make_layer;
 using testing::oracle;
 using testing::random_rows;
 using testing::Rows;
 using testing::step;
 using testing::value_codec;
+using testing::with_recent;
 
 CacheConfig one_layer(const LayerConfig& layer, int threads = 2) {
   CacheConfig config;
@@ -59,137 +61,188 @@ CacheConfig forced(CacheConfig config, const std::string& kernel) {
 }
 
 TEST(Cache, DecodesWhatExactAttentionOverItsRowsGives) {
-  std::mt19937 random(1);
-  Cache cache(forced(one_layer(make_layer(9, 3, 64, key_codec(2), value_codec(2))), "portable"));
-  const SequenceId id = cache.create();
-  Rows rows = random_rows(cache.config().layers[0], 700, random);
-  step(cache, {{id, 700}}, rows);
-  EXPECT_LT(last_token_error(cache, id, rows, 700), 1e-5);
-  for (int i = 0; i < 200; ++i) {
-    rows = random_rows(cache.config().layers[0], 1, random);
-    step(cache, {{id, 1}}, rows);
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(1);
+    Cache cache(forced(one_layer(with_recent(make_layer(9, 3, 64, key_codec(2), value_codec(2)), recent)), "portable"));
+    const SequenceId id = cache.create();
+    Rows rows = random_rows(cache.config().layers[0], 700, random);
+    step(cache, {{id, 700}}, rows);
+    EXPECT_LT(last_token_error(cache, id, rows, 700), 1e-5);
+    for (int i = 0; i < 200; ++i) {
+      rows = random_rows(cache.config().layers[0], 1, random);
+      step(cache, {{id, 1}}, rows);
+    }
+    EXPECT_EQ(cache.length(id), 900);
+    EXPECT_LT(last_token_error(cache, id, rows, 1), 1e-5);
+    EXPECT_EQ(cache.tail(id, 0).sealed, 5 * kPageTokens);  // (899 - 16 - 128) / 128
   }
-  EXPECT_EQ(cache.length(id), 900);
-  EXPECT_LT(last_token_error(cache, id, rows, 1), 1e-5);
-  EXPECT_EQ(cache.tail(id, 0).sealed, 5 * kPageTokens);  // (899 - 16 - 128) / 128
 }
 
 TEST(Cache, PageAlignedChunksEqualOneByOne) {
-  std::mt19937 random(2);
-  const CacheConfig config = one_layer(make_layer(4, 2, 32, key_codec(3), value_codec(2, 32)));
-  Cache single(config), chunked(config);
-  const SequenceId a = single.create(), b = chunked.create();
-  int start = 0;
-  for (const int n : {16 + 128, 128, 128, 128}) {
-    Rows rows = random_rows(config.layers[0], n, random);
-    step(chunked, {{b, n}}, rows);
-    for (int t = 0; t < n; ++t) {
-      Rows row;
-      const auto cut = [&](const std::vector<float>& from) {
-        const size_t width = from.size() / static_cast<size_t>(n);
-        return std::vector<float>(from.begin() + static_cast<ptrdiff_t>(width * static_cast<size_t>(t)),
-                                  from.begin() + static_cast<ptrdiff_t>(width * static_cast<size_t>(t + 1)));
-      };
-      row.q = cut(rows.q);
-      row.k = cut(rows.k);
-      row.v = cut(rows.v);
-      row.out = row.q;
-      step(single, {{a, 1}}, row);
-      const std::vector<float> expected = cut(rows.out);
-      for (size_t i = 0; i < expected.size(); ++i) {
-        ASSERT_NEAR(row.out[i], expected[i], 2e-2f * (1 + std::abs(expected[i]))) << "token " << start + t;
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(2);
+    const CacheConfig config = one_layer(with_recent(make_layer(4, 2, 32, key_codec(3), value_codec(2, 32)), recent));
+    Cache single(config), chunked(config);
+    const SequenceId a = single.create(), b = chunked.create();
+    int start = 0;
+    for (const int n : {16 + 128, 128, 128, 128}) {
+      Rows rows = random_rows(config.layers[0], n, random);
+      step(chunked, {{b, n}}, rows);
+      for (int t = 0; t < n; ++t) {
+        Rows row;
+        const auto cut = [&](const std::vector<float>& from) {
+          const size_t width = from.size() / static_cast<size_t>(n);
+          return std::vector<float>(from.begin() + static_cast<ptrdiff_t>(width * static_cast<size_t>(t)),
+                                    from.begin() + static_cast<ptrdiff_t>(width * static_cast<size_t>(t + 1)));
+        };
+        row.q = cut(rows.q);
+        row.k = cut(rows.k);
+        row.v = cut(rows.v);
+        row.out = row.q;
+        step(single, {{a, 1}}, row);
+        const std::vector<float> expected = cut(rows.out);
+        for (size_t i = 0; i < expected.size(); ++i) {
+          ASSERT_NEAR(row.out[i], expected[i], 2e-2f * (1 + std::abs(expected[i]))) << "token " << start + t;
+        }
       }
+      start += n;
+      // One more token would seal; both have the same state now.
+      for (const Side side : {Side::kKey, Side::kValue}) EXPECT_EQ(stored(single, a, 1, side), stored(chunked, b, 1, side));
     }
-    start += n;
-    // One more token would seal; both have the same state now.
-    for (const Side side : {Side::kKey, Side::kValue}) EXPECT_EQ(stored(single, a, 1, side), stored(chunked, b, 1, side));
   }
 }
 
 TEST(Cache, BytesAreTheFormula) {
-  std::mt19937 random(3);
-  for (const int n : {1, 16, 17, 144, 145, 400, 401, 1000}) {
-    Cache cache(one_layer(make_layer(6, 2, 64, key_codec(2), value_codec(4))));
-    const SequenceId id = cache.create();
-    for (int done = 0; done < n;) {
-      const int chunk = std::min(n - done, done == 0 ? 144 : 128);
-      Rows rows = random_rows(cache.config().layers[0], chunk, random);
-      step(cache, {{id, chunk}}, rows);
-      done += chunk;
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(3);
+    for (const int n : {1, 16, 17, 144, 145, 400, 401, 1000}) {
+      Cache cache(one_layer(with_recent(make_layer(6, 2, 64, key_codec(2), value_codec(4)), recent)));
+      const SequenceId id = cache.create();
+      for (int done = 0; done < n;) {
+        const int chunk = std::min(n - done, done == 0 ? 144 : 128);
+        Rows rows = random_rows(cache.config().layers[0], chunk, random);
+        step(cache, {{id, chunk}}, rows);
+        done += chunk;
+      }
+      // Sealing waits for the next token: bring the state to that of a cache fed one by one.
+      const MemoryReport m = cache.memory();
+      EXPECT_EQ(m.total_bytes, m.sealed_bytes + m.open_bytes + m.sink_bytes + m.table_bytes + m.slack_bytes);
+      EXPECT_EQ(m.tokens, n);
+      if (n % 128 == 17) {
+        EXPECT_EQ(predict_bytes(cache.config(), n), m.total_bytes - m.slack_bytes) << n;
+      }
+      cache.remove(id);
+      EXPECT_EQ(cache.memory().total_bytes, 0u);
     }
-    // Sealing waits for the next token: bring the state to that of a cache fed one by one.
-    const MemoryReport m = cache.memory();
-    EXPECT_EQ(m.total_bytes, m.sealed_bytes + m.open_bytes + m.sink_bytes + m.table_bytes + m.slack_bytes);
-    EXPECT_EQ(m.tokens, n);
-    if (n % 128 == 17) {
-      EXPECT_EQ(predict_bytes(cache.config(), n), m.total_bytes - m.slack_bytes) << n;
-    }
-    cache.remove(id);
-    EXPECT_EQ(cache.memory().total_bytes, 0u);
   }
 }
 
 TEST(Cache, BytesOneByOneAreTheFormulaAtEveryLength) {
-  std::mt19937 random(4);
-  LayerConfig sliding = make_layer(2, 1, 32, key_codec(4), value_codec(4, 32));
-  sliding.sliding_window = 200;
-  for (const LayerConfig& layer : {make_layer(2, 1, 32, key_codec(4), value_codec(4, 32)), sliding}) {
-    Cache cache(one_layer(layer, 1));
-    const SequenceId id = cache.create();
-    for (int n = 1; n <= 800; ++n) {
-      Rows rows = random_rows(layer, 1, random);
-      step(cache, {{id, 1}}, rows);
-      const MemoryReport m = cache.memory();
-      ASSERT_EQ(predict_bytes(cache.config(), n), m.total_bytes - m.slack_bytes)
-          << n << " tokens, sliding " << layer.sliding_window;
-      ASSERT_LT(last_token_error(cache, id, rows, 1), 0.06) << n;
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(4);
+    LayerConfig sliding = make_layer(2, 1, 32, key_codec(4), value_codec(4, 32));
+    sliding.sliding_window = 200;
+    for (const LayerConfig& layer : {make_layer(2, 1, 32, key_codec(4), value_codec(4, 32)), sliding}) {
+      Cache cache(one_layer(with_recent(layer, recent), 1));
+      const SequenceId id = cache.create();
+      for (int n = 1; n <= 800; ++n) {
+        Rows rows = random_rows(layer, 1, random);
+        step(cache, {{id, 1}}, rows);
+        const MemoryReport m = cache.memory();
+        ASSERT_EQ(predict_bytes(cache.config(), n), m.total_bytes - m.slack_bytes)
+            << n << " tokens, sliding " << layer.sliding_window;
+        ASSERT_LT(last_token_error(cache, id, rows, 1), 0.06) << n;
+      }
     }
   }
 }
 
 TEST(Cache, ForkSharesAndDiverges) {
-  std::mt19937 random(5);
-  Cache cache(one_layer(make_layer(2, 1, 64, key_codec(2), value_codec(2))));
-  const SequenceId a = cache.create();
-  Rows rows = random_rows(cache.config().layers[0], 600, random);
-  step(cache, {{a, 600}}, rows);
-  rows = random_rows(cache.config().layers[0], 1, random);
-  step(cache, {{a, 1}}, rows);
-  const size_t before = cache.memory().sealed_bytes;
-  const SequenceId b = cache.fork(a);
-  EXPECT_EQ(cache.memory().sealed_bytes, before);
-  const std::vector<float> keys = stored(cache, a, 0, Side::kKey);
-  for (int i = 0; i < 300; ++i) {
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(5);
+    Cache cache(one_layer(with_recent(make_layer(2, 1, 64, key_codec(2), value_codec(2)), recent)));
+    const SequenceId a = cache.create();
+    Rows rows = random_rows(cache.config().layers[0], 600, random);
+    step(cache, {{a, 600}}, rows);
     rows = random_rows(cache.config().layers[0], 1, random);
-    step(cache, {{b, 1}}, rows);
+    step(cache, {{a, 1}}, rows);
+    const size_t before = cache.memory().sealed_bytes;
+    const SequenceId b = cache.fork(a);
+    EXPECT_EQ(cache.memory().sealed_bytes, before);
+    const std::vector<float> keys = stored(cache, a, 0, Side::kKey);
+    for (int i = 0; i < 300; ++i) {
+      rows = random_rows(cache.config().layers[0], 1, random);
+      step(cache, {{b, 1}}, rows);
+    }
+    EXPECT_LT(last_token_error(cache, b, rows, 1), 0.05);
+    EXPECT_EQ(stored(cache, a, 0, Side::kKey), keys);
+    cache.remove(a);
+    EXPECT_EQ(cache.length(b), 901);
+    cache.remove(b);
+    EXPECT_EQ(cache.memory().total_bytes, 0u);
   }
-  EXPECT_LT(last_token_error(cache, b, rows, 1), 0.05);
-  EXPECT_EQ(stored(cache, a, 0, Side::kKey), keys);
-  cache.remove(a);
-  EXPECT_EQ(cache.length(b), 901);
-  cache.remove(b);
-  EXPECT_EQ(cache.memory().total_bytes, 0u);
 }
 
 TEST(Cache, TruncateCutsAnywhere) {
-  std::mt19937 random(6);
-  for (const int64_t keep : {0, 5, 16, 144, 200, 272, 300, 500, 699, 700}) {
-    Cache cache(one_layer(make_layer(2, 1, 32, key_codec(8), value_codec(8, 32))));
-    const SequenceId id = cache.create();
-    for (int i = 0; i < 7; ++i) {
-      Rows rows = random_rows(cache.config().layers[0], 100, random);
-      step(cache, {{id, 100}}, rows);
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(6);
+    for (const int64_t keep : {0, 5, 16, 144, 200, 272, 300, 500, 699, 700}) {
+      Cache cache(one_layer(with_recent(make_layer(2, 1, 32, key_codec(8), value_codec(8, 32)), recent)));
+      const SequenceId id = cache.create();
+      for (int i = 0; i < 7; ++i) {
+        Rows rows = random_rows(cache.config().layers[0], 100, random);
+        step(cache, {{id, 100}}, rows);
+      }
+      const auto keys = stored(cache, id, 0, Side::kKey);
+      const float rounding = recent.is_f16() ? 2e-3f : 0.06f;  // of the cut page's rows
+      cache.truncate(id, keep);
+      EXPECT_EQ(cache.length(id), keep);
+      const auto cut = stored(cache, id, 0, Side::kKey);
+      for (size_t i = 0; i < cut.size(); ++i) ASSERT_NEAR(cut[i], keys[i], rounding * (1 + std::abs(keys[i])));
+      Rows rows = random_rows(cache.config().layers[0], 150, random);
+      step(cache, {{id, 150}}, rows);
+      EXPECT_LT(last_token_error(cache, id, rows, 150), 0.05);
+      cache.remove(id);
+      EXPECT_EQ(cache.memory().total_bytes, 0u);
     }
-    const auto keys = stored(cache, id, 0, Side::kKey);
-    cache.truncate(id, keep);
-    EXPECT_EQ(cache.length(id), keep);
-    const auto cut = stored(cache, id, 0, Side::kKey);
-    for (size_t i = 0; i < cut.size(); ++i) ASSERT_NEAR(cut[i], keys[i], 2e-3f * (1 + std::abs(keys[i])));
-    Rows rows = random_rows(cache.config().layers[0], 150, random);
-    step(cache, {{id, 150}}, rows);
-    EXPECT_LT(last_token_error(cache, id, rows, 150), 0.05);
-    cache.remove(id);
-    EXPECT_EQ(cache.memory().total_bytes, 0u);
+  }
+}
+
+TEST(Cache, RecentRowsAreHalfTheBytesAndNearlyExact) {
+  std::mt19937 random(14);
+  const LayerConfig layer = make_layer(4, 2, 64, key_codec(3), value_codec(2));
+  Rows rows = random_rows(layer, 200, random);
+  std::vector<std::vector<float>> outs;
+  std::vector<size_t> bytes;
+  for (const CodecSpec& recent : kRecents) {
+    Cache cache(one_layer(with_recent(layer, recent)));
+    const SequenceId id = cache.create();
+    step(cache, {{id, 200}}, rows);
+    outs.push_back(rows.out);
+    bytes.push_back(cache.memory().open_bytes);
+  }
+  EXPECT_EQ(bytes[1] * 16 * 2, bytes[0] * 17);  // 8.5 bits
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < outs[0].size(); ++i) {
+    const double d = static_cast<double>(outs[1][i]) - static_cast<double>(outs[0][i]);
+    error += d * d;
+    norm += static_cast<double>(outs[0][i]) * static_cast<double>(outs[0][i]);
+  }
+  EXPECT_GT(error, 0);
+  EXPECT_LT(std::sqrt(error / norm), 0.02);
+}
+
+TEST(Cache, RecentRowsOfOtherCodecsAreRefused) {
+  for (const CodecSpec& recent :
+       {CodecSpec{8, Axis::kChannel, 64, Fit::kMinMax, true}, CodecSpec{4, Axis::kToken, 64, Fit::kMinMax, true},
+        CodecSpec{8, Axis::kToken, 64, Fit::kLeastSquares, true}}) {
+    try {
+      Cache cache(one_layer(with_recent(make_layer(2, 1, 64, key_codec(2), value_codec(2)), recent)));
+      FAIL() << to_string(recent) << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.status(), Status::kInvalidArgument);
+      EXPECT_NE(std::string(e.what()).find("layer 0: recent rows"), std::string::npos) << e.what();
+    }
   }
 }
 
@@ -269,34 +322,36 @@ TEST(Cache, TransformsLeaveAttentionAlone) {
 }
 
 TEST(Cache, RaggedSequencesEqualSingleOnes) {
-  std::mt19937 random(8);
-  const LayerConfig layer = make_layer(6, 2, 64, key_codec(4), value_codec(3));
-  CacheConfig config = one_layer(layer, 3);
-  Cache together(config), alone(config);
-  std::vector<SequenceId> ids, single;
-  const std::vector<int> lengths = {1, 15, 16, 17, 300, 129, 128, 1000};
-  for (const int n : lengths) {
-    ids.push_back(together.create());
-    single.push_back(alone.create());
-    Rows rows = random_rows(layer, n, random);
-    step(together, {{ids.back(), n}}, rows);
-    step(alone, {{single.back(), n}}, rows);
-  }
-  std::vector<StepItem> items;
-  for (const SequenceId id : ids) items.push_back({id, 1});
-  Rows rows = random_rows(layer, static_cast<int>(ids.size()), random);
-  step(together, items, rows);
-  for (size_t s = 0; s < ids.size(); ++s) {
-    Rows row;
-    const auto cut = [&](const std::vector<float>& from) {
-      const size_t width = from.size() / ids.size();
-      return std::vector<float>(from.begin() + static_cast<ptrdiff_t>(width * s),
-                                from.begin() + static_cast<ptrdiff_t>(width * (s + 1)));
-    };
-    row.q = cut(rows.q), row.k = cut(rows.k), row.v = cut(rows.v), row.out = row.q;
-    step(alone, {{single[s], 1}}, row);
-    const std::vector<float> expected = cut(rows.out);
-    for (size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(row.out[i], expected[i], 2e-2f) << "sequence " << s;
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(8);
+    const LayerConfig layer = with_recent(make_layer(6, 2, 64, key_codec(4), value_codec(3)), recent);
+    CacheConfig config = one_layer(layer, 3);
+    Cache together(config), alone(config);
+    std::vector<SequenceId> ids, single;
+    const std::vector<int> lengths = {1, 15, 16, 17, 300, 129, 128, 1000};
+    for (const int n : lengths) {
+      ids.push_back(together.create());
+      single.push_back(alone.create());
+      Rows rows = random_rows(layer, n, random);
+      step(together, {{ids.back(), n}}, rows);
+      step(alone, {{single.back(), n}}, rows);
+    }
+    std::vector<StepItem> items;
+    for (const SequenceId id : ids) items.push_back({id, 1});
+    Rows rows = random_rows(layer, static_cast<int>(ids.size()), random);
+    step(together, items, rows);
+    for (size_t s = 0; s < ids.size(); ++s) {
+      Rows row;
+      const auto cut = [&](const std::vector<float>& from) {
+        const size_t width = from.size() / ids.size();
+        return std::vector<float>(from.begin() + static_cast<ptrdiff_t>(width * s),
+                                  from.begin() + static_cast<ptrdiff_t>(width * (s + 1)));
+      };
+      row.q = cut(rows.q), row.k = cut(rows.k), row.v = cut(rows.v), row.out = row.q;
+      step(alone, {{single[s], 1}}, row);
+      const std::vector<float> expected = cut(rows.out);
+      for (size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(row.out[i], expected[i], 2e-2f) << "sequence " << s;
+    }
   }
 }
 
@@ -320,28 +375,30 @@ TEST(Cache, RatioWindowSettlesAtLessThanTwoPages) {
 }
 
 TEST(Cache, SaveAndLoadContinueAlike) {
-  std::mt19937 random(10);
-  const std::string path = ::testing::TempDir() + "/kvmix_saved_cache";
-  const CacheConfig config = one_layer(make_layer(4, 2, 64, key_codec(3), value_codec(2)));
-  Cache cache(config), other(config);
-  const SequenceId a = cache.create();
-  Rows rows = random_rows(config.layers[0], 500, random);
-  step(cache, {{a, 500}}, rows);
-  cache.save(a, path, "model+plan");
-  EXPECT_EQ(inspect_saved_cache(path).tokens, 500);
-  const SequenceId b = other.load(path, "model+plan");
-  rows = random_rows(config.layers[0], 1, random);
-  step(cache, {{a, 1}}, rows);
-  const auto expected = rows.out;
-  step(other, {{b, 1}}, rows);
-  EXPECT_EQ(rows.out, expected);
-  try {
-    other.load(path, "another");
-    FAIL() << "a foreign fingerprint was accepted";
-  } catch (const Error& e) {
-    EXPECT_EQ(e.status(), Status::kMismatch);
+  for (const CodecSpec& recent : kRecents) {
+    std::mt19937 random(10);
+    const std::string path = ::testing::TempDir() + "/kvmix_saved_cache";
+    const CacheConfig config = one_layer(with_recent(make_layer(4, 2, 64, key_codec(3), value_codec(2)), recent));
+    Cache cache(config), other(config);
+    const SequenceId a = cache.create();
+    Rows rows = random_rows(config.layers[0], 500, random);
+    step(cache, {{a, 500}}, rows);
+    cache.save(a, path, "model+plan");
+    EXPECT_EQ(inspect_saved_cache(path).tokens, 500);
+    const SequenceId b = other.load(path, "model+plan");
+    rows = random_rows(config.layers[0], 1, random);
+    step(cache, {{a, 1}}, rows);
+    const auto expected = rows.out;
+    step(other, {{b, 1}}, rows);
+    EXPECT_EQ(rows.out, expected);
+    try {
+      other.load(path, "another");
+      FAIL() << "a foreign fingerprint was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.status(), Status::kMismatch);
+    }
+    std::filesystem::remove(path);
   }
-  std::filesystem::remove(path);
 }
 
 TEST(Cache, DamagedSavedCachesAreRefused) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/fp16.h"
+#include "codec/row.h"
 
 namespace kvmix {
 namespace {
@@ -54,6 +55,45 @@ TEST(Encoders, WriteTheSerialBytes) {
             ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
                 << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name << " "
                 << (side == Side::kKey ? "key" : "value");
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows one by one make the tile that encode_tile makes of all of them.
+TEST(Encoders, RowsMakeTheTile) {
+  for (const TileEncoder* encoder : tile_encoders()) {
+    if (!encoder->available()) continue;
+    for (const int head_dim : {32, 48, 64, 80, 128, 256}) {
+      for (const CodecSpec& spec : all_codec_specs()) {
+        if (!takes_rows(spec)) continue;
+        std::mt19937 random(static_cast<unsigned>(head_dim));
+        for (const Input& input : kInputs) {
+          std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * head_dim));
+          for (int i = 0; i < kPageTokens * head_dim; ++i)
+            x[static_cast<size_t>(i)] = input.value(random, i / head_dim, i % head_dim);
+          for (const Side side : {Side::kKey, Side::kValue}) {
+            const size_t bytes = tile_bytes(spec, head_dim);
+            std::vector<std::byte> expected(bytes), got(bytes);
+            encode_tile(spec, side, head_dim, x.data(), expected.data());
+            std::vector<float> decoded(x.size()), row(static_cast<size_t>(head_dim));
+            decode_tile(spec, side, head_dim, expected.data(), decoded.data());
+            for (int i = 0; i < kPageTokens; ++i) {
+              const int t = i * 37 % kPageTokens;  // in any order
+              for (int c = 0; c < head_dim; ++c)
+                row[static_cast<size_t>(c)] = f16_to_f32(x[static_cast<size_t>(t * head_dim + c)]);
+              std::byte record[kMostRowBytes], back[kMostRowBytes];
+              encoder->encode_row(spec, head_dim, row.data(), record);
+              store_row(spec, side, head_dim, record, t, got.data());
+              load_row(spec, side, head_dim, got.data(), t, back);
+              ASSERT_EQ(std::memcmp(record, back, row_bytes(spec, head_dim)), 0);
+              decode_row(spec, head_dim, record, row.data());
+              ASSERT_EQ(std::memcmp(row.data(), &decoded[static_cast<size_t>(t * head_dim)], row.size() * sizeof(float)), 0);
+            }
+            ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
+                << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name;
           }
         }
       }

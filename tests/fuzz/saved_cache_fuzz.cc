@@ -22,6 +22,7 @@ CacheConfig fuzz_config() {
   CacheConfig config;
   config.layers = {testing::make_layer(2, 1, 32, testing::key_codec(2), testing::value_codec(3, 32)),
                    testing::make_layer(2, 1, 32, CodecSpec{}, CodecSpec{}, 4)};
+  config.layers[0].recent = testing::kRecents.back();
   config.layers[1].sliding_window = 200;
   config.max_bytes = size_t{64} << 20;
   return config;

@@ -96,6 +96,8 @@ TEST(Planners, EveryOneMeetsItsBudgetAndRoundTrips) {
     for (const double bits : {3.0, 3.5, 4.5, 8.0}) {
       PlannerRequest request = request_for(model, scores);
       request.budget.bits = bits;
+      // Its layers form three groups here, so that sizes come in steps; these come near all budgets.
+      if (planner.name == "kvtuner") request.options["recent"] = "f16";
       const Plan plan = make_plan(planner.name, request);
       EXPECT_EQ(plan.layers.size(), 30u) << planner.name;
       const CacheConfig config = cache_config(plan, model);
@@ -153,6 +155,56 @@ TEST(Planners, KeepInFp16WhatTheProfileWasMeasuredWith) {
   EXPECT_EQ(parse_profile(to_json(p), "memory").fp16, p.fp16);
 }
 
+TEST(Planners, KeepRecentRowsIn8BitsUnlessAsked) {
+  const ModelShape model = shape(30);
+  const Profile scores = measured_profile(model);
+  PlannerRequest request = request_for(model, scores);
+  request.budget.bits = 4;
+  for (const char* planner : {"kvmix", "kvtuner", "uniform"}) {
+    request.options = {};
+    const Plan plan = make_plan(planner, request);
+    EXPECT_EQ(to_string(plan.recent), "int8.token.g64.minmax.zero") << planner;
+    EXPECT_EQ(cache_config(plan, model).layers[7].recent, plan.recent);
+    EXPECT_EQ(to_json(parse_plan(to_json(plan), "memory")), to_json(plan));
+    request.options = {{"recent", "f16"}};
+    EXPECT_TRUE(make_plan(planner, request).recent.is_f16()) << planner;
+    request.options = {{"recent", "4"}};
+    EXPECT_THROW(make_plan(planner, request), Error);
+  }
+  request.options = {};
+  EXPECT_TRUE(make_plan("kvmix-paper", request).recent.is_f16());
+  Plan plan = make_plan("kvmix", request);
+  for (const char* codec : {"int8.channel.g64.minmax.zero", "int4.token.g64.minmax.zero", "int8", "f32"}) {
+    std::string json = to_json(plan);
+    const std::string was = to_string(plan.recent);
+    json.replace(json.find(was), was.size(), codec);
+    try {
+      parse_plan(json, "plan.json");
+      FAIL() << codec << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.status(), Status::kCorrupt);
+      EXPECT_NE(std::string(e.what()).find("recent"), std::string::npos) << e.what();
+    }
+  }
+}
+
+// A budget that leaves some sides fp16 counts their recent rows as fp16 too.
+TEST(Planners, MixedSidesMeetTheirBudgetToTheByte) {
+  const ModelShape model = shape(30);
+  const Profile scores = measured_profile(model);
+  PlannerRequest request = request_for(model, scores);
+  bool mixed = false;
+  for (const double bits : {9.0, 11.0, 13.0, 15.0}) {
+    request.budget.bits = bits;
+    const Plan plan = make_plan("kvmix", request);
+    const CacheConfig config = cache_config(plan, model);
+    EXPECT_LE(predict_bits_per_element(config, 8192), bits);
+    EXPECT_GT(predict_bits_per_element(config, 8192), bits - 0.4);
+    for (const Plan::Layer& l : plan.layers) mixed = mixed || l.key.codec.is_f16() != l.value.codec.is_f16();
+  }
+  EXPECT_TRUE(mixed);
+}
+
 // Sequences share the bytes, each with its own sinks, window and tables.
 TEST(Planners, ABudgetOfSeveralSequences) {
   const ModelShape model = shape(30);
@@ -161,6 +213,7 @@ TEST(Planners, ABudgetOfSeveralSequences) {
     if (!planner.needs_budget) continue;
     PlannerRequest request = request_for(model, scores);
     request.budget = {.bytes = size_t{1} << 30, .sequences = 27, .context = 8192};
+    if (planner.name == "kvtuner") request.options["recent"] = "f16";
     const Plan plan = make_plan(planner.name, request);
     const size_t one = predict_bytes(cache_config(plan, model), 8192);
     EXPECT_LE(27 * one, size_t{1} << 30) << planner.name;

@@ -32,6 +32,13 @@ inline CodecSpec value_codec(int bits, int group = 64, Fit fit = Fit::kMinMax) {
   return {bits, Axis::kToken, group, fit, true};
 }
 
+// How rows may be kept until they are sealed.
+inline const std::vector<CodecSpec> kRecents = {CodecSpec{}, {8, Axis::kToken, 64, Fit::kMinMax, true}};
+inline LayerConfig with_recent(LayerConfig layer, const CodecSpec& recent) {
+  layer.recent = recent;
+  return layer;
+}
+
 struct Rows {
   std::vector<float> q, k, v, out;
 };
