@@ -41,6 +41,13 @@ def use_transform(plan, profile, transform):
             side.pop("scales", None)
 
 
+def centre_keys(plan, profile):
+    """Symmetric codes around the mean key: an eighth of a bit less, as there are no midpoints."""
+    for index, name, side in sides(plan):
+        if name == "key":
+            side.update(center=profile["key_mean"][index], zero_point=False)
+
+
 def variants(profile, full):
     def variant(name, change):
         plan = copy.deepcopy(full)
@@ -56,6 +63,8 @@ def variants(profile, full):
     yield variant("all-minmax-keys", lambda p: set_codec(p, "key", fit="minmax"))
     yield variant("all-fitted-values", lambda p: set_codec(p, "value", fit="fitted"))
     yield variant("all-group-32", lambda p: (set_codec(p, "key", group=32), set_codec(p, "value", group=32)))
+    yield variant("all-centred-keys", lambda p: centre_keys(p, profile))
+    yield variant("all-recent-f16", lambda p: p.pop("recent"))
     for sinks in (0, 4):
         yield variant(f"all-sinks-{sinks}", lambda p: p.update(sinks=sinks))
     for window in (0, 32, 96, 128):
@@ -65,6 +74,7 @@ def variants(profile, full):
         drop(p, "feedback", "scales", "hadamard")
         set_codec(p, "key", fit="minmax")
         set_codec(p, "value", fit="minmax")
+        p.pop("recent")
         p["sinks"] = 0
         p["window"]["tokens"] = 0
 

@@ -29,11 +29,11 @@ struct ModelShape {
   int64_t context_tokens = 0;  // trained context
 };
 
-// What a sequence keeps in fp16 beside the page that is being filled.
+// What a sequence keeps out of packed pages, beside the page that is being filled; measured as fp16.
 struct Fp16Part {
   int sinks = 16;       // first tokens
   int local_sinks = 0;  // the same in layers with a sliding window, which soon leaves them behind
-  int window = 64;      // newest tokens
+  int window = 64;      // newest tokens, which plans may keep in 8 bits (Plan::recent)
   friend bool operator==(const Fp16Part&, const Fp16Part&) = default;
 };
 // What plans keep where nobody says.

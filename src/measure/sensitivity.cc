@@ -139,6 +139,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     }
     if (i == 0) {
       profile.transforms = calibrated_transforms(inside, pass, fp16.sinks, threads);
+      profile.key_mean = mean_keys(shape, pass, fp16.sinks);
       for (size_t l = 0; l < layers; ++l) {
         for (const Side side : {Side::kKey, Side::kValue})
           tensors.push_back(candidates(profile, static_cast<int>(l), side, shape.layers[l].head_dim));

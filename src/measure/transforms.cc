@@ -85,6 +85,24 @@ void add_output_metric(const GgufModel& model, int layer, int kv_head, int group
 
 }  // namespace
 
+std::vector<std::vector<float>> mean_keys(const ModelShape& shape, const PassResult& pass, int sinks) {
+  std::vector<std::vector<float>> means;
+  for (size_t l = 0; l < shape.layers.size(); ++l) {
+    const int dim = shape.layers[l].head_dim, heads = shape.layers[l].kv_heads;
+    const auto n = static_cast<int64_t>(pass.keys[l].size()) / (heads * dim);
+    std::vector<float>& mean = means.emplace_back();
+    for (int head = 0; head < heads; ++head) {
+      const float* x = pass.keys[l].data() + static_cast<ptrdiff_t>(head) * n * dim;
+      for (int c = 0; c < dim; ++c) {
+        double sum = 0;
+        for (int64_t i = sinks; i < n; ++i) sum += static_cast<double>(x[i * dim + c]);
+        mean.push_back(static_cast<float>(sum / static_cast<double>(n - sinks)));
+      }
+    }
+  }
+  return means;
+}
+
 std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks, int threads) {
   const ModelShape& shape = model.shape();
   std::vector<Profile::Transform> transforms(shape.layers.size() * 4);

@@ -15,5 +15,7 @@ namespace kvmix {
 // triangle U, whose columns are the weights (LDLQ: QuIP, arXiv 2307.13304, section 3). M is the second moment of the queries
 // that meet the keys, or W_O^T W_O over the query heads that share the values, in the stored space.
 std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks, int threads);
+// Mean post-RoPE key of every layer behind the sinks, [kv_heads * head_dim].
+std::vector<std::vector<float>> mean_keys(const ModelShape& shape, const PassResult& pass, int sinks);
 
 }  // namespace kvmix

@@ -39,7 +39,8 @@ std::string pick_metric(const Profile& profile, const std::string& wanted) {
     throw Error(Status::kInvalidArgument,
                 "the profile has no \"" + wanted + "\" sensitivities; measure them with kvmix profile --sensitivity " + wanted);
   }
-  for (const char* metric : {"kl", "fisher", "output"}) {
+  // `fisher` before `kl`: a profile with the second has both, and plans by the first were as good or better (docs/quality.md).
+  for (const char* metric : {"fisher", "kl", "output"}) {
     if (have.contains(metric)) return metric;
   }
   return "";

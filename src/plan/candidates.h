@@ -24,14 +24,14 @@ std::vector<Candidate> candidates(const Profile& profile, const std::string& met
 // Every side of a model, keys of a layer before its values.
 struct PricedChoices {
   std::vector<std::vector<Candidate>> sides;
-  std::vector<std::vector<Choice>> items;  // the same, with bytes of one sequence's sealed pages
-  int64_t fixed_bytes = 0;                 // what does not depend on codecs: sinks, window, tables
+  std::vector<std::vector<Choice>> items;  // the same, with bytes of one sequence's pages
+  int64_t fixed_bytes = 0;                 // what does not depend on codecs: sinks, tables
   double elements = 0;                     // that the bits are averaged over
 
   // Writes the chosen codecs into the plan; returns the sum of their costs.
   double apply(const std::vector<size_t>& chosen, Plan& plan) const;
 };
-// For the plan's sinks and window.
+// For the plan's sinks, window and recent rows.
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
                     int64_t context);
 

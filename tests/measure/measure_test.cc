@@ -140,6 +140,12 @@ TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
   }
   EXPECT_GT(fisher, 0.5 * kl);
   EXPECT_LT(fisher, 2 * kl);
+  ASSERT_EQ(profile.key_mean.size(), m.model()->shape().layers.size());
+  const PassResult pass = differentiate(m.inside(), TransposedWeights(m.inside()), windows[0], {.rows = true});
+  const auto dim = static_cast<size_t>(m.model()->shape().layers[1].head_dim), n = windows[0].size();
+  double sum = 0;  // layer 1, head 0, channel 3, behind 16 sinks
+  for (size_t t = 16; t < n; ++t) sum += static_cast<double>(pass.keys[1][t * dim + 3]);
+  EXPECT_NEAR(static_cast<double>(profile.key_mean[1][3]), sum / static_cast<double>(n - 16), 1e-4);
   options.fp16 = Fp16Part{.window = 32};
   EXPECT_THROW(profile_sensitivity(m.model(), windows, options, profile, {}), Error);
 }
