@@ -21,9 +21,9 @@ constexpr int kJoined = 512;       // prompts of fewer tokens are joined to wind
 
 struct Arguments {
   std::string model, out = "profile.json", sensitivity;
-  int windows = 2;
-  int sinks = -1, local_sinks = -1, window = -1;  // -1: as is usual
-  CalibrationOptions calibration;
+  int windows = 1;
+  int sinks = -1, local_sinks = -1, window = -1;                                     // -1: as is usual
+  CalibrationOptions calibration{.prompts = 2, .tokens = 0, .seed = 0, .file = {}};  // 0: kMostTokens, or the model's context
 };
 
 Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
@@ -34,10 +34,12 @@ Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
   return part;
 }
 
-int profile(const Arguments& arguments, const Common& common) {
+int profile(Arguments arguments, const Common& common) {
   const auto start = std::chrono::steady_clock::now();
   if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
   const auto model = load_model(arguments.model);
+  if (arguments.calibration.tokens == 0)
+    arguments.calibration.tokens = static_cast<int>(std::min<int64_t>(kMostTokens, model->shape().context_tokens));
   const Progress progress = progress_reporter(common);
   const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);
   Profile measured;
@@ -90,7 +92,7 @@ int profile(const Arguments& arguments, const Common& common) {
 void add_profile(CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = add_command(context, "profile", "Measure how much each layer's keys and values matter to a model",
-                                  "kvmix profile smollm2 --prompts 16 --tokens 512 -o profile.json");
+                                  "kvmix profile smollm2 --sensitivity fisher -o profile.json");
   command->add_option("model", arguments->model, kModelHelp)->required();
   CalibrationOptions& calibration = arguments->calibration;
   command->add_option(
@@ -98,10 +100,11 @@ void add_profile(CommandContext& context) {
       "Calibration text, .txt or .jsonl with {\"text\": ...}; without it the project's own prompts, continued by the model");
   command->add_option("--prompts", calibration.prompts, "Prompts")->check(CLI::Range(1, 4096))->capture_default_str();
   command
-      ->add_option("--tokens", calibration.tokens,
-                   "Tokens per prompt, continuation included; memory grows with them: SmolLM2 takes 2 GB at 1024 and 4 at 2048")
-      ->check(CLI::Range(16, 32768))
-      ->capture_default_str();
+      ->add_option(
+          "--tokens", calibration.tokens,
+          "Tokens per prompt, continuation included (2048, or the model's context); memory grows with them: SmolLM2 takes 2 GB "
+          "at 1024 and 4 at 2048")
+      ->check(CLI::Range(16, 32768));
   command->add_option("--seed", calibration.seed, "Seed of the continuations")->capture_default_str();
   command
       ->add_option(

@@ -57,7 +57,16 @@ bool uses_ratio(const LayerConfig& layer) { return layer.window.ratio_key > 0 ||
 
 Cache::Impl::Impl(CacheConfig c) : config(std::move(c)), pool(config.max_bytes) {
   check_config(config);
-  for (const LayerConfig& layer : config.layers) sizes.push_back(layer_sizes(layer));
+  for (const LayerConfig& layer : config.layers) {
+    sizes.push_back(layer_sizes(layer));
+    std::vector<float>& columns = key_columns.emplace_back();
+    if (layer.key.transform.feedback.empty() || sizes.back().open_key.spec.is_f16()) continue;
+    const ptrdiff_t square = static_cast<ptrdiff_t>(layer.head_dim) * layer.head_dim;
+    columns.resize(static_cast<size_t>(layer.kv_heads * square));
+    for (int h = 0; h < layer.kv_heads; ++h) {
+      feedback_columns(head_feedback(layer.key.transform, h, layer.head_dim), layer.head_dim, columns.data() + h * square);
+    }
+  }
   steps.resize(config.layers.size());
   threads.resize(static_cast<size_t>(config.threads));
   kernels_used.resize(config.layers.size());
@@ -98,6 +107,12 @@ const AttentionKernel& Cache::Impl::pick_kernel(const AttendJob& job) const {
   throw Error(Status::kUnsupported, "attention kernel \"" + config.kernel + "\" does not take keys " + to_string(job.key.spec) +
                                         ", values " + to_string(job.value.spec) + " at head_dim " +
                                         std::to_string(job.head_dim) + "; leave the kernel to the library");
+}
+
+const float* Cache::Impl::recent_columns(size_t layer, int kv_head) const {
+  const std::vector<float>& columns = key_columns[layer];
+  const ptrdiff_t dim = config.layers[layer].head_dim;
+  return columns.empty() ? nullptr : columns.data() + kv_head * dim * dim;
 }
 
 SequenceState& Cache::Impl::find(SequenceId id) {
@@ -213,7 +228,8 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
     LayerState& state = sequence.layers[l];
     const int64_t keep = page_count(layer, n_tokens);
     const bool cuts_sealed = cuts_sealed_page(l);
-    for (HeadState& head : state.heads) {
+    for (size_t h = 0; h < state.heads.size(); ++h) {
+      HeadState& head = state.heads[h];
       if (n_tokens == 0 && head.sinks != nullptr) {
         impl.pool.release(head.sinks, sizes.sink_bytes);
         head.sinks = nullptr;
@@ -228,14 +244,15 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
       std::byte*& slot = head.pages.back();
       std::byte* open = fresh[next_fresh++].first;
       rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(layer.head_dim));
-      const auto expand = [&](const TileFormat& from, const std::byte* tile, const TileFormat& to, std::byte* out) {
+      const auto expand = [&](const TileFormat& from, const std::byte* tile, const TileFormat& to, const float* columns,
+                              std::byte* out) {
         decode_tile(from.spec, from.side, layer.head_dim, tile, rows.data());
-        for (int slot_index = 0; slot_index < kPageTokens; ++slot_index) {
-          store_open_row(to, slot_index, rows.data() + static_cast<ptrdiff_t>(slot_index) * layer.head_dim, out);
+        for (int t = 0; t < kPageTokens; t += kRowsTogether) {
+          store_open_rows(to, t, kRowsTogether, rows.data() + static_cast<ptrdiff_t>(t) * layer.head_dim, columns, out);
         }
       };
-      expand(sizes.key, slot, sizes.open_key, open);
-      expand(sizes.value, slot + sizes.key.bytes, sizes.open_value, open + sizes.open_key.bytes);
+      expand(sizes.key, slot, sizes.open_key, impl.recent_columns(l, static_cast<int>(h)), open);
+      expand(sizes.value, slot + sizes.key.bytes, sizes.open_value, nullptr, open + sizes.open_key.bytes);
       impl.pool.release(slot, sizes.packed_bytes);
       slot = open;
     }

@@ -104,6 +104,9 @@ struct Cache::Impl {
 
   CacheConfig config;
   std::vector<LayerSizes> sizes;
+  // Feedback of recent keys by layer, [kv_heads][head_dim][head_dim] (feedback_columns), or empty. Values do not need it: their
+  // errors are not put through a softmax.
+  std::vector<std::vector<float>> key_columns;
   PagePool pool;
   std::map<SequenceId, SequenceState> sequences;
   SequenceId next_id = 0;
@@ -126,6 +129,7 @@ struct Cache::Impl {
   SequenceState& find(SequenceId id);
   const SequenceState& find(SequenceId id) const { return const_cast<Impl*>(this)->find(id); }
   void release_sequence(SequenceState& sequence);
+  const float* recent_columns(size_t layer, int kv_head) const;
   int64_t seal_target(const LayerConfig& layer, const LayerState& state, int64_t length) const;
   void plan_layer(size_t layer);
   void plan_attention(size_t layer);
@@ -133,15 +137,24 @@ struct Cache::Impl {
   const AttentionKernel& pick_kernel(const AttendJob& job) const;
 };
 
-// Stores a row of head_dim floats into a slot of an open page's side.
-inline void store_open_row(const TileFormat& format, int slot, const float* row, std::byte* page) {
+// Rows that are stored together.
+inline constexpr int kRowsTogether = 4;
+
+// Stores n <= kRowsTogether rows of head_dim floats into slots of an open page's side, codes with error feedback unless
+// `columns` is null.
+inline void store_open_rows(const TileFormat& format, int first_slot, int n, const float* rows, const float* columns,
+                            std::byte* page) {
   const TileEncoder& encoder = best_tile_encoder();
+  const int dim = format.head_dim;
   if (format.spec.is_f16()) {
-    encoder.to_f16(row, format.head_dim, reinterpret_cast<uint16_t*>(page) + static_cast<ptrdiff_t>(slot) * format.head_dim);
-  } else {
-    std::byte record[kMostRowBytes];
-    encoder.encode_row(format.spec, format.head_dim, row, record);
-    store_row(format.spec, format.side, format.head_dim, record, slot, page);
+    encoder.to_f16(rows, n * dim, reinterpret_cast<uint16_t*>(page) + static_cast<ptrdiff_t>(first_slot) * dim);
+    return;
+  }
+  std::byte records[kRowsTogether * kMostRowBytes];
+  encoder.encode_rows(format.spec, dim, n, rows, columns, records);
+  for (int r = 0; r < n; ++r) {
+    store_row(format.spec, format.side, dim, records + static_cast<size_t>(r) * row_bytes(format.spec, dim), first_slot + r,
+              page);
   }
 }
 

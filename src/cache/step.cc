@@ -16,6 +16,7 @@ namespace {
 constexpr int kDecodeTokens = 8;
 constexpr int kQueryBlockTokens = 32;
 constexpr int64_t kLeastPagesPerUnit = 4;
+constexpr int kAppendBlockTokens = 32;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -214,25 +215,37 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
   const auto sealed = Clock::now();
   if (!seals.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();
 
-  float row[256];
+  // Threads share heads, and a prompt's blocks of tokens.
+  alignas(64) float rows[kRowsTogether * 256];
   int task = 0;
   for (const StepEntry& entry : impl.entries) {
-    for (int head = 0; head < layer.kv_heads; ++head, ++task) {
-      if (task % nth != ith) continue;
+    for (int head = 0; head < layer.kv_heads; ++head) {
       HeadState& state = entry.sequence->layers[l].heads[static_cast<size_t>(head)];
-      for (int t = 0; t < entry.n_tokens; ++t) {
-        const int64_t position = entry.start + t;
-        const bool sink = position < layer.sinks;
-        const int64_t offset = sink ? position : position - layer.sinks;
-        const auto slot = static_cast<int>(sink ? offset : offset % kPageTokens);
-        std::byte* rows = sink ? state.sinks : state.pages[static_cast<size_t>(offset / kPageTokens)];
-        std::copy_n(k + (entry.row + t) * k_stride + head * layer.head_dim, dim, row);
-        transform_row(layer.key.transform, head, layer.head_dim, row);
-        store_open_row(sink ? sink_rows(layer.head_dim) : s.open_key, slot, row, rows);
-        rows += sink ? static_cast<size_t>(layer.sinks) * dim * 2 : s.open_key.bytes;
-        std::copy_n(v + (entry.row + t) * v_stride + head * layer.head_dim, dim, row);
-        transform_row(layer.value.transform, head, layer.head_dim, row);
-        store_open_row(sink ? sink_rows(layer.head_dim) : s.open_value, slot, row, rows);
+      const float* columns = impl.recent_columns(l, head);
+      for (int block = 0; block < entry.n_tokens; block += kAppendBlockTokens, ++task) {
+        if (task % nth != ith) continue;
+        const int end = std::min(entry.n_tokens, block + kAppendBlockTokens);
+        for (int t = block, n = 0; t < end; t += n) {
+          const int64_t position = entry.start + t;
+          const bool sink = position < layer.sinks;
+          const int64_t offset = sink ? position : position - layer.sinks;
+          const auto slot = static_cast<int>(sink ? offset : offset % kPageTokens);
+          n = std::min({kRowsTogether, end - t, (sink ? layer.sinks : kPageTokens) - slot});
+          std::byte* page = sink ? state.sinks : state.pages[static_cast<size_t>(offset / kPageTokens)];
+          const auto store = [&](const float* from, int64_t stride, const TransformSpec& transform, const TileFormat& format,
+                                 const float* weights, std::byte* to) {
+            for (int r = 0; r < n; ++r) {
+              float* row = rows + r * layer.head_dim;
+              std::copy_n(from + (entry.row + t + r) * stride + head * layer.head_dim, dim, row);
+              transform_row(transform, head, layer.head_dim, row);
+            }
+            store_open_rows(format, slot, n, rows, weights, to);
+          };
+          const TileFormat fp16 = sink_rows(layer.head_dim);
+          store(k, k_stride, layer.key.transform, sink ? fp16 : s.open_key, columns, page);
+          page += sink ? static_cast<size_t>(layer.sinks) * dim * 2 : s.open_key.bytes;
+          store(v, v_stride, layer.value.transform, sink ? fp16 : s.open_value, nullptr, page);
+        }
       }
     }
   }

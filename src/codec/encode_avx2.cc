@@ -15,6 +15,6 @@ const TileEncoder kAvx2TileEncoder = {"avx2",
                                       TileSeal<Avx2>::encode,
                                       TileSeal<Avx2>::encode_feedback,
                                       TileSeal<Avx2>::to_f16,
-                                      TileSeal<Avx2>::encode_row};
+                                      TileSeal<Avx2>::encode_rows};
 
 }  // namespace kvmix

@@ -18,6 +18,6 @@ const TileEncoder kAvx512TileEncoder = {"avx512",
                                         TileSeal<Avx512>::encode,
                                         TileSeal<Avx512>::encode_feedback,
                                         TileSeal<Avx512>::to_f16,
-                                        TileSeal<Avx512>::encode_row};
+                                        TileSeal<Avx512>::encode_rows};
 
 }  // namespace kvmix

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "codec/quantize.h"
-#include "codec/row.h"
+#include "codec/row_feedback.h"
 #include "codec/tile_layout.h"
 
 namespace kvmix {
@@ -133,31 +133,44 @@ class TileSeal {
   }
 
   // head_dim is a multiple of 16, so whole vectors.
-  static void encode_row(const CodecSpec& spec, int head_dim, const float* x, std::byte* record) {
+  static void encode_rows(const CodecSpec& spec, int head_dim, int n, const float* x, const float* columns,
+                          std::byte* records) {
     const int groups = scale_groups(spec, head_dim);
-    uint16_t numbers[2 * 8];
-    auto* codes = reinterpret_cast<uint8_t*>(record) + (row_bytes(spec, head_dim) - static_cast<size_t>(head_dim));
+    const size_t bytes = row_bytes(spec, head_dim), codes_at = bytes - static_cast<size_t>(head_dim);
     const float top = static_cast<float>((1 << spec.bits) - 1);
-    for (int g = 0; g < groups; ++g) {
-      const int first = g * spec.group, n = head_dim - first < spec.group ? head_dim - first : spec.group;
-      V high = finite(S::load(x + first)), low = S::negate(high);
-      for (int c = kW; c < n; c += kW) {
-        const V v = finite(S::load(x + first + c));
-        high = S::max(high, v);
-        low = S::max(low, S::negate(v));
+    for (int r = 0; r < n; ++r) {
+      const float* row = x + static_cast<ptrdiff_t>(r) * head_dim;
+      std::byte* record = records + static_cast<size_t>(r) * bytes;
+      uint16_t numbers[2 * 8];
+      for (int g = 0; g < groups; ++g) {
+        const int first = g * spec.group, width = head_dim - first < spec.group ? head_dim - first : spec.group;
+        V high = finite(S::load(row + first)), low = S::negate(high);
+        for (int c = kW; c < width; c += kW) {
+          const V v = finite(S::load(row + first + c));
+          high = S::max(high, v);
+          low = S::max(low, S::negate(v));
+        }
+        const GroupScale scale = min_max_scale(coded_range({-S::reduce_max(low), S::reduce_max(high)}, spec.zero_point), top);
+        numbers[g] = scale.scale;
+        numbers[groups + g] = scale.mid;
+        if (columns != nullptr) continue;
+        const CodeMap map = code_map(f16_to_f32(scale.scale), f16_to_f32(scale.mid), top);
+        const Map wide{S::set1(map.factor), S::set1(map.offset)};
+        for (int c = 0; c < width; c += kW) {
+          alignas(16) uint8_t codes[kW];
+          S::store_bytes(codes, quantize(finite(S::load(row + first + c)), wide, S::set1(top)));
+          std::memcpy(record + codes_at + first + c, codes, kW);
+        }
       }
-      const GroupScale scale = min_max_scale(coded_range({-S::reduce_max(low), S::reduce_max(high)}, spec.zero_point), top);
-      numbers[g] = scale.scale;
-      numbers[groups + g] = scale.mid;
-      const CodeMap map = code_map(f16_to_f32(scale.scale), f16_to_f32(scale.mid), top);
-      const Map wide{S::set1(map.factor), S::set1(map.offset)};
-      for (int c = 0; c < n; c += kW) {
-        alignas(16) uint8_t bytes[kW];
-        S::store_bytes(bytes, quantize(finite(S::load(x + first + c)), wide, S::set1(top)));
-        std::memcpy(codes + first + c, bytes, kW);
-      }
+      std::memcpy(record, numbers, codes_at);
     }
-    std::memcpy(record, numbers, static_cast<size_t>(codes - reinterpret_cast<uint8_t*>(record)));
+    if (columns == nullptr) return;
+    encode_with_feedback(n, spec, head_dim, x, columns, records,
+                         [](float* wanted, const float* column, float error, int first, int dim) {
+                           const V e = S::set1(error);
+                           for (int k = first / kW * kW; k < dim; k += kW)
+                             S::store(wanted + k, S::add(S::load(wanted + k), S::mul(S::load(column + k), e)));
+                         });
   }
 
  private:

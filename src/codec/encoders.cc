@@ -25,7 +25,7 @@ const TileEncoder kSerialTileEncoder = {
     [](const float* x, int n, uint16_t* out) {
       for (int i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
     },
-    encode_row,
+    encode_rows,
 };
 
 const std::array kEncoders = {

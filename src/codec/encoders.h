@@ -18,8 +18,8 @@ struct TileEncoder {
   void (*encode_feedback)(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback,
                           std::byte* tile);
   void (*to_f16)(const float* x, int n, uint16_t* out);  // round to nearest even; n is a multiple of 16
-  // A row record (row.h) with the scales and codes that encode_tile would give this token. For codecs that take rows.
-  void (*encode_row)(const CodecSpec& spec, int head_dim, const float* x, std::byte* record);
+  // As the function of row.h, for codecs that take rows.
+  void (*encode_rows)(const CodecSpec& spec, int head_dim, int n, const float* x, const float* columns, std::byte* records);
 
   // A tile with error feedback, unless that is null.
   void encode_with(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* weights,

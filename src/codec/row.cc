@@ -6,6 +6,7 @@
 
 #include "base/fp16.h"
 #include "codec/quantize.h"
+#include "codec/row_feedback.h"
 
 namespace kvmix {
 namespace {
@@ -36,18 +37,34 @@ void for_scales(const CodecSpec& spec, int head_dim, int slot, Visit visit) {
 
 size_t record_codes(const CodecSpec& spec, int head_dim) { return row_bytes(spec, head_dim) - static_cast<size_t>(head_dim); }
 
+void add_error(float* wanted, const float* column, float error, int first, int head_dim) {
+  for (int k = first; k < head_dim; ++k) wanted[k] = wanted[k] + column[k] * error;
+}
+
 }  // namespace
 
-void encode_row(const CodecSpec& spec, int head_dim, const float* x, std::byte* record) {
+void encode_rows(const CodecSpec& spec, int head_dim, int n, const float* x, const float* columns, std::byte* records) {
   const int groups = scale_groups(spec, head_dim);
-  auto* codes = reinterpret_cast<uint8_t*>(record) + record_codes(spec, head_dim);
-  for (int g = 0; g < groups; ++g) {
-    const int first = g * spec.group, n = std::min(spec.group, head_dim - first);
-    float values[kMaxGroup] = {};
-    for (int i = 0; i < n; ++i) values[i] = std::isfinite(x[first + i]) ? x[first + i] : 0.0f;
-    const GroupScale scale = quantize_group(values, n, spec.bits, spec.fit, spec.zero_point, codes + first);
-    std::memcpy(record + g * 2, &scale.scale, 2);
-    if (spec.zero_point) std::memcpy(record + (groups + g) * 2, &scale.mid, 2);
+  for (int r = 0; r < n; ++r) {
+    const float* row = x + static_cast<ptrdiff_t>(r) * head_dim;
+    std::byte* record = records + static_cast<size_t>(r) * row_bytes(spec, head_dim);
+    auto* codes = reinterpret_cast<uint8_t*>(record) + record_codes(spec, head_dim);
+    for (int g = 0; g < groups; ++g) {
+      const int first = g * spec.group, width = std::min(spec.group, head_dim - first);
+      float values[kMaxGroup] = {};
+      for (int i = 0; i < width; ++i) values[i] = std::isfinite(row[first + i]) ? row[first + i] : 0.0f;
+      const GroupScale scale = quantize_group(values, width, spec.bits, spec.fit, spec.zero_point, codes + first);
+      std::memcpy(record + g * 2, &scale.scale, 2);
+      if (spec.zero_point) std::memcpy(record + (groups + g) * 2, &scale.mid, 2);
+    }
+  }
+  if (columns != nullptr) encode_with_feedback(n, spec, head_dim, x, columns, records, add_error);
+}
+
+void feedback_columns(const float* feedback, int head_dim, float* columns) {
+  std::fill_n(columns, static_cast<ptrdiff_t>(head_dim) * head_dim, 0.0f);
+  for (int k = 0; k < head_dim; ++k) {
+    for (int c = 0; c < k; ++c) columns[static_cast<ptrdiff_t>(c) * head_dim + k] = *feedback++;
   }
 }
 

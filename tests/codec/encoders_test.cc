@@ -62,7 +62,7 @@ TEST(Encoders, WriteTheSerialBytes) {
   }
 }
 
-// Rows one by one make the tile that encode_tile makes of all of them.
+// Rows one by one make the tile that encode_tile makes of all of them; keys here with feedback.
 TEST(Encoders, RowsMakeTheTile) {
   for (const TileEncoder* encoder : tile_encoders()) {
     if (!encoder->available()) continue;
@@ -70,6 +70,10 @@ TEST(Encoders, RowsMakeTheTile) {
       for (const CodecSpec& spec : all_codec_specs()) {
         if (!takes_rows(spec)) continue;
         std::mt19937 random(static_cast<unsigned>(head_dim));
+        std::vector<float> weights(static_cast<size_t>(head_dim * (head_dim - 1) / 2)),
+            columns(static_cast<size_t>(head_dim * head_dim));
+        for (float& w : weights) w = 0.1f * gauss(random);
+        feedback_columns(weights.data(), head_dim, columns.data());
         for (const Input& input : kInputs) {
           std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * head_dim));
           for (int i = 0; i < kPageTokens * head_dim; ++i)
@@ -78,19 +82,30 @@ TEST(Encoders, RowsMakeTheTile) {
             const size_t bytes = tile_bytes(spec, head_dim);
             std::vector<std::byte> expected(bytes), got(bytes);
             encode_tile(spec, side, head_dim, x.data(), expected.data());
-            std::vector<float> decoded(x.size()), row(static_cast<size_t>(head_dim));
+            const bool with_feedback = side == Side::kKey;
+            if (with_feedback) feedback_tile(spec, side, head_dim, x.data(), weights.data(), expected.data());
+            std::vector<float> decoded(x.size()), rows(static_cast<size_t>(8 * head_dim));
             decode_tile(spec, side, head_dim, expected.data(), decoded.data());
-            for (int i = 0; i < kPageTokens; ++i) {
-              const int t = i * 37 % kPageTokens;  // in any order
-              for (int c = 0; c < head_dim; ++c)
-                row[static_cast<size_t>(c)] = f16_to_f32(x[static_cast<size_t>(t * head_dim + c)]);
-              std::byte record[kMostRowBytes], back[kMostRowBytes];
-              encoder->encode_row(spec, head_dim, row.data(), record);
-              store_row(spec, side, head_dim, record, t, got.data());
-              load_row(spec, side, head_dim, got.data(), t, back);
-              ASSERT_EQ(std::memcmp(record, back, row_bytes(spec, head_dim)), 0);
-              decode_row(spec, head_dim, record, row.data());
-              ASSERT_EQ(std::memcmp(row.data(), &decoded[static_cast<size_t>(t * head_dim)], row.size() * sizeof(float)), 0);
+            const size_t record_bytes = row_bytes(spec, head_dim);
+            for (int i = 0, n = 0; i < kPageTokens; i += n) {
+              n = std::min(kPageTokens - i, 1 + i % 7);
+              const auto token = [i](int r) { return (i + r) * 37 % kPageTokens; };  // in any order
+              for (int r = 0; r < n; ++r) {
+                for (int c = 0; c < head_dim; ++c)
+                  rows[static_cast<size_t>(r * head_dim + c)] = f16_to_f32(x[static_cast<size_t>(token(r) * head_dim + c)]);
+              }
+              std::byte records[8 * kMostRowBytes], back[kMostRowBytes];
+              encoder->encode_rows(spec, head_dim, n, rows.data(), with_feedback ? columns.data() : nullptr, records);
+              for (int r = 0; r < n; ++r) {
+                const std::byte* record = records + static_cast<size_t>(r) * record_bytes;
+                store_row(spec, side, head_dim, record, token(r), got.data());
+                load_row(spec, side, head_dim, got.data(), token(r), back);
+                ASSERT_EQ(std::memcmp(record, back, record_bytes), 0);
+                decode_row(spec, head_dim, record, rows.data());
+                ASSERT_EQ(std::memcmp(rows.data(), &decoded[static_cast<size_t>(token(r) * head_dim)],
+                                      static_cast<size_t>(head_dim) * sizeof(float)),
+                          0);
+              }
             }
             ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
                 << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name;
