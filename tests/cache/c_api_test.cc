@@ -45,37 +45,40 @@ std::vector<float> run(kvmix_cache* cache, kvmix_sequence id, int n, unsigned se
 }
 
 TEST(CApi, DoesWhatTheClassDoes) {
-  const kvmix_layer_config l = layer();
-  const kvmix_cache_config c = config(l);
-  kvmix_cache* cache = nullptr;
-  ASSERT_EQ(kvmix_cache_create(&c, &cache), KVMIX_OK) << kvmix_last_error();
-  kvmix_sequence a = -1, b = -1, loaded = -1;
-  ASSERT_EQ(kvmix_sequence_create(cache, &a), KVMIX_OK);
-  run(cache, a, 500, 1);
-  ASSERT_EQ(kvmix_sequence_fork(cache, a, &b), KVMIX_OK);
-  const std::string path = ::testing::TempDir() + "/kvmix_c_api";
-  ASSERT_EQ(kvmix_sequence_save(cache, a, path.c_str(), "f"), KVMIX_OK) << kvmix_last_error();
-  ASSERT_EQ(kvmix_sequence_load(cache, path.c_str(), "f", &loaded), KVMIX_OK) << kvmix_last_error();
-  EXPECT_EQ(kvmix_sequence_load(cache, path.c_str(), "g", &loaded), KVMIX_MISMATCH);
-  std::filesystem::remove(path);
-  const auto from_a = run(cache, a, 1, 9);
-  EXPECT_EQ(run(cache, b, 1, 9), from_a);
-  EXPECT_EQ(run(cache, loaded, 1, 9), from_a);
-  for (const float x : from_a) EXPECT_TRUE(std::isfinite(x));
+  for (const char* recent : {"f16", "int8.token.g64.minmax.zero"}) {
+    kvmix_layer_config l = layer();
+    l.recent_codec = recent;
+    const kvmix_cache_config c = config(l);
+    kvmix_cache* cache = nullptr;
+    ASSERT_EQ(kvmix_cache_create(&c, &cache), KVMIX_OK) << kvmix_last_error();
+    kvmix_sequence a = -1, b = -1, loaded = -1;
+    ASSERT_EQ(kvmix_sequence_create(cache, &a), KVMIX_OK);
+    run(cache, a, 500, 1);
+    ASSERT_EQ(kvmix_sequence_fork(cache, a, &b), KVMIX_OK);
+    const std::string path = ::testing::TempDir() + "/kvmix_c_api";
+    ASSERT_EQ(kvmix_sequence_save(cache, a, path.c_str(), "f"), KVMIX_OK) << kvmix_last_error();
+    ASSERT_EQ(kvmix_sequence_load(cache, path.c_str(), "f", &loaded), KVMIX_OK) << kvmix_last_error();
+    EXPECT_EQ(kvmix_sequence_load(cache, path.c_str(), "g", &loaded), KVMIX_MISMATCH);
+    std::filesystem::remove(path);
+    const auto from_a = run(cache, a, 1, 9);
+    EXPECT_EQ(run(cache, b, 1, 9), from_a);
+    EXPECT_EQ(run(cache, loaded, 1, 9), from_a);
+    for (const float x : from_a) EXPECT_TRUE(std::isfinite(x));
 
-  int64_t n = 0;
-  ASSERT_EQ(kvmix_sequence_truncate(cache, b, 100), KVMIX_OK);
-  ASSERT_EQ(kvmix_sequence_length(cache, b, &n), KVMIX_OK);
-  EXPECT_EQ(n, 100);
-  kvmix_memory m;
-  ASSERT_EQ(kvmix_cache_memory(cache, &m), KVMIX_OK);
-  EXPECT_EQ(m.total_bytes, m.sealed_bytes + m.open_bytes + m.sink_bytes + m.table_bytes + m.slack_bytes);
-  EXPECT_EQ(m.tokens, 501 + 100 + 501);
-  const char* kernel = nullptr;
-  ASSERT_EQ(kvmix_cache_kernel(cache, &kernel), KVMIX_OK);
-  EXPECT_STRNE(kernel, "");
-  for (const kvmix_sequence id : {a, b, loaded}) EXPECT_EQ(kvmix_sequence_remove(cache, id), KVMIX_OK);
-  kvmix_cache_destroy(cache);
+    int64_t n = 0;
+    ASSERT_EQ(kvmix_sequence_truncate(cache, b, 100), KVMIX_OK);
+    ASSERT_EQ(kvmix_sequence_length(cache, b, &n), KVMIX_OK);
+    EXPECT_EQ(n, 100);
+    kvmix_memory m;
+    ASSERT_EQ(kvmix_cache_memory(cache, &m), KVMIX_OK);
+    EXPECT_EQ(m.total_bytes, m.sealed_bytes + m.open_bytes + m.sink_bytes + m.table_bytes + m.slack_bytes);
+    EXPECT_EQ(m.tokens, 501 + 100 + 501);
+    const char* kernel = nullptr;
+    ASSERT_EQ(kvmix_cache_kernel(cache, &kernel), KVMIX_OK);
+    EXPECT_STRNE(kernel, "");
+    for (const kvmix_sequence id : {a, b, loaded}) EXPECT_EQ(kvmix_sequence_remove(cache, id), KVMIX_OK);
+    kvmix_cache_destroy(cache);
+  }
 }
 
 TEST(CApi, FailuresAreStatusesWithOneLine) {
@@ -89,6 +92,10 @@ TEST(CApi, FailuresAreStatusesWithOneLine) {
   EXPECT_NE(std::string(kvmix_last_error()).find("int9"), std::string::npos);
   l.key_codec = nullptr;
   EXPECT_EQ(kvmix_cache_create(&c, &cache), KVMIX_INVALID_ARGUMENT);
+  l = layer();
+  l.recent_codec = "int8.channel.g64.minmax.zero";
+  EXPECT_EQ(kvmix_cache_create(&c, &cache), KVMIX_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(kvmix_last_error()).find("recent"), std::string::npos);
   EXPECT_EQ(cache, nullptr);
   kvmix_cache_destroy(nullptr);
 

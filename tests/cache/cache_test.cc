@@ -232,6 +232,36 @@ TEST(Cache, RecentRowsAreHalfTheBytesAndNearlyExact) {
   EXPECT_LT(std::sqrt(error / norm), 0.02);
 }
 
+// With errors that matter along one direction only, feedback takes them out of recent keys too.
+TEST(Cache, RecentKeysAreRoundedWithFeedback) {
+  std::mt19937 random(15);
+  const int dim = 64, n = 100;
+  LayerConfig plain = with_recent(make_layer(1, 1, dim, key_codec(2), value_codec(2)), kRecents.back());
+  plain.sinks = 0;
+  LayerConfig fed = plain;
+  fed.key.transform.feedback.assign(static_cast<size_t>(dim * (dim - 1) / 2), 1.0f);
+  Rows rows = random_rows(plain, n, random);
+  std::vector<double> error;
+  for (const LayerConfig& layer : {plain, fed}) {
+    Cache cache(one_layer(layer));
+    const SequenceId id = cache.create();
+    step(cache, {{id, n}}, rows);
+    const std::vector<float> keys = stored(cache, id, 0, Side::kKey);
+    double sum = 0;
+    for (int t = 0; t < n; ++t) {
+      double along = 0;
+      for (int c = 0; c < dim; ++c) {
+        const auto i = static_cast<size_t>(t * dim + c);
+        along += static_cast<double>(keys[i]) - static_cast<double>(rows.k[i]);
+      }
+      sum += along * along;
+    }
+    error.push_back(sum);
+  }
+  EXPECT_GT(error[0], 0);
+  EXPECT_LT(error[1], 0.2 * error[0]);
+}
+
 TEST(Cache, RecentRowsOfOtherCodecsAreRefused) {
   for (const CodecSpec& recent :
        {CodecSpec{8, Axis::kChannel, 64, Fit::kMinMax, true}, CodecSpec{4, Axis::kToken, 64, Fit::kMinMax, true},

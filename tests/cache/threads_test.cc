@@ -42,17 +42,23 @@ Outputs run(const LayerConfig& layer, int threads, const std::string& kernel) {
 }
 
 TEST(Threads, AnyCountGivesTheSameWithinSummationOrder) {
-  for (const AttentionKernelInfo& kernel : attention_kernels()) {
-    if (!kernel.available) continue;
-    const LayerConfig layer = make_layer(9, 3, 64, key_codec(2), value_codec(2));
-    const Outputs one = run(layer, 1, kernel.name);
-    for (const int threads : {2, 5}) {
-      const Outputs many = run(layer, threads, kernel.name), again = run(layer, threads, kernel.name);
-      EXPECT_EQ(many.decode, again.decode) << kernel.name << ", " << threads << " threads";
-      EXPECT_EQ(many.prefill, again.prefill) << kernel.name << ", " << threads << " threads";
-      EXPECT_EQ(many.stored, one.stored);
-      for (size_t i = 0; i < one.decode.size(); ++i) ASSERT_NEAR(many.decode[i], one.decode[i], 1e-2f) << kernel.name;
-      for (size_t i = 0; i < one.prefill.size(); ++i) ASSERT_NEAR(many.prefill[i], one.prefill[i], 1e-2f) << kernel.name;
+  for (const bool codes : {false, true}) {
+    for (const AttentionKernelInfo& kernel : attention_kernels()) {
+      if (!kernel.available) continue;
+      LayerConfig layer = make_layer(9, 3, 64, key_codec(2), value_codec(2));
+      if (codes) {
+        layer.recent = testing::kRecents.back();
+        layer.key.transform.feedback.assign(3 * 64 * 63 / 2, 0.05f);
+      }
+      const Outputs one = run(layer, 1, kernel.name);
+      for (const int threads : {2, 5}) {
+        const Outputs many = run(layer, threads, kernel.name), again = run(layer, threads, kernel.name);
+        EXPECT_EQ(many.decode, again.decode) << kernel.name << ", " << threads << " threads";
+        EXPECT_EQ(many.prefill, again.prefill) << kernel.name << ", " << threads << " threads";
+        EXPECT_EQ(many.stored, one.stored);
+        for (size_t i = 0; i < one.decode.size(); ++i) ASSERT_NEAR(many.decode[i], one.decode[i], 1e-2f) << kernel.name;
+        for (size_t i = 0; i < one.prefill.size(); ++i) ASSERT_NEAR(many.prefill[i], one.prefill[i], 1e-2f) << kernel.name;
+      }
     }
   }
 }
