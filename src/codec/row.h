@@ -1,8 +1,7 @@
 // Single rows of tiles that are filled token by token: codecs whose scales belong to a token and whose codes are whole bytes.
 //
 // A *row record* is a token by itself, as it is saved: fp16 scales [ceil(head_dim / group)], with a zero point as many
-// midpoints, then head_dim codes, a byte each. TileEncoder::encode_rows makes
-// them of floats.
+// midpoints, then head_dim codes, a byte each. TileEncoder::encode_rows makes them of floats.
 #pragma once
 
 #include <cstddef>
@@ -24,9 +23,9 @@ constexpr size_t row_bytes(const CodecSpec& spec, int head_dim) {
 inline constexpr size_t kMostRowBytes = 2 * sizeof(uint16_t) * 8 + 256;  // head_dim 256 in groups of 32
 
 // TileEncoder::encode_rows, the serial reference: records, one after the other, of n rows x [n][head_dim], with the scales and
-// codes that encode_tile would give these tokens.
-// With error feedback, unless `columns` is null: the same scales, and the codes that feedback_tile gives. columns[c * head_dim
-// + k] is the weight with which the error of channel c is added to a later channel k, 0 for k <= c.
+// codes that encode_tile would give these tokens. With error feedback, unless `columns` is null: the same scales, and the codes
+// that feedback_tile gives; columns[c * head_dim + k] is the weight with which the error of channel c is added to a later
+// channel k, 0 for k <= c.
 void encode_rows(const CodecSpec& spec, int head_dim, int n, const float* x, const float* columns, std::byte* records);
 // One head's `feedback` (TransformSpec) as such columns, [head_dim][head_dim].
 void feedback_columns(const float* feedback, int head_dim, float* columns);
