@@ -46,6 +46,7 @@ int profile(Arguments arguments, const Common& common) {
   if (arguments.sensitivity.empty()) {
     measured = profile_gradients(model, prompts, common.threads, progress);
     measured.seed = arguments.calibration.seed;
+    measured.text = text_checksum(prompts);
   } else {
     SensitivityOptions options;
     options.metric = arguments.sensitivity;
@@ -57,13 +58,15 @@ int profile(Arguments arguments, const Common& common) {
     measured.fingerprint = model->shape().fingerprint;
     measured.model = model->shape().name;
     measured.seed = arguments.calibration.seed;
+    measured.text = text_checksum(prompts);
     // An interrupted measurement of the same prompts goes on where it stopped.
     if (std::filesystem::exists(arguments.out)) {
       const Profile earlier = read_profile(arguments.out);
       int64_t tokens = 0;
       for (const auto& prompt : prompts) tokens += static_cast<int64_t>(prompt.size());
       if (earlier.fingerprint == measured.fingerprint && earlier.seed == measured.seed && earlier.tokens == tokens &&
-          earlier.prompts == static_cast<int>(prompts.size()) && earlier.fp16 == *options.fp16) {
+          earlier.prompts == static_cast<int>(prompts.size()) && earlier.text == measured.text &&
+          earlier.fp16 == *options.fp16) {
         measured.sensitivities = earlier.sensitivities;
         measured.fp16 = earlier.fp16;
       }

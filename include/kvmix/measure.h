@@ -24,6 +24,9 @@ struct CalibrationOptions {
 std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model> model, const CalibrationOptions& options,
                                                     int threads, const Progress& progress);
 
+// Tells prompts apart, token by token. Text that a model writes itself differs between processors.
+uint64_t text_checksum(std::span<const std::vector<Token>> prompts);
+
 // Gradient scores (KVmix b.1) into profile.key_score / value_score (+ by prompt), one backward pass per prompt for all layers.
 Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts, int threads,
                           const Progress& progress);

@@ -45,6 +45,7 @@ struct Profile {
   uint64_t seed = 0;
   int prompts = 0;
   int64_t tokens = 0;
+  uint64_t text = 0;  // text_checksum (measure.h) of the prompts: sensitivities of other text are not mixed with these
   // Mean over prompts of the Frobenius norm of dL/dW_k and dL/dW_v (KVmix b.1), one entry per layer.
   std::vector<double> key_score, value_score;
   // The same per prompt, [prompt][layer], for rank stability; may be empty.

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "base/checksum.h"
 #include "base/file.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
@@ -171,6 +172,16 @@ std::vector<std::vector<Token>> file_prompts(const Model& model, const Calibrati
 }
 
 }  // namespace
+
+uint64_t text_checksum(std::span<const std::vector<Token>> prompts) {
+  Checksum sum;
+  for (const std::vector<Token>& prompt : prompts) {
+    const uint64_t n = prompt.size();
+    sum.update(&n, sizeof n);
+    sum.update(prompt.data(), prompt.size() * sizeof(Token));
+  }
+  return sum.value();
+}
 
 std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model> model, const CalibrationOptions& options,
                                                     int threads, const Progress& progress) {

@@ -8,7 +8,7 @@ namespace kvmix {
 namespace {
 
 constexpr const char* kFormat = "kvmix-profile";
-constexpr int kVersion = 3;
+constexpr int kVersion = 4;
 constexpr size_t kMostTransforms = 16384, kMostValues = size_t{1} << 22;
 constexpr size_t kMostLayers = 1024, kMostPrompts = 65536, kMostSensitivities = 1 << 20;
 constexpr size_t kLargestFile = size_t{1} << 30;
@@ -25,6 +25,7 @@ std::string to_json(const Profile& profile) {
   j["seed"] = profile.seed;
   j["prompts"] = profile.prompts;
   j["tokens"] = profile.tokens;
+  j["text"] = profile.text;
   j["sinks"] = profile.fp16.sinks;
   j["local_sinks"] = profile.fp16.local_sinks;
   j["window"] = profile.fp16.window;
@@ -71,6 +72,9 @@ Profile parse_profile(const std::string& json, const std::string& name) {
   profile.seed = seed.get<uint64_t>();
   profile.prompts = static_cast<int>(object.integer("prompts", 0, static_cast<int64_t>(kMostPrompts)));
   profile.tokens = object.integer("tokens", 0, int64_t{1} << 50);
+  const nlohmann::json& text = object.get("text");
+  if (!text.is_number_unsigned()) object.fail("text", "expected a whole number of at least 0");
+  profile.text = text.get<uint64_t>();
   profile.fp16.sinks = static_cast<int>(object.integer("sinks", 0, 4096));
   profile.fp16.local_sinks = static_cast<int>(object.integer("local_sinks", 0, 4096));
   profile.fp16.window = static_cast<int>(object.integer("window", 0, 1 << 20));

@@ -139,6 +139,14 @@ TEST_F(Cli, SensitivitiesResume) {
   json resumed = json::parse(testing::read_bytes(folder_.file("part.json")));
   ASSERT_EQ(resumed["sensitivities"].size(), whole["sensitivities"].size());
   EXPECT_EQ(first_kl(resumed["sensitivities"])["cost"], 123.5);
+  // Not what was measured on other text, which a model may write elsewhere from the same seed.
+  part["text"] = whole["text"].get<uint64_t>() ^ 1;
+  testing::write_bytes(folder_.file("part.json"), part.dump());
+  ASSERT_EQ(run(measure("part.json")).status, 0);
+  resumed = json::parse(testing::read_bytes(folder_.file("part.json")));
+  EXPECT_EQ(resumed["text"], whole["text"]);
+  json all = whole["sensitivities"];
+  EXPECT_EQ(first_kl(resumed["sensitivities"])["cost"], first_kl(all)["cost"]);
 }
 
 TEST_F(Cli, CalibrationThatIsNoTextIsRefused) {
