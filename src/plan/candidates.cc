@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <set>
+#include <map>
 
 #include "cache/state.h"
 #include "kvmix/error.h"
@@ -31,16 +31,17 @@ double relative_error(int bits) {
 }  // namespace
 
 std::string pick_metric(const Profile& profile, const std::string& wanted) {
-  std::set<std::string> have;
-  for (const auto& s : profile.sensitivities) have.insert(s.metric);
+  std::map<std::string, size_t> have;
+  for (const auto& s : profile.sensitivities) ++have[s.metric];
   if (wanted == "gradient") return "";
   if (wanted != "best") {
     if (have.contains(wanted)) return wanted;
     throw Error(Status::kInvalidArgument,
                 "the profile has no \"" + wanted + "\" sensitivities; measure them with kvmix profile --sensitivity " + wanted);
   }
-  // `fisher` before `kl`: a profile with the second has both, and plans by the first were as good or better (docs/quality.md).
-  for (const char* metric : {"fisher", "kl", "output"}) {
+  // An interrupted measurement of kl has less of it than of fisher, which every profile with kl has too.
+  if (have.contains("kl") && have["kl"] >= have["fisher"]) return "kl";
+  for (const char* metric : {"fisher", "output"}) {
     if (have.contains(metric)) return metric;
   }
   return "";

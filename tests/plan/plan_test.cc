@@ -125,6 +125,22 @@ TEST(Planners, GradientScoresAreEnoughForTheDefault) {
   }
 }
 
+TEST(Planners, GoByKlOnceAllOfItIsMeasured) {
+  const ModelShape model = shape(30);
+  Profile scores = measured_profile(model);
+  for (size_t i = 0, n = scores.sensitivities.size(); i < n; ++i) {
+    if (scores.sensitivities[i].metric != "kl") continue;
+    scores.sensitivities.push_back(scores.sensitivities[i]);
+    scores.sensitivities.back().metric = "fisher";
+  }
+  PlannerRequest request = request_for(model, scores);
+  request.budget.bits = 3;
+  EXPECT_EQ(make_plan("kvmix", request).predicted->metric, "kl");
+  scores.sensitivities.erase(std::find_if(scores.sensitivities.begin(), scores.sensitivities.end(),
+                                          [](const Profile::Sensitivity& s) { return s.metric == "kl"; }));
+  EXPECT_EQ(make_plan("kvmix", request).predicted->metric, "fisher");
+}
+
 TEST(Planners, KeepInFp16WhatTheProfileWasMeasuredWith) {
   ModelShape model = shape(4);
   Profile p = profile(model);
