@@ -94,7 +94,7 @@ Formula formula_of(const Plan& plan, const ModelShape& shape) {
     const auto heads = static_cast<size_t>(l.kv_heads);
     f.sealed_page_bytes += heads * (tile_bytes(l.key.codec, l.head_dim) + tile_bytes(l.value.codec, l.head_dim));
     for (const CodecSpec& codec : {l.key.codec, l.value.codec})
-      f.open_page_bytes += heads * tile_bytes(codec.is_f16() ? codec : l.recent, l.head_dim);
+      f.open_page_bytes += heads * tile_bytes(open_codec(l.recent, codec), l.head_dim);
     f.sink_bytes += heads * 2 * tile_bytes(CodecSpec{}, l.head_dim) / kPageTokens * static_cast<size_t>(l.sinks);
   }
   return f;

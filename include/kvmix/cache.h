@@ -62,6 +62,9 @@ struct LayerConfig {
   SideConfig key, value;
 };
 
+// How rows of a side with this codec are kept until they are sealed: one that stays fp16 has nothing to gain from codes.
+inline CodecSpec open_codec(const CodecSpec& recent, const CodecSpec& codec) { return codec.is_f16() ? codec : recent; }
+
 struct CacheConfig {
   std::vector<LayerConfig> layers;
   int threads = 1;       // threads that will call append/attend together (1..256)

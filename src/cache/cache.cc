@@ -30,8 +30,8 @@ void check_config(const CacheConfig& config) {
     if (!layer.recent.is_f16()) {
       check_codec(layer.recent, layer.head_dim);
       if (!takes_rows(layer.recent)) {
-        throw Error(Status::kInvalidArgument, where + ": recent rows cannot be " + to_string(layer.recent) +
-                                                  "; expected f16 or int8.token.g{32,64,128}.minmax.{zero,sym}");
+        throw Error(Status::kInvalidArgument,
+                    where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + kRecentCodecs);
       }
     }
     if (layer.sinks < 0 || layer.sinks > 4096) throw Error(Status::kInvalidArgument, where + ": sinks must be 0 to 4096");

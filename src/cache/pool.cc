@@ -17,11 +17,14 @@ constexpr size_t kStepBytes = size_t{64} << 10;
 
 size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// System pages that a record of a region touches: [first, last].
+// System pages that a record touches, from the start of its region: [first, last].
 struct PageSpan {
   size_t first, last;
 };
-PageSpan pages_of(size_t offset, size_t bytes) { return {offset / kSystemPage, (offset + bytes - 1) / kSystemPage}; }
+PageSpan pages_of(const std::byte* region, const std::byte* record, size_t bytes) {
+  const auto offset = static_cast<size_t>(record - region);
+  return {offset / kSystemPage, (offset + bytes - 1) / kSystemPage};
+}
 
 }  // namespace
 
@@ -86,7 +89,7 @@ std::byte* PagePool::allocate(size_t record_bytes) {
   const bool fresh = size_class.free.empty();
   std::byte* out = fresh ? carve(size_class) : size_class.free.back();
   Region& region = region_of(size_class, out);
-  const PageSpan span = pages_of(static_cast<size_t>(out - region.base), record_bytes);
+  const PageSpan span = pages_of(region.base, out, record_bytes);
   size_t missing = 0;
   for (size_t p = span.first; p <= span.last; ++p) missing += region.resident[p] ? 0 : 1;
   if (missing > 0) take(missing * kSystemPage);
@@ -111,7 +114,7 @@ void PagePool::release(std::byte* record, size_t record_bytes) {
   record_bytes = round_up(record_bytes, 64);
   Class& size_class = classes_.at(record_bytes);
   Region& region = region_of(size_class, record);
-  const PageSpan span = pages_of(static_cast<size_t>(record - region.base), record_bytes);
+  const PageSpan span = pages_of(region.base, record, record_bytes);
   for (size_t p = span.first; p <= span.last; ++p) --region.users[p];
   size_class.free.push_back(record);
   size_class.untrimmed.push_back(record);
@@ -132,7 +135,7 @@ void PagePool::trim() {
       for (const std::byte* record : size_class.untrimmed) {
         Region& region = region_of(size_class, record);
         if (region.huge) continue;
-        const PageSpan span = pages_of(static_cast<size_t>(record - region.base), bytes);
+        const PageSpan span = pages_of(region.base, record, bytes);
         const auto idle = [&](size_t p) { return region.users[p] == 0 && region.resident[p]; };
         for (size_t p = span.first; p <= span.last; ++p) {
           if (!idle(p)) continue;

@@ -108,15 +108,9 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
     const std::byte* from = head.pages[p] + (side == Side::kValue ? key.bytes : 0);
     if (format.spec.is_f16()) {
       expand(from, live, to);
-    } else if (sealed) {
+    } else {
       decode_tile(format.spec, side, dim, from, tile.data());
       std::copy_n(tile.data(), static_cast<ptrdiff_t>(live) * dim, to);
-    } else {
-      for (int t = 0; t < live; ++t) {
-        std::byte record[kMostRowBytes];
-        load_row(format.spec, side, dim, from, t, record);
-        decode_row(format.spec, dim, record, to + static_cast<ptrdiff_t>(t) * dim);
-      }
     }
   }
   if (!original_space) return;

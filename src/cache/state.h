@@ -166,8 +166,6 @@ inline int live_slots(const LayerConfig& layer, int64_t page, int64_t length) {
 inline int64_t page_count(const LayerConfig& layer, int64_t length) {
   return length <= layer.sinks ? 0 : (length - layer.sinks + kPageTokens - 1) / kPageTokens;
 }
-// How a side's rows are kept until they are sealed: one that stays fp16 has nothing to gain from codes.
-inline CodecSpec open_codec(const CodecSpec& recent, const CodecSpec& codec) { return codec.is_f16() ? codec : recent; }
 LayerSizes layer_sizes(const LayerConfig& layer);
 // Pages that a fixed window seals at this length.
 int64_t fixed_seal_target(const LayerConfig& layer, int64_t length);

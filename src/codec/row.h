@@ -16,6 +16,9 @@ constexpr bool takes_rows(const CodecSpec& spec) {
   return spec.bits == 8 && spec.axis == Axis::kToken && spec.fit == Fit::kMinMax;
 }
 
+// What recent rows may be, for messages.
+inline constexpr const char* kRecentCodecs = "f16 or int8.token.g{32,64,128}.minmax.{zero,sym}";
+
 constexpr size_t row_bytes(const CodecSpec& spec, int head_dim) {
   return static_cast<size_t>(scale_groups(spec, head_dim)) * (spec.zero_point ? 2 : 1) * sizeof(uint16_t) +
          static_cast<size_t>(head_dim);

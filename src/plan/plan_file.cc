@@ -130,8 +130,7 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     } catch (const Error& e) {
       object.fail("recent", e.what());
     }
-    if (!plan.recent.is_f16() && !takes_rows(plan.recent))
-      object.fail("recent", "expected \"f16\" or \"int8.token.g{32,64,128}.minmax.{zero,sym}\"");
+    if (!plan.recent.is_f16() && !takes_rows(plan.recent)) object.fail("recent", std::string("expected ") + kRecentCodecs);
   }
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {

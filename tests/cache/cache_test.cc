@@ -15,25 +15,14 @@ namespace {
 using testing::key_codec;
 using testing::kRecents;
 using testing::make_layer;
+using testing::one_layer;
 using testing::oracle;
 using testing::random_rows;
 using testing::Rows;
 using testing::step;
+using testing::stored;
 using testing::value_codec;
 using testing::with_recent;
-
-CacheConfig one_layer(const LayerConfig& layer, int threads = 2) {
-  CacheConfig config;
-  config.layers = {layer};
-  config.threads = threads;
-  return config;
-}
-
-std::vector<float> stored(const Cache& cache, SequenceId id, int head, Side side) {
-  std::vector<float> rows(static_cast<size_t>(cache.length(id)) * static_cast<size_t>(cache.config().layers[0].head_dim));
-  cache.read(id, 0, head, side, true, rows.data());
-  return rows;
-}
 
 // Largest relative L2 error of the last token's heads against exact attention over what the cache stores.
 double last_token_error(const Cache& cache, SequenceId id, const Rows& rows, int n) {
@@ -206,108 +195,6 @@ TEST(Cache, TruncateCutsAnywhere) {
       EXPECT_EQ(cache.memory().total_bytes, 0u);
     }
   }
-}
-
-TEST(Cache, RecentRowsAreHalfTheBytesAndNearlyExact) {
-  std::mt19937 random(14);
-  const LayerConfig layer = make_layer(4, 2, 64, key_codec(3), value_codec(2));
-  Rows rows = random_rows(layer, 200, random);
-  std::vector<std::vector<float>> outs;
-  std::vector<size_t> bytes;
-  for (const CodecSpec& recent : kRecents) {
-    Cache cache(one_layer(with_recent(layer, recent)));
-    const SequenceId id = cache.create();
-    step(cache, {{id, 200}}, rows);
-    outs.push_back(rows.out);
-    bytes.push_back(cache.memory().open_bytes);
-  }
-  EXPECT_EQ(bytes[1] * 16 * 2, bytes[0] * 17);  // 8.5 bits
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < outs[0].size(); ++i) {
-    const double d = static_cast<double>(outs[1][i]) - static_cast<double>(outs[0][i]);
-    error += d * d;
-    norm += static_cast<double>(outs[0][i]) * static_cast<double>(outs[0][i]);
-  }
-  EXPECT_GT(error, 0);
-  EXPECT_LT(std::sqrt(error / norm), 0.02);
-}
-
-// With errors that matter along one direction only, feedback takes them out of recent keys too.
-TEST(Cache, RecentKeysAreRoundedWithFeedback) {
-  std::mt19937 random(15);
-  const int dim = 64, n = 100;
-  LayerConfig plain = with_recent(make_layer(1, 1, dim, key_codec(2), value_codec(2)), kRecents.back());
-  plain.sinks = 0;
-  LayerConfig fed = plain;
-  fed.key.transform.feedback.assign(static_cast<size_t>(dim * (dim - 1) / 2), 1.0f);
-  Rows rows = random_rows(plain, n, random);
-  std::vector<double> error;
-  for (const LayerConfig& layer : {plain, fed}) {
-    Cache cache(one_layer(layer));
-    const SequenceId id = cache.create();
-    step(cache, {{id, n}}, rows);
-    const std::vector<float> keys = stored(cache, id, 0, Side::kKey);
-    double sum = 0;
-    for (int t = 0; t < n; ++t) {
-      double along = 0;
-      for (int c = 0; c < dim; ++c) {
-        const auto i = static_cast<size_t>(t * dim + c);
-        along += static_cast<double>(keys[i]) - static_cast<double>(rows.k[i]);
-      }
-      sum += along * along;
-    }
-    error.push_back(sum);
-  }
-  EXPECT_GT(error[0], 0);
-  EXPECT_LT(error[1], 0.2 * error[0]);
-}
-
-TEST(Cache, RecentRowsOfOtherCodecsAreRefused) {
-  for (const CodecSpec& recent :
-       {CodecSpec{8, Axis::kChannel, 64, Fit::kMinMax, true}, CodecSpec{4, Axis::kToken, 64, Fit::kMinMax, true},
-        CodecSpec{8, Axis::kToken, 64, Fit::kLeastSquares, true}}) {
-    try {
-      Cache cache(one_layer(with_recent(make_layer(2, 1, 64, key_codec(2), value_codec(2)), recent)));
-      FAIL() << to_string(recent) << " was accepted";
-    } catch (const Error& e) {
-      EXPECT_EQ(e.status(), Status::kInvalidArgument);
-      EXPECT_NE(std::string(e.what()).find("layer 0: recent rows"), std::string::npos) << e.what();
-    }
-  }
-}
-
-// With errors that matter along one direction only, feedback pushes them into the others.
-TEST(Cache, FeedbackMovesErrorsOutOfTheWay) {
-  std::mt19937 random(11);
-  const int dim = 64;
-  LayerConfig plain = make_layer(1, 1, dim, {2, Axis::kChannel, 128, Fit::kLeastSquares, true}, CodecSpec{});
-  plain.sinks = 0;
-  plain.window.tokens = 0;
-  LayerConfig fed = plain;
-  // Every channel makes up for the sum of the errors before it.
-  fed.key.transform.feedback.assign(static_cast<size_t>(dim * (dim - 1) / 2), 1.0f);
-  Rows rows = random_rows(plain, 256, random), next = random_rows(plain, 1, random);
-  std::vector<double> error;
-  for (const LayerConfig& layer : {plain, fed}) {
-    Cache cache(one_layer(layer));
-    const SequenceId id = cache.create();
-    step(cache, {{id, 256}}, rows);
-    step(cache, {{id, 1}}, next);
-    std::vector<float> stored(static_cast<size_t>(257 * dim));
-    cache.read(id, 0, 0, Side::kKey, true, stored.data());
-    double sum = 0;
-    for (int t = 0; t < 128; ++t) {
-      double along = 0;
-      for (int c = 0; c < dim; ++c) {
-        const auto i = static_cast<size_t>(t * dim + c);
-        along += static_cast<double>(stored[i]) - static_cast<double>(rows.k[i]);
-      }
-      sum += along * along;
-    }
-    error.push_back(sum);
-  }
-  EXPECT_GT(error[0], 0);
-  EXPECT_LT(error[1], 0.2 * error[0]);
 }
 
 TEST(Cache, TransformsLeaveAttentionAlone) {

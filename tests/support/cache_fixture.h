@@ -78,6 +78,20 @@ inline void step(Cache& cache, std::vector<StepItem> items, Rows& rows) {
   cache.end_step();
 }
 
+inline CacheConfig one_layer(const LayerConfig& layer, int threads = 2) {
+  CacheConfig config;
+  config.layers = {layer};
+  config.threads = threads;
+  return config;
+}
+
+// One head's rows of layer 0 as the cache gives them back, [length][head_dim].
+inline std::vector<float> stored(const Cache& cache, SequenceId id, int head, Side side) {
+  std::vector<float> rows(static_cast<size_t>(cache.length(id)) * static_cast<size_t>(cache.config().layers[0].head_dim));
+  cache.read(id, 0, head, side, true, rows.data());
+  return rows;
+}
+
 // Exact attention of one query row over stored rows [n][head_dim] that the query at `position` may see.
 inline std::vector<double> oracle(const LayerConfig& layer, const float* q, const std::vector<float>& keys,
                                   const std::vector<float>& values, int64_t position) {
