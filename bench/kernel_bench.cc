@@ -6,7 +6,7 @@
 #include <random>
 #include <string>
 
-#include "attention/kernel.h"
+#include "attention/cpu/kernel.h"
 #include "base/fp16.h"
 #include "codec/encoders.h"
 #include "support.h"

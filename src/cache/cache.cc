@@ -4,9 +4,9 @@
 #include <string>
 
 #include "cache/state.h"
-#include "cache/transform.h"
 #include "codec/row.h"
 #include "kvmix/error.h"
+#include "rows/transform.h"
 
 namespace kvmix {
 namespace {

@@ -6,8 +6,8 @@
 
 #include "base/fp16.h"
 #include "cache/state.h"
-#include "cache/transform.h"
 #include "kvmix/error.h"
+#include "rows/transform.h"
 
 namespace kvmix {
 

@@ -5,7 +5,7 @@
 #include <map>
 #include <vector>
 
-#include "attention/kernel.h"
+#include "attention/cpu/kernel.h"
 #include "base/parallel.h"
 #include "cache/pool.h"
 #include "codec/encoders.h"

@@ -5,9 +5,9 @@
 #include <cstring>
 
 #include "cache/state.h"
-#include "cache/transform.h"
 #include "codec/encoders.h"
 #include "kvmix/error.h"
+#include "rows/transform.h"
 
 namespace kvmix {
 namespace {

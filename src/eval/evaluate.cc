@@ -7,9 +7,9 @@
 #include "base/parallel.h"
 #include "engine/float_copy.h"
 #include "eval/contender.h"
-#include "eval/divergence.h"
 #include "eval/windows.h"
 #include "kvmix/error.h"
+#include "score/divergence.h"
 
 namespace kvmix {
 namespace {

@@ -1,6 +1,6 @@
 // Every registered kernel against a double-precision oracle over the decoded tiles. The bound follows from the formats: what
 // rounding a query or a probability to its product type does to a score and to an output, and fp32 sums.
-#include "attention/kernel.h"
+#include "attention/cpu/kernel.h"
 
 #include <gtest/gtest.h>
 

@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "attention/kernel.h"
+#include "attention/cpu/kernel.h"
 #include "base/fp16.h"
 #include "codec/tile_layout.h"
 

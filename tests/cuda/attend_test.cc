@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "base/fp16.h"
-#include "cache/transform.h"
 #include "codec/tile_layout.h"
 #include "kvmix/codec.h"
 #include "kvmix/kvmix_cuda.h"
+#include "rows/transform.h"
 
 namespace kvmix {
 namespace {
@@ -348,7 +348,7 @@ class World {
 // and key axis in the page kernel.
 constexpr kvmix_cuda_format kFormats[] = {
 #define KVMIX_ATTEND(dim, k, v, kg, vg) {dim, k, v, kg, vg, 0},
-#include "attention/attend_cuda_formats.inc"
+#include "attention/cuda/attend_formats.inc"
 #undef KVMIX_ATTEND
     {64, 2, 2, 32, 32, 0},      {64, 3, 1, 128, 128, 0},  {64, 8, 16, 64, 64, 0}, {96, 2, 3, 64, 64, 0},
     {96, 4, 4, 32, 128, 1},     {96, 16, 2, 128, 32, 0},  {128, 1, 1, 64, 64, 0}, {128, 3, 8, 32, 32, 0},

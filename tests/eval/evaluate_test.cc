@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "eval/contender.h"
-#include "eval/divergence.h"
 #include "kvmix/eval.h"
+#include "score/divergence.h"
 #include "support/models.h"
 
 namespace kvmix {

@@ -1,0 +1,229 @@
+// int8 products with 256-bit vectors, on codes shifted down to 0..2^bits - 1: what kernel_avx2.cc and kernel_avxvnni.cc share.
+// Widths above 4 bits and exact jobs use weights of two s8 terms.
+#pragma once
+
+#include "attention/cpu/page_flow.h"
+#include "base/simd_avx2.h"
+
+namespace kvmix {
+namespace {
+
+// Which codes a pass over a tile takes: 8-bit codes are split where 255 * 127 would saturate a 16-bit lane.
+enum class Part { kWhole, kLowNibble, kHighNibble };
+
+// `Dot` multiplies codes (u8) and weights (s8) and sums them:
+//   kWholeBytes       takes 8-bit codes at once
+//   run(largest)      blocks whose sums of codes up to `largest` it holds without saturation
+//   add(sum, codes, weights), widen(sum): to eight 32-bit sums
+template <class Dot>
+struct Int8Avx2 {
+  using Simd = Avx2;
+  using Weight = int8_t;
+  static constexpr int kValueVectors = 4;
+
+  static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
+  static constexpr bool takes(int bits, int terms) { return terms == 2 || bits <= 4; }
+  static constexpr int rows(int terms) { return terms == 1 ? 3 : 1; }
+
+  static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    for (int r = 0; r < rows; ++r) {
+      prepare(terms, from.x + r * from.stride, from.scale, from.mid, n, w + r * terms * term_stride, term_stride, out, r);
+    }
+  }
+
+  static void prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w, ptrdiff_t term_stride,
+                      Prepared& out, int row) {
+    if (s == nullptr) return prepare<false>(terms, x, s, mid, n, w, term_stride, out, row);
+    return prepare<true>(terms, x, s, mid, n, w, term_stride, out, row);
+  }
+
+  // n is a multiple of 16.
+  template <bool kScaled>
+  static void prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w, ptrdiff_t term_stride,
+                      Prepared& out, int row) {
+    const auto product = [&](int i) { return kScaled ? Avx2::mul(Avx2::load(x + i), Avx2::load(s + i)) : Avx2::load(x + i); };
+    // Two of each, so that no chain of additions is waited for.
+    __m256 top[2] = {Avx2::zero(), Avx2::zero()}, middle[2] = {Avx2::zero(), Avx2::zero()};
+    for (int i = 0; i < n; i += 16) {
+      for (int k = 0; k < 2; ++k) {
+        const int at = i + 8 * k;
+        top[k] = Avx2::max(top[k], Avx2::abs(product(at)));
+        if (!kScaled) {
+          middle[k] = Avx2::add(middle[k], Avx2::load(x + at));
+        } else if (mid != nullptr) {
+          middle[k] = Avx2::fma(Avx2::load(x + at), Avx2::load(mid + at), middle[k]);
+        }
+      }
+    }
+    const float levels = terms == 1 ? 127.0f : 127.0f * 256.0f, largest = Avx2::reduce_max(Avx2::max(top[0], top[1]));
+    const __m256 inverse = Avx2::set1(largest > 1e-30f ? levels / largest : 0.0f);
+    const auto rounded = [&](int i) { return _mm256_cvtps_epi32(Avx2::mul(product(i), inverse)); };
+    int32_t sum = 0;
+    if (terms == 1) {
+      __m256i pairs = _mm256_setzero_si256();  // sums of at most 256 / 16 weights in 16 bits
+      int i = 0;
+      for (; i + 32 <= n; i += 32) {
+        const __m256i words0 = _mm256_packs_epi32(rounded(i), rounded(i + 8)),
+                      words1 = _mm256_packs_epi32(rounded(i + 16), rounded(i + 24));
+        const __m256i bytes =
+            _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + i), bytes);
+        pairs = _mm256_add_epi16(pairs, _mm256_add_epi16(words0, words1));
+      }
+      if (i < n) {
+        const __m256i words = _mm256_packs_epi32(rounded(i), rounded(i + 8));
+        store_low(w + i, words);
+        pairs = _mm256_add_epi16(pairs, words);
+      }
+      sum = add_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    } else {
+      const __m256i half = _mm256_set1_epi32(128);
+      __m256i sums = _mm256_setzero_si256();
+      for (int i = 0; i < n; i += 16) {
+        const __m256i a = rounded(i), b = rounded(i + 8);
+        sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
+        const __m256i high_a = _mm256_srai_epi32(_mm256_add_epi32(a, half), 8),
+                      high_b = _mm256_srai_epi32(_mm256_add_epi32(b, half), 8);
+        store_low(w + i, _mm256_packs_epi32(high_a, high_b));
+        store_low(w + term_stride + i, _mm256_packs_epi32(_mm256_sub_epi32(a, _mm256_slli_epi32(high_a, 8)),
+                                                          _mm256_sub_epi32(b, _mm256_slli_epi32(high_b, 8))));
+      }
+      sum = add_lanes(sums);
+    }
+    const float scale = largest / levels;
+    out.scale[row] = scale;
+    out.sum[row] = scale * static_cast<float>(sum);
+    out.mid[row] = Avx2::reduce_add(Avx2::add(middle[0], middle[1]));
+  }
+
+  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
+  static void dots(const DotJob<int8_t>& job) {
+    if constexpr (kBits == 8 && !Dot::kWholeBytes) {
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kLowNibble>(job);
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kHighNibble>(job);
+    } else {
+      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kWhole>(job);
+    }
+  }
+
+ private:
+  // Two packed vectors of 8 numbers, as bytes in order.
+  static void store_low(int8_t* to, __m256i packed) {
+    const __m256i words = _mm256_permute4x64_epi64(packed, 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  }
+  static int32_t add_lanes(__m256i v) {
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+  }
+
+  // Field f of a block for the 8 lanes of one half, shifted down to 0..2^bits - 1.
+  template <int kBits, Part kPart>
+  static __m256i field(const uint8_t* codes, int f) {
+    const auto vec = [codes](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * kVectorBytes)); };
+    const auto down = [](__m256i v, int shift, int mask) {
+      return _mm256_and_si256(shift == 0 ? v : _mm256_srli_epi16(v, shift), _mm256_set1_epi8(static_cast<char>(mask)));
+    };
+    const auto up = [](__m256i v, int shift, int mask) {
+      return _mm256_and_si256(shift >= 0 ? _mm256_slli_epi16(v, shift) : _mm256_srli_epi16(v, -shift),
+                              _mm256_set1_epi8(static_cast<char>(mask)));
+    };
+    if constexpr (kBits == 1) return down(vec(0), f, 1);
+    if constexpr (kBits == 2) return down(vec(f / 4), 2 * (f % 4), 3);
+    if constexpr (kBits == 3) {
+      if (f < 6) return down(vec(f / 2), 3 * (f % 2), 7);
+      if (f == 6) return _mm256_or_si256(down(vec(0), 6, 3), up(vec(1), -4, 4));
+      return _mm256_or_si256(down(vec(1), 7, 1), up(vec(2), -5, 6));
+    }
+    if constexpr (kBits == 4) return down(vec(f / 2), 4 * (f % 2), 15);
+    if constexpr (kBits == 5) return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4), 4 - f, 16));
+    if constexpr (kBits == 6)
+      return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4 + f / 4), 4 - 2 * (f % 4), 48));
+    if constexpr (kPart == Part::kWhole) return vec(f);
+    return down(vec(f), kPart == Part::kHighNibble ? 4 : 0, 15);
+  }
+
+  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets, Part kPart>
+  static void pass(const DotJob<int8_t>& job) {
+    for (int half = 0; half < 2; ++half) {
+      // Four lane blocks go two by two where the sums of all and the weights would not fit 16 registers.
+      if constexpr (kBlocks == 4 && (kRows * kTerms > 2 || kTwoSets)) {
+        strip<kBits, kTerms, kRows, kBlocks, 0, 2, kTwoSets, kPart>(job, half);
+        strip<kBits, kTerms, kRows, kBlocks, 2, 4, kTwoSets, kPart>(job, half);
+      } else {
+        strip<kBits, kTerms, kRows, kBlocks, 0, kBlocks, kTwoSets, kPart>(job, half);
+      }
+    }
+  }
+
+  // Lane blocks kFirst..kLast - 1 of a pass, 8 lanes of each.
+  template <int kBits, int kTerms, int kRows, int kBlocks, int kFirst, int kLast, bool kTwoSets, Part kPart>
+  static void strip(const DotJob<int8_t>& job, int half) {
+    const int blocks = job.blocks;
+    constexpr int kWeightRows = kRows * kTerms, kQuads = kBlockUnits / kBlocks;
+    constexpr int kRun = Dot::run(kBits == 8 && kPart != Part::kWhole ? 15 : (1 << kBits) - 1);
+    constexpr int kWidth = kLast - kFirst, kSums = kBlocks == 4 ? kLast - kFirst : 4, kSet = kTwoSets && kFirst >= 2 ? 1 : 0;
+    const auto weight = [](const int8_t* p) {
+      int32_t four;
+      __builtin_memcpy(&four, p, 4);
+      return _mm256_set1_epi32(four);
+    };
+    __m256i total[kWeightRows][kSums];
+    for (int r = 0; r < kWeightRows; ++r)
+      for (int i = 0; i < kSums; ++i) total[r][i] = _mm256_setzero_si256();
+    for (int b0 = 0; b0 < blocks; b0 += kRun) {
+      const int b1 = blocks - b0 < kRun ? blocks : b0 + kRun;
+      __m256i acc[kWeightRows][kSums];
+      for (int r = 0; r < kWeightRows; ++r)
+        for (int i = 0; i < kSums; ++i) acc[r][i] = _mm256_setzero_si256();
+      for (int b = b0; b < b1; ++b) {
+        const uint8_t* at = job.codes + b * kBits * kVectorBytes + half * 32;
+        if (kFirst == 0 && half == 0) {
+          for (int i = 0; i < kBits; ++i) __builtin_prefetch(job.ahead + (b * kBits + i) * kVectorBytes, 0, 3);
+        }
+        const int8_t* w = job.weights[kSet] + 4 * b * kQuads;
+#pragma GCC unroll 8
+        for (int q = 0; q < kQuads; ++q) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kWidth; ++i) {
+            const int f = q * kBlocks + kFirst + i, sum = f % 4 - kFirst;
+            const __m256i e = field<kBits, kPart>(at, f);
+#pragma GCC unroll 4
+            for (int r = 0; r < kWeightRows; ++r) {
+              const __m256i x = weight(w + r * job.stride + 4 * q);
+              acc[r][sum] = Dot::add(acc[r][sum], e, x);
+              // The compiler would add products to each other first and run out of registers.
+              if constexpr (kTerms == 1) __asm__("" : "+x"(acc[r][sum]));
+            }
+          }
+        }
+      }
+      for (int r = 0; r < kWeightRows; ++r)
+        for (int i = 0; i < kSums; ++i) total[r][i] = _mm256_add_epi32(total[r][i], Dot::widen(acc[r][i]));
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kWidth; ++i) {
+        const auto lanes = [&](int term) {
+          __m256i x = total[r * kTerms + term][i];
+          for (int j = i + kBlocks; j < kSums; j += kBlocks) x = _mm256_add_epi32(x, total[r * kTerms + term][j]);
+          return _mm256_cvtepi32_ps(x);
+        };
+        __m256 y = lanes(0);
+        if constexpr (kTerms == 2) y = Avx2::fma(y, Avx2::set1(256.0f), lanes(1));
+        float* to = job.out + r * job.out_stride + (kFirst + i) * kUnitLanes + half * 8;
+        const float a = job.a[kSet][r];
+        if constexpr (kPart == Part::kHighNibble) {
+          y = Avx2::fma(y, Avx2::set1(16.0f * a), Avx2::load(to));
+        } else {
+          y = Avx2::fma(y, Avx2::set1(a), Avx2::set1(job.b[kSet][r]));
+        }
+        Avx2::store(to, y);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace kvmix

@@ -1,0 +1,103 @@
+// The portable kernel: plain C++, every codec and shape. A tile is decoded to fp32 once for all query rows of the job.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "attention/cpu/kernel.h"
+#include "base/fp16.h"
+
+namespace kvmix {
+namespace {
+
+struct Buffers {
+  float* tile;    // [kPageTokens][head_dim]
+  float* scores;  // [rows][kPageTokens]
+};
+
+size_t tile_floats(int head_dim) { return static_cast<size_t>(kPageTokens) * static_cast<size_t>(head_dim); }
+
+// Live rows of one side of a page as floats; rows behind them are zero, whatever the memory holds.
+void load_rows(const PageRef& page, const TileFormat& format, const std::byte* data, int head_dim, float* tile) {
+  if (page.packed) {
+    decode_tile(format.spec, format.side, head_dim, data, tile);
+  } else {
+    for (int i = 0; i < page.live * head_dim; ++i) {
+      uint16_t h;
+      std::memcpy(&h, data + static_cast<size_t>(i) * 2, 2);
+      tile[i] = f16_to_f32(h);
+    }
+  }
+}
+
+void attend_page(const AttendJob& job, const PageRef& page, const Buffers& buffers) {
+  const int dim = job.head_dim;
+  load_rows(page, job.key, page.key, dim, buffers.tile);
+  for (int r = 0; r < job.rows; ++r) {
+    const float* q = job.q + static_cast<ptrdiff_t>(r) * dim;
+    float* scores = buffers.scores + static_cast<ptrdiff_t>(r) * kPageTokens;
+    const int64_t last = job.position[r], first = job.sliding_window > 0 ? last - job.sliding_window + 1 : 0;
+    for (int t = 0; t < page.live; ++t) {
+      const int64_t position = page.first_position + t;
+      if (position > last || position < first) {
+        scores[t] = -INFINITY;
+        continue;
+      }
+      const float* k = buffers.tile + static_cast<ptrdiff_t>(t) * dim;
+      float lanes[16] = {};
+      for (int i = 0; i < dim; i += 16) {
+        for (int j = 0; j < 16; ++j) lanes[j] += q[i + j] * k[i + j];
+      }
+      float sum = 0;
+      for (const float lane : lanes) sum += lane;
+      sum *= job.scale;
+      scores[t] = job.softcap > 0 ? job.softcap * std::tanh(sum / job.softcap) : sum;
+    }
+  }
+  load_rows(page, job.value, page.value, dim, buffers.tile);
+  for (int r = 0; r < job.rows; ++r) {
+    float* scores = buffers.scores + static_cast<ptrdiff_t>(r) * kPageTokens;
+    float* acc = job.acc + static_cast<ptrdiff_t>(r) * dim;
+    const float top = *std::max_element(scores, scores + page.live);
+    if (top == -INFINITY) continue;
+    if (top > job.m[r]) {
+      const float shrink = job.m[r] == -INFINITY ? 0.0f : std::exp(job.m[r] - top);
+      job.l[r] *= shrink;
+      for (int i = 0; i < dim; ++i) acc[i] *= shrink;
+      job.m[r] = top;
+    }
+    for (int t = 0; t < page.live; ++t) {
+      if (scores[t] == -INFINITY) continue;
+      const float p = std::exp(scores[t] - job.m[r]);
+      job.l[r] += p;
+      const float* v = buffers.tile + static_cast<ptrdiff_t>(t) * dim;
+      for (int i = 0; i < dim; ++i) acc[i] += p * v[i];
+    }
+  }
+}
+
+bool available() { return true; }
+bool supports(const AttendJob&) { return true; }
+
+size_t scratch_bytes(int head_dim, int rows) {
+  return (tile_floats(head_dim) + static_cast<size_t>(rows) * kPageTokens) * sizeof(float);
+}
+
+void attend(const AttendJob& job, std::byte* scratch) {
+  Buffers buffers{};
+  buffers.tile = reinterpret_cast<float*>(scratch);
+  buffers.scores = buffers.tile + tile_floats(job.head_dim);
+  std::fill_n(job.m, job.rows, -INFINITY);
+  std::fill_n(job.l, job.rows, 0.0f);
+  std::fill_n(job.acc, static_cast<ptrdiff_t>(job.rows) * job.head_dim, 0.0f);
+  for (const PageRef& page : job.pages) {
+    if (page.live > 0) attend_page(job, page, buffers);
+  }
+}
+
+}  // namespace
+
+extern const AttentionKernel kPortableKernel;
+const AttentionKernel kPortableKernel = {
+    "portable", "plain C++, fp32; every codec and shape", available, supports, scratch_bytes, attend};
+
+}  // namespace kvmix

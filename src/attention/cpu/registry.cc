@@ -1,0 +1,35 @@
+// The attention kernels, best first. One line adds a kernel.
+#include <array>
+
+#include "attention/cpu/kernel.h"
+
+namespace kvmix {
+
+#if defined(__x86_64__)
+extern const AttentionKernel kAvx512VnniKernel;
+extern const AttentionKernel kAvx512Bf16Kernel;
+extern const AttentionKernel kAvxVnniKernel;
+extern const AttentionKernel kAvx2Kernel;
+#endif
+extern const AttentionKernel kPortableKernel;
+
+namespace {
+
+const std::array kKernels = {
+#if defined(__x86_64__)
+    &kAvx512VnniKernel, &kAvx512Bf16Kernel, &kAvxVnniKernel, &kAvx2Kernel,
+#endif
+    &kPortableKernel,
+};
+
+}  // namespace
+
+std::span<const AttentionKernel* const> attention_kernel_registry() { return kKernels; }
+
+std::vector<AttentionKernelInfo> attention_kernels() {
+  std::vector<AttentionKernelInfo> infos;
+  for (const AttentionKernel* kernel : kKernels) infos.push_back({kernel->name, kernel->description, kernel->available()});
+  return infos;
+}
+
+}  // namespace kvmix

@@ -1,0 +1,159 @@
+// Packed codes to fp16 numbers in the registers of operand A of mma.m16n8k16.
+#pragma once
+
+#include "attention/cuda/common.cuh"
+
+namespace kvmix::cuda {
+
+__device__ inline uint32_t bits_of(__half2 v) { return reinterpret_cast<const uint32_t&>(v); }
+__device__ inline __half2 low_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x5410)); }
+__device__ inline __half2 high_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x7632)); }
+
+// The lane's number, where what follows from it shall not be kept in registers from one use to the next.
+__device__ inline int lane_again() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return lane;
+}
+
+// A lane's words of one block, which nothing writes meanwhile.
+template <int bits>
+__device__ inline void load_codes(const uint8_t* block, int lane, uint32_t (&w)[block_words(bits)]) {
+#pragma unroll
+  for (int i = 0; i < block_words(bits) / 4; ++i) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(block + 512 * i) + lane);
+    w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+  }
+  if constexpr (block_words(bits) % 4 == 2) {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(block + 512 * (block_words(bits) / 4)) + lane);
+    w[block_words(bits) - 2] = v.x, w[block_words(bits) - 1] = v.y;
+  }
+}
+
+// Codes less their centre, exact. A code that starts at bit k of a half, 1 <= k <= 10 - bits, counts from zero under the
+// exponent of 2^(10 - k), where the centre, half a code, has a bit as well: one AND with OR and one subtraction.
+__device__ inline __half2 less_centre(uint32_t word, uint32_t mask, int k, int bits) {
+  const uint32_t base = both(static_cast<uint32_t>(25 - k) << 10);
+  uint32_t code;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;\n" : "=r"(code) : "r"(word), "r"(mask), "r"(base));  // (word & mask) | base, in one
+  return __hsub2(half2_of(code), half2_of(base | both(((1u << bits) - 1) << (k - 1))));
+}
+// The same for the two codes of a register.
+template <int bits>
+__device__ inline __half2 centred_codes(const uint32_t (&w)[block_words(bits)], int reg, int field) {
+  constexpr int kAbove = bits <= 2 ? 9 : bits == 3 ? 8 : 7;  // one shift for what lies beyond the mantissa
+  const CodePlace place = code_place(bits, reg, field);
+  if (bits == 3 && field == 7 && reg >= 2) {
+    const uint32_t w1 = w[(place.word + 1) % block_words(bits)], w2 = w[(place.word + 2) % block_words(bits)];
+    return less_centre(((w[place.word] >> 14) & both(2)) | ((w1 >> 13) & both(4)) | ((w2 >> 12) & both(8)), both(14), 1, bits);
+  }
+  const int shift = place.bit == 0 ? -1 : place.bit + bits <= 10 ? 0 : kAbove, k = place.bit - shift;
+  const uint32_t word = shift < 0 ? w[place.word] << 1 : w[place.word] >> shift;
+  return less_centre(word, both((1u << bits) - 1) << k, k, bits);
+}
+
+// A side as its kernel sees it: keys have a row a token, values a row a channel in operand A.
+enum class Operand { kKeys, kKeysPerToken, kValues };
+
+// Scales and midpoints of the pairs of a tile's registers. A tile lies in one group; what a lane needs of it lies together.
+template <Operand what>
+class LaneScales {
+ public:
+  __half2 scale[4], mid[4];
+
+  __device__ LaneScales(const uint8_t* meta, const SideShape& side, int lane)
+      : group_mask_(static_cast<unsigned>(side.group - 1)),
+        shift_(5 + (side.group >= 64) + (side.group >= 128)),
+        row_bytes_(static_cast<unsigned>(2 * side.head_dim)),
+        mid_bytes_((kPageTokens >> shift_) * row_bytes_) {
+    at_ = meta + (what == Operand::kKeys           ? lane % 4 * (side.head_dim / 2)
+                  : what == Operand::kKeysPerToken ? lane / 4 * 8
+                                                   : lane % 4 * 16);
+  }
+  // Of a tile; with a scale per token only where a group of channels begins.
+  __device__ void load(unsigned token0, unsigned channel0, bool first) {
+    if constexpr (what == Operand::kKeys) {
+      const uint8_t* const from = at_ + (token0 >> shift_) * row_bytes_ + channel0 / 2;
+      const uint2 v = __ldg(reinterpret_cast<const uint2*>(from)), m = __ldg(reinterpret_cast<const uint2*>(from + mid_bytes_));
+      scale[0] = scale[1] = half2_of(v.x), scale[2] = scale[3] = half2_of(v.y);
+      mid[0] = mid[1] = half2_of(m.x), mid[2] = mid[3] = half2_of(m.y);
+    } else {
+      if (!first && (channel0 % 32 != 0 || (channel0 & group_mask_) != 0)) return;
+      from_ = first ? at_ + (channel0 >> shift_) * (kPageTokens * 4) + token0 * 4 : from_ + kPageTokens * 4;
+      if constexpr (what == Operand::kKeysPerToken) {
+        const uint2 v = __ldg(reinterpret_cast<const uint2*>(from_));
+        scale[0] = scale[2] = low_half2(v.x, v.x), scale[1] = scale[3] = high_half2(v.x, v.x);
+        mid[0] = mid[2] = low_half2(v.y, v.y), mid[1] = mid[3] = high_half2(v.y, v.y);
+      } else {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(from_));
+        scale[0] = scale[1] = low_half2(v.x, v.z), scale[2] = scale[3] = high_half2(v.x, v.z);
+        mid[0] = mid[1] = low_half2(v.y, v.w), mid[2] = mid[3] = high_half2(v.y, v.w);
+      }
+    }
+  }
+
+ private:
+  unsigned group_mask_;
+  int shift_;
+  unsigned row_bytes_, mid_bytes_;
+  const uint8_t *at_, *from_;
+};
+
+// The tiles of one block of a side: store(first token, first channel, operand A) for each.
+template <int dim, Operand what, int bits, class Store>
+__device__ inline void dequantise_block(const uint32_t (&w)[block_words(bits)], LaneScales<what>& scales, unsigned block,
+                                        const Store& store) {
+  constexpr unsigned kTiles = dim / 16;
+#pragma unroll
+  for (unsigned field = 0; field < kFields; ++field) {
+    const unsigned tile = block * kFields + field, token0 = tile / kTiles * 16, channel0 = tile % kTiles * 16;
+    uint32_t a[4];
+    scales.load(token0, channel0, field == 0 || (kTiles < kFields && channel0 == 0));
+#pragma unroll
+    for (int reg = 0; reg < 4; ++reg) {
+      a[reg] = bits_of(__hfma2(scales.scale[reg], centred_codes<bits>(w, reg, static_cast<int>(field)), scales.mid[reg]));
+    }
+    store(token0, channel0, a);
+  }
+}
+
+// The tiles of one fp16 block, one after the other for want of registers.
+template <int dim, class Store>
+__device__ inline void copy_block(const uint8_t* codes, unsigned block, int lane, const Store& store) {
+#pragma unroll
+  for (unsigned field = 0; field < kFields; ++field) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(codes + block * block_bytes(16) + 512 * field) + lane);
+    const unsigned tile = block * kFields + field;
+    store(tile / (dim / 16) * 16, tile % (dim / 16) * 16, {v.x, v.y, v.z, v.w});
+  }
+}
+
+// Calls body with what a side is and its width as constants.
+template <bool key, class Body>
+__device__ inline void with_format(const SideShape& side, const Body& body) {
+  const auto with_width = [&](auto what) {
+    switch (side.bits) {
+      case 1:
+        return body(what, std::integral_constant<int, 1>{});
+      case 2:
+        return body(what, std::integral_constant<int, 2>{});
+      case 3:
+        return body(what, std::integral_constant<int, 3>{});
+      case 4:
+        return body(what, std::integral_constant<int, 4>{});
+      case 8:
+        return body(what, std::integral_constant<int, 8>{});
+      default:
+        return body(what, std::integral_constant<int, 16>{});
+    }
+  };
+  if constexpr (!key) {
+    with_width(std::integral_constant<Operand, Operand::kValues>{});
+  } else if (side.per_token) {
+    with_width(std::integral_constant<Operand, Operand::kKeysPerToken>{});
+  } else {
+    with_width(std::integral_constant<Operand, Operand::kKeys>{});
+  }
+}
+
+}  // namespace kvmix::cuda

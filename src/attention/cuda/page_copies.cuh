@@ -1,0 +1,95 @@
+// How the decode kernel brings records to shared memory.
+#pragma once
+
+#include "attention/cuda/common.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define KVMIX_BULK 1
+#else
+#define KVMIX_BULK 0
+#endif
+
+namespace kvmix::cuda {
+
+// Copies of record halves (keys, then values) into a warp's own buffers, each waited for before the next of its side starts.
+// With compute capability 9 one lane asks the bulk copy engine and a barrier in shared memory counts the bytes; before, every
+// lane copies 16 bytes at a time.
+// The engine asks the L2 for whole lines where source and destination share their place in a 128-byte line, else for 32 bytes
+// at a time, and the L2 then limits the rate. So buffers start at lines, and the copy of values starts at the line's beginning,
+// value_shift bytes before them; records at multiples of 128 bytes do the rest.
+template <class C>
+class PageCopies {
+ public:
+  __device__ PageCopies(uint8_t* ring, int lane, int warp) : ring_(ring), lane_(lane) {
+#if KVMIX_BULK
+    __shared__ uint64_t barriers[2 * kMaxWarps];
+    barriers_ = static_cast<uint32_t>(__cvta_generic_to_shared(barriers + 2 * warp));
+    if (lane == 0) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(barriers_) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(barriers_ + 8) : "memory");
+      asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+    }
+    __syncwarp();
+#else
+    static_cast<void>(warp);
+#endif
+  }
+
+  // After __syncwarp, once all lanes have read what stood there. `record` is null where there is nothing to copy. With
+  // `evict_first` its bytes leave the L2 before what else is there.
+  __device__ void start(const uint8_t* record, bool keys, bool evict_first) {
+    const int bytes = keys ? C::stage_key : C::stage_value;
+    uint8_t* const to = ring_ + (keys ? 0 : C::key_pitch);
+    const int begin = keys ? 0 : C::value_begin;
+#if KVMIX_BULK
+    if (record == nullptr || lane_ != 0) return;
+    const uint32_t barrier = barriers_ + (keys ? 0 : 8), shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
+    if (evict_first) {
+      uint64_t policy;
+      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
+              shared),
+          "l"(record + begin), "r"(bytes), "r"(barrier), "l"(policy)
+          : "memory");
+    } else {
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(shared),
+                   "l"(record + begin), "r"(bytes), "r"(barrier)
+                   : "memory");
+    }
+#else
+    static_cast<void>(evict_first);
+    if (record != nullptr) {
+#pragma unroll 4
+      for (int at = lane_ * 16; at < bytes; at += 512) copy_async(to + at, record + begin + at);
+    }
+    commit_copies();
+#endif
+  }
+
+  // Until the copy of a side has arrived for all lanes.
+  __device__ void wait(bool keys) {
+#if KVMIX_BULK
+    const uint32_t barrier = barriers_ + (keys ? 0 : 8), bit = keys ? 1u : 2u, phase = (phases_ & bit) != 0 ? 1u : 0u;
+    phases_ ^= bit;
+    asm volatile(
+        "{\n .reg .pred done;\nagain%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra "
+        "again%=;\n}\n" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
+#else
+    wait_copies<1>();
+    __syncwarp();
+#endif
+  }
+
+ private:
+  uint8_t* ring_;
+  int lane_;
+#if KVMIX_BULK
+  uint32_t barriers_, phases_ = 0;
+#endif
+};
+
+}  // namespace kvmix::cuda

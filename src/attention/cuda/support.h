@@ -1,0 +1,63 @@
+// What the host sides of the CUDA kernels share: checks of shapes, names of formats, the workspace's parts.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "codec/cuda/tile_layout.h"
+#include "kvmix/error.h"
+#include "kvmix/kvmix_cuda.h"
+
+namespace kvmix::cuda {
+
+inline constexpr int kMaxSplits = 256;  // of a head
+inline constexpr int kTileRows = 64;    // query rows of a block of the page kernel; more are not split along the pages
+
+std::string format_name(const kvmix_cuda_format& format);
+std::string supported_formats();
+// Throws kUnsupported for a format without a kernel, kInvalidArgument for one that cannot be.
+void check_format(const kvmix_cuda_format& format);
+void check_shape(const kvmix_cuda_attend_params& params);
+inline RecordShape record_shape(const kvmix_cuda_format& f) {
+  return {f.head_dim, f.key_bits, f.value_bits, f.key_group, f.value_group, f.key_per_token != 0};
+}
+
+// Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row.
+struct WorkspaceLayout {
+  size_t ticket_bytes, sum_bytes, partial_bytes;
+  size_t bytes(int32_t items) const { return ticket_bytes + (sum_bytes + partial_bytes) * static_cast<size_t>(items); }
+};
+WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
+
+// What a device takes at once of the kernel for a shape. `all` on each of `processors` multiprocessors are warps of the decode
+// kernel or thread blocks of the page kernel; launches of up to `few_blocks` blocks a multiprocessor take `few` of them.
+struct Residency {
+  int processors, few_blocks, few, all;
+
+  int each(int64_t blocks) const { return static_cast<int>((blocks + processors - 1) / processors); }
+  int warps(int64_t blocks) const { return each(blocks) <= few_blocks ? few : all; }
+  // Of a thread block of the decode kernel: a multiprocessor's warps, shared in fours by the blocks that it gets.
+  int block_warps(int64_t blocks) const {
+    return each(blocks) <= 1 ? warps(blocks) : std::max(4, warps(blocks) / each(blocks) / 4 * 4);
+  }
+};
+
+// Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
+void attend(const kvmix_cuda_attend_params& params);
+void seal(const kvmix_cuda_seal_params& params);
+void append(const kvmix_cuda_append_params& params);
+Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
+
+// Whether attend.cuh has a kernel for this; prefill.cuh takes more than kTileRows query rows where the current device
+// has it, pages.cuh the rest.
+bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
+bool has_prefill_kernel();
+// Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
+bool uses_images(const kvmix_cuda_attend_params& params);
+// A page as it stands in shared memory: keys in panels of 64 channels, values of 64 tokens, rows of 128 bytes.
+constexpr int page_image_bytes(int head_dim) {
+  return (head_dim + 63) / 64 * kPageTokens * 128 + kPageTokens / 64 * head_dim * 128;
+}
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,470 @@
+// Seals open pages into records, and appends rows to open pages.
+//
+// A block seals one side of one page of one KV head: the tile goes to shared memory as fp16, transformed if asked; scales and
+// midpoints follow quantize.h's arithmetic (compiled without fused multiply-adds but those it names, so scales and codes equal
+// the CPU codec's to the bit): min-max from packed minima and maxima of 32 elements, fits with four threads a group that hold
+// their values in registers; then every lane packs the words of its fragments (codec/cuda/tile_layout.h) straight from the
+// tile.
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "attention/cuda/common.cuh"
+#include "attention/cuda/launch.h"
+#include "attention/cuda/support.h"
+#include "base/fp16.h"
+#include "codec/cuda/feedback.cuh"
+#include "codec/cuda/fit.cuh"
+#include "codec/quantize.h"
+
+namespace kvmix::cuda {
+namespace {
+
+constexpr int kSegment = 32;
+
+struct SealArguments {
+  const uint8_t* open_pages;
+  int64_t open_page_stride, open_head_stride;
+  uint8_t* records;
+  int64_t record_page_stride, record_head_stride;
+  const int32_t* open_ids;
+  const int32_t* record_ids;
+  RecordShape shape;
+  bool fitted;
+  kvmix_cuda_transform key_transform, value_transform;
+};
+
+// Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
+// every group and, for feedback, its scale and midpoint (half2), rounding errors.
+struct SealSpace {
+  int ranges, groups, kept, errors, bytes;
+};
+__host__ __device__ inline SealSpace seal_space(const SideShape& side, bool feedback) {
+  SealSpace space{};
+  space.ranges = kPageTokens * tile_row(side.head_dim) * 2;
+  const int ranges = kPageTokens / kSegment * side.head_dim * 8;
+  const int weights = feedback ? side.head_dim * feedback_block(side.head_dim) * 4 : 0;
+  space.groups = space.ranges + (ranges > weights ? ranges : weights);
+  space.kept = space.groups + side.meta_bytes() / 4 * 8 + 16;
+  space.errors = space.kept + (feedback ? (side.meta_bytes() + 15) / 16 * 16 : 0);
+  space.bytes = space.errors + (feedback ? side.head_dim * feedback_tokens(side.head_dim) * 4 : 0);
+  return space;
+}
+
+// What words hold beside codes when every code came with the bits of kRoundToInteger below it, shifted to its place.
+template <int bits>
+__host__ __device__ constexpr uint32_t word_bias(int word) {
+  constexpr uint32_t kInteger = 0x4b400000u;  // of kRoundToInteger
+  uint32_t sum = 0;
+  for (int field = 0; field < 8; ++field) {
+    for (int reg = 0; reg < 4; ++reg) {
+      if (bits == 3 && field == 7 && reg >= 2) continue;
+      const CodePlace place = code_place(bits, reg, field);
+      if (place.word == word) sum += kInteger * (1u << place.bit) + kInteger * (1u << place.bit) * 65536u;
+    }
+  }
+  return sum;
+}
+
+template <int dim, bool key, int bits>
+__device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
+  constexpr float kTop = static_cast<float>((1 << (bits % 16)) - 1);
+  constexpr uint32_t kMask = (1u << bits) - 1;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr unsigned row_halves = tile_row(dim), tiles = dim / 16;
+  const int group_shift = 31 - __clz(side.group);
+  const bool per_token = !key || side.per_token;
+  // A fragment's registers are 8 x 8 tiles, those with further rows and with further columns in turn.
+  const int token = lane % 8 + (key ? lane / 8 % 2 : lane / 16) * 8, channel = (key ? lane / 16 : lane / 8 % 2) * 8;
+  const uint32_t fragment_row = shared_address(tile + token * static_cast<int>(row_halves) + channel);
+  for (unsigned block = threadIdx.x / 32; block < tiles; block += kSealWarps) {
+    uint32_t w[block_words(bits)] = {};
+    float4 maps[4];  // of both codes of a register
+#pragma unroll
+    for (int field = 0; field < 8; ++field) {
+      const unsigned index = block * 8 + static_cast<unsigned>(field), token0 = index / tiles * 16,
+                     channel0 = index % tiles * 16;
+      // A tile lies in one group; groups of channels begin with every second tile at most.
+      if (bits != 16 && (!per_token || field == 0 || channel0 == 0 || channel0 % kSegment == 0)) {
+        const CodeMap* const from =
+            groups + (per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0);
+        if (key && per_token) {  // the same for neighbours
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const CodeMap same = from[lane / 4 + 8 * i];
+            maps[i] = maps[i + 2] = {same.factor, same.offset, same.factor, same.offset};
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            maps[2 * i] = maps[2 * i + 1] = *reinterpret_cast<const float4*>(from + 2 * (lane % 4) + 8 * i);
+          }
+        }
+      }
+      uint32_t v[4];
+      load_tiles(fragment_row + (token0 * row_halves + channel0) * 2, !key, v);
+#pragma unroll
+      for (int reg = 0; reg < 4; ++reg) {
+        if constexpr (bits == 16) {
+          w[code_place(16, reg, field).word] = v[reg];
+        } else {
+          const float4 g = maps[reg];
+          const float2 x = __half22float2(half2_of(v[reg]));
+          const uint32_t c0 = __float_as_uint(raised_code(x.x, {g.x, g.y}, kTop));
+          const uint32_t c1 = __float_as_uint(raised_code(x.y, {g.z, g.w}, kTop));
+          if (bits == 3 && field == 7 && reg >= 2) {
+#pragma unroll
+            for (int b = 0; b < bits; ++b) {
+              const CodePlace place = code_bit_place(bits, reg, field, b);
+              w[place.word % block_words(bits)] +=
+                  (((c0 & kMask) >> b & 1u) << place.bit) | (((c1 & kMask) >> b & 1u) << (place.bit + 16));
+            }
+          } else {
+            // What the constant's bits add is known, and taken away once a word.
+            const CodePlace place = code_place(bits, reg, field);
+            w[place.word % block_words(bits)] += (c0 + (c1 << 16)) << place.bit;
+          }
+        }
+      }
+    }
+    if constexpr (bits != 16) {
+#pragma unroll
+      for (int i = 0; i < block_words(bits); ++i) w[i] -= word_bias<bits>(i);
+    }
+    uint8_t* const to = part + block * block_bytes(bits);
+#pragma unroll
+    for (int i = 0; i < block_words(bits) / 4; ++i) {
+      reinterpret_cast<uint4*>(to + 512 * i)[lane] = {w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]};
+    }
+    if constexpr (block_words(bits) % 4 == 2) {
+      constexpr int kLast = block_words(bits) - 2;
+      reinterpret_cast<uint2*>(to + 512 * (block_words(bits) / 4))[lane] = {w[kLast], w[kLast + 1]};
+    }
+  }
+}
+
+template <int dim, bool key>
+__device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
+  switch (side.bits) {
+    case 1:
+      return pack_codes<dim, key, 1>(side, tile, groups, part);
+    case 2:
+      return pack_codes<dim, key, 2>(side, tile, groups, part);
+    case 3:
+      return pack_codes<dim, key, 3>(side, tile, groups, part);
+    case 4:
+      return pack_codes<dim, key, 4>(side, tile, groups, part);
+    case 8:
+      return pack_codes<dim, key, 8>(side, tile, groups, part);
+    default:
+      return pack_codes<dim, key, 16>(side, tile, groups, part);
+  }
+}
+
+// What is not finite counts as zero.
+__device__ inline uint32_t finite_pair(uint32_t v) {
+  if ((v & 0x7c00u) == 0x7c00u) v &= 0xffff0000u;
+  if ((v & 0x7c000000u) == 0x7c000000u) v &= 0xffffu;
+  return v;
+}
+// The page's rows to the tile.
+template <int dim>
+__device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) {
+  constexpr int kOctets = dim / 8, kLoads = kPageTokens * kOctets / kSealThreads;
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto place = [&](int i) {
+    // Whole rows a turn, where they fit: a fixed step.
+    const int row =
+        kSealThreads % kOctets == 0 ? thread / kOctets + kSealThreads / kOctets * i : (thread + kSealThreads * i) / kOctets;
+    const int octet = kSealThreads % kOctets == 0 ? thread % kOctets : (thread + kSealThreads * i) % kOctets;
+    return reinterpret_cast<uint4*>(tile + row * tile_row(dim) + octet * 8);
+  };
+  const __half2 zero = __float2half2_rn(0.0f);
+  __half2 odd = zero;  // becomes NaN where a number is not finite
+#pragma unroll 8
+  for (int i = 0; i < kLoads; ++i) {
+    const uint4 v = __ldcs(source + thread + kSealThreads * i);
+    for (const uint32_t pair : {v.x, v.y, v.z, v.w}) odd = __hfma2(reinterpret_cast<const __half2&>(pair), zero, odd);
+    *place(i) = v;
+  }
+  if (as_is || !(__hisnan(__low2half(odd)) || __hisnan(__high2half(odd)))) return;
+  for (int i = 0; i < kLoads; ++i) {
+    uint4& v = *place(i);
+    v = {finite_pair(v.x), finite_pair(v.y), finite_pair(v.z), finite_pair(v.w)};
+  }
+}
+
+// Every row of the tile as transform_row (cache/transform.h) changes it, in its order of operations. A warp a row; lane l holds
+// channels l, l + 32, ...
+template <int dim>
+__device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half* tile) {
+  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float* const center = t.center == nullptr ? nullptr : t.center + static_cast<int>(blockIdx.y) * dim;
+  const float* const scales = t.scales == nullptr ? nullptr : t.scales + static_cast<int>(blockIdx.y) * dim;
+  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < kPageTokens; row += kSealWarps) {
+    float x[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      x[i] = __half2float(tile[row * tile_row(dim) + 32 * i + lane]);
+      if (center != nullptr) x[i] -= center[32 * i + lane];
+      if (scales != nullptr) x[i] *= scales[32 * i + lane];
+    }
+    if (t.hadamard != 0) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          const float other = __shfl_xor_sync(~0u, x[i], step);
+          x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
+        }
+      }
+#pragma unroll
+      for (int step = 1; step < kBlock / 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if ((i & step) != 0) continue;
+          const float a = x[i], b = x[i + step];
+          x[i] = a + b, x[i + step] = a - b;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const __half h = __float2half_rn(x[i]);
+      tile[row * tile_row(dim) + 32 * i + lane] = as_is || !__hisinf(h) && !__hisnan(h) ? h : __float2half_rn(0.0f);
+    }
+  }
+}
+
+// What a kernel can do; transforms and feedback apart, as they take registers, and there scales are of either kind.
+enum class Way { kMinMax, kFitted, kTransformed, kFeedback };
+
+template <int dim, Way way>
+__global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
+                                                : way == Way::kTransformed ? 3
+                                                                           : 4)
+    seal_kernel(const __grid_constant__ SealArguments args) {
+  extern __shared__ __align__(16) uint8_t space[];
+  __shared__ float largest[kSealWarps];
+  const bool key = blockIdx.z == 0;
+  const SideShape side = key ? args.shape.key() : args.shape.value();
+  const kvmix_cuda_transform& transform = key ? args.key_transform : args.value_transform;
+  constexpr bool changed = way == Way::kTransformed || way == Way::kFeedback;
+  const bool feedback = way == Way::kFeedback && transform.feedback != nullptr && side.bits != 16;
+  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int row_halves = tile_row(dim);
+  const SealSpace layout = seal_space(side, feedback);
+  auto* const tile = reinterpret_cast<__half*>(space);
+  auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
+  auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
+  const auto* const source =
+      reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[blockIdx.x] * args.open_page_stride +
+                                     static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
+      (key ? 0 : kPageTokens * dim / 8);
+  uint8_t* const record = args.records + args.record_ids[blockIdx.x] * args.record_page_stride +
+                          static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
+  uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
+
+  const bool transformed = changed && (transform.center != nullptr || transform.hadamard != 0);
+  load_tile<dim>(source, transformed || side.bits == 16, tile);
+  __syncthreads();
+  if constexpr (changed) {
+    if (transformed) transform_tile<dim>(transform, side.bits == 16, tile);
+    __syncthreads();
+  }
+
+  float most = 0.0f;
+  if (side.bits != 16) {
+    const float top = static_cast<float>((1 << side.bits) - 1);
+    auto* const meta = reinterpret_cast<uint16_t*>(part + side.meta());
+    const int width = side.per_token ? kPageTokens : dim, count_of_groups = side.groups() * width;
+    const auto store = [&](int at, int i, int g, GroupScale stored) {
+      const float scale = f16_to_f32(stored.scale);
+      most = fmaxf(most, scale);
+      groups[at] = code_map(scale, f16_to_f32(stored.mid), top);
+      const int to = side.per_token ? g * kPageTokens * 2 + value_scale_slot(i) : g * dim + key_scale_slot(dim, i);
+      meta[to] = stored.scale;
+      meta[to + side.mid_step()] = stored.mid;
+      if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
+    };
+    if (way == Way::kFitted || (changed && args.fitted)) {
+      auto* const fits = reinterpret_cast<GroupScale*>(space + layout.ranges);
+      // Whole warps: `width` is a multiple of the eight groups that a warp takes.
+      for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
+        const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
+        const int line = i - thread % 32 / kPartialSums;
+        const auto fit = [&](auto values) {
+          return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits);
+        };
+        GroupScale stored;
+        switch (side.per_token && dim - first < side.group ? dim - first : side.group) {
+          case 32:
+            stored = fit(std::integral_constant<int, 8>{});
+            break;
+          case 64:
+            stored = fit(std::integral_constant<int, 16>{});
+            break;
+          case 96:
+            stored = fit(std::integral_constant<int, 24>{});
+            break;
+          default:
+            stored = fit(std::integral_constant<int, 32>{});
+            break;
+        }
+        if (job % kPartialSums == 0) fits[at] = stored;
+      }
+      __syncthreads();
+      for (int at = thread; at < count_of_groups; at += kSealThreads) store(at, at % width, at / width, fits[at]);
+    } else {
+      auto* const lows = reinterpret_cast<__half2*>(space + layout.ranges);
+      auto* const highs = lows + kPageTokens / kSegment * dim;
+      // Ranges of 32 channels of a token, or of 32 tokens of two channels.
+      if (side.per_token) {
+        for (int at = thread; at < kPageTokens * (dim / kSegment); at += kSealThreads) {
+          const auto* x = reinterpret_cast<const uint4*>(tile + at % kPageTokens * row_halves + at / kPageTokens * kSegment);
+          __half2 low = __float2half2_rn(65504.0f), high = __float2half2_rn(-65504.0f);
+#pragma unroll
+          for (int i = 0; i < kSegment / 8; ++i) {
+            const uint4 v = x[i];
+            for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
+              const __half2 pair = reinterpret_cast<const __half2&>(word);
+              low = __hmin2(low, pair), high = __hmax2(high, pair);
+            }
+          }
+          lows[at] = low, highs[at] = high;
+        }
+      } else {
+        for (int at = thread; at < dim / 2 * (kPageTokens / kSegment); at += kSealThreads) {
+          const auto* x = reinterpret_cast<const __half2*>(tile + at / (dim / 2) * kSegment * row_halves) + at % (dim / 2);
+          __half2 low = x[0], high = low;
+#pragma unroll
+          for (int i = 1; i < kSegment; ++i) {
+            const __half2 v = x[i * (row_halves / 2)];
+            low = __hmin2(low, v), high = __hmax2(high, v);
+          }
+          lows[at] = low, highs[at] = high;
+        }
+      }
+      const int lines = side.per_token ? kPageTokens : dim / 2;
+      __syncthreads();
+      for (int at = thread; at < count_of_groups; at += kSealThreads) {
+        const int i = at % width, g = at / width, first = g * side.group;
+        const int count = side.per_token && dim - first < side.group ? dim - first : side.group;
+        float low = 65504.0f, high = -65504.0f;
+        for (int segment = first / kSegment; segment < (first + count) / kSegment; ++segment) {
+          const int line = segment * lines + (side.per_token ? i : i / 2);
+          const float2 l = __half22float2(lows[line]), h = __half22float2(highs[line]);
+          low = fminf(low, side.per_token ? fminf(l.x, l.y) : i % 2 == 0 ? l.x : l.y);
+          high = fmaxf(high, side.per_token ? fmaxf(h.x, h.y) : i % 2 == 0 ? h.x : h.y);
+        }
+        store(at, i, g, min_max_scale(coded_range({low, high}, true), top));
+      }
+    }
+  }
+  for (int step = 1; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+  if (thread % 32 == 0) largest[thread / 32] = most;
+  __syncthreads();
+  if (thread == 0) {
+    float all = 0.0f;
+    for (int warp = 0; warp < kSealWarps; ++warp) all = fmaxf(all, largest[warp]);
+    auto* const header = reinterpret_cast<int32_t*>(record);
+    header[key ? 0 : 1] = side.bits == 16 ? 0 : scale_exponent(all);
+    if (key) header[2] = header[3] = 0;
+  }
+  if constexpr (way == Way::kFeedback)
+    if (feedback) {
+      feed_back<dim>(side, transform.feedback + static_cast<int64_t>(blockIdx.y) * (dim * (dim - 1) / 2), groups, kept,
+                     reinterpret_cast<float*>(space + layout.errors), reinterpret_cast<float*>(space + layout.ranges), tile);
+      __syncthreads();
+      // The tile holds codes now.
+      const float factor = 1.0f / static_cast<float>((1 << side.bits) - 1);
+      for (int at = thread; at < side.meta_bytes() / 4; at += kSealThreads) groups[at] = {factor, 0.0f};
+      __syncthreads();
+    }
+  if (key) {
+    pack_codes<dim, true>(side, tile, groups, part);
+  } else {
+    pack_codes<dim, false>(side, tile, groups, part);
+  }
+}
+
+struct AppendArguments {
+  kvmix_cuda_append_params p;
+};
+
+// A block copies one head's keys or values of 8 rows.
+__global__ void append_kernel(const __grid_constant__ AppendArguments args) {
+  const kvmix_cuda_append_params& p = args.p;
+  const int octets = p.head_dim / 8, row = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y);
+  if (row >= p.rows || static_cast<int>(threadIdx.x) >= octets) return;
+  const int64_t slot = p.slots[row];
+  if (slot < 0) return;
+  const bool key = blockIdx.z == 0;
+  const auto* from = static_cast<const uint8_t*>(key ? p.keys : p.values) + row * p.row_stride + blockIdx.y * p.head_stride;
+  uint4 v = reinterpret_cast<const uint4*>(from)[threadIdx.x];
+  if (p.bf16 != 0) v = {f16_of_bf16(v.x), f16_of_bf16(v.y), f16_of_bf16(v.z), f16_of_bf16(v.w)};
+  auto* to = static_cast<uint8_t*>(p.open_pages) + slot / kPageTokens * p.open_page_stride + blockIdx.y * p.open_head_stride +
+             (slot % kPageTokens + (key ? 0 : kPageTokens)) * p.head_dim * 2;
+  reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
+}
+
+template <Way way>
+auto kernel_of(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return seal_kernel<64, way>;
+    case 96:
+      return seal_kernel<96, way>;
+    case 128:
+      return seal_kernel<128, way>;
+    default:
+      return seal_kernel<256, way>;
+  }
+}
+auto kernel_of(const kvmix_cuda_seal_params& p) {
+  const auto any = [&](auto&& has) { return has(p.key_transform) || has(p.value_transform); };
+  const int dim = p.format.head_dim;
+  if (any([](const kvmix_cuda_transform& t) { return t.feedback != nullptr; })) return kernel_of<Way::kFeedback>(dim);
+  if (any([](const kvmix_cuda_transform& t) { return t.center != nullptr || t.hadamard != 0; })) {
+    return kernel_of<Way::kTransformed>(dim);
+  }
+  return p.fitted != 0 ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
+}
+
+}  // namespace
+
+void seal(const kvmix_cuda_seal_params& p) {
+  const SealArguments a{static_cast<const uint8_t*>(p.open_pages),
+                        p.open_page_stride,
+                        p.open_head_stride,
+                        static_cast<uint8_t*>(p.records),
+                        p.record_page_stride,
+                        p.record_head_stride,
+                        p.open_ids,
+                        p.record_ids,
+                        record_shape(p.format),
+                        p.fitted != 0,
+                        p.key_transform,
+                        p.value_transform};
+  const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
+  const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
+  const int shared = keys > values ? keys : values;
+  auto* const kernel = kernel_of(p);
+  allow_shared(kernel, shared, "seal: shared memory");
+  const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
+  kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
+  check_cuda(cudaGetLastError(), "seal: launch");
+}
+
+void append(const kvmix_cuda_append_params& p) {
+  const dim3 block(static_cast<unsigned>(p.head_dim / 8), 8);
+  const dim3 grid(static_cast<unsigned>((p.rows + 7) / 8), static_cast<unsigned>(p.kv_heads), 2);
+  append_kernel<<<grid, block, 0, static_cast<cudaStream_t>(p.stream)>>>(AppendArguments{p});
+  check_cuda(cudaGetLastError(), "append: launch");
+}
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,289 @@
+// Measurements against independent ways to the same number.
+#include "kvmix/measure.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <fstream>
+
+#include "kvmix/error.h"
+#include "kvmix/eval.h"
+#include "profile/gradients.h"
+#include "score/divergence.h"
+#include "score/layerwise.h"
+#include "support/models.h"
+#include "support/tiny_model.h"
+
+namespace kvmix {
+namespace {
+
+// A tiny model whose weights can be changed in its file, which the loaded model maps.
+class ChangeableModel {
+ public:
+  explicit ChangeableModel(const testing::TinyModel& tiny) : folder_("kvmix-measure"), path_(folder_.file("model.gguf")) {
+    testing::write_tiny_model(tiny, path_);
+    model_ = Model::load(path_);
+    file_ = open(path_.c_str(), O_RDWR | O_CLOEXEC);
+  }
+  ~ChangeableModel() { close(file_); }
+  ChangeableModel(const ChangeableModel&) = delete;
+  ChangeableModel& operator=(const ChangeableModel&) = delete;
+  const std::shared_ptr<const Model>& model() const { return model_; }
+  const GgufModel& inside() const { return gguf_model(*model_); }
+
+  // Where a tensor's values are in the file.
+  off_t offset(const std::string& name) const {
+    gguf_context* gguf = gguf_init_from_file(path_.c_str(), {true, nullptr});
+    const size_t at = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, gguf_find_tensor(gguf, name.c_str()));
+    gguf_free(gguf);
+    return static_cast<off_t>(at);
+  }
+  void set(off_t at, float value) const {
+    if (pwrite(file_, &value, sizeof value, at) != sizeof value) throw std::runtime_error("cannot change the weights");
+  }
+
+ private:
+  testing::TemporaryFolder folder_;
+  std::string path_;
+  std::shared_ptr<const Model> model_;
+  int file_;
+};
+
+// || dL/dW || against central differences of every entry of W.
+double norm_by_differences(const ChangeableModel& m, const std::string& name, std::span<const Token> prompt) {
+  const TransposedWeights weights(m.inside());
+  const PassOptions options;
+  const ggml_tensor* w = m.inside().weights().get(name);
+  const auto* values = static_cast<const float*>(w->data);
+  const off_t at = m.offset(name);
+  double squares = 0;
+  for (int64_t i = 0; i < ggml_nelements(w); ++i) {
+    const float old = values[i], step = 0.02f;
+    const off_t here = at + i * static_cast<off_t>(sizeof(float));
+    m.set(here, old + step);
+    const double above = differentiate(m.inside(), weights, prompt, options).loss;
+    m.set(here, old - step);
+    const double below = differentiate(m.inside(), weights, prompt, options).loss;
+    m.set(here, old);
+    const double slope = (above - below) / (2 * static_cast<double>(step));
+    squares += slope * slope;
+  }
+  return std::sqrt(squares);
+}
+
+// One pass gives what separate differences for each layer's matrices give.
+TEST(Gradients, OnePassEqualsFiniteDifferencesOfEachLayer) {
+  const ChangeableModel m({.architecture = "llama", .layers = 2});
+  const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
+  const PassResult pass = differentiate(m.inside(), TransposedWeights(m.inside()), prompt, {});
+  for (size_t l = 0; l < 2; ++l) {
+    const std::string layer = "blk." + std::to_string(l);
+    const double key = norm_by_differences(m, layer + ".attn_k.weight", prompt);
+    const double value = norm_by_differences(m, layer + ".attn_v.weight", prompt);
+    EXPECT_NEAR(pass.key_norm[l], key, 1e-3 * key);
+    EXPECT_NEAR(pass.value_norm[l], value, 1e-3 * value);
+  }
+}
+
+// A bias of the values moves every attention output by as much, so its derivative is the sum of the output's gradients.
+TEST(Gradients, AtTheAttentionOutputEqualFiniteDifferences) {
+  const ChangeableModel m({.architecture = "qwen2", .layers = 2, .qkv_bias = true});
+  const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
+  const TransposedWeights weights(m.inside());
+  const PassResult pass = differentiate(m.inside(), weights, prompt, {.rows = true});
+  const std::string name = "blk.0.attn_v.bias";
+  const auto* values = static_cast<const float*>(m.inside().weights().get(name)->data);
+  const ModelShape::Layer& layer = m.model()->shape().layers[0];
+  const int group = layer.q_heads / layer.kv_heads;
+  for (int i = 0; i < layer.kv_heads * layer.head_dim; i += 7) {
+    const float old = values[i], step = 0.02f;
+    const off_t here = m.offset(name) + i * static_cast<off_t>(sizeof(float));
+    m.set(here, old + step);
+    const double above = differentiate(m.inside(), weights, prompt, {}).loss;
+    m.set(here, old - step);
+    const double below = differentiate(m.inside(), weights, prompt, {}).loss;
+    m.set(here, old);
+    const double slope = (above - below) / (2 * static_cast<double>(step)) * 9;  // of the sum over 9 predictions
+    double sum = 0;
+    for (int t = 0; t < 10; ++t) {
+      for (int h = 0; h < group; ++h) {
+        const int head = i / layer.head_dim * group + h;
+        sum += static_cast<double>(
+            pass.output_gradient[0][static_cast<size_t>((t * layer.q_heads + head) * layer.head_dim + i % layer.head_dim)]);
+      }
+    }
+    EXPECT_NEAR(sum, slope, 1e-2 * std::abs(slope) + 1e-4) << i;
+  }
+}
+
+// On text that the model wrote, so that its labels are draws from its own distribution.
+TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
+  const ChangeableModel m({.architecture = "llama"});
+  CalibrationOptions text;
+  text.prompts = 1;
+  text.tokens = 1000;
+  const auto windows = calibration_prompts(m.model(), text, 1, {});
+  Profile profile;
+  profile.fingerprint = m.model()->shape().fingerprint;
+  SensitivityOptions options;
+  options.metric = "kl";
+  options.threads = 1;
+  profile_sensitivity(m.model(), windows, options, profile, {});
+  EXPECT_EQ(profile.prompts, 1);  // the scores come with the window's pass
+  double fisher = 0, kl = 0;
+  for (const auto& s : profile.sensitivities) {
+    if (parse_codec(s.codec).bits != 3) continue;
+    if (s.metric == "fisher") fisher += s.cost;
+    if (s.metric == "kl") kl += s.cost;
+  }
+  EXPECT_GT(fisher, 0.5 * kl);
+  EXPECT_LT(fisher, 2 * kl);
+  ASSERT_EQ(profile.key_mean.size(), m.model()->shape().layers.size());
+  const PassResult pass = differentiate(m.inside(), TransposedWeights(m.inside()), windows[0], {.rows = true});
+  const auto dim = static_cast<size_t>(m.model()->shape().layers[1].head_dim), n = windows[0].size();
+  double sum = 0;  // layer 1, head 0, channel 3, behind 16 sinks
+  for (size_t t = 16; t < n; ++t) sum += static_cast<double>(pass.keys[1][t * dim + 3]);
+  EXPECT_NEAR(static_cast<double>(profile.key_mean[1][3]), sum / static_cast<double>(n - 16), 1e-4);
+  options.fp16 = Fp16Part{.window = 32};
+  EXPECT_THROW(profile_sensitivity(m.model(), windows, options, profile, {}), Error);
+}
+
+TEST(Tasks, AreAnsweredByWhatBeginsWithTheAnswer) {
+  EXPECT_TRUE(is_answer(" 42.\n", "42"));
+  EXPECT_TRUE(is_answer("42", " 42 "));
+  EXPECT_FALSE(is_answer("421", "42"));
+  EXPECT_FALSE(is_answer("It is 42", "42"));
+  EXPECT_FALSE(is_answer("4", "42"));
+}
+
+TEST(Tasks, FilesAreCheckedLineByLine) {
+  const testing::TemporaryFolder folder("kvmix-tasks");
+  const std::string path = folder.file("tasks.jsonl");
+  const auto refused = [&](const std::string& content, const std::string& part) {
+    std::ofstream(path) << content;
+    try {
+      read_tasks(path);
+      ADD_FAILURE() << content;
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+      EXPECT_NE(std::string(e.what()).find(path), std::string::npos) << e.what();
+    }
+  };
+  const std::string good = "{\"prompt\": \"one\", \"answer\": \"1\"}\n";
+  refused(good + "{\"prompt\": \"two\"}\n", "line 2 is not an object with a \"answer\"");
+  refused(good + "\n{\"prompt\": 2, \"answer\": \"2\"}\n", "line 3");
+  refused(good + "{\"prompt\": \"two\", \"answer\": \" \"}\n", "line 2");
+  refused(good + "not json\n", "line 2");
+  refused(good + good, "2 tasks");
+  std::ofstream(path) << good + good + "\n" + good;
+  EXPECT_EQ(read_tasks(path).size(), 3u);
+  EXPECT_THROW(read_tasks(folder.file("none.jsonl")), Error);
+}
+
+// The running cache answers what the model knows, with fp16 rows and with fine codes; wrong answers count.
+TEST(Tasks, AreCountedWithTheRunningCache) {
+  const auto model = Model::load(testing::model_file("smollm2"));
+  std::vector<Task> tasks = {{"The capital of France is", "Paris"}, {"The capital of France is", "Rome"},
+                             {"The capital of Italy is", "Rome"},   {"The capital of Italy is", "Paris"},
+                             {"The capital of Spain is", "Madrid"}, {"The capital of Spain is", "London"}};
+  const auto meter = make_task_meter(model, tasks, 2);
+  EXPECT_FALSE(meter->in_nats());
+  PlannerRequest request;
+  request.model = &model->shape();
+  request.options = {{"k-bits", "8"}, {"v-bits", "8"}};
+  for (const Plan& plan : {f16_plan(model->shape()), make_plan("uniform", request)}) {
+    EXPECT_EQ(meter->divergence(plan), (std::vector<double>{0, 1, 0, 1}));
+    EXPECT_EQ(meter->held_out(plan), (std::vector<double>{0, 1}));
+  }
+  EXPECT_THROW(make_task_meter(model, {tasks[0], tasks[1]}, 2), Error);
+  for (int i = 0; i < 9000; ++i) tasks[0].prompt += " and";
+  EXPECT_THROW(make_task_meter(model, tasks, 2)->divergence(f16_plan(model->shape())), Error);
+}
+
+// Of the codecs of one width, the one that is measured.
+bool least_fisher(const Profile& profile, const Profile::Sensitivity& of) {
+  const auto fisher = [&](const Profile::Sensitivity& like) {
+    for (const auto& s : profile.sensitivities) {
+      if (s.metric == "fisher" && s.layer == like.layer && s.side == like.side && s.codec == like.codec &&
+          s.transform == like.transform) {
+        return s.cost;
+      }
+    }
+    return -1.0;
+  };
+  for (const auto& s : profile.sensitivities) {
+    if (s.metric == of.metric && s.layer == of.layer && s.side == of.side &&
+        parse_codec(s.codec).bits == parse_codec(of.codec).bits && fisher(s) < fisher(of)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+class LayerwiseModel : public ::testing::TestWithParam<testing::TinyModel> {};
+
+// Run layer by layer in fp32, a model says what the engine says.
+TEST_P(LayerwiseModel, SaysWhatTheEngineSays) {
+  const ChangeableModel m(GetParam());
+  const std::vector<Token> tokens = testing::random_tokens(512, m.model()->vocab_size(), 11);
+  Engine engine(m.model(), f16_plan(m.model()->shape()), {.threads = 2});
+  const EngineItem item{engine.cache().create(), tokens, true};
+  const auto ours = engine.step({&item, 1});
+  Layerwise runner(m.inside(), 2, {});
+  std::vector<float> hidden = runner.embed(tokens);
+  for (int l = 0; l < runner.layers(); ++l) hidden = runner.forward(l, runner.layer_config(l), hidden);
+  std::vector<int> rows;
+  for (int t = 0; t < 512; t += 7) rows.push_back(t);
+  const auto logits = runner.logits(hidden, rows);
+  const auto vocab = static_cast<size_t>(m.model()->vocab_size());
+  double kl = 0;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    ReferenceRow reference;
+    set_reference(logits.subspan(r * vocab, vocab), reference);
+    kl += score_row(reference, ours.subspan(static_cast<size_t>(rows[r]) * vocab, vocab), 0).kl /
+          static_cast<double>(rows.size());
+  }
+  EXPECT_LT(kl, 1e-4);
+}
+
+// The divergence measured by restarting at a layer is the one that the running cache has with that plan.
+TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
+  const ChangeableModel m(GetParam());
+  const std::vector<std::vector<Token>> windows = {testing::random_tokens(1000, m.model()->vocab_size(), 13)};
+  Profile profile = profile_gradients(m.model(), windows, 2, {});
+  SensitivityOptions options;
+  options.metric = "kl";
+  options.threads = 2;
+  profile_sensitivity(m.model(), windows, options, profile, {});
+  std::vector<EvalSubject> subjects;
+  std::vector<double> measured;
+  const int global = GetParam().sliding_window > 0 ? 5 : 1;  // a layer that sees everything
+  for (const auto& s : profile.sensitivities) {
+    const CodecSpec codec = parse_codec(s.codec);
+    if (s.metric != "kl" || (s.layer != 0 && s.layer != global)) continue;
+    if (codec.bits > 3 || !least_fisher(profile, s)) continue;  // the others follow by ratios
+    Plan plan = f16_plan(m.model()->shape());
+    set_fp16_part(profile.fp16, plan);
+    auto& layer = plan.layers[static_cast<size_t>(s.layer)];
+    SideConfig& side = s.side == Side::kKey ? layer.key : layer.value;
+    side.codec = codec;
+    side.transform = named_transform(profile, s.layer, s.side, s.transform);
+    subjects.push_back({s.codec, plan, ""});
+    measured.push_back(s.cost);
+  }
+  ASSERT_GE(subjects.size(), 12u);  // more where all codecs of a width cost nothing
+  EvalOptions eval;
+  eval.threads = 2;
+  eval.exact = true;
+  const auto rows = evaluate_tokens(m.model(), windows, subjects, eval, {});
+  for (size_t i = 0; i < subjects.size(); ++i)
+    EXPECT_NEAR(measured[i], rows[i + 1].kl_mean, 0.1 * rows[i + 1].kl_mean + 1e-5) << i;
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiny, LayerwiseModel, ::testing::ValuesIn(testing::tiny_models()),
+                         [](const auto& test) { return testing::tiny_name(test.param); });
+
+}  // namespace
+}  // namespace kvmix
