@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "base/parallel.h"
-#include "cache/state.h"
+#include "cache/layout.h"
 #include "kvmix/error.h"
 #include "profile/stored_page.h"
 
