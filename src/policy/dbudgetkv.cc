@@ -36,6 +36,7 @@ class DBudgetKv final : public Policy {
         sinks_count_(values.choice("norm") == "all") {}
 
   Needs needs() const override { return {.window_queries = 1}; }
+  bool heads_share() const override { return true; }
   Protection protection(const LayerShape&, int64_t) const override { return {sinks_, window_}; }
   int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override { return shape.kv_heads * prompt_length; }
 

@@ -100,6 +100,7 @@ class KvCrush final : public Policy {
   }
 
   Needs needs() const override { return {.window_queries = queries_}; }
+  bool heads_share() const override { return pattern_ || shared_; }
   Protection protection(const LayerShape&, int64_t) const override { return kept_; }
   int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override {
     return shape.kv_heads * std::min(prompt_length, budget_.capacity(shape, prompt_length, kept_));

@@ -113,6 +113,8 @@ class Policy {
   // kHigh, kLow. A policy with one tier moves nothing.
   virtual std::array<TierBits, kTiers> tiers() const { return {}; }
   virtual bool has_low_tier() const { return false; }
+  // All KV heads of a layer keep the same tokens.
+  virtual bool heads_share() const { return false; }
   virtual Protection protection(const LayerShape& shape, int64_t prompt_length) const = 0;
   // The most tokens that the layer's KV heads hold together after a prompt of this length (of a sequence's first prompt), for
   // size predictions; kv_heads * prompt_length where it depends on what attention sees.

@@ -37,6 +37,7 @@ class QuantizedPruning final : public Policy {
 
   Needs needs() const override { return host_->needs(); }
   std::array<TierBits, kTiers> tiers() const override { return {bits_, TierBits{}}; }
+  bool heads_share() const override { return host_->heads_share(); }
   Protection protection(const LayerShape& shape, int64_t prompt_length) const override {
     return host_->protection(shape, prompt_length);
   }

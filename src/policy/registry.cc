@@ -51,6 +51,9 @@ void Decision::clear(size_t kv_heads) {
   for (HeadDecision& head : heads) {
     head.drop.clear();
     head.move.clear();
+    // Enough for any step of decoding, from the first on.
+    head.drop.reserve(8);
+    head.move.reserve(8);
   }
 }
 

@@ -12,6 +12,7 @@ class Streaming final : public Policy {
       : sinks_(values.integer("sinks")), budget_(values.budget(sinks_ + 1)), evict_(values.choice("decode") == "evict") {}
 
   Needs needs() const override { return {.every_step = evict_}; }
+  bool heads_share() const override { return true; }
   Protection protection(const LayerShape& shape, int64_t prompt_length) const override {
     const int64_t capacity = budget_.capacity(shape, prompt_length, {sinks_, 1});
     return {sinks_, capacity - sinks_};
