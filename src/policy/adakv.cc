@@ -51,7 +51,7 @@ class AdaKv final : public Policy {
   }
 
  private:
-  // How many of the layer's `total` best votes are each head's. The first best[h] of a head are passed over.
+  // How many of the layer's `total` best votes are each head's. Each head's first `passed` are left out.
   static std::vector<int64_t> best_counts(const std::vector<Candidates>& ranges, const std::vector<std::vector<double>>& votes,
                                           const std::vector<int64_t>& passed, int64_t total) {
     struct Vote {

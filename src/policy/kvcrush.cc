@@ -119,7 +119,7 @@ class KvCrush final : public Policy {
       const auto part = static_cast<size_t>(share_ * static_cast<double>(share.pages * page_) + 1e-9) / page_;
       share.representatives = std::min(share.pages, std::max<size_t>(1, part));
     }
-    // Scores of what every head stores and once stored: a token that is gone is one that nobody looks at.
+    // Fingerprints need every head's score of a token: where a head has dropped it before, it is one that the head ignores.
     std::vector<std::vector<double>> score(view.heads.size());
     for (size_t h = 0; h < score.size(); ++h) {
       window_scores(view.heads[h], view.shape.heads_per_kv, scratch.score);
@@ -215,8 +215,7 @@ class KvCrush final : public Policy {
     for (size_t i = 0; i < pages - (share.pages - share.representatives); ++i) keep[order[i]] = 0;
     const std::vector<uint8_t> bits = top_half(raw), anchor = anchor_bits(anchor_, bits, page_);
     const std::vector<size_t> evicted = by_distance(anchor_distances(bits, anchor), keep);
-    for (const size_t p : share.representatives == 0 ? std::vector<size_t>{} : strided(evicted, share.representatives))
-      keep[p] = 1;
+    for (const size_t p : strided(evicted, share.representatives)) keep[p] = 1;
     return {score.size(), keep};
   }
 
