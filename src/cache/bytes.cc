@@ -10,8 +10,7 @@ namespace kvmix {
 LayerSizes layer_sizes(const LayerConfig& layer) {
   LayerSizes sizes{};
   const auto format = [&](const SideConfig& side, Side which) {
-    return TileFormat{side.codec, which, layer.head_dim, tile_bytes(side.codec, layer.head_dim),
-                      tile_scale_bytes(side.codec, layer.head_dim)};
+    return tile_format(side.codec, {kPageTokens, layer.head_dim, which});
   };
   sizes.key = format(layer.key, Side::kKey);
   sizes.value = format(layer.value, Side::kValue);

@@ -6,7 +6,7 @@
 #include "cache/state.h"
 #include "codec/row.h"
 #include "kvmix/error.h"
-#include "rows/transform.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 namespace {
@@ -31,7 +31,7 @@ void check_config(const CacheConfig& config) {
       check_codec(layer.recent, layer.head_dim);
       if (!takes_rows(layer.recent)) {
         throw Error(Status::kInvalidArgument,
-                    where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + kRecentCodecs);
+                    where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + recent_codecs());
       }
     }
     if (layer.sinks < 0 || layer.sinks > 4096) throw Error(Status::kInvalidArgument, where + ": sinks must be 0 to 4096");
@@ -46,8 +46,15 @@ void check_config(const CacheConfig& config) {
     if (!(layer.scale > 0.0f) || !(layer.softcap >= 0.0f)) {
       throw Error(Status::kInvalidArgument, where + ": scale must be positive and softcap not negative");
     }
-    check_transform(layer.key.transform, Side::kKey, layer, where + " keys");
-    check_transform(layer.value.transform, Side::kValue, layer, where + " values");
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      const bool key = side == Side::kKey;
+      const RowMapChain maps((key ? layer.key : layer.value).transform, row_shape(layer, side),
+                             where + (key ? " keys" : " values"));
+      if (maps.width() != layer.head_dim) {
+        throw Error(Status::kUnsupported, where + ": rows of " + std::to_string(maps.width()) + " stored channels of " +
+                                              std::to_string(layer.head_dim) + " are not supported by this cache");
+      }
+    }
   }
 }
 
@@ -59,12 +66,14 @@ Cache::Impl::Impl(CacheConfig c) : config(std::move(c)), pool(config.max_bytes) 
   check_config(config);
   for (const LayerConfig& layer : config.layers) {
     sizes.push_back(layer_sizes(layer));
+    key_rows.emplace_back(layer.key.transform, row_shape(layer, Side::kKey), "keys");
+    value_rows.emplace_back(layer.value.transform, row_shape(layer, Side::kValue), "values");
     std::vector<float>& columns = key_columns.emplace_back();
     if (layer.key.transform.feedback.empty() || sizes.back().open_key.spec.is_f16()) continue;
     const ptrdiff_t square = static_cast<ptrdiff_t>(layer.head_dim) * layer.head_dim;
     columns.resize(static_cast<size_t>(layer.kv_heads * square));
     for (int h = 0; h < layer.kv_heads; ++h) {
-      feedback_columns(head_feedback(layer.key.transform, h, layer.head_dim), layer.head_dim, columns.data() + h * square);
+      feedback_columns(key_rows.back().feedback(h), layer.head_dim, columns.data() + h * square);
     }
   }
   steps.resize(config.layers.size());
@@ -91,7 +100,6 @@ Cache::Impl::Impl(CacheConfig c) : config(std::move(c)), pool(config.max_bytes) 
     AttendJob job{};
     job.key = sizes[l].key;
     job.value = sizes[l].value;
-    job.head_dim = layer.head_dim;
     job.softcap = layer.softcap;
     job.sliding_window = layer.sliding_window;
     job.exact = config.exact;
@@ -106,7 +114,7 @@ const AttentionKernel& Cache::Impl::pick_kernel(const AttendJob& job) const {
   }
   throw Error(Status::kUnsupported, "attention kernel \"" + config.kernel + "\" does not take keys " + to_string(job.key.spec) +
                                         ", values " + to_string(job.value.spec) + " at head_dim " +
-                                        std::to_string(job.head_dim) + "; leave the kernel to the library");
+                                        std::to_string(job.key.width) + "; leave the kernel to the library");
 }
 
 const float* Cache::Impl::recent_columns(size_t layer, int kv_head) const {

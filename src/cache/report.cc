@@ -7,7 +7,6 @@
 #include "base/fp16.h"
 #include "cache/state.h"
 #include "kvmix/error.h"
-#include "rows/transform.h"
 
 namespace kvmix {
 
@@ -114,8 +113,8 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
     }
   }
   if (!original_space) return;
-  const TransformSpec& transform = side == Side::kKey ? layer.key.transform : layer.value.transform;
-  for (int64_t t = 0; t < sequence.length; ++t) inverse_row(transform, kv_head, dim, rows + t * dim);
+  const RowMapChain& maps = (side == Side::kKey ? impl.key_rows : impl.value_rows)[static_cast<size_t>(layer_index)];
+  for (int64_t t = 0; t < sequence.length; ++t) maps.output(kv_head, rows + t * dim);
 }
 
 }  // namespace kvmix

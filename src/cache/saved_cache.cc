@@ -123,7 +123,7 @@ Reader open_saved(const std::string& path, const std::string& content) {
 
 // Bytes of a row of an open page's side, and such rows out of a page and into one.
 size_t saved_row_bytes(const TileFormat& format) {
-  return format.spec.is_f16() ? static_cast<size_t>(format.head_dim) * 2 : row_bytes(format.spec, format.head_dim);
+  return format.spec.is_f16() ? static_cast<size_t>(format.width) * 2 : row_bytes(format.spec, format.width);
 }
 void save_rows(const TileFormat& format, const std::byte* page, int count, std::string& to) {
   const size_t bytes = saved_row_bytes(format);
@@ -131,7 +131,7 @@ void save_rows(const TileFormat& format, const std::byte* page, int count, std::
     std::byte record[kMostRowBytes];
     const std::byte* row = page + static_cast<size_t>(t) * bytes;
     if (!format.spec.is_f16()) {
-      load_row(format.spec, format.side, format.head_dim, page, t, record);
+      load_row(format.spec, format.side, format.width, page, t, record);
       row = record;
     }
     to.append(reinterpret_cast<const char*>(row), bytes);
@@ -144,7 +144,7 @@ void load_rows(const TileFormat& format, Reader& from, int count, std::byte* pag
     if (format.spec.is_f16()) {
       std::memcpy(page + static_cast<size_t>(t) * bytes, row, bytes);
     } else {
-      store_row(format.spec, format.side, format.head_dim, reinterpret_cast<const std::byte*>(row), t, page);
+      store_row(format.spec, format.side, format.width, reinterpret_cast<const std::byte*>(row), t, page);
     }
   }
 }

@@ -11,6 +11,7 @@
 #include "codec/encoders.h"
 #include "codec/row.h"
 #include "kvmix/cache.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 
@@ -104,6 +105,7 @@ struct Cache::Impl {
 
   CacheConfig config;
   std::vector<LayerSizes> sizes;
+  std::vector<RowMapChain> key_rows, value_rows;  // by layer; they view the config
   // Feedback of recent keys by layer, [kv_heads][head_dim][head_dim] (feedback_columns), or empty. Values do not need it: their
   // errors are not put through a softmax.
   std::vector<std::vector<float>> key_columns;
@@ -144,14 +146,13 @@ inline constexpr int kRowsTogether = 4;
 // `columns` is null.
 inline void store_open_rows(const TileFormat& format, int first_slot, int n, const float* rows, const float* columns,
                             std::byte* page) {
-  const TileEncoder& encoder = best_tile_encoder();
-  const int dim = format.head_dim;
+  const int dim = format.width;
   if (format.spec.is_f16()) {
-    encoder.to_f16(rows, n * dim, reinterpret_cast<uint16_t*>(page) + static_cast<ptrdiff_t>(first_slot) * dim);
+    to_f16(rows, n * dim, reinterpret_cast<uint16_t*>(page) + static_cast<ptrdiff_t>(first_slot) * dim);
     return;
   }
   std::byte records[kRowsTogether * kMostRowBytes];
-  encoder.encode_rows(format.spec, dim, n, rows, columns, records);
+  encode_rows(format.spec, dim, n, rows, columns, records);
   for (int r = 0; r < n; ++r) {
     store_row(format.spec, format.side, dim, records + static_cast<size_t>(r) * row_bytes(format.spec, dim), first_slot + r,
               page);

@@ -7,7 +7,6 @@
 #include "cache/state.h"
 #include "codec/encoders.h"
 #include "kvmix/error.h"
-#include "rows/transform.h"
 
 namespace kvmix {
 namespace {
@@ -23,7 +22,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 TileFormat sink_rows(int head_dim) {
   TileFormat rows;
-  rows.head_dim = head_dim;
+  rows.width = head_dim;
   return rows;
 }
 
@@ -189,12 +188,11 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
   const auto dim = static_cast<size_t>(layer.head_dim);
   const auto start = Clock::now();
 
-  const TileEncoder& encoder = best_tile_encoder();
   const std::vector<SealJob>& seals = impl.steps[l].seals;
   for (size_t i = static_cast<size_t>(ith); i < seals.size(); i += static_cast<size_t>(nth)) {
     const SealJob& job = seals[i];
-    const auto seal = [&](const TileFormat& open, const TileFormat& packed, const TransformSpec& transform,
-                          const std::byte* from, std::byte* to) {
+    const auto seal = [&](const TileFormat& open, const TileFormat& packed, const RowMapChain& maps, const std::byte* from,
+                          std::byte* to) {
       const auto* rows = reinterpret_cast<const uint16_t*>(from);
       if (!open.spec.is_f16()) {
         for (int t = 0; t < kPageTokens; ++t) {
@@ -202,15 +200,14 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
           float row[256];
           load_row(open.spec, open.side, layer.head_dim, from, t, record);
           decode_row(open.spec, layer.head_dim, record, row);
-          encoder.to_f16(row, layer.head_dim, scratch.rows.data() + static_cast<ptrdiff_t>(t) * layer.head_dim);
+          to_f16(row, layer.head_dim, scratch.rows.data() + static_cast<ptrdiff_t>(t) * layer.head_dim);
         }
         rows = scratch.rows.data();
       }
-      encoder.encode_with(packed.spec, packed.side, layer.head_dim, rows, head_feedback(transform, job.kv_head, layer.head_dim),
-                          to);
+      codec_of(packed.spec).encode(packed.spec, packed.shape(), rows, maps.feedback(job.kv_head), to);
     };
-    seal(s.open_key, s.key, layer.key.transform, job.open, job.packed);
-    seal(s.open_value, s.value, layer.value.transform, job.open + s.open_key.bytes, job.packed + s.key.bytes);
+    seal(s.open_key, s.key, impl.key_rows[l], job.open, job.packed);
+    seal(s.open_value, s.value, impl.value_rows[l], job.open + s.open_key.bytes, job.packed + s.key.bytes);
   }
   const auto sealed = Clock::now();
   if (!seals.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();
@@ -232,19 +229,19 @@ void Cache::append(int layer_index, const float* k, int64_t k_stride, const floa
           const auto slot = static_cast<int>(sink ? offset : offset % kPageTokens);
           n = std::min({kRowsTogether, end - t, (sink ? layer.sinks : kPageTokens) - slot});
           std::byte* page = sink ? state.sinks : state.pages[static_cast<size_t>(offset / kPageTokens)];
-          const auto store = [&](const float* from, int64_t stride, const TransformSpec& transform, const TileFormat& format,
+          const auto store = [&](const float* from, int64_t stride, const RowMapChain& maps, const TileFormat& format,
                                  const float* weights, std::byte* to) {
             for (int r = 0; r < n; ++r) {
               float* row = rows + r * layer.head_dim;
               std::copy_n(from + (entry.row + t + r) * stride + head * layer.head_dim, dim, row);
-              transform_row(transform, head, layer.head_dim, row);
+              maps.store(head, row);
             }
             store_open_rows(format, slot, n, rows, weights, to);
           };
           const TileFormat fp16 = sink_rows(layer.head_dim);
-          store(k, k_stride, layer.key.transform, sink ? fp16 : s.open_key, columns, page);
+          store(k, k_stride, impl.key_rows[l], sink ? fp16 : s.open_key, columns, page);
           page += sink ? static_cast<size_t>(layer.sinks) * dim * 2 : s.open_key.bytes;
-          store(v, v_stride, layer.value.transform, sink ? fp16 : s.open_value, nullptr, page);
+          store(v, v_stride, impl.value_rows[l], sink ? fp16 : s.open_value, nullptr, page);
         }
       }
     }
@@ -267,7 +264,6 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
   kernel_scratch += (64 - reinterpret_cast<uintptr_t>(kernel_scratch) % 64) % 64;
 
   AttendJob job{};
-  job.head_dim = dim;
   job.scale = layer.scale;
   job.softcap = layer.softcap;
   job.sliding_window = layer.sliding_window;
@@ -277,7 +273,7 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
     float* to = out + (entry.row + first_token + row / group) * out_stride + (head * group + row % group) * dim;
     const float norm = l_sum > 0 ? 1.0f / l_sum : 0.0f;
     for (int i = 0; i < dim; ++i) to[i] = acc[i] * norm;
-    inverse_row(layer.value.transform, head, dim, to);
+    impl.value_rows[l].output(head, to);
   };
 
   for (;;) {
@@ -294,7 +290,7 @@ void Cache::attend(int layer_index, const float* q, int64_t q_stride, float* out
       const int token = unit.first_token + r / group;
       float* to = scratch.q.data() + static_cast<ptrdiff_t>(r) * dim;
       std::copy_n(q + (entry.row + token) * q_stride + (unit.head * group + r % group) * dim, dim, to);
-      transform_query(layer.key.transform, unit.head, dim, to);
+      impl.key_rows[l].query(unit.head, to);
       scratch.positions[static_cast<size_t>(r)] = entry.start + token;
     }
     const int64_t oldest = layer.sliding_window > 0 ? entry.start + unit.first_token - layer.sliding_window + 1 : 0;

@@ -68,9 +68,11 @@ class Codec {
   // The inverse; nothing for a text that is not this family's.
   virtual std::optional<CodecSpec> parse(std::string_view text) const = 0;
 
-  // Throws kInvalidArgument naming the value and what is accepted. Everything below may be called only with what passes.
+  // Throws kInvalidArgument naming the value and what is accepted; the width has passed check_width. Everything below may be
+  // called only with what passes.
   virtual void check(const CodecSpec& spec, const TileShape& shape) const = 0;
-  // Of one encoded tile, and of the scales and the like at its head that are read before the codes. Multiples of 64.
+  // Of one encoded tile, and of the scales and the like at its head that are read before the codes. Multiples of 64, and the
+  // same for both sides.
   virtual size_t bytes(const CodecSpec& spec, const TileShape& shape) const = 0;
   virtual size_t scale_bytes(const CodecSpec& spec, const TileShape& shape) const = 0;
 
@@ -95,6 +97,9 @@ class Codec {
 std::span<const Codec* const> codec_registry();
 // The family of a spec. Throws kInvalidArgument for a number that no family has.
 const Codec& codec_of(const CodecSpec& spec);
+
+// Throws kInvalidArgument unless it is kLeastWidth..kMostWidth and a multiple of kWidthStep.
+void check_width(int width);
 
 // One side of packed pages, sizes precomputed.
 struct TileFormat {
