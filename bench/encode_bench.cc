@@ -21,7 +21,7 @@ void encode(benchmark::State& state, const TileEncoder& encoder, const CodecSpec
   for (float& w : weights) w = 0.1f * normal(random);
   std::vector<std::byte> out(tile_bytes(spec, kDim));
   for (auto _ : state) {
-    encoder.encode_with(spec, side, kDim, x.data(), feedback ? weights.data() : nullptr, out.data());
+    encoder.encode(spec, {kPageTokens, kDim, side}, x.data(), feedback ? weights.data() : nullptr, out.data());
     benchmark::ClobberMemory();
   }
   state.counters["ns/token"] = benchmark::Counter(static_cast<double>(state.iterations()) * kPageTokens * 1e-9,

@@ -28,7 +28,7 @@ struct Problem {
   Problem(int bits, int head_dim, int group) {
     const auto format = [head_dim, bits](Side side) {
       const CodecSpec spec = bits == 16 ? CodecSpec{} : CodecSpec{bits, side == Side::kKey ? Axis::kChannel : Axis::kToken};
-      return TileFormat{spec, side, head_dim, tile_bytes(spec, head_dim), tile_scale_bytes(spec, head_dim)};
+      return tile_format(spec, {kPageTokens, head_dim, side});
     };
     job.key = format(Side::kKey);
     job.value = format(Side::kValue);
@@ -43,8 +43,8 @@ struct Problem {
     for (uint16_t& x : rows) x = f32_to_f16(normal(random));
     for (int i = 0; i < kPages * heads; ++i) {
       std::byte* at = base + record * static_cast<size_t>(i);
-      best_tile_encoder().encode(job.key.spec, Side::kKey, head_dim, rows.data(), at);
-      best_tile_encoder().encode(job.value.spec, Side::kValue, head_dim, rows.data(), at + job.key.bytes);
+      codec_of(job.key.spec).encode(job.key.spec, job.key.shape(), rows.data(), nullptr, at);
+      codec_of(job.value.spec).encode(job.value.spec, job.value.shape(), rows.data(), nullptr, at + job.key.bytes);
       pages.push_back({at, at + job.key.bytes, int64_t{i % kPages} * kPageTokens, kPageTokens, bits != 16});
     }
     const auto n = static_cast<size_t>(group);
@@ -52,7 +52,6 @@ struct Problem {
     for (float& x : q) x = normal(random);
     m.resize(n), l.resize(n), acc.resize(q.size());
     positions.assign(n, kPages * kPageTokens - 1);
-    job.head_dim = head_dim;
     job.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     job.rows = group;
     job.q = q.data();
@@ -94,7 +93,7 @@ void attend(benchmark::State& state, const AttentionKernel& kernel, int bits, in
 const bool kRegistered = [] {
   for (const AttentionKernel* kernel : attention_kernel_registry()) {
     if (!kernel->available()) continue;
-    for (const int bits : {1, 2, 3, 4, 5, 6, 8, 16}) {
+    for (const int bits : kCodecBits) {
       for (const int head_dim : {64, 80, 96, 128, 256}) {
         for (const int group : {1, 3, 4, 8}) {
           for (const bool cold : {true, false}) {

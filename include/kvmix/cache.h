@@ -29,8 +29,15 @@ struct TransformSpec {
   // matrix over the stored channels, row by row, head_dim (head_dim - 1) / 2 numbers: channel k is rounded after the errors
   // (exact - stored) of the channels i < k were added to it with weights [k][i]. Empty: each number by itself.
   std::vector<float> feedback;
+  // Parameters of further row maps (src/rows/row_map.h), by the names of their fields.
+  struct Field {
+    std::string name;
+    std::vector<float> values;
+    friend bool operator==(const Field&, const Field&) = default;
+  };
+  std::vector<Field> more;
 
-  bool identity() const { return !hadamard && center.empty() && matrix.empty(); }
+  bool identity() const { return !hadamard && center.empty() && matrix.empty() && more.empty(); }
   friend bool operator==(const TransformSpec&, const TransformSpec&) = default;
 };
 

@@ -3,18 +3,10 @@
 #include "kvmix/error.h"
 
 namespace kvmix {
-namespace {
-
-bool same_tile(const TileFormat& a, const TileFormat& b) {
-  return a.spec == b.spec && a.side == b.side && a.head_dim == b.head_dim;
-}
-
-}  // namespace
-
 FormatId FormatTable::add(const PageFormat& format) {
   for (size_t i = 0; i < formats_.size(); ++i) {
     const PageFormat& f = formats_[i];
-    if (same_tile(f.key, format.key) && same_tile(f.value, format.value) && f.slots == format.slots && f.role == format.role &&
+    if (f.key == format.key && f.value == format.value && f.slots == format.slots && f.role == format.role &&
         f.rows == format.rows) {
       return static_cast<FormatId>(i);
     }

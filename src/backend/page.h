@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/cpu/kernel.h"
-#include "kvmix/codec.h"
+#include "codec/codec_family.h"
 
 namespace kvmix {
 

@@ -5,7 +5,7 @@
 #include "cache/state.h"
 #include "codec/row.h"
 #include "kvmix/error.h"
-#include "rows/transform.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 namespace {
@@ -30,7 +30,7 @@ void check_config(const CacheConfig& config) {
       check_codec(layer.recent, layer.head_dim);
       if (!takes_rows(layer.recent)) {
         throw Error(Status::kInvalidArgument,
-                    where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + kRecentCodecs);
+                    where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + recent_codecs());
       }
     }
     if (layer.sinks < 0 || layer.sinks > 4096) throw Error(Status::kInvalidArgument, where + ": sinks must be 0 to 4096");
@@ -45,8 +45,15 @@ void check_config(const CacheConfig& config) {
     if (!(layer.scale > 0.0f) || !(layer.softcap >= 0.0f)) {
       throw Error(Status::kInvalidArgument, where + ": scale must be positive and softcap not negative");
     }
-    check_transform(layer.key.transform, Side::kKey, layer, where + " keys");
-    check_transform(layer.value.transform, Side::kValue, layer, where + " values");
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      const bool key = side == Side::kKey;
+      const RowMapChain maps((key ? layer.key : layer.value).transform, row_shape(layer, side),
+                             where + (key ? " keys" : " values"));
+      if (maps.width() != layer.head_dim) {
+        throw Error(Status::kUnsupported, where + ": rows of " + std::to_string(maps.width()) + " stored channels of " +
+                                              std::to_string(layer.head_dim) + " are not supported by this cache");
+      }
+    }
   }
 }
 

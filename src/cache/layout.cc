@@ -9,9 +9,7 @@
 namespace kvmix {
 
 LayerLayout layer_layout(const LayerConfig& layer) {
-  const auto tile = [&](const CodecSpec& codec, Side side) {
-    return TileFormat{codec, side, layer.head_dim, tile_bytes(codec, layer.head_dim), tile_scale_bytes(codec, layer.head_dim)};
-  };
+  const auto tile = [&](const CodecSpec& codec, Side side) { return tile_format(codec, {kPageTokens, layer.head_dim, side}); };
   const auto page = [&](const CodecSpec& key, const CodecSpec& value, PageRole role) {
     PageFormat format;
     format.key = tile(key, Side::kKey);

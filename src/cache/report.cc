@@ -5,7 +5,7 @@
 
 #include "cache/state.h"
 #include "kvmix/error.h"
-#include "rows/transform.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 
@@ -86,8 +86,8 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
     impl.backend->read(entry, side, rows + static_cast<int64_t>(entry.first) * dim);
   }
   if (!original_space) return;
-  const TransformSpec& transform = side == Side::kKey ? layer.key.transform : layer.value.transform;
-  for (int64_t t = 0; t < sequence.length; ++t) inverse_row(transform, kv_head, dim, rows + t * dim);
+  const RowMapChain maps(side == Side::kKey ? layer.key.transform : layer.value.transform, row_shape(layer, side), "read");
+  for (int64_t t = 0; t < sequence.length; ++t) maps.output(kv_head, rows + t * dim);
 }
 
 }  // namespace kvmix

@@ -10,11 +10,9 @@ bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 extern const TileEncoder kAvx2TileEncoder;
-const TileEncoder kAvx2TileEncoder = {"avx2",
-                                      available,
-                                      TileSeal<Avx2>::encode,
-                                      TileSeal<Avx2>::encode_feedback,
-                                      TileSeal<Avx2>::to_f16,
-                                      TileSeal<Avx2>::encode_rows};
+const TileEncoder kAvx2TileEncoder = {"avx2", available, TileSeal<Avx2>::encode, TileSeal<Avx2>::encode_rows};
+
+extern const HalfEncoder kAvx2HalfEncoder;
+const HalfEncoder kAvx2HalfEncoder = {"avx2", available, TileSeal<Avx2>::to_f16};
 
 }  // namespace kvmix

@@ -13,11 +13,9 @@ bool available() {
 }  // namespace
 
 extern const TileEncoder kAvx512TileEncoder;
-const TileEncoder kAvx512TileEncoder = {"avx512",
-                                        available,
-                                        TileSeal<Avx512>::encode,
-                                        TileSeal<Avx512>::encode_feedback,
-                                        TileSeal<Avx512>::to_f16,
-                                        TileSeal<Avx512>::encode_rows};
+const TileEncoder kAvx512TileEncoder = {"avx512", available, TileSeal<Avx512>::encode, TileSeal<Avx512>::encode_rows};
+
+extern const HalfEncoder kAvx512HalfEncoder;
+const HalfEncoder kAvx512HalfEncoder = {"avx512", available, TileSeal<Avx512>::to_f16};
 
 }  // namespace kvmix

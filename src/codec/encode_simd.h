@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "codec/codec_family.h"
 #include "codec/quantize.h"
 #include "codec/row_feedback.h"
 #include "codec/tile_layout.h"
@@ -30,7 +31,7 @@ inline void pack_block(const uint8_t* c, uint8_t* out) {
       out[i] = byte(at(0) | at(1) << 3 | (rest & 3) << 6);
       out[kV + i] = byte(at(2) | at(3) << 3 | (rest >> 2 & 3) << 6);
       out[2 * kV + i] = byte(at(4) | at(5) << 3 | (rest >> 4) << 6);
-    } else if constexpr (kBits < 8) {
+    } else if constexpr (kBits == 4 || kBits == 5 || kBits == 6) {
       for (int v = 0; v < 4; ++v) out[v * kV + i] = byte((at(2 * v) & 15) | (at(2 * v + 1) & 15) << 4);
       if constexpr (kBits == 5) {
         int plane = 0;
@@ -44,6 +45,9 @@ inline void pack_block(const uint8_t* c, uint8_t* out) {
           out[(4 + v) * kV + i] = byte(plane);
         }
       }
+    } else {
+      static_assert(kBits == 8, "no layout is written for this width");
+      for (int f = 0; f < kBlockUnits; ++f) out[f * kV + i] = c[f * kV + i];
     }
   }
 }
@@ -55,33 +59,36 @@ class TileSeal {
   static constexpr int kW = S::kWidth;
 
  public:
-  static void encode(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, std::byte* out) {
+  // TileEncoder::encode.
+  static void encode(const CodecSpec& spec, const TileShape& shape, const uint16_t* x, const float* feedback, std::byte* out) {
     if (spec.is_f16()) {
-      std::memcpy(out, x, tile_bytes(spec, head_dim));
-      return;
+      std::memcpy(out, x, uniform_bytes(spec, shape.width));
+    } else if (feedback != nullptr) {
+      encode_feedback(spec, shape.side, shape.width, x, feedback, out);
+    } else {
+      alignas(64) uint8_t flat[kPageTokens * kMostWidth];  // the tile's codes, one a byte, unit by unit
+      seal_tile(spec, shape.side, shape.width, x, flat, out);
+      pack(spec.bits, flat, shape.width, reinterpret_cast<uint8_t*>(out + uniform_scale_bytes(spec, shape.width)));
     }
-    alignas(64) uint8_t flat[kPageTokens * 256];  // the tile's codes, one a byte, unit by unit
-    seal_tile(spec, side, head_dim, x, flat, out);
-    pack(spec.bits, flat, head_dim, reinterpret_cast<uint8_t*>(out + tile_scale_bytes(spec, head_dim)));
   }
 
-  // encode_tile for the scales, feedback_tile for the codes: kStrip tokens at a time, kW tokens side by side.
-  static void encode_feedback(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* weights,
+  // encode_tile for the scales; codes kStrip tokens at a time, kW tokens side by side.
+  static void encode_feedback(const CodecSpec& spec, Side side, int width, const uint16_t* x, const float* weights,
                               std::byte* tile) {
     constexpr int kStrip = 64, kVectors = kStrip / kW;
-    alignas(64) uint8_t flat[kPageTokens * 256];
-    V exact[256][kVectors], errors[256][kVectors];
-    seal_tile(spec, side, head_dim, x, nullptr, tile);
+    alignas(64) uint8_t flat[kPageTokens * kMostWidth];
+    V exact[kMostWidth][kVectors], errors[kMostWidth][kVectors];
+    seal_tile(spec, side, width, x, nullptr, tile);
     const auto* scales = reinterpret_cast<const uint16_t*>(tile);
-    const uint16_t* mids = scales + scale_count(spec, head_dim);
-    const TileGeometry geometry = tile_geometry(side, head_dim);
+    const uint16_t* mids = scales + scale_count(spec, width);
+    const TileGeometry geometry = tile_geometry(side, width);
     const V centre = S::set1(code_centre(spec.bits)), top = S::set1(static_cast<float>((1 << spec.bits) - 1));
     const bool by_channel = spec.axis == Axis::kChannel;
     for (int first = 0; first < kPageTokens; first += kStrip) {
-      for (int c = 0; c < head_dim; c += kW) {
+      for (int c = 0; c < width; c += kW) {
         for (int v = 0; v < kVectors; ++v) {
           V rows[kW], columns[kW];
-          for (int k = 0; k < kW; ++k) rows[k] = finite(S::load_f16(x + (first + v * kW + k) * head_dim + c));
+          for (int k = 0; k < kW; ++k) rows[k] = finite(S::load_f16(x + (first + v * kW + k) * width + c));
           S::transpose(rows, columns);
           for (int k = 0; k < kW; ++k) exact[c + k][v] = columns[k];
         }
@@ -89,10 +96,10 @@ class TileSeal {
       const float* row = weights;
       V scale[kVectors], mid[kVectors], codes[kUnitReduce][kVectors];
       Map maps[kVectors];
-      for (int c = 0; c < head_dim; ++c) {
+      for (int c = 0; c < width; ++c) {
         // One number for the tokens of a channel's group, of which a vector sees one; or one for the channels of a token's.
         for (int v = 0; (by_channel || c % spec.group == 0) && v < kVectors; ++v) {
-          const int t = first + v * kW, index = scale_index(spec, head_dim, t, c);
+          const int t = first + v * kW, index = scale_index(spec, width, t, c);
           if (by_channel && v > 0 && t % spec.group != 0) {
             scale[v] = scale[v - 1], mid[v] = mid[v - 1], maps[v] = maps[v - 1];
             continue;
@@ -125,27 +132,26 @@ class TileSeal {
         }
       }
     }
-    pack(spec.bits, flat, head_dim, reinterpret_cast<uint8_t*>(tile + tile_scale_bytes(spec, head_dim)));
+    pack(spec.bits, flat, width, reinterpret_cast<uint8_t*>(tile + uniform_scale_bytes(spec, width)));
   }
 
   static void to_f16(const float* x, int n, uint16_t* out) {
     for (int i = 0; i < n; i += kW) S::store_f16(out + i, S::load(x + i));
   }
 
-  // head_dim is a multiple of 16, so whole vectors.
-  static void encode_rows(const CodecSpec& spec, int head_dim, int n, const float* x, const float* columns,
-                          std::byte* records) {
-    const int groups = scale_groups(spec, head_dim);
-    const size_t bytes = row_bytes(spec, head_dim), codes_at = bytes - static_cast<size_t>(head_dim);
+  // width is a multiple of 16, so whole vectors.
+  static void encode_rows(const CodecSpec& spec, int width, int n, const float* x, const float* columns, std::byte* records) {
+    const int groups = scale_groups(spec, width);
+    const size_t bytes = uniform_record_bytes(spec, width), codes_at = bytes - static_cast<size_t>(width);
     const float top = static_cast<float>((1 << spec.bits) - 1);
     for (int r = 0; r < n; ++r) {
-      const float* row = x + static_cast<ptrdiff_t>(r) * head_dim;
+      const float* row = x + static_cast<ptrdiff_t>(r) * width;
       std::byte* record = records + static_cast<size_t>(r) * bytes;
-      uint16_t numbers[2 * 8];
+      uint16_t numbers[2 * kMostWidth / kCodecGroups.front()];
       for (int g = 0; g < groups; ++g) {
-        const int first = g * spec.group, width = head_dim - first < spec.group ? head_dim - first : spec.group;
+        const int first = g * spec.group, in_group = width - first < spec.group ? width - first : spec.group;
         V high = finite(S::load(row + first)), low = S::negate(high);
-        for (int c = kW; c < width; c += kW) {
+        for (int c = kW; c < in_group; c += kW) {
           const V v = finite(S::load(row + first + c));
           high = S::max(high, v);
           low = S::max(low, S::negate(v));
@@ -156,7 +162,7 @@ class TileSeal {
         if (columns != nullptr) continue;
         const CodeMap map = code_map(f16_to_f32(scale.scale), f16_to_f32(scale.mid), top);
         const Map wide{S::set1(map.factor), S::set1(map.offset)};
-        for (int c = 0; c < width; c += kW) {
+        for (int c = 0; c < in_group; c += kW) {
           alignas(16) uint8_t codes[kW];
           S::store_bytes(codes, quantize(finite(S::load(row + first + c)), wide, S::set1(top)));
           std::memcpy(record + codes_at + first + c, codes, kW);
@@ -165,7 +171,7 @@ class TileSeal {
       std::memcpy(record, numbers, codes_at);
     }
     if (columns == nullptr) return;
-    encode_with_feedback(n, spec, head_dim, x, columns, records,
+    encode_with_feedback(n, spec, width, x, columns, records,
                          [](float* wanted, const float* column, float error, int first, int dim) {
                            const V e = S::set1(error);
                            for (int k = first / kW * kW; k < dim; k += kW)
@@ -174,37 +180,15 @@ class TileSeal {
   }
 
  private:
-  static void pack(int bits, const uint8_t* flat, int head_dim, uint8_t* codes) {
-    const int blocks = kPageTokens * head_dim / (kBlockUnits * kUnitCodes);
-    switch (bits) {
-      case 1:
-        pack<1>(flat, blocks, codes);
-        break;
-      case 2:
-        pack<2>(flat, blocks, codes);
-        break;
-      case 3:
-        pack<3>(flat, blocks, codes);
-        break;
-      case 4:
-        pack<4>(flat, blocks, codes);
-        break;
-      case 5:
-        pack<5>(flat, blocks, codes);
-        break;
-      case 6:
-        pack<6>(flat, blocks, codes);
-        break;
-      default:
-        std::memcpy(codes, flat, static_cast<size_t>(kPageTokens * head_dim));
-        break;
-    }
+  static void pack(int bits, const uint8_t* flat, int width, uint8_t* codes) {
+    const int blocks = kPageTokens * width / (kBlockUnits * kUnitCodes);
+    with_code_bits(bits, [&](auto b) { pack<b()>(flat, blocks, codes); });
   }
 
   struct Tile {
     const CodecSpec& spec;
     Side side;
-    int head_dim;
+    int width;
     TileGeometry geometry;
     const uint16_t* x;
     uint8_t* flat;  // null: scales alone
@@ -215,6 +199,10 @@ class TileSeal {
 
   template <int kBits>
   static void pack(const uint8_t* flat, int blocks, uint8_t* codes) {
+    if constexpr (kBits == 8) {
+      std::memcpy(codes, flat, static_cast<size_t>(blocks) * kBlockUnits * kUnitCodes);
+      return;
+    }
     for (int b = 0; b < blocks; ++b) pack_block<kBits>(flat + b * kBlockUnits * kUnitCodes, codes + b * kBits * kVectorBytes);
   }
 
@@ -328,20 +316,20 @@ class TileSeal {
   }
 
   // The scales of a tile and, unless flat is null, its codes, not yet packed.
-  static void seal_tile(const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, uint8_t* flat, std::byte* out) {
-    const int count = scale_count(spec, head_dim);
+  static void seal_tile(const CodecSpec& spec, Side side, int width, const uint16_t* x, uint8_t* flat, std::byte* out) {
+    const int count = scale_count(spec, width);
     const size_t used = static_cast<size_t>(count) * (spec.zero_point ? 2 : 1) * sizeof(uint16_t);
-    std::memset(out + used, 0, tile_scale_bytes(spec, head_dim) - used);
+    std::memset(out + used, 0, uniform_scale_bytes(spec, width) - used);
     auto* scales = reinterpret_cast<uint16_t*>(out);
     uint16_t* mids = spec.zero_point ? scales + count : nullptr;
-    const Tile tile{spec, side, head_dim, tile_geometry(side, head_dim), x, flat};
+    const Tile tile{spec, side, width, tile_geometry(side, width), x, flat};
     if (spec.axis == Axis::kChannel) {
       for (int t = 0; t < kPageTokens; t += spec.group) {
-        for (int c = 0; c < head_dim; c += kW) seal_groups(tile, t, c, spec.group, scales, mids);
+        for (int c = 0; c < width; c += kW) seal_groups(tile, t, c, spec.group, scales, mids);
       }
     } else {
-      for (int c = 0; c < head_dim; c += spec.group) {
-        const int n = head_dim - c < spec.group ? head_dim - c : spec.group;
+      for (int c = 0; c < width; c += spec.group) {
+        const int n = width - c < spec.group ? width - c : spec.group;
         for (int t = 0; t < kPageTokens; t += kW) seal_groups(tile, t, c, n, scales, mids);
       }
     }
@@ -350,7 +338,7 @@ class TileSeal {
   // kW groups side by side: channels c.. of tokens t..t+n-1, or tokens t.. with channels c..c+n-1.
   static void seal_groups(const Tile& tile, int t, int c, int n, uint16_t* scales, uint16_t* mids) {
     const CodecSpec& spec = tile.spec;
-    const int d = tile.head_dim;
+    const int d = tile.width;
     const bool by_channel = spec.axis == Axis::kChannel;
     V x[kMaxGroup];
     x[0] = S::zero();  // n > 0, which the compiler cannot see

@@ -3,32 +3,26 @@
 #include <array>
 
 #include "base/fp16.h"
-#include "codec/row.h"
+#include "codec/uniform.h"
 
 namespace kvmix {
 
 #if defined(__x86_64__)
-extern const TileEncoder kAvx512TileEncoder;
-extern const TileEncoder kAvx2TileEncoder;
+extern const TileEncoder kAvx512TileEncoder, kAvx2TileEncoder;
+extern const HalfEncoder kAvx512HalfEncoder, kAvx2HalfEncoder;
 #endif
 
 namespace {
 
-const TileEncoder kSerialTileEncoder = {
-    "serial",
-    [] { return true; },
-    encode_tile,
-    [](const CodecSpec& spec, Side side, int head_dim, const uint16_t* x, const float* feedback, std::byte* tile) {
-      encode_tile(spec, side, head_dim, x, tile);
-      feedback_tile(spec, side, head_dim, x, feedback, tile);
-    },
-    [](const float* x, int n, uint16_t* out) {
-      for (int i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
-    },
-    encode_rows,
-};
+bool always() { return true; }
 
-const std::array kEncoders = {
+const TileEncoder kSerialTileEncoder = {"serial", always, encode_uniform, encode_uniform_rows};
+
+const HalfEncoder kSerialHalfEncoder = {"serial", always, [](const float* x, int n, uint16_t* out) {
+                                          for (int i = 0; i < n; ++i) out[i] = f32_to_f16(x[i]);
+                                        }};
+
+const std::array kTileEncoders = {
 #if defined(__x86_64__)
     &kAvx512TileEncoder,
     &kAvx2TileEncoder,
@@ -36,18 +30,27 @@ const std::array kEncoders = {
     &kSerialTileEncoder,
 };
 
+const std::array kHalfEncoders = {
+#if defined(__x86_64__)
+    &kAvx512HalfEncoder,
+    &kAvx2HalfEncoder,
+#endif
+    &kSerialHalfEncoder,
+};
+
 }  // namespace
 
-std::span<const TileEncoder* const> tile_encoders() { return kEncoders; }
+std::span<const TileEncoder* const> tile_encoders() { return kTileEncoders; }
+std::span<const HalfEncoder* const> half_encoders() { return kHalfEncoders; }
 
-const TileEncoder& best_tile_encoder() {
-  static const TileEncoder& best = []() -> const TileEncoder& {
-    for (const TileEncoder* encoder : kEncoders) {
+void to_f16(const float* x, int n, uint16_t* out) {
+  static const HalfEncoder& best = []() -> const HalfEncoder& {
+    for (const HalfEncoder* encoder : kHalfEncoders) {
       if (encoder->available()) return *encoder;
     }
-    return kSerialTileEncoder;
+    return kSerialHalfEncoder;
   }();
-  return best;
+  best.to_f16(x, n, out);
 }
 
 }  // namespace kvmix

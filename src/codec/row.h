@@ -1,41 +1,31 @@
-// Single rows of tiles that are filled token by token: codecs whose scales belong to a token and whose codes are whole bytes.
-//
-// A *row record* is a token by itself, as it is saved: fp16 scales [ceil(head_dim / group)], with a zero point as many
-// midpoints, then head_dim codes, a byte each. TileEncoder::encode_rows makes them of floats.
+// Single rows of tiles that are filled token by token, of whichever family (RowCodec).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
-#include "codec/tile_layout.h"
-#include "kvmix/codec.h"
+#include "codec/codec_family.h"
 
 namespace kvmix {
 
-constexpr bool takes_rows(const CodecSpec& spec) {
-  return spec.bits == 8 && spec.axis == Axis::kToken && spec.fit == Fit::kMinMax;
-}
+// Room for one record of any codec: 8-bit codes of the widest row with the numbers of its groups.
+inline constexpr size_t kMostRowBytes = 2 * sizeof(uint16_t) * kMostWidth / kCodecGroups.front() + kMostWidth;
 
-// What recent rows may be, for messages.
-inline constexpr const char* kRecentCodecs = "f16 or int8.token.g{32,64,128}.minmax.{zero,sym}";
+// False for f16, whose rows are fp16 numbers next to each other.
+bool takes_rows(const CodecSpec& spec);
+// What recent rows may be, for messages: f16, and the spellings that take rows.
+std::string recent_codecs();
 
-constexpr size_t row_bytes(const CodecSpec& spec, int head_dim) {
-  return static_cast<size_t>(scale_groups(spec, head_dim)) * (spec.zero_point ? 2 : 1) * sizeof(uint16_t) +
-         static_cast<size_t>(head_dim);
-}
-inline constexpr size_t kMostRowBytes = 2 * sizeof(uint16_t) * 8 + 256;  // head_dim 256 in groups of 32
+// The functions of the spec's TileEncoder and RowCodec; only for specs that take rows. No allocation.
+size_t row_bytes(const CodecSpec& spec, int width);
+void encode_rows(const CodecSpec& spec, int width, int n, const float* x, const float* columns, std::byte* records);
+void store_row(const CodecSpec& spec, Side side, int width, const std::byte* record, int slot, std::byte* tile);
+void load_row(const CodecSpec& spec, Side side, int width, const std::byte* tile, int slot, std::byte* record);
+void decode_row(const CodecSpec& spec, int width, const std::byte* record, float* x);
 
-// TileEncoder::encode_rows, the serial reference: records, one after the other, of n rows x [n][head_dim], with the scales and
-// codes that encode_tile would give these tokens. With error feedback, unless `columns` is null: the same scales, and the codes
-// that feedback_tile gives; columns[c * head_dim + k] is the weight with which the error of channel c is added to a later
-// channel k, 0 for k <= c.
-void encode_rows(const CodecSpec& spec, int head_dim, int n, const float* x, const float* columns, std::byte* records);
-// One head's `feedback` (TransformSpec) as such columns, [head_dim][head_dim].
-void feedback_columns(const float* feedback, int head_dim, float* columns);
-// Moves the record of a token's row into the tile's slot for it, 0 to kPageTokens - 1, and back. Other slots stay as they are.
-void store_row(const CodecSpec& spec, Side side, int head_dim, const std::byte* record, int slot, std::byte* tile);
-void load_row(const CodecSpec& spec, Side side, int head_dim, const std::byte* tile, int slot, std::byte* record);
-// The numbers of a record.
-void decode_row(const CodecSpec& spec, int head_dim, const std::byte* record, float* x);
+// One head's `feedback` (TransformSpec) as encode_rows takes it, [width][width]: columns[c * width + k] is the weight with
+// which the error of channel c is added to a later channel k, 0 for k <= c.
+void feedback_columns(const float* feedback, int width, float* columns);
 
 }  // namespace kvmix

@@ -12,8 +12,6 @@
 namespace kvmix {
 namespace {
 
-constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
-
 // Squared error of a width relative to 2 bits, medians measured on small models.
 double relative_error(int bits) {
   switch (bits) {
@@ -51,7 +49,7 @@ std::vector<Candidate> candidates(const Profile& profile, const std::string& met
   std::vector<Candidate> out;
   if (metric.empty()) {
     const double score = (side == Side::kKey ? profile.key_score : profile.value_score)[static_cast<size_t>(layer)];
-    for (const int bits : kWidths) {
+    for (const int bits : kRecipeBits) {
       out.push_back({side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits), score * relative_error(bits)});
     }
   } else {

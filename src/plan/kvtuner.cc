@@ -191,7 +191,7 @@ Plan make(const PlannerRequest& request) {
                 "--sensitivity output or kl");
   }
   const std::vector<int> widths = options.choice("widths", "2,4,8", {"2,4,8", "all"}) == "all"
-                                      ? std::vector<int>{1, 2, 3, 4, 6, 8}
+                                      ? std::vector<int>(kRecipeBits.begin(), kRecipeBits.end())
                                       : std::vector<int>{2, 4, 8};
   Tuner tuner(request, plan, metric, widths, options.number("threshold", 0.15, 0, 10));
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));

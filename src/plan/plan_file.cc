@@ -1,9 +1,13 @@
 // Plans as JSON (docs/file-formats.md).
+#include <algorithm>
+
 #include "base/file.h"
 #include "codec/row.h"
+#include "codec/spelling.h"
 #include "kvmix/plan.h"
 #include "plan/half_text.h"
 #include "plan/json_reader.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 namespace {
@@ -16,54 +20,93 @@ constexpr size_t kLargestFile = size_t{1} << 30;
 
 using ordered_json = nlohmann::ordered_json;
 
+// Visits the fields of all row maps as a side's object has them: short ones first, lists of numbers last.
+template <class Visit>
+void for_fields(FieldKind kind, const Visit& visit) {
+  for (const RowMapInfo* map : row_map_registry()) {
+    for (const RowMapField& field : map->fields) {
+      if (field.kind == kind) visit(field);
+    }
+  }
+}
+
 ordered_json side_json(const SideConfig& side) {
   ordered_json j;
   const CodecSpec& c = side.codec;
-  j["bits"] = c.bits;
-  if (!c.is_f16()) {
-    j["axis"] = c.axis == Axis::kChannel ? "channel" : "token";
-    j["group"] = c.group;
-    j["fit"] = c.fit == Fit::kMinMax ? "minmax" : "fitted";
-    j["zero_point"] = c.zero_point;
+  if (c.is_uniform()) {
+    j["bits"] = c.bits;
+    if (!c.is_f16()) {
+      j["axis"] = c.axis == Axis::kChannel ? "channel" : "token";
+      j["group"] = c.group;
+      j["fit"] = c.fit == Fit::kMinMax ? "minmax" : "fitted";
+      j["zero_point"] = c.zero_point;
+    }
+  } else {
+    j["codec"] = to_string(c);
   }
   const TransformSpec& t = side.transform;
-  if (t.hadamard) j["hadamard"] = true;
-  if (!t.scales.empty()) j["scales"] = half_text(t.scales);
+  for_fields(FieldKind::kFlag, [&](const RowMapField& field) {
+    if (field.present(t)) j[field.name] = true;
+  });
+  for_fields(FieldKind::kHalfText, [&](const RowMapField& field) {
+    const std::span<const float> values = field.numbers_of(t);
+    if (field.present(t)) j[field.name] = half_text({values.begin(), values.end()});
+  });
   if (!t.feedback.empty()) j["feedback"] = half_text(t.feedback);
-  if (!t.center.empty()) j["center"] = t.center;
-  if (!t.matrix.empty()) {
-    j["matrix"] = t.matrix;
-    j["matrix_inverse"] = t.matrix_inverse;
-  }
+  for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
+    const std::span<const float> values = field.numbers_of(t);
+    if (field.present(t)) j[field.name] = std::vector<float>(values.begin(), values.end());
+  });
   return j;
 }
 
-std::vector<float> floats(const std::vector<double>& values) { return {values.begin(), values.end()}; }
+CodecSpec parse_uniform(JsonObject& object) {
+  CodecSpec c;
+  const auto one = [&object](const char* key, const auto& accepted) {
+    const auto value = static_cast<int>(object.integer(key, *std::min_element(accepted.begin(), accepted.end()),
+                                                       *std::max_element(accepted.begin(), accepted.end())));
+    if (std::find(accepted.begin(), accepted.end(), value) == accepted.end()) object.fail(key, "expected " + one_of(accepted));
+    return value;
+  };
+  c.bits = one("bits", kCodecBits);
+  if (c.is_f16()) return c;
+  const std::string axis = object.text("axis"), fit = object.text("fit");
+  if (axis != "channel" && axis != "token") object.fail("axis", "expected \"channel\" or \"token\"");
+  if (fit != "minmax" && fit != "fitted") object.fail("fit", "expected \"minmax\" or \"fitted\"");
+  c.axis = axis == "channel" ? Axis::kChannel : Axis::kToken;
+  c.fit = fit == "minmax" ? Fit::kMinMax : Fit::kLeastSquares;
+  c.group = one("group", kCodecGroups);
+  c.zero_point = object.boolean("zero_point");
+  return c;
+}
+
+CodecSpec parse_spelling(JsonObject& object, const char* key) {
+  try {
+    return parse_codec(object.text(key, 64));
+  } catch (const Error& e) {
+    object.fail(key, e.what());
+  }
+}
 
 SideConfig parse_side(JsonObject object) {
   SideConfig side;
-  CodecSpec& c = side.codec;
-  c.bits = static_cast<int>(object.integer("bits", 1, 16));
-  if (c.bits == 7 || (c.bits > 8 && c.bits < 16)) object.fail("bits", "expected 1, 2, 3, 4, 5, 6, 8 or 16");
-  if (!c.is_f16()) {
-    const std::string axis = object.text("axis"), fit = object.text("fit");
-    if (axis != "channel" && axis != "token") object.fail("axis", "expected \"channel\" or \"token\"");
-    if (fit != "minmax" && fit != "fitted") object.fail("fit", "expected \"minmax\" or \"fitted\"");
-    c.axis = axis == "channel" ? Axis::kChannel : Axis::kToken;
-    c.fit = fit == "minmax" ? Fit::kMinMax : Fit::kLeastSquares;
-    c.group = static_cast<int>(object.integer("group", 32, 128));
-    if (c.group != 32 && c.group != 64 && c.group != 128) object.fail("group", "expected 32, 64 or 128");
-    c.zero_point = object.boolean("zero_point");
-  }
+  side.codec = object.has("codec") ? parse_spelling(object, "codec") : parse_uniform(object);
   TransformSpec& t = side.transform;
-  if (object.has("hadamard")) t.hadamard = object.boolean("hadamard");
-  if (object.has("scales")) t.scales = read_half_text(object, "scales", kMostValues);
+  for_fields(FieldKind::kFlag, [&](const RowMapField& field) {
+    if (object.has(field.name) && object.boolean(field.name)) field.set(t, {});
+  });
+  for_fields(FieldKind::kHalfText, [&](const RowMapField& field) {
+    if (object.has(field.name)) field.set(t, read_half_text(object, field.name, kMostValues));
+  });
   if (object.has("feedback")) t.feedback = read_half_text(object, "feedback", kMostValues);
-  if (object.has("center")) t.center = floats(object.numbers("center", 1, kMostValues, -65504, 65504));
-  if (object.has("matrix")) {
-    t.matrix = floats(object.numbers("matrix", 1, kMostValues, -1e30, 1e30));
-    t.matrix_inverse = floats(object.numbers("matrix_inverse", t.matrix.size(), t.matrix.size(), -1e30, 1e30));
-  }
+  for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
+    if (!object.has(field.beside == nullptr ? field.name : field.beside)) return;
+    size_t least = 1, most = kMostValues;
+    if (field.beside != nullptr) least = most = object.get(field.beside).size();
+    const auto limit = static_cast<double>(field.limit);
+    const std::vector<double> values = object.numbers(field.name, least, most, -limit, limit);
+    field.set(t, {values.begin(), values.end()});
+  });
   object.finish();
   return side;
 }
@@ -125,12 +168,8 @@ Plan parse_plan(const std::string& json, const std::string& name) {
   plan.window.ratio_value = static_cast<float>(window.number("ratio_value", 0, 0.95));
   window.finish();
   if (object.has("recent")) {
-    try {
-      plan.recent = parse_codec(object.text("recent", 64));
-    } catch (const Error& e) {
-      object.fail("recent", e.what());
-    }
-    if (!plan.recent.is_f16() && !takes_rows(plan.recent)) object.fail("recent", std::string("expected ") + kRecentCodecs);
+    plan.recent = parse_spelling(object, "recent");
+    if (!plan.recent.is_f16() && !takes_rows(plan.recent)) object.fail("recent", "expected " + recent_codecs());
   }
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {

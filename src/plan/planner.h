@@ -1,6 +1,7 @@
 // A planner is one file and one line in planners.cc.
 #pragma once
 
+#include <array>
 #include <string>
 #include <utility>
 
@@ -34,6 +35,8 @@ Plan empty_plan(const PlannerRequest& request, const char* planner);
 
 // The project's recipe: keys per channel in groups of 128 tokens, fitted; values rotated, per token in groups of 64 channels,
 // min-max but fitted at one bit.
+// The widths that profiles measure and planners choose from, besides fp16.
+inline constexpr std::array kRecipeBits = {1, 2, 3, 4, 6, 8};
 SideConfig recipe_key(int bits, bool hadamard);
 SideConfig recipe_value(int bits);
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <charconv>
 
+#include "codec/spelling.h"
 #include "plan/planner.h"
 
 namespace kvmix {
@@ -108,8 +109,8 @@ std::string PlannerOptions::choice(const std::string& name, const std::string& f
 }
 
 int PlannerOptions::bits(const std::string& name, int fallback) const {
-  const int value = integer(name, fallback, 1, 16);
-  if (value == 7 || (value > 8 && value < 16)) fail(name, "1, 2, 3, 4, 5, 6, 8 or 16");
+  const int value = integer(name, fallback, kCodecBits.front(), kCodecBits.back());
+  if (std::find(kCodecBits.begin(), kCodecBits.end(), value) == kCodecBits.end()) fail(name, one_of(kCodecBits));
   return value;
 }
 
@@ -124,7 +125,7 @@ Plan empty_plan(const PlannerRequest& request, const char* planner) {
 
 SideConfig recipe_key(int bits, bool hadamard) {
   SideConfig side;
-  if (bits == 16) return side;
+  if (bits == kF16Bits) return side;
   side.codec = {bits, Axis::kChannel, 128, Fit::kLeastSquares, true};
   side.transform.hadamard = hadamard;
   return side;
@@ -132,7 +133,7 @@ SideConfig recipe_key(int bits, bool hadamard) {
 
 SideConfig recipe_value(int bits) {
   SideConfig side;
-  if (bits == 16) return side;
+  if (bits == kF16Bits) return side;
   side.codec = {bits, Axis::kToken, 64, bits == 1 ? Fit::kLeastSquares : Fit::kMinMax, true};
   side.transform.hadamard = true;
   return side;

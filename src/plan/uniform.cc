@@ -1,4 +1,7 @@
 // The same widths for every layer.
+#include <algorithm>
+
+#include "codec/spelling.h"
 #include "plan/planner.h"
 
 namespace kvmix {
@@ -12,15 +15,15 @@ Plan make(const PlannerRequest& request) {
   read_recent(options, plan);
   const bool rotate_keys = options.choice("key-hadamard", "off", {"on", "off"}) == "on";
   const bool rotate_values = options.choice("value-hadamard", "on", {"on", "off"}) == "on";
-  const int group = options.integer("group", 0, 0, 128);
-  if (group != 0 && group != 32 && group != 64 && group != 128) {
-    throw Error(Status::kInvalidArgument, "planner uniform: option group must be 32, 64 or 128");
+  const int group = options.integer("group", 0, 0, kCodecGroups.back());
+  if (group != 0 && std::find(kCodecGroups.begin(), kCodecGroups.end(), group) == kCodecGroups.end()) {
+    throw Error(Status::kInvalidArgument, "planner uniform: option group must be " + one_of(kCodecGroups));
   }
   const std::string fit = options.choice("codec-fit", "recipe", {"recipe", "minmax", "fitted"});
   for (Plan::Layer& layer : plan.layers) {
     layer.key = recipe_key(key_bits, rotate_keys);
     layer.value = recipe_value(value_bits);
-    layer.value.transform.hadamard = rotate_values && value_bits != 16;
+    layer.value.transform.hadamard = rotate_values && !layer.value.codec.is_f16();
     for (SideConfig* side : {&layer.key, &layer.value}) {
       if (side->codec.is_f16()) continue;
       if (group != 0) side->codec.group = group;
@@ -36,11 +39,11 @@ Plan make(const PlannerRequest& request) {
 extern const Planner kUniformPlanner;
 const Planner kUniformPlanner = {{"uniform",
                                   "the same widths for every layer",
-                                  {{"k-bits", "key width: 1, 2, 3, 4, 5, 6, 8 or 16 (4)"},
+                                  {{"k-bits", "key width: " + one_of(kCodecBits) + " (4)"},
                                    {"v-bits", "value width (4)"},
                                    {"key-hadamard", "rotate keys: on or off (off)"},
                                    {"value-hadamard", "rotate values: on or off (on)"},
-                                   {"group", "32, 64 or 128 for both sides (keys 128, values 64)"},
+                                   {"group", one_of(kCodecGroups) + " for both sides (keys 128, values 64)"},
                                    {"codec-fit", "minmax or fitted for both sides (keys fitted, values minmax)"},
                                    {"sinks", "first tokens kept fp16 (16)"},
                                    {"local-sinks", "the same in layers with a sliding window (0)"},

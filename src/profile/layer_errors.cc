@@ -65,7 +65,7 @@ CodecErrors LayerErrors::of(const SideConfig& config, Side side) const {
 std::vector<float> LayerErrors::stored_rows(const SideConfig& config, Side side) const {
   std::vector<float> out = side == Side::kKey ? keys_ : values_;
   const int dim = layer_.head_dim;
-  StoredPage page(config, side, dim);
+  StoredPage page(config, row_shape(layer_, side));
   for (int head = 0; head < layer_.kv_heads; ++head) {
     float* rows = out.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
     for (int64_t first = layer_.sinks; first + kPageTokens <= n_; first += kPageTokens)

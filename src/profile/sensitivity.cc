@@ -21,23 +21,22 @@
 namespace kvmix {
 namespace {
 
-constexpr int kWidths[] = {1, 2, 3, 4, 6, 8};
 constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
 
-struct Candidate {
+struct Measured {
   SideConfig config;
   std::string transform;
   CodecErrors errors;  // summed over windows
 };
 
 // The codecs that plans choose from.
-std::vector<Candidate> candidates(const Profile& profile, int layer, Side side, int head_dim) {
-  std::vector<Candidate> out;
+std::vector<Measured> candidates(const Profile& profile, int layer, Side side, int head_dim) {
+  std::vector<Measured> out;
   const auto add = [&](SideConfig config, const std::string& transform) {
     config.transform = named_transform(profile, layer, side, transform);
     out.push_back({std::move(config), transform, {}});
   };
-  for (const int bits : kWidths) {
+  for (const int bits : kRecipeBits) {
     std::vector<SideConfig> codecs{side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits)};
     if (side == Side::kValue && head_dim >= 128) {
       codecs.push_back(recipe_value(bits));
@@ -126,7 +125,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const CacheConfig config = cache_config(frame, shape);
 
   // Errors in the attention output and, from the gradients, in the loss.
-  std::vector<std::vector<Candidate>> tensors;
+  std::vector<std::vector<Measured>> tensors;
   const TransposedWeights weights(inside);
   const double passes = static_cast<double>(windows.size());
   const bool scores_missing = profile.key_score.empty();
@@ -148,7 +147,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     parallel_for(threads, layers, [&](size_t l) {
       const LayerErrors errors(config.layers[l], pass, l);
       for (const Side side : {Side::kKey, Side::kValue}) {
-        for (Candidate& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) {
+        for (Measured& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) {
           const CodecErrors e = errors.of(c.config, side);
           c.errors.output += e.output / passes;
           c.errors.fisher += e.fisher / passes;
@@ -164,17 +163,17 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   }
 
   // Tensors are numbered layer by layer, keys before values.
-  const auto is_of = [](const Profile::Sensitivity& s, const std::string& name, size_t tensor, const Candidate& c) {
+  const auto is_of = [](const Profile::Sensitivity& s, const std::string& name, size_t tensor, const Measured& c) {
     return s.metric == name && s.layer == static_cast<int>(tensor / 2) && (s.side == Side::kKey) == (tensor % 2 == 0) &&
            s.transform == c.transform && s.codec == to_string(c.config.codec);
   };
-  const auto store = [&](const std::string& name, size_t tensor, const Candidate& c, double cost) {
+  const auto store = [&](const std::string& name, size_t tensor, const Measured& c, double cost) {
     profile.sensitivities.push_back({name, static_cast<int>(tensor / 2), tensor % 2 == 0 ? Side::kKey : Side::kValue,
                                      to_string(c.config.codec), c.transform, cost});
   };
   std::erase_if(profile.sensitivities, [](const Profile::Sensitivity& s) { return s.metric != "kl"; });
   for (size_t t = 0; t < tensors.size(); ++t) {
-    for (const Candidate& c : tensors[t]) {
+    for (const Measured& c : tensors[t]) {
       store("output", t, c, c.errors.output);
       store("fisher", t, c, c.errors.fisher);
     }
@@ -185,28 +184,28 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   // width, and wider ones, by the ratio of their `fisher`.
   struct Run {
     size_t tensor;
-    const Candidate* measured;
-    std::vector<const Candidate*> follow;  // `measured` among them
+    const Measured* measured;
+    std::vector<const Measured*> follow;  // `measured` among them
   };
   std::vector<Run> runs;
   double total = 0;
   for (size_t t = tensors.size(); t-- > 0;) {  // last layer first: its suffix is short, so a first result comes soon
     for (const int bits : kMeasuredWidths) {
       Run run{t, nullptr, {}};
-      for (const Candidate& c : tensors[t]) {
+      for (const Measured& c : tensors[t]) {
         const bool widest = bits == kMeasuredWidths[std::size(kMeasuredWidths) - 1];
         if (c.config.codec.bits != bits && !(widest && c.config.codec.bits > bits)) continue;
         run.follow.push_back(&c);
         const bool better = run.measured == nullptr || c.errors.fisher < run.measured->errors.fisher;
         if (c.config.codec.bits == bits && better) run.measured = &c;
       }
-      const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Candidate* c) {
+      const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Measured* c) {
         return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(),
                            [&](const Profile::Sensitivity& s) { return is_of(s, "kl", t, *c); });
       });
       if (known) continue;  // from an earlier, interrupted run
       std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) {
-        return std::any_of(run.follow.begin(), run.follow.end(), [&](const Candidate* c) { return is_of(s, "kl", t, *c); });
+        return std::any_of(run.follow.begin(), run.follow.end(), [&](const Measured* c) { return is_of(s, "kl", t, *c); });
       });
       total += static_cast<double>(layers - t / 2);
       runs.push_back(std::move(run));
@@ -223,7 +222,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     (run.tensor % 2 == 0 ? changed.key : changed.value) = run.measured->config;
     double divergence = 0;
     for (const ExactRun& e : exact) divergence += e.divergence(runner, layer, changed) / passes;
-    for (const Candidate* c : run.follow)
+    for (const Measured* c : run.follow)
       store("kl", run.tensor, *c, divergence * c->errors.fisher / std::max(run.measured->errors.fisher, 1e-300));
     if (options.partial) options.partial(profile);
     done += static_cast<double>(layers - run.tensor / 2);

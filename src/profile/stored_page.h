@@ -4,25 +4,25 @@
 #include <cstdint>
 #include <vector>
 
-#include "codec/encoders.h"
-#include "kvmix/cache.h"
+#include "codec/codec_family.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 
 class StoredPage {
  public:
-  StoredPage(const SideConfig& config, Side side, int head_dim);
-  // kPageTokens rows of one KV head, `stride` floats apart in both: transformed, encoded, decoded and transformed back.
+  // The config must stay as it is. Throws kInvalidArgument for one that does not fit the shape, whose width is the head_dim.
+  StoredPage(const SideConfig& config, const RowShape& shape);
+  // kPageTokens rows of one KV head, `stride` floats apart in both: mapped, encoded, decoded and mapped back.
   void read_back(int kv_head, int64_t stride, const float* rows, float* out);
 
  private:
-  const SideConfig& config_;
-  Side side_;
   int head_dim_;
-  const TileEncoder& encoder_;
+  RowMapChain maps_;
+  TileFormat format_;
   std::vector<std::byte> memory_;
   std::vector<uint16_t> half_;
-  std::vector<float> decoded_;
+  std::vector<float> row_, decoded_;
 };
 
 }  // namespace kvmix

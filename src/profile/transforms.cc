@@ -5,7 +5,7 @@
 
 #include "base/fp16.h"
 #include "base/parallel.h"
-#include "rows/transform.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 namespace {
@@ -118,8 +118,9 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, co
         t = {scaled ? "scaled-feedback" : "feedback", static_cast<int>(l), side, {}};
         t.spec.hadamard = true;
       }
+      std::vector<Matrix> metrics;
       for (int head = 0; head < layer.kv_heads; ++head) {
-        Matrix metric(static_cast<size_t>(dim) * static_cast<size_t>(dim), 0.0);
+        Matrix& metric = metrics.emplace_back(static_cast<size_t>(dim) * static_cast<size_t>(dim), 0.0);
         if (side == Side::kKey) {
           for (int h = head * group; h < (head + 1) * group; ++h) {
             const float* q = pass.queries[l].data() + (static_cast<ptrdiff_t>(h) * n + sinks) * dim;
@@ -142,11 +143,15 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, co
                                                      ? 1 / std::sqrt(std::max(energy - mean * mean, 1e-12))
                                                      : std::pow(weight, 0.125) * std::pow(std::max(energy, 1e-12), -0.375)));
         }
-        for (const bool scaled : {false, true}) {
-          TransformSpec& spec = out[scaled ? 1 : 0].spec;
+      }
+      for (const bool scaled : {false, true}) {
+        TransformSpec& spec = out[scaled ? 1 : 0].spec;
+        const RowMapChain maps(spec, {side, layer.kv_heads, dim, layer.softcap}, "calibrated transform");
+        for (int head = 0; head < layer.kv_heads; ++head) {
           // A stored error e' is e' H S^-1 outside, for keys and values: M becomes H S^-1 M S^-1 H, and H S^-1 is what queries
           // go through.
-          append_feedback(carried(metric, dim, [&](float* row) { transform_query(spec, head, dim, row); }), dim, spec.feedback);
+          append_feedback(carried(metrics[static_cast<size_t>(head)], dim, [&](float* row) { maps.query(head, row); }), dim,
+                          spec.feedback);
         }
       }
     }

@@ -55,7 +55,7 @@ void stored_rows(const LayerConfig& layer, Side side, int64_t n, const float* ro
     std::copy_n(rows, head * stride, out);
     if (pages > 0) std::copy_n(rows + paged * stride, (n - paged) * stride, out + paged * stride);
   }
-  StoredPage page(side == Side::kKey ? layer.key : layer.value, side, layer.head_dim);
+  StoredPage page(side == Side::kKey ? layer.key : layer.value, row_shape(layer, side));
   for (int64_t unit = ith; unit < pages * layer.kv_heads; unit += nth) {
     const int64_t kv_head = unit % layer.kv_heads;
     const int64_t base = (layer.sinks + unit / layer.kv_heads * kPageTokens) * stride + kv_head * layer.head_dim;
@@ -156,6 +156,7 @@ class BlockAttention final : public GraphHooks {
   static ggml_tensor* stored(ggml_context* ctx, ggml_tensor* rows, StoredCall& call) {
     const SideConfig& side = call.side == Side::kKey ? call.config.key : call.config.value;
     if (side.codec.is_f16()) return rows;
+    StoredPage(side, row_shape(call.config, call.side));  // what does not fit is refused here, not on the graph's threads
     return ggml_custom_4d(ctx, GGML_TYPE_F32, rows->ne[0], rows->ne[1], rows->ne[2], 1, &rows, 1, stored_op, GGML_N_TASKS_MAX,
                           &call);
   }

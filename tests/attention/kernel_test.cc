@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "base/fp16.h"
-#include "codec/encoders.h"
 #include "codec/tile_layout.h"
+#include "support/aligned_bytes.h"
 
 namespace kvmix {
 namespace {
@@ -32,20 +32,12 @@ std::string describe(const Case& c, const char* kernel) {
          std::to_string(c.head_dim) + " rows " + std::to_string(c.rows) + " length " + std::to_string(c.length);
 }
 
-struct AlignedBytes {
-  explicit AlignedBytes(size_t n) : storage(n + 64) {
-    data = storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64;
-  }
-  std::vector<std::byte> storage;
-  std::byte* data;
-};
-
 // A head's pages with what they decode to.
 class Head {
  public:
   Head(const Case& c, std::mt19937& random) : c_(c) {
-    key_ = {c.key, Side::kKey, c.head_dim, tile_bytes(c.key, c.head_dim), tile_scale_bytes(c.key, c.head_dim)};
-    value_ = {c.value, Side::kValue, c.head_dim, tile_bytes(c.value, c.head_dim), tile_scale_bytes(c.value, c.head_dim)};
+    key_ = tile_format(c.key, {kPageTokens, c.head_dim, Side::kKey});
+    value_ = tile_format(c.value, {kPageTokens, c.head_dim, Side::kValue});
     std::normal_distribution<float> normal;
     const int dim = c.head_dim;
     for (int first = 0; first < c.length || first == 0;) {
@@ -64,11 +56,11 @@ class Head {
       const size_t row_bytes = k.size() * 2;
       pages_.emplace_back(packed ? key_.bytes : row_bytes);
       pages_.emplace_back(packed ? value_.bytes : row_bytes);
-      std::byte *kp = pages_[pages_.size() - 2].data, *vp = pages_.back().data;
+      std::byte *kp = pages_[pages_.size() - 2].data(), *vp = pages_.back().data();
       std::vector<float> kd(k.size()), vd(v.size());
       if (packed) {
-        best_tile_encoder().encode(c.key, Side::kKey, dim, k.data(), kp);
-        best_tile_encoder().encode(c.value, Side::kValue, dim, v.data(), vp);
+        codec_of(c.key).encode(c.key, key_.shape(), k.data(), nullptr, kp);
+        codec_of(c.value).encode(c.value, value_.shape(), v.data(), nullptr, vp);
         decode_tile(c.key, Side::kKey, dim, kp, kd.data());
         decode_tile(c.value, Side::kValue, dim, vp, vd.data());
       } else {
@@ -91,7 +83,7 @@ class Head {
   // Decoded tile pages move with their vectors' storage, so refs stay valid while pages_ grows: the bytes are on the heap.
   AttendJob job(float* m, float* l, float* acc) const {
     AttendJob j{};
-    j.key = key_, j.value = value_, j.head_dim = c_.head_dim;
+    j.key = key_, j.value = value_;
     j.scale = scale(), j.softcap = c_.softcap, j.sliding_window = c_.sliding_window, j.exact = c_.exact;
     j.rows = c_.rows, j.q = q.data(), j.position = positions.data(), j.pages = refs;
     j.m = m, j.l = l, j.acc = acc;
@@ -129,9 +121,9 @@ void check(const Case& c, unsigned seed) {
       continue;
     }
     AlignedBytes scratch(kernel->scratch_bytes(dim, c.rows));
-    kernel->attend(job, scratch.data);
-    std::fill_n(scratch.data, kernel->scratch_bytes(dim, c.rows), std::byte{0xff});
-    kernel->attend(again, scratch.data);
+    kernel->attend(job, scratch.data());
+    std::fill_n(scratch.data(), kernel->scratch_bytes(dim, c.rows), std::byte{0xff});
+    kernel->attend(again, scratch.data());
     ASSERT_EQ(m, m2) << describe(c, kernel->name);
     ASSERT_EQ(l, l2) << describe(c, kernel->name);
     ASSERT_EQ(acc, acc2) << describe(c, kernel->name);

@@ -13,6 +13,7 @@
 #include "attention/cpu/kernel.h"
 #include "base/fp16.h"
 #include "codec/tile_layout.h"
+#include "support/aligned_bytes.h"
 
 namespace kvmix {
 namespace {
@@ -20,14 +21,8 @@ namespace {
 using Random = std::mt19937;
 
 TileFormat format_of(const CodecSpec& spec, Side side, int head_dim) {
-  return {spec, side, head_dim, tile_bytes(spec, head_dim), tile_scale_bytes(spec, head_dim)};
+  return tile_format(spec, {kPageTokens, head_dim, side});
 }
-
-struct AlignedBytes {
-  explicit AlignedBytes(size_t n) : storage(n + 64) {}
-  std::byte* data() { return storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64; }
-  std::vector<std::byte> storage;
-};
 
 // A page of random rows, decoded to doubles as it will be read. Slots that do not count are poisoned with NaN.
 struct TestPage {
@@ -37,8 +32,8 @@ struct TestPage {
   std::vector<float> key, value;                    // [kPageTokens][head_dim], what the bytes say
 
   TestPage(const AttendJob& job, bool packed, int live, int64_t first, Random& random)
-      : bytes(std::max(job.key.bytes + job.value.bytes, size_t{4} * kPageTokens * static_cast<size_t>(job.head_dim))) {
-    const int d = job.head_dim, n = kPageTokens * d;
+      : bytes(std::max(job.key.bytes + job.value.bytes, size_t{4} * kPageTokens * static_cast<size_t>(job.key.width))) {
+    const int d = job.key.width, n = kPageTokens * d;
     std::normal_distribution<float> normal;
     const auto rows = [&](bool outliers) {
       std::vector<uint16_t> x(static_cast<size_t>(n));
@@ -77,19 +72,19 @@ struct TestPage {
     auto* h = reinterpret_cast<uint16_t*>(tile);
     constexpr uint16_t kNan = 0x7e01;
     if (f.spec.is_f16()) {
-      std::fill(h + live * f.head_dim, h + kPageTokens * f.head_dim, kNan);
+      std::fill(h + live * f.width, h + kPageTokens * f.width, kNan);
       return;
     }
-    const TileGeometry g = tile_geometry(f.side, f.head_dim);
+    const TileGeometry g = tile_geometry(f.side, f.width);
     auto* codes = reinterpret_cast<uint8_t*>(tile + f.scale_bytes);
     for (int token = live; token < kPageTokens; ++token) {
-      for (int c = 0; c < f.head_dim; ++c) {
+      for (int c = 0; c < f.width; ++c) {
         const int lane = f.side == Side::kKey ? token : c, reduce = f.side == Side::kKey ? c : token;
         put_code(f.spec.bits, codes, unit_index(g, lane, reduce), byte_in_unit(lane, reduce), (1 << f.spec.bits) - 1);
         if (f.spec.axis == Axis::kToken) {
-          const int i = scale_index(f.spec, f.head_dim, token, c);
+          const int i = scale_index(f.spec, f.width, token, c);
           h[i] = kNan;
-          if (f.spec.zero_point) h[scale_count(f.spec, f.head_dim) + i] = kNan;
+          if (f.spec.zero_point) h[scale_count(f.spec, f.width) + i] = kNan;
         }
       }
     }
@@ -106,7 +101,6 @@ struct Problem {
   Problem(const CodecSpec& key, const CodecSpec& value, int head_dim, int rows) {
     job.key = format_of(key, Side::kKey, head_dim);
     job.value = format_of(value, Side::kValue, head_dim);
-    job.head_dim = head_dim;
     job.rows = rows;
     job.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   }
@@ -114,7 +108,7 @@ struct Problem {
 
   void finish(Random& random) {
     std::normal_distribution<float> normal;
-    const auto n = static_cast<size_t>(job.rows), d = static_cast<size_t>(job.head_dim);
+    const auto n = static_cast<size_t>(job.rows), d = static_cast<size_t>(job.key.width);
     q.resize(n * d);
     for (float& x : q) x = normal(random);
     m.assign(n, 0.0f), l.assign(n, 0.0f), acc.assign(n * d, 0.0f);
@@ -124,7 +118,7 @@ struct Problem {
   }
 
   void run(const AttentionKernel& kernel) {
-    AlignedBytes scratch(kernel.scratch_bytes(job.head_dim, job.rows));
+    AlignedBytes scratch(kernel.scratch_bytes(job.key.width, job.rows));
     std::fill(scratch.storage.begin(), scratch.storage.end(), std::byte{0xff});  // NaN, if it were read before written
     kernel.attend(job, scratch.data());
   }
@@ -139,7 +133,7 @@ struct Problem {
     std::vector<double> out;
   };
   Answer oracle(int row, bool original) const {
-    const int d = job.head_dim;
+    const int d = job.key.width;
     std::vector<double> scores;
     double top = -std::numeric_limits<double>::infinity();
     for (const TestPage& page : pages) {
@@ -186,7 +180,7 @@ double weight_error(const AttendJob& job, int bits) {
 // Checks a problem's rows against the oracle. The bound lets each rounding of n terms add up like a random walk, six
 // standard deviations wide, on terms as large as the largest there is.
 void expect_close(const Problem& p, const std::string& what) {
-  const int d = p.job.head_dim;
+  const int d = p.job.key.width;
   for (int row = 0; row < p.job.rows; ++row) {
     const Problem::Answer want = p.oracle(row, false);
     const auto r = static_cast<size_t>(row);

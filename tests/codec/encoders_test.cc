@@ -1,4 +1,4 @@
-// Every encoder writes the bytes of the serial reference.
+// Every encoder of the uniform family writes the bytes of the serial reference.
 #include "codec/encoders.h"
 
 #include <gtest/gtest.h>
@@ -39,7 +39,7 @@ TEST(Encoders, WriteTheSerialBytes) {
   for (const TileEncoder* encoder : tile_encoders()) {
     if (encoder == &serial || !encoder->available()) continue;
     for (const int head_dim : {32, 48, 64, 80, 96, 128, 256}) {
-      for (const CodecSpec& spec : all_codec_specs()) {
+      for (const CodecSpec& spec : codec_registry().front()->specs()) {
         std::mt19937 random(static_cast<unsigned>(head_dim));
         for (const Input& input : kInputs) {
           // The wide heads repeat what the narrow ones do; one input is enough for them.
@@ -50,8 +50,8 @@ TEST(Encoders, WriteTheSerialBytes) {
           for (const Side side : {Side::kKey, Side::kValue}) {
             const size_t bytes = tile_bytes(spec, head_dim);
             std::vector<std::byte> expected(bytes), got(bytes, std::byte{0xa5});
-            serial.encode(spec, side, head_dim, x.data(), expected.data());
-            encoder->encode(spec, side, head_dim, x.data(), got.data());
+            serial.encode(spec, {kPageTokens, head_dim, side}, x.data(), nullptr, expected.data());
+            encoder->encode(spec, {kPageTokens, head_dim, side}, x.data(), nullptr, got.data());
             ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
                 << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name << " "
                 << (side == Side::kKey ? "key" : "value");
@@ -67,7 +67,7 @@ TEST(Encoders, RowsMakeTheTile) {
   for (const TileEncoder* encoder : tile_encoders()) {
     if (!encoder->available()) continue;
     for (const int head_dim : {32, 48, 64, 80, 128, 256}) {
-      for (const CodecSpec& spec : all_codec_specs()) {
+      for (const CodecSpec& spec : codec_registry().front()->specs()) {
         if (!takes_rows(spec)) continue;
         std::mt19937 random(static_cast<unsigned>(head_dim));
         std::vector<float> weights(static_cast<size_t>(head_dim * (head_dim - 1) / 2)),
@@ -122,7 +122,7 @@ TEST(Encoders, FeedBackErrorsAlike) {
     std::mt19937 random(static_cast<unsigned>(head_dim));
     std::vector<float> weights(static_cast<size_t>(head_dim * (head_dim - 1) / 2));
     for (float& w : weights) w = 0.1f * gauss(random);
-    for (const CodecSpec& spec : all_codec_specs()) {
+    for (const CodecSpec& spec : codec_registry().front()->specs()) {
       // Feedback follows scales, however they were fitted.
       if (spec.fit == Fit::kMinMax && spec.axis == Axis::kChannel) continue;
       if (head_dim == 256 && (spec.group == 64 || spec.bits > 3)) continue;
@@ -132,16 +132,17 @@ TEST(Encoders, FeedBackErrorsAlike) {
         for (int i = 0; i < kPageTokens * head_dim; ++i)
           x[static_cast<size_t>(i)] = input.value(random, i / head_dim, i % head_dim);
         for (const Side side : {Side::kKey, Side::kValue}) {
+          const TileShape shape{kPageTokens, head_dim, side};
           const size_t bytes = tile_bytes(spec, head_dim);
           std::vector<std::byte> plain(bytes), expected(bytes), got(bytes, std::byte{0xa5});
-          serial.encode(spec, side, head_dim, x.data(), plain.data());
-          serial.encode_with(spec, side, head_dim, x.data(), weights.data(), expected.data());
+          serial.encode(spec, shape, x.data(), nullptr, plain.data());
+          serial.encode(spec, shape, x.data(), weights.data(), expected.data());
           const std::vector<float> none(weights.size(), 0.0f);
-          serial.encode_with(spec, side, head_dim, x.data(), none.data(), got.data());
+          serial.encode(spec, shape, x.data(), none.data(), got.data());
           ASSERT_EQ(std::memcmp(plain.data(), got.data(), bytes), 0) << to_string(spec) << " without weights, " << input.name;
           for (const TileEncoder* encoder : tile_encoders()) {
             if (encoder == &serial || !encoder->available()) continue;
-            encoder->encode_with(spec, side, head_dim, x.data(), weights.data(), got.data());
+            encoder->encode(spec, shape, x.data(), weights.data(), got.data());
             ASSERT_EQ(std::memcmp(expected.data(), got.data(), bytes), 0)
                 << encoder->name << " " << to_string(spec) << " head_dim " << head_dim << " input " << input.name;
           }
@@ -152,14 +153,14 @@ TEST(Encoders, FeedBackErrorsAlike) {
 }
 
 TEST(Encoders, ConvertRowsAlike) {
-  const TileEncoder& serial = *tile_encoders().back();
+  const HalfEncoder& serial = *half_encoders().back();
   std::mt19937 random(7);
   std::vector<float> x(4096);
   for (float& v : x) v = gauss(random) * std::exp2(static_cast<float>(static_cast<int>(random() % 60) - 40));
   x[0] = 65519.9f, x[1] = 65520.0f, x[2] = -0.0f, x[3] = 5.9604645e-8f, x[4] = 2.98e-8f, x[5] = -70000.0f;
   std::vector<uint16_t> expected(x.size()), got(x.size());
   serial.to_f16(x.data(), static_cast<int>(x.size()), expected.data());
-  for (const TileEncoder* encoder : tile_encoders()) {
+  for (const HalfEncoder* encoder : half_encoders()) {
     if (!encoder->available()) continue;
     encoder->to_f16(x.data(), static_cast<int>(x.size()), got.data());
     EXPECT_EQ(expected, got) << encoder->name;

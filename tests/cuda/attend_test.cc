@@ -14,7 +14,8 @@
 #include "codec/tile_layout.h"
 #include "kvmix/codec.h"
 #include "kvmix/kvmix_cuda.h"
-#include "rows/transform.h"
+#include "rows/row_map.h"
+#include "support/aligned_bytes.h"
 
 namespace kvmix {
 namespace {
@@ -25,23 +26,6 @@ bool has_gpu() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
 }
-
-// A tile at a 64-byte boundary.
-class AlignedBytes {
- public:
-  explicit AlignedBytes(size_t bytes) : storage_(bytes + 64), size_(bytes) {}
-  std::byte* data() { return storage_.data() + shift(); }
-  const std::byte* data() const { return storage_.data() + shift(); }
-  size_t size() const { return size_; }
-  friend bool operator==(const AlignedBytes& a, const AlignedBytes& b) {
-    return a.size_ == b.size_ && std::memcmp(a.data(), b.data(), a.size_) == 0;
-  }
-
- private:
-  size_t shift() const { return (64 - reinterpret_cast<uintptr_t>(storage_.data()) % 64) % 64; }
-  std::vector<std::byte> storage_;
-  size_t size_;
-};
 
 struct DeviceBytes {
   void* data = nullptr;
@@ -516,6 +500,8 @@ void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
   ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
   CodecSpec specs[2] = {spec_of(format, true), spec_of(format, false)};
   for (CodecSpec& spec : specs) spec.fit = c.fitted ? Fit::kLeastSquares : Fit::kMinMax;
+  const RowMapChain maps[2] = {{transforms[0], {Side::kKey, kHeads, head_dim}, "keys"},
+                               {transforms[1], {Side::kValue, kHeads, head_dim}, "values"}};
   AlignedBytes key_tile(tile_bytes(specs[0], head_dim)), value_tile(tile_bytes(specs[1], head_dim));
   for (size_t page = 0; page < kPages; ++page) {
     for (size_t head = 0; head < kHeads; ++head) {
@@ -525,14 +511,14 @@ void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
         for (size_t t = 0; t < kPageTokens; ++t) {
           float row[256];
           for (size_t i = 0; i < dim; ++i) row[i] = f16_to_f32(x[t * dim + i]);
-          transform_row(transforms[side], static_cast<int>(head), head_dim, row);
+          maps[side].store(static_cast<int>(head), row);
           for (size_t i = 0; i < dim; ++i) rows[t * dim + i] = f32_to_f16(row[i]);
         }
         const Side which = side == 0 ? Side::kKey : Side::kValue;
         AlignedBytes& tile = side == 0 ? key_tile : value_tile;
         encode_tile(specs[side], which, head_dim, rows.data(), tile.data());
         if (c.feedback && !specs[side].is_f16()) {
-          const float* weights = head_feedback(transforms[side], static_cast<int>(head), head_dim);
+          const float* weights = maps[side].feedback(static_cast<int>(head));
           feedback_tile(specs[side], which, head_dim, rows.data(), weights, tile.data());
         }
       }

@@ -140,7 +140,7 @@ class Grouping {
   static std::vector<double> stored_rows(const std::vector<double>& rows, const SideConfig& config, Side side) {
     const std::vector<float> in(rows.begin(), rows.end());
     std::vector<float> out(in.size());
-    StoredPage(config, side, 64).read_back(0, 64, in.data(), out.data());
+    StoredPage(config, {.side = side, .kv_heads = 1, .width = 64}).read_back(0, 64, in.data(), out.data());
     return {out.begin(), out.end()};
   }
   std::vector<double> outputs(const std::vector<double>& keys, const std::vector<double>& values) const {

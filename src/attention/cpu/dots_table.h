@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codec/tile_layout.h"
+
 namespace kvmix {
 namespace {
 
@@ -31,22 +33,7 @@ class DotsTable {
   using Dots = void (*)(const DotJob<typename K::Weight>& job);
 
   static Dots find(int bits, int terms, int rows, int lane_blocks, bool two_sets) {
-    switch (bits) {
-      case 1:
-        return by_terms<1>(terms, rows, lane_blocks, two_sets);
-      case 2:
-        return by_terms<2>(terms, rows, lane_blocks, two_sets);
-      case 3:
-        return by_terms<3>(terms, rows, lane_blocks, two_sets);
-      case 4:
-        return by_terms<4>(terms, rows, lane_blocks, two_sets);
-      case 5:
-        return by_terms<5>(terms, rows, lane_blocks, two_sets);
-      case 6:
-        return by_terms<6>(terms, rows, lane_blocks, two_sets);
-      default:
-        return by_terms<8>(terms, rows, lane_blocks, two_sets);
-    }
+    return with_code_bits(bits, [&](auto b) -> Dots { return by_terms<b()>(terms, rows, lane_blocks, two_sets); });
   }
 
  private:
@@ -71,8 +58,10 @@ class DotsTable {
         return K::template dots<kBits, kTerms, kRows, 1, false>;
       case 2:
         return K::template dots<kBits, kTerms, kRows, 2, false>;
-      default:
+      case 4:
         return two_sets ? K::template dots<kBits, kTerms, kRows, 4, true> : K::template dots<kBits, kTerms, kRows, 4, false>;
+      default:  // Flow::supports
+        __builtin_unreachable();
     }
   }
 };

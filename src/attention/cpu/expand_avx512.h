@@ -16,7 +16,7 @@ constexpr int field_factor(int j) {
          : kBits == 2 ? 1 << (2 * j)
          : kBits == 3 ? (j % 2 != 0 ? 8 : 1)
          : kBits == 4 ? (j % 2 != 0 ? 16 : 1)
-                      : 1;
+                      : 1;  // expanded to whole bytes
 }
 
 template <int kBits>
@@ -51,6 +51,7 @@ inline void expand_block(const uint8_t* codes, __m512i (&e)[8]) {
       e[f] = _mm512_and_si512(merge(low, high, mask(kBits == 5 ? 0x10 : 0x30)), mask(kBits == 5 ? 0x1f : 0x3f));
     }
   } else {
+    static_assert(kBits == 8);
     for (int f = 0; f < 8; ++f) e[f] = vec(f);
   }
 }

@@ -141,6 +141,7 @@ struct Int8Avx2 {
     if constexpr (kBits == 5) return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4), 4 - f, 16));
     if constexpr (kBits == 6)
       return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4 + f / 4), 4 - 2 * (f % 4), 48));
+    static_assert(kBits != 7 && kBits <= 8);
     if constexpr (kPart == Part::kWhole) return vec(f);
     return down(vec(f), kPart == Part::kHighNibble ? 4 : 0, 15);
   }

@@ -8,20 +8,13 @@
 #include <span>
 #include <string>
 
+#include "codec/codec_family.h"
 #include "kvmix/cache.h"
-#include "kvmix/codec.h"
 
 namespace kvmix {
 
-// One side of a layer's packed pages, sizes precomputed.
-struct TileFormat {
-  CodecSpec spec;
-  Side side = Side::kKey;
-  int head_dim = 0;
-  size_t bytes = 0, scale_bytes = 0;
-};
-
-// A page of one KV head. Packed: encoded tiles of the layer's formats. Otherwise fp16 rows, token-major [live][head_dim].
+// A page of one KV head. Packed: encoded tiles of the job's formats. Otherwise fp16 rows, token-major [live][width] of either
+// side.
 struct PageRef {
   const std::byte* key;
   const std::byte* value;
@@ -31,17 +24,16 @@ struct PageRef {
 };
 
 struct AttendJob {
-  TileFormat key, value;
-  int head_dim;
+  TileFormat key, value;  // their widths may differ
   float scale, softcap;
   int sliding_window;
   bool exact;               // arithmetic at least as exact as bf16 products with fp32 sums
-  int rows;                 // query rows: row = token * group + head_in_group
-  const float* q;           // [rows][head_dim], contiguous, transformed, not scaled
+  int rows;                 // query rows: row = token * heads_per_kv + head
+  const float* q;           // [rows][key.width], contiguous, as it meets stored keys, not scaled
   const int64_t* position;  // [rows] position of the query; sees keys at p <= position (and > position - sliding_window)
   std::span<const PageRef> pages;
   // Partial softmax, overwritten: a reference m at or a little below the largest score (-inf if nothing was visible), sum l of
-  // exp(score - m), acc = sum of exp(score - m) * value row. [rows], [rows], [rows][head_dim].
+  // exp(score - m), acc = sum of exp(score - m) * value row. [rows], [rows], [rows][value.width].
   float* m;
   float* l;
   float* acc;
@@ -51,9 +43,9 @@ struct AttentionKernel {
   const char* name;
   const char* description;
   bool (*available)();  // this machine can run it
-  // Can run these formats with this many rows. The portable kernel can always.
+  // Can run these formats with this many rows. The portable kernel can always; the others know the uniform family.
   bool (*supports)(const AttendJob& job);
-  size_t (*scratch_bytes)(int head_dim, int rows);           // per thread; asked once per layer shape, for the most rows used
+  size_t (*scratch_bytes)(int width, int rows);              // per thread, of the wider side; for the most rows used
   void (*attend)(const AttendJob& job, std::byte* scratch);  // scratch 64-byte aligned; no allocation
 };
 

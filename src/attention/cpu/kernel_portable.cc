@@ -1,4 +1,5 @@
-// The portable kernel: plain C++, every codec and shape. A tile is decoded to fp32 once for all query rows of the job.
+// The portable kernel: plain C++, every codec of every family, and every shape. A tile is decoded to fp32 once for all query
+// rows of the job.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,18 +11,20 @@ namespace kvmix {
 namespace {
 
 struct Buffers {
-  float* tile;    // [kPageTokens][head_dim]
+  float* tile;    // [kPageTokens][width] of the side in hand
   float* scores;  // [rows][kPageTokens]
 };
 
-size_t tile_floats(int head_dim) { return static_cast<size_t>(kPageTokens) * static_cast<size_t>(head_dim); }
+constexpr int kLanes = 16;  // sums of a dot product side by side
+
+size_t tile_floats(int width) { return static_cast<size_t>(kPageTokens) * static_cast<size_t>(width); }
 
 // Live rows of one side of a page as floats; rows behind them are zero, whatever the memory holds.
-void load_rows(const PageRef& page, const TileFormat& format, const std::byte* data, int head_dim, float* tile) {
+void load_rows(const PageRef& page, const TileFormat& format, const std::byte* data, float* tile) {
   if (page.packed) {
-    decode_tile(format.spec, format.side, head_dim, data, tile);
+    codec_of(format.spec).decode(format.spec, format.shape(), data, tile);
   } else {
-    for (int i = 0; i < page.live * head_dim; ++i) {
+    for (int i = 0; i < page.live * format.width; ++i) {
       uint16_t h;
       std::memcpy(&h, data + static_cast<size_t>(i) * 2, 2);
       tile[i] = f16_to_f32(h);
@@ -30,10 +33,10 @@ void load_rows(const PageRef& page, const TileFormat& format, const std::byte* d
 }
 
 void attend_page(const AttendJob& job, const PageRef& page, const Buffers& buffers) {
-  const int dim = job.head_dim;
-  load_rows(page, job.key, page.key, dim, buffers.tile);
+  const int key_width = job.key.width, value_width = job.value.width;
+  load_rows(page, job.key, page.key, buffers.tile);
   for (int r = 0; r < job.rows; ++r) {
-    const float* q = job.q + static_cast<ptrdiff_t>(r) * dim;
+    const float* q = job.q + static_cast<ptrdiff_t>(r) * key_width;
     float* scores = buffers.scores + static_cast<ptrdiff_t>(r) * kPageTokens;
     const int64_t last = job.position[r], first = job.sliding_window > 0 ? last - job.sliding_window + 1 : 0;
     for (int t = 0; t < page.live; ++t) {
@@ -42,10 +45,11 @@ void attend_page(const AttendJob& job, const PageRef& page, const Buffers& buffe
         scores[t] = -INFINITY;
         continue;
       }
-      const float* k = buffers.tile + static_cast<ptrdiff_t>(t) * dim;
-      float lanes[16] = {};
-      for (int i = 0; i < dim; i += 16) {
-        for (int j = 0; j < 16; ++j) lanes[j] += q[i + j] * k[i + j];
+      const float* k = buffers.tile + static_cast<ptrdiff_t>(t) * key_width;
+      static_assert(kWidthStep % kLanes == 0);
+      float lanes[kLanes] = {};
+      for (int i = 0; i < key_width; i += kLanes) {
+        for (int j = 0; j < kLanes; ++j) lanes[j] += q[i + j] * k[i + j];
       }
       float sum = 0;
       for (const float lane : lanes) sum += lane;
@@ -53,24 +57,24 @@ void attend_page(const AttendJob& job, const PageRef& page, const Buffers& buffe
       scores[t] = job.softcap > 0 ? job.softcap * std::tanh(sum / job.softcap) : sum;
     }
   }
-  load_rows(page, job.value, page.value, dim, buffers.tile);
+  load_rows(page, job.value, page.value, buffers.tile);
   for (int r = 0; r < job.rows; ++r) {
     float* scores = buffers.scores + static_cast<ptrdiff_t>(r) * kPageTokens;
-    float* acc = job.acc + static_cast<ptrdiff_t>(r) * dim;
+    float* acc = job.acc + static_cast<ptrdiff_t>(r) * value_width;
     const float top = *std::max_element(scores, scores + page.live);
     if (top == -INFINITY) continue;
     if (top > job.m[r]) {
       const float shrink = job.m[r] == -INFINITY ? 0.0f : std::exp(job.m[r] - top);
       job.l[r] *= shrink;
-      for (int i = 0; i < dim; ++i) acc[i] *= shrink;
+      for (int i = 0; i < value_width; ++i) acc[i] *= shrink;
       job.m[r] = top;
     }
     for (int t = 0; t < page.live; ++t) {
       if (scores[t] == -INFINITY) continue;
       const float p = std::exp(scores[t] - job.m[r]);
       job.l[r] += p;
-      const float* v = buffers.tile + static_cast<ptrdiff_t>(t) * dim;
-      for (int i = 0; i < dim; ++i) acc[i] += p * v[i];
+      const float* v = buffers.tile + static_cast<ptrdiff_t>(t) * value_width;
+      for (int i = 0; i < value_width; ++i) acc[i] += p * v[i];
     }
   }
 }
@@ -78,17 +82,17 @@ void attend_page(const AttendJob& job, const PageRef& page, const Buffers& buffe
 bool available() { return true; }
 bool supports(const AttendJob&) { return true; }
 
-size_t scratch_bytes(int head_dim, int rows) {
-  return (tile_floats(head_dim) + static_cast<size_t>(rows) * kPageTokens) * sizeof(float);
+size_t scratch_bytes(int width, int rows) {
+  return (tile_floats(width) + static_cast<size_t>(rows) * kPageTokens) * sizeof(float);
 }
 
 void attend(const AttendJob& job, std::byte* scratch) {
   Buffers buffers{};
   buffers.tile = reinterpret_cast<float*>(scratch);
-  buffers.scores = buffers.tile + tile_floats(job.head_dim);
+  buffers.scores = buffers.tile + tile_floats(std::max(job.key.width, job.value.width));
   std::fill_n(job.m, job.rows, -INFINITY);
   std::fill_n(job.l, job.rows, 0.0f);
-  std::fill_n(job.acc, static_cast<ptrdiff_t>(job.rows) * job.head_dim, 0.0f);
+  std::fill_n(job.acc, static_cast<ptrdiff_t>(job.rows) * job.value.width, 0.0f);
   for (const PageRef& page : job.pages) {
     if (page.live > 0) attend_page(job, page, buffers);
   }

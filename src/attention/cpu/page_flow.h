@@ -22,7 +22,7 @@
 namespace kvmix {
 namespace {
 
-inline constexpr int kMaxDim = 256;
+inline constexpr int kMaxDim = kMostWidth;
 inline constexpr int kMaxScales = 1024;  // of a tile: 256 x 128 elements in groups of 32
 inline constexpr int kMaxBlockRows = 4;
 inline constexpr int kMaxTerms = 2;
@@ -57,7 +57,7 @@ struct SidePlan {
 };
 
 inline SidePlan side_plan(const TileFormat& f, int terms) {
-  const TileGeometry g = tile_geometry(f.side, f.head_dim);
+  const TileGeometry g = tile_geometry(f.side, f.width);
   const bool lane_scaled = (f.side == Side::kKey) == (f.spec.axis == Axis::kToken);
   const int group = f.spec.group;
   SidePlan p{};
@@ -100,8 +100,10 @@ class Flow {
 
  public:
   static bool supports(const AttendJob& job) {
-    const int d = job.head_dim;
-    if (d < 32 || d > kMaxDim || d % kUnitLanes != 0) return false;
+    const int d = job.key.width;
+    if (d != job.value.width || d < kLeastWidth || d > kMaxDim || d % kUnitLanes != 0) return false;
+    if (!job.key.spec.is_uniform() || !job.value.spec.is_uniform()) return false;
+    if (job.key.slots != kPageTokens || job.value.slots != kPageTokens) return false;
     // A last lane group of three blocks would need its own micro-kernel; no model in use has such a head.
     return job.value.spec.is_f16() || (d / kUnitLanes) % kLaneGroupBlocks != 3;
   }
@@ -126,7 +128,7 @@ class Flow {
       job_.m[r] = -INFINITY;
       S::store(sums_ + r * kW, S::zero());
     }
-    for (int i = 0; i < job_.rows * job_.head_dim; i += kW) S::store(job_.acc + i, S::zero());
+    for (int i = 0; i < job_.rows * job_.key.width; i += kW) S::store(job_.acc + i, S::zero());
     const PageRef* pages = job_.pages.data();
     const size_t n = job_.pages.size();
     const size_t batch = job_.rows > 4 * kMaxBlockRows ? kBatchPages : 1;
@@ -160,7 +162,7 @@ class Flow {
 
   // Query rows r0 .. r0 + rows - 1 over a batch of pages.
   void attend_block(const PageRef* pages, int count, int left, int r0, int rows) {
-    const int d = job_.head_dim;
+    const int d = job_.key.width;
     const float* q = job_.q + static_cast<ptrdiff_t>(r0) * d;
     const float factor = job_.softcap > 0 ? job_.scale : job_.scale * kLog2e;
     Range seen[kBatchPages];  // slots that any of the rows sees
@@ -391,8 +393,8 @@ class Flow {
     const V alpha = S::set1(change[0]);
     job_.m[row] = m;
     S::store(sums_ + row * kW, S::mul(S::load(sums_ + row * kW), alpha));
-    float* acc = job_.acc + static_cast<ptrdiff_t>(row) * job_.head_dim;
-    for (int c = 0; c < job_.head_dim; c += kW) S::store(acc + c, S::mul(S::load(acc + c), alpha));
+    float* acc = job_.acc + static_cast<ptrdiff_t>(row) * job_.key.width;
+    for (int c = 0; c < job_.key.width; c += kW) S::store(acc + c, S::mul(S::load(acc + c), alpha));
   }
 
   // score = log2(e) * softcap * tanh(score / softcap), tanh by exp of a non-positive number.
@@ -410,7 +412,7 @@ class Flow {
   // Scores against fp16 rows [lo, hi) (token-major). kW tokens at a time are widened once for all query rows.
   void score_f16(const PageRef& page, const float* q, int rows, int lo, int hi, float factor, float* out) {
     const auto* key = reinterpret_cast<const uint16_t*>(page.key);
-    const int d = job_.head_dim;
+    const int d = job_.key.width;
     // Pages that several blocks of rows read are near already.
     const bool cold = rows == job_.rows;
     for (int t0 = lo / kW * kW; t0 < hi; t0 += kW) {
@@ -440,7 +442,7 @@ class Flow {
 
   void add_f16(const uint16_t* value, const float* p, float* acc, int rows, int lo, int hi) {
     constexpr int kStep = K::kValueVectors;
-    const int d = job_.head_dim;
+    const int d = job_.key.width;
     for (int c = 0; c < d; c += kStep * kW) {
       const bool whole = d - c >= kStep * kW;
       for (int i = 0; i < kStep && c + i * kW < d; i += whole ? kStep : 1) {
@@ -466,7 +468,7 @@ class Flow {
 
   template <int kRows, int kVectors>
   void add_f16(const uint16_t* value, const float* p, float* acc, int lo, int hi) {
-    const int d = job_.head_dim;
+    const int d = job_.key.width;
     V a[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kVectors; ++i) a[r][i] = S::load(acc + r * d + i * kW);

@@ -5,14 +5,12 @@
 #include "backend/cpu/cpu_backend.h"
 #include "codec/encoders.h"
 #include "codec/row.h"
-#include "rows/transform.h"
 
 namespace kvmix {
 namespace {
 
 constexpr int kAppendBlockTokens = 32;
 constexpr int kRowsTogether = 4;  // that are stored together
-constexpr int kMaxHeadDim = 256;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -20,14 +18,13 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 // Stores n <= kRowsTogether rows of floats into slots of a side that is filled token by token, codes with error feedback
 // unless `columns` is null.
 void store_rows(const TileFormat& format, int first_slot, int n, const float* rows, const float* columns, std::byte* side) {
-  const TileEncoder& encoder = best_tile_encoder();
-  const int dim = format.head_dim;
+  const int dim = format.width;
   if (format.spec.is_f16()) {
-    encoder.to_f16(rows, n * dim, reinterpret_cast<uint16_t*>(side) + static_cast<ptrdiff_t>(first_slot) * dim);
+    to_f16(rows, n * dim, reinterpret_cast<uint16_t*>(side) + static_cast<ptrdiff_t>(first_slot) * dim);
     return;
   }
   std::byte records[kRowsTogether * kMostRowBytes];
-  encoder.encode_rows(format.spec, dim, n, rows, columns, records);
+  encode_rows(format.spec, dim, n, rows, columns, records);
   for (int r = 0; r < n; ++r) {
     store_row(format.spec, format.side, dim, records + static_cast<size_t>(r) * row_bytes(format.spec, dim), first_slot + r,
               side);
@@ -37,15 +34,14 @@ void store_rows(const TileFormat& format, int first_slot, int n, const float* ro
 // All slots of a tile as fp16 rows: where they stand if they are, else in `room`.
 const uint16_t* half_rows(const TileFormat& format, const std::byte* side, std::vector<uint16_t>& room) {
   if (format.spec.is_f16()) return reinterpret_cast<const uint16_t*>(side);
-  const TileEncoder& encoder = best_tile_encoder();
-  const int dim = format.head_dim;
+  const int dim = format.width;
   room.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(dim));
   for (int t = 0; t < kPageTokens; ++t) {
     std::byte record[kMostRowBytes];
-    float row[kMaxHeadDim];
+    float row[kMostWidth];
     load_row(format.spec, format.side, dim, side, t, record);
     decode_row(format.spec, dim, record, row);
-    encoder.to_f16(row, dim, room.data() + static_cast<ptrdiff_t>(t) * dim);
+    to_f16(row, dim, room.data() + static_cast<ptrdiff_t>(t) * dim);
   }
   return room.data();
 }
@@ -62,16 +58,15 @@ void CpuBackend::transcode(const Transcode& job, Scratch& scratch) {
     const TileFormat &a = key ? from.key : from.value, &b = key ? to.key : to.value;
     const std::byte* in = source + (key ? 0 : from.value_offset);
     std::byte* out = target + (key ? 0 : to.value_offset);
-    const TransformSpec& transform = key ? layer.config.key.transform : layer.config.value.transform;
+    const RowMapChain& maps = key ? layer.key_maps : layer.value_maps;
     if (!to.appendable()) {
-      best_tile_encoder().encode_with(b.spec, side, b.head_dim, half_rows(a, in, scratch.half),
-                                      head_feedback(transform, job.kv_head, b.head_dim), out);
+      codec_of(b.spec).encode(b.spec, b.shape(), half_rows(a, in, scratch.half), maps.feedback(job.kv_head), out);
       continue;
     }
-    scratch.rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(a.head_dim));
-    decode_tile(a.spec, side, a.head_dim, in, scratch.rows.data());
+    scratch.rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(a.width));
+    codec_of(a.spec).decode(a.spec, a.shape(), in, scratch.rows.data());
     for (int t = 0; t < kPageTokens; t += kRowsTogether) {
-      store_rows(b, t, kRowsTogether, scratch.rows.data() + static_cast<ptrdiff_t>(t) * b.head_dim,
+      store_rows(b, t, kRowsTogether, scratch.rows.data() + static_cast<ptrdiff_t>(t) * b.width,
                  key ? layer.columns(job.kv_head) : nullptr, out);
     }
   }
@@ -91,7 +86,7 @@ void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const
   if (!transcodes.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();
 
   // Threads share heads, and a prompt's blocks of tokens.
-  alignas(64) float rows[kRowsTogether * kMaxHeadDim];
+  alignas(64) float rows[kRowsTogether * kMostWidth];
   int task = 0;
   for (const StepEntry& entry : plan_->entries) {
     for (int head = 0; head < layer.config.kv_heads; ++head) {
@@ -107,17 +102,17 @@ void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const
           const auto slot = static_cast<int>(entry.start + t - pages[at].first);
           n = std::min({kRowsTogether, end - t, f->slots - slot});
           std::byte* page = memory(pages[at].handle);
-          const auto store = [&](const float* from, int64_t stride, const TransformSpec& transform, const TileFormat& side,
+          const auto store = [&](const float* from, int64_t stride, const RowMapChain& maps, const TileFormat& side,
                                  const float* columns, std::byte* to) {
             for (int r = 0; r < n; ++r) {
               float* row = rows + r * dim;
               std::copy_n(from + (entry.row + t + r) * stride + head * dim, dim, row);
-              transform_row(transform, head, dim, row);
+              maps.store(head, row);
             }
             store_rows(side, slot, n, rows, columns, to);
           };
-          store(k, k_stride, layer.config.key.transform, f->key, layer.columns(head), page);
-          store(v, v_stride, layer.config.value.transform, f->value, nullptr, page + f->value_offset);
+          store(k, k_stride, layer.key_maps, f->key, layer.columns(head), page);
+          store(v, v_stride, layer.value_maps, f->value, nullptr, page + f->value_offset);
         }
       }
     }

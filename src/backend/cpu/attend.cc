@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "backend/cpu/cpu_backend.h"
-#include "rows/transform.h"
 
 namespace kvmix {
 namespace {
@@ -28,10 +27,10 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
     const int q_head = unit.head * layer.heads_per_kv + r % layer.heads_per_kv;
     float* to = scratch.q.data() + static_cast<ptrdiff_t>(r) * dim;
     std::copy_n(q + (entry.row + token) * q_stride + q_head * dim, dim, to);
-    transform_query(config.key.transform, unit.head, dim, to);
+    layer.key_maps.query(unit.head, to);
     scratch.positions[static_cast<size_t>(r)] = entry.start + token;
   }
-  AttendJob job = layer_job(layer);
+  AttendJob job = layer_job(config);
   job.rows = rows;
   job.q = scratch.q.data();
   job.position = scratch.positions.data();
@@ -109,7 +108,7 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
     float* to = out + (entry.row + unit.first_token + row / layer.heads_per_kv) * out_stride + q_head * dim;
     const float norm = sum > 0 ? 1.0f / sum : 0.0f;
     for (int i = 0; i < dim; ++i) to[i] = acc[i] * norm;
-    inverse_row(layer.config.value.transform, unit.head, dim, to);
+    layer.value_maps.output(unit.head, to);
   };
   for (;;) {
     const int index = next_unit_[l].fetch_add(1, std::memory_order_relaxed);

@@ -6,14 +6,13 @@
 #include "base/fp16.h"
 #include "codec/row.h"
 #include "kvmix/error.h"
-#include "rows/transform.h"
 
 namespace kvmix {
 namespace {
 
 // Bytes of a token's row as a file holds it.
 size_t saved_row_bytes(const TileFormat& format) {
-  return format.spec.is_f16() ? static_cast<size_t>(format.head_dim) * 2 : row_bytes(format.spec, format.head_dim);
+  return format.spec.is_f16() ? static_cast<size_t>(format.width) * 2 : row_bytes(format.spec, format.width);
 }
 
 }  // namespace
@@ -43,11 +42,9 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
   }
   threads_.resize(static_cast<size_t>(config.threads));
   cuts_.resize(layers.size());
+  layers_.reserve(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
-    Layer& layer = layers_.emplace_back();
-    layer.config = config.layers[l];
-    layer.ids = layers[l];
-    layer.heads_per_kv = layer.config.q_heads / layer.config.kv_heads;
+    Layer& layer = layers_.emplace_back(config.layers[l], layers[l]);
     layer.tiles.push_back(layer.ids.sealed);
     const PageFormat& recent = formats_[layer.ids.recent];
     if (!recent.rows) layer.tiles.push_back(layer.ids.recent);
@@ -56,10 +53,10 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
       const ptrdiff_t square = static_cast<ptrdiff_t>(dim) * dim;
       layer.key_columns.resize(static_cast<size_t>(layer.config.kv_heads * square));
       for (int h = 0; h < layer.config.kv_heads; ++h) {
-        feedback_columns(head_feedback(layer.config.key.transform, h, dim), dim, layer.key_columns.data() + h * square);
+        feedback_columns(layer.key_maps.feedback(h), dim, layer.key_columns.data() + h * square);
       }
     }
-    AttendJob job = layer_job(layer);
+    AttendJob job = layer_job(layer.config);
     job.key = formats_[layer.ids.sealed].key;
     job.value = formats_[layer.ids.sealed].value;
     job.rows = layer.heads_per_kv;
@@ -67,12 +64,11 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
   }
 }
 
-AttendJob CpuBackend::layer_job(const Layer& layer) const {
+AttendJob CpuBackend::layer_job(const LayerConfig& layer) const {
   AttendJob job{};
-  job.head_dim = layer.config.head_dim;
-  job.scale = layer.config.scale;
-  job.softcap = layer.config.softcap;
-  job.sliding_window = layer.config.sliding_window;
+  job.scale = layer.scale;
+  job.softcap = layer.softcap;
+  job.sliding_window = layer.sliding_window;
   job.exact = exact_;
   return job;
 }
@@ -83,15 +79,11 @@ const AttentionKernel& CpuBackend::pick_kernel(const AttendJob& job) const {
   }
   throw Error(Status::kUnsupported, "attention kernel \"" + forced_kernel_ + "\" does not take keys " +
                                         to_string(job.key.spec) + ", values " + to_string(job.value.spec) + " at head_dim " +
-                                        std::to_string(job.head_dim) + "; leave the kernel to the library");
+                                        std::to_string(job.key.width) + "; leave the kernel to the library");
 }
 
 Support CpuBackend::supports(const LayerConfig& layer, const PageFormat& format) const {
-  AttendJob job{};
-  job.head_dim = layer.head_dim;
-  job.softcap = layer.softcap;
-  job.sliding_window = layer.sliding_window;
-  job.exact = exact_;
+  AttendJob job = layer_job(layer);
   job.key = format.key;
   job.value = format.value;
   job.rows = layer.q_heads / layer.kv_heads;
@@ -126,7 +118,7 @@ void CpuBackend::read(const PageEntry& page, Side side, float* rows) const {
   const PageFormat& f = format(page);
   const TileFormat& tile = side == Side::kKey ? f.key : f.value;
   const std::byte* from = memory(page.handle) + (side == Side::kKey ? 0 : f.value_offset);
-  const auto n = static_cast<size_t>(page.live) * static_cast<size_t>(tile.head_dim);
+  const auto n = static_cast<size_t>(page.live) * static_cast<size_t>(tile.width);
   if (f.rows || tile.spec.is_f16()) {
     for (size_t i = 0; i < n; ++i) {
       uint16_t h;
@@ -135,8 +127,8 @@ void CpuBackend::read(const PageEntry& page, Side side, float* rows) const {
     }
     return;
   }
-  std::vector<float> decoded(static_cast<size_t>(kPageTokens) * static_cast<size_t>(tile.head_dim));
-  decode_tile(tile.spec, side, tile.head_dim, from, decoded.data());
+  std::vector<float> decoded(static_cast<size_t>(kPageTokens) * static_cast<size_t>(tile.width));
+  decode_tile(tile.spec, side, tile.width, from, decoded.data());
   std::copy_n(decoded.data(), n, rows);
 }
 
@@ -159,7 +151,7 @@ void CpuBackend::save(const PageEntry& page, std::string& to) const {
       std::byte record[kMostRowBytes];
       const std::byte* row = tile + static_cast<size_t>(t) * bytes;
       if (!side->spec.is_f16()) {
-        load_row(side->spec, side->side, side->head_dim, tile, t, record);
+        load_row(side->spec, side->side, side->width, tile, t, record);
         row = record;
       }
       to.append(reinterpret_cast<const char*>(row), bytes);
@@ -181,7 +173,7 @@ void CpuBackend::load(const PageEntry& page, const char* from) {
       if (side->spec.is_f16()) {
         std::memcpy(tile + static_cast<size_t>(t) * bytes, from, bytes);
       } else {
-        store_row(side->spec, side->side, side->head_dim, reinterpret_cast<const std::byte*>(from), t, tile);
+        store_row(side->spec, side->side, side->width, reinterpret_cast<const std::byte*>(from), t, tile);
       }
     }
   }

@@ -9,6 +9,7 @@
 #include "backend/backend.h"
 #include "backend/cpu/pool.h"
 #include "base/parallel.h"
+#include "rows/row_map.h"
 
 namespace kvmix {
 
@@ -66,9 +67,16 @@ class CpuBackend final : public Backend {
     double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
   };
   struct Layer {
-    LayerConfig config;
+    Layer(const LayerConfig& layer, const LayerFormats& formats)
+        : config(layer),
+          ids(formats),
+          key_maps(layer.key.transform, row_shape(layer, Side::kKey), "keys"),
+          value_maps(layer.value.transform, row_shape(layer, Side::kValue), "values") {}
+
+    const LayerConfig& config;
     LayerFormats ids;
-    int heads_per_kv;
+    RowMapChain key_maps, value_maps;
+    int heads_per_kv = config.q_heads / config.kv_heads;
     // Formats of tiles that pages of this layer can have, the sealed one first; fp16 rows go with that one.
     std::vector<FormatId> tiles;
     // Feedback of recent keys, [kv_heads][head_dim][head_dim] (feedback_columns), or empty. Values do not need it: their errors
@@ -84,7 +92,7 @@ class CpuBackend final : public Backend {
   static std::byte* memory(PageHandle page) { return reinterpret_cast<std::byte*>(static_cast<uintptr_t>(page)); }
   const PageFormat& format(const PageEntry& entry) const { return formats_[static_cast<FormatId>(entry.format)]; }
   const AttentionKernel& pick_kernel(const AttendJob& job) const;
-  AttendJob layer_job(const Layer& layer) const;
+  AttendJob layer_job(const LayerConfig& layer) const;
   void transcode(const Transcode& job, Scratch& scratch);
   void cut(size_t layer);
   void attend_unit(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,

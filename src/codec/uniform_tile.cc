@@ -1,0 +1,145 @@
+// The serial reference of the uniform family: tiles.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/fp16.h"
+#include "codec/quantize.h"
+#include "codec/tile_layout.h"
+#include "codec/uniform.h"
+
+namespace kvmix {
+namespace {
+
+// Calls visit(first token, token count, first channel, channel count, scale index) for every group of a tile.
+template <typename Visit>
+void for_each_group(const CodecSpec& spec, int width, Visit visit) {
+  if (spec.axis == Axis::kChannel) {
+    for (int t = 0; t < kPageTokens; t += spec.group) {
+      for (int c = 0; c < width; ++c) visit(t, spec.group, c, 1, scale_index(spec, width, t, c));
+    }
+  } else {
+    for (int c = 0; c < width; c += spec.group) {
+      const int n = std::min(spec.group, width - c);
+      for (int t = 0; t < kPageTokens; ++t) visit(t, 1, c, n, scale_index(spec, width, t, c));
+    }
+  }
+}
+
+float finite(float v) { return std::isfinite(v) ? v : 0.0f; }
+
+// A scale or midpoint of a tile, or a number of an fp16 one.
+float stored_half(const std::byte* tile, int index) {
+  uint16_t h;
+  std::memcpy(&h, tile + static_cast<size_t>(index) * sizeof h, sizeof h);
+  return f16_to_f32(h);
+}
+
+// All codes of a block of 8 units, a byte each.
+template <int kBits>
+void unpack_block(const uint8_t* block, uint8_t* out) {
+  for (int f = 0; f < kBlockUnits; ++f) {
+    for (int i = 0; i < kUnitCodes; ++i) out[f * kUnitCodes + i] = static_cast<uint8_t>(get_code(kBits, block, f, i));
+  }
+}
+
+void encode_plain(const CodecSpec& spec, Side side, int width, const uint16_t* x, std::byte* out) {
+  const size_t scale_bytes = uniform_scale_bytes(spec, width);
+  std::memset(out, 0, uniform_bytes(spec, width));
+  auto* codes = reinterpret_cast<uint8_t*>(out + scale_bytes);
+  const TileGeometry geometry = tile_geometry(side, width);
+  const int mids_at = scale_count(spec, width);
+  for_each_group(spec, width, [&](int token, int tokens, int channel, int channels, int index) {
+    float values[kMaxGroup] = {};
+    uint8_t group_codes[kMaxGroup];
+    int n = 0;
+    for (int t = token; t < token + tokens; ++t) {
+      for (int c = channel; c < channel + channels; ++c) values[n++] = finite(f16_to_f32(x[t * width + c]));
+    }
+    const GroupScale g = quantize_group(values, n, spec.bits, spec.fit, spec.zero_point, group_codes);
+    std::memcpy(out + static_cast<size_t>(index) * 2, &g.scale, 2);
+    if (spec.zero_point) std::memcpy(out + static_cast<size_t>(mids_at + index) * 2, &g.mid, 2);
+    n = 0;
+    for (int t = token; t < token + tokens; ++t) {
+      for (int c = channel; c < channel + channels; ++c) {
+        const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
+        put_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce), group_codes[n++]);
+      }
+    }
+  });
+}
+
+// Rounds the codes of a tile that encode_plain wrote anew.
+void feed_back(const CodecSpec& spec, Side side, int width, const uint16_t* x, const float* feedback, std::byte* tile) {
+  const size_t scale_bytes = uniform_scale_bytes(spec, width);
+  const int mids_at = scale_count(spec, width);
+  const float centre = code_centre(spec.bits), top = static_cast<float>((1 << spec.bits) - 1);
+  const TileGeometry geometry = tile_geometry(side, width);
+  auto* codes = reinterpret_cast<uint8_t*>(tile + scale_bytes);
+  std::memset(codes, 0, uniform_bytes(spec, width) - scale_bytes);
+  for (int t = 0; t < kPageTokens; ++t) {
+    float errors[kMostWidth];
+    const float* weights = feedback;
+    for (int c = 0; c < width; ++c) {
+      const float exact = finite(f16_to_f32(x[t * width + c]));
+      float wanted = exact;
+      for (int i = 0; i < c; ++i) wanted = wanted + weights[i] * errors[i];
+      weights += c;
+      const int index = scale_index(spec, width, t, c);
+      const float scale = stored_half(tile, index), mid = spec.zero_point ? stored_half(tile, mids_at + index) : 0.0f;
+      const float code = quantize_code(finite(wanted), code_map(scale, mid, top), top);
+      errors[c] = exact - (mid + scale * (code - centre));
+      const int lane = side == Side::kKey ? t : c, reduce = side == Side::kKey ? c : t;
+      put_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce), static_cast<int>(code));
+    }
+  }
+}
+
+}  // namespace
+
+void encode_uniform(const CodecSpec& spec, const TileShape& shape, const uint16_t* x, const float* feedback, std::byte* out) {
+  if (spec.is_f16()) {
+    std::memcpy(out, x, uniform_bytes(spec, shape.width));
+    return;
+  }
+  encode_plain(spec, shape.side, shape.width, x, out);
+  if (feedback != nullptr) feed_back(spec, shape.side, shape.width, x, feedback, out);
+}
+
+void decode_uniform(const CodecSpec& spec, const TileShape& shape, const std::byte* in, float* x) {
+  const Side side = shape.side;
+  const int width = shape.width;
+  if (spec.is_f16()) {
+    for (int i = 0; i < kPageTokens * width; ++i) x[i] = stored_half(in, i);
+    return;
+  }
+  const int scales = scale_count(spec, width);
+  const auto* codes = reinterpret_cast<const uint8_t*>(in + uniform_scale_bytes(spec, width));
+  const float centre = code_centre(spec.bits);
+  const TileGeometry geometry = tile_geometry(side, width);
+  const int lane_blocks = geometry.lanes / kUnitLanes, quads = geometry.reduce / kUnitReduce;
+  using Unpack = void (*)(const uint8_t*, uint8_t*);
+  const Unpack unpack = with_code_bits(spec.bits, [](auto bits) -> Unpack { return unpack_block<bits()>; });
+  uint8_t block[kBlockUnits * kUnitCodes];
+  int unit = 0;
+  for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
+    const int in_group = std::min(kLaneGroupBlocks, lane_blocks - first);
+    for (int quad = 0; quad < quads; ++quad) {
+      for (int b = 0; b < in_group; ++b, ++unit) {
+        if (unit % kBlockUnits == 0) {
+          unpack(codes + static_cast<ptrdiff_t>(unit / kBlockUnits) * spec.bits * kVectorBytes, block);
+        }
+        const uint8_t* q = block + (unit % kBlockUnits) * kUnitCodes;
+        for (int i = 0; i < kUnitCodes; ++i) {
+          const int lane = (first + b) * kUnitLanes + i / kUnitReduce, reduce = quad * kUnitReduce + i % kUnitReduce;
+          const int token = side == Side::kKey ? lane : reduce, channel = side == Side::kKey ? reduce : lane;
+          const int index = scale_index(spec, width, token, channel);
+          const float mid = spec.zero_point ? stored_half(in, scales + index) : 0.0f;
+          x[token * width + channel] = mid + stored_half(in, index) * (static_cast<float>(q[i]) - centre);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace kvmix
