@@ -123,6 +123,8 @@ class Cache {
   // Opens a step: reserves memory, decides what is sealed. Rows of all items are laid out one after the other in the
   // order given; q, k, v and out below follow it. Throws kOutOfMemory before anything changed.
   void begin_step(std::span<const StepItem> items);
+  // Bytes of the pages that such a step would take, those it gives back at its end not subtracted.
+  size_t step_bytes(std::span<const StepItem> items) const;
   // Seals what left the window, then stores the step's rows. k, v: float [n_rows][kv_heads][head_dim], row strides in
   // floats. Keys are post-RoPE.
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int ith, int nth);

@@ -1,4 +1,5 @@
 // Saved caches (docs/file-formats.md): header, per layer its shape and codecs, then records head by head, then a checksum.
+#include <algorithm>
 #include <cstring>
 
 #include "base/checksum.h"
@@ -82,7 +83,7 @@ Header read_header(Reader& in) {
   header.fingerprint = in.text("the fingerprint");
   header.tokens = in.number<int64_t>("the token count");
   const auto layers = in.number<uint32_t>("the layer count");
-  if (header.tokens < 0 || header.tokens > (int64_t{1} << 40)) in.fail("token count " + std::to_string(header.tokens));
+  if (header.tokens < 0 || header.tokens > INT32_MAX) in.fail("token count " + std::to_string(header.tokens));
   if (layers == 0 || layers > 65536) in.fail("layer count " + std::to_string(layers));
   for (uint32_t l = 0; l < layers; ++l) {
     SavedLayer layer{};
@@ -121,42 +122,30 @@ Reader open_saved(const std::string& path, const std::string& content) {
   return in;
 }
 
-// Bytes of a row of an open page's side, and such rows out of a page and into one.
-size_t saved_row_bytes(const TileFormat& format) {
-  return format.spec.is_f16() ? static_cast<size_t>(format.head_dim) * 2 : row_bytes(format.spec, format.head_dim);
-}
-void save_rows(const TileFormat& format, const std::byte* page, int count, std::string& to) {
-  const size_t bytes = saved_row_bytes(format);
-  for (int t = 0; t < count; ++t) {
-    std::byte record[kMostRowBytes];
-    const std::byte* row = page + static_cast<size_t>(t) * bytes;
-    if (!format.spec.is_f16()) {
-      load_row(format.spec, format.side, format.head_dim, page, t, record);
-      row = record;
-    }
-    to.append(reinterpret_cast<const char*>(row), bytes);
-  }
-}
-void load_rows(const TileFormat& format, Reader& from, int count, std::byte* page) {
-  const size_t bytes = saved_row_bytes(format);
-  for (int t = 0; t < count; ++t) {
-    const char* row = from.bytes(bytes, "a page");
-    if (format.spec.is_f16()) {
-      std::memcpy(page + static_cast<size_t>(t) * bytes, row, bytes);
-    } else {
-      store_row(format.spec, format.side, format.head_dim, reinterpret_cast<const std::byte*>(row), t, page);
-    }
-  }
-}
+struct PageCounts {
+  int64_t sealed, freed;
+};
 
 }  // namespace
 
 void Cache::save(SequenceId id, const std::string& path, const std::string& fingerprint) const {
   const Impl& impl = *impl_;
-  const SequenceState& sequence = impl.find(id);
-  if (impl.in_step) throw Error(Status::kInvalidArgument, "a sequence cannot be saved inside a step; end it first");
+  const SequencePages& sequence = impl.ledger.find(id);
+  if (impl.ledger.is_open()) throw Error(Status::kInvalidArgument, "a sequence cannot be saved inside a step; end it first");
   if (fingerprint.size() > kLongestText)
     throw Error(Status::kInvalidArgument, "the fingerprint of a saved cache is at most 4096 bytes");
+  // Of the pages behind the sinks: those sealed and those that left a sliding window, the latter counted among both.
+  const auto count_pages = [&](size_t l) {
+    PageCounts counts{0, 0};
+    bool first = true;
+    for (const PageEntry& entry : sequence.layers[l].heads[0].pages) {
+      if (entry.format == impl.ids[l].sinks) continue;
+      if (first) counts.freed = counts.sealed = (entry.first - impl.config.layers[l].sinks) / kPageTokens;
+      first = false;
+      if (impl.format(entry).role == PageRole::kSealed) ++counts.sealed;
+    }
+    return counts;
+  };
   Writer out(path);
   // The body is summed as one stream, so it is collected as one write per record.
   out.bytes(kMagic, sizeof kMagic);
@@ -176,33 +165,16 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     number(static_cast<int32_t>(layer.kv_heads));
     number(static_cast<int32_t>(layer.head_dim));
     number(static_cast<int32_t>(layer.sinks));
-    number(sequence.layers[l].sealed);
-    number(sequence.layers[l].freed);
+    const PageCounts counts = count_pages(l);
+    number(counts.sealed);
+    number(counts.freed);
     text(to_string(layer.key.codec));
     text(to_string(layer.value.codec));
     text(to_string(layer.recent));
   }
-  for (size_t l = 0; l < sequence.layers.size(); ++l) {
-    const LayerConfig& layer = impl.config.layers[l];
-    const LayerSizes& s = impl.sizes[l];
-    const LayerState& state = sequence.layers[l];
-    const size_t row = static_cast<size_t>(layer.head_dim) * 2;
-    const auto sinks = static_cast<size_t>(std::min<int64_t>(layer.sinks, sequence.length));
-    for (const HeadState& head : state.heads) {
-      if (sinks > 0) {
-        add(head.sinks, sinks * row);
-        add(head.sinks + static_cast<size_t>(layer.sinks) * row, sinks * row);
-      }
-      for (int64_t p = state.freed; p < static_cast<int64_t>(head.pages.size()); ++p) {
-        const std::byte* page = head.pages[static_cast<size_t>(p)];
-        if (p < state.sealed) {
-          add(page, s.packed_bytes);
-        } else {
-          const int live = live_slots(layer, p, sequence.length);
-          save_rows(s.open_key, page, live, body);
-          save_rows(s.open_value, page + s.open_key.bytes, live, body);
-        }
-      }
+  for (const LayerPages& layer : sequence.layers) {
+    for (const PageList& list : layer.heads) {
+      for (const PageEntry& entry : list.pages) impl.backend->save(entry, body);
     }
   }
   out.bytes(body.data(), body.size());
@@ -211,7 +183,7 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
 
 SequenceId Cache::load(const std::string& path, const std::string& fingerprint) {
   Impl& impl = *impl_;
-  if (impl.in_step) throw Error(Status::kInvalidArgument, "a sequence cannot be loaded inside a step; end it first");
+  if (impl.ledger.is_open()) throw Error(Status::kInvalidArgument, "a sequence cannot be loaded inside a step; end it first");
   const std::string content = read_file(path, kLargestFile);
   Reader in = open_saved(path, content);
   const Header header = read_header(in);
@@ -233,62 +205,42 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
       throw Error(Status::kMismatch,
                   path + ": " + where + " has another shape or codec than this cache; use the plan it was saved with");
     }
-    const int64_t pages = page_count(layer, header.tokens);
     const int64_t full = header.tokens <= layer.sinks ? 0 : (header.tokens - layer.sinks) / kPageTokens;
     if (saved.sealed < 0 || saved.sealed > full || saved.freed < 0 || saved.freed > saved.sealed ||
-        saved.freed > predict_pages(layer, header.tokens).freed || pages > (int64_t{1} << 32) ||
-        (saved.sealed > saved.freed && !impl.sizes[l].seals)) {
+        saved.freed > predict_pages(layer, header.tokens).freed || (saved.sealed > saved.freed && !impl.ids[l].seals)) {
       in.fail(where + " says " + std::to_string(saved.sealed) + " sealed and " + std::to_string(saved.freed) + " freed pages");
     }
   }
-  // The records must be exactly what is left, before anything is allocated.
+  // The page lists that the header means; the records must be exactly what is left, before anything is allocated.
+  std::vector<std::vector<PageEntry>> lists;
   size_t expected = sizeof(uint64_t);
   for (size_t l = 0; l < header.layers.size(); ++l) {
     const LayerConfig& layer = impl.config.layers[l];
-    const size_t row = static_cast<size_t>(layer.head_dim) * 2;
-    const int64_t sinks = std::min<int64_t>(layer.sinks, header.tokens);
-    const int64_t open_rows = header.tokens - sinks - header.layers[l].sealed * kPageTokens;
-    expected += static_cast<size_t>(layer.kv_heads) *
-                (2 * row * static_cast<size_t>(sinks) +
-                 (saved_row_bytes(impl.sizes[l].open_key) + saved_row_bytes(impl.sizes[l].open_value)) *
-                     static_cast<size_t>(std::max<int64_t>(open_rows, 0)) +
-                 static_cast<size_t>(header.layers[l].sealed - header.layers[l].freed) * impl.sizes[l].packed_bytes);
+    std::vector<PageEntry>& list = lists.emplace_back();
+    const auto add = [&](FormatId format, int64_t first) {
+      const auto live = static_cast<int32_t>(std::min<int64_t>(header.tokens - first, impl.formats[format].slots));
+      list.push_back({kNoPage, format, static_cast<int32_t>(first), live});
+      expected += static_cast<size_t>(layer.kv_heads) * impl.backend->saved_bytes(impl.formats[format], live);
+    };
+    if (layer.sinks > 0 && header.tokens > 0) add(impl.ids[l].sinks, 0);
+    for (int64_t p = header.layers[l].freed; p < page_count(layer, header.tokens); ++p) {
+      add(p < header.layers[l].sealed ? impl.ids[l].sealed : impl.ids[l].recent, layer.sinks + p * kPageTokens);
+    }
   }
   if (expected != in.left())
     in.fail("its records take " + std::to_string(in.left()) + " bytes instead of " + std::to_string(expected));
 
   const SequenceId id = create();
-  SequenceState& sequence = impl.find(id);
+  SequencePages& sequence = impl.ledger.find(id);
   try {
     for (size_t l = 0; l < header.layers.size(); ++l) {
-      const LayerConfig& layer = impl.config.layers[l];
-      const LayerSizes& s = impl.sizes[l];
-      LayerState& state = sequence.layers[l];
-      const size_t row = static_cast<size_t>(layer.head_dim) * 2;
-      const auto sinks = static_cast<size_t>(std::min<int64_t>(layer.sinks, header.tokens));
-      const int64_t pages = page_count(layer, header.tokens);
-      state.sealed = header.layers[l].sealed;
-      state.freed = header.layers[l].freed;
-      for (HeadState& head : state.heads) {
-        head.pages.reserve((static_cast<size_t>(pages) + kTableStep - 1) / kTableStep * kTableStep);
-        if (sinks > 0) {
-          head.sinks = impl.pool.allocate(s.sink_bytes);
-          std::memcpy(head.sinks, in.bytes(sinks * row, "sinks"), sinks * row);
-          std::memcpy(head.sinks + static_cast<size_t>(layer.sinks) * row, in.bytes(sinks * row, "sinks"), sinks * row);
-        }
-        for (int64_t p = 0; p < pages; ++p) {
-          head.pages.push_back(nullptr);
-          if (p < state.freed) continue;
-          std::byte*& page = head.pages.back();
-          if (p < state.sealed) {
-            page = impl.pool.allocate(s.packed_bytes);
-            std::memcpy(page, in.bytes(s.packed_bytes, "a page"), s.packed_bytes);
-          } else {
-            const int live = live_slots(layer, p, header.tokens);
-            page = impl.pool.allocate(s.open_bytes);
-            load_rows(s.open_key, in, live, page);
-            load_rows(s.open_value, in, live, page + s.open_key.bytes);
-          }
+      for (PageList& list : sequence.layers[l].heads) {
+        list.pages.reserve(list_room(impl.config.layers[l], header.tokens));
+        for (PageEntry entry : lists[l]) {
+          const PageFormat& format = impl.format(entry);
+          entry.handle = impl.backend->allocate(format);
+          list.pages.push_back(entry);
+          impl.backend->load(entry, in.bytes(impl.backend->saved_bytes(format, entry.live), "a page"));
         }
       }
     }

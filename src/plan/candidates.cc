@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <map>
 
-#include "cache/state.h"
+#include "cache/layout.h"
 #include "kvmix/error.h"
 #include "plan/planner.h"
 

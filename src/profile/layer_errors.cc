@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cache/state.h"
+#include "cache/layout.h"
 #include "score/stored_page.h"
 
 namespace kvmix {

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "base/parallel.h"
-#include "cache/state.h"
+#include "cache/layout.h"
 #include "kvmix/error.h"
 #include "score/stored_page.h"
 

@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <memory>
-#include <unordered_map>
 #include <vector>
 
 namespace kvmix {
@@ -18,12 +16,9 @@ class PagePool {
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;
 
-  // A record with one reference. Throws kOutOfMemory at the limit or when the system refuses.
+  // Throws kOutOfMemory at the limit or when the system refuses.
   std::byte* allocate(size_t record_bytes);
-  void add_reference(std::byte* record);
-  // Gives up one reference; the last one frees the record.
   void release(std::byte* record, size_t record_bytes);
-  bool shared(const std::byte* record) const { return extra_references_.contains(record); }
 
   // Hands the system pages that no record uses any more back, but those inside huge pages only with the last of their class.
   void trim();
@@ -53,7 +48,6 @@ class PagePool {
 
   size_t max_bytes_, used_bytes_ = 0, taken_bytes_ = 0;
   std::map<size_t, Class> classes_;
-  std::unordered_map<const std::byte*, int> extra_references_;  // only records with more than one
 };
 
 }  // namespace kvmix

@@ -1,30 +1,37 @@
 // What a sequence costs, by formula.
+#include "cache/layout.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "cache/state.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
 
-LayerSizes layer_sizes(const LayerConfig& layer) {
-  LayerSizes sizes{};
-  const auto format = [&](const SideConfig& side, Side which) {
-    return TileFormat{side.codec, which, layer.head_dim, tile_bytes(side.codec, layer.head_dim),
-                      tile_scale_bytes(side.codec, layer.head_dim)};
+LayerLayout layer_layout(const LayerConfig& layer) {
+  const auto tile = [&](const CodecSpec& codec, Side side) {
+    return TileFormat{codec, side, layer.head_dim, tile_bytes(codec, layer.head_dim), tile_scale_bytes(codec, layer.head_dim)};
   };
-  sizes.key = format(layer.key, Side::kKey);
-  sizes.value = format(layer.value, Side::kValue);
-  sizes.open_key = format({open_codec(layer.recent, layer.key.codec), {}}, Side::kKey);
-  sizes.open_value = format({open_codec(layer.recent, layer.value.codec), {}}, Side::kValue);
-  sizes.recent_codes = !sizes.open_key.spec.is_f16() || !sizes.open_value.spec.is_f16();
-  const size_t row_bytes = static_cast<size_t>(layer.head_dim) * sizeof(uint16_t);
-  sizes.sink_bytes = (2 * row_bytes * static_cast<size_t>(layer.sinks) + 63) / 64 * 64;
-  sizes.open_bytes = sizes.open_key.bytes + sizes.open_value.bytes;
-  sizes.packed_bytes = sizes.key.bytes + sizes.value.bytes;
-  sizes.seals = !layer.key.codec.is_f16() || !layer.value.codec.is_f16();
-  sizes.group = layer.q_heads / layer.kv_heads;
-  return sizes;
+  const auto page = [&](const CodecSpec& key, const CodecSpec& value, PageRole role) {
+    PageFormat format;
+    format.key = tile(key, Side::kKey);
+    format.value = tile(value, Side::kValue);
+    format.role = role;
+    format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
+    format.value_offset = format.key.bytes;
+    format.bytes = format.key.bytes + format.value.bytes;
+    return format;
+  };
+  LayerLayout layout{};
+  layout.sinks = page({}, {}, PageRole::kSinks);
+  layout.sinks.slots = layer.sinks;
+  layout.sinks.value_offset = static_cast<size_t>(layer.sinks) * static_cast<size_t>(layer.head_dim) * sizeof(uint16_t);
+  layout.sinks.bytes = (2 * layout.sinks.value_offset + 63) / 64 * 64;
+  layout.recent =
+      page(open_codec(layer.recent, layer.key.codec), open_codec(layer.recent, layer.value.codec), PageRole::kRecent);
+  layout.sealed = page(layer.key.codec, layer.value.codec, PageRole::kSealed);
+  layout.seals = !layer.key.codec.is_f16() || !layer.value.codec.is_f16();
+  return layout;
 }
 
 int64_t fixed_seal_target(const LayerConfig& layer, int64_t length) {
@@ -39,12 +46,17 @@ int64_t ratio_surplus_pages(const LayerConfig& layer, int64_t tail_tokens) {
   return (tail_tokens - kept) / kPageTokens;
 }
 
+size_t list_room(const LayerConfig& layer, int64_t length) {
+  int64_t pages = page_count(layer, length);
+  // Pages that left the window are taken out of the list, so it has those that the window touches, and one being filled.
+  if (layer.sliding_window > 0) pages = std::min<int64_t>(pages, layer.sliding_window / kPageTokens + 3);
+  return table_room(static_cast<size_t>(pages) + (length > 0 && layer.sinks > 0 ? 1 : 0));
+}
+
 size_t table_bytes(const CacheConfig& config, int64_t length) {
-  size_t bytes = sizeof(SequenceState) + config.layers.size() * sizeof(LayerState);
+  size_t bytes = sizeof(SequencePages) + config.layers.size() * sizeof(LayerPages);
   for (const LayerConfig& layer : config.layers) {
-    const auto pages = static_cast<size_t>(page_count(layer, length));
-    const size_t entries = (pages + kTableStep - 1) / kTableStep * kTableStep;
-    bytes += static_cast<size_t>(layer.kv_heads) * (sizeof(HeadState) + entries * sizeof(std::byte*));
+    bytes += static_cast<size_t>(layer.kv_heads) * (sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry));
   }
   return bytes;
 }
@@ -53,7 +65,7 @@ PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens) {
   // The state before the last token came: sealing and freeing happen in front of an append.
   const int64_t before = n_tokens > 0 ? n_tokens - 1 : 0;
   PagePrediction p{page_count(layer, n_tokens), fixed_seal_target(layer, before), 0};
-  if (layer.window.ratio_key > 0 || layer.window.ratio_value > 0) {
+  if (uses_ratio(layer)) {
     // Where the rule settles once it has been applied to its own tail.
     p.sealed = 0;
     const auto tail = [&] { return before - layer.sinks - p.sealed * kPageTokens; };
@@ -71,13 +83,13 @@ size_t predict_bytes(const CacheConfig& config, int64_t n_tokens) {
   if (n_tokens < 0) throw Error(Status::kInvalidArgument, "a sequence cannot have " + std::to_string(n_tokens) + " tokens");
   size_t bytes = table_bytes(config, n_tokens);
   for (const LayerConfig& layer : config.layers) {
-    const LayerSizes sizes = layer_sizes(layer);
+    const LayerLayout layout = layer_layout(layer);
     PagePrediction p = predict_pages(layer, n_tokens);
-    if (!sizes.seals) p.sealed = p.freed;
+    if (!layout.seals) p.sealed = p.freed;
     const auto heads = static_cast<size_t>(layer.kv_heads);
-    bytes += heads * (n_tokens > 0 && layer.sinks > 0 ? sizes.sink_bytes : 0);
-    bytes += heads * static_cast<size_t>(p.sealed - p.freed) * sizes.packed_bytes;
-    bytes += heads * static_cast<size_t>(p.pages - p.sealed) * sizes.open_bytes;
+    bytes += heads * (n_tokens > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0);
+    bytes += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
+    bytes += heads * static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
   }
   return bytes;
 }

@@ -1,4 +1,4 @@
-#include "cache/pool.h"
+#include "backend/cpu/pool.h"
 
 #include <sys/mman.h>
 
@@ -103,14 +103,7 @@ std::byte* PagePool::allocate(size_t record_bytes) {
   return out;
 }
 
-void PagePool::add_reference(std::byte* record) { ++extra_references_[record]; }
-
 void PagePool::release(std::byte* record, size_t record_bytes) {
-  const auto extra = extra_references_.find(record);
-  if (extra != extra_references_.end()) {
-    if (--extra->second == 0) extra_references_.erase(extra);
-    return;
-  }
   record_bytes = round_up(record_bytes, 64);
   Class& size_class = classes_.at(record_bytes);
   Region& region = region_of(size_class, record);

@@ -1,0 +1,77 @@
+#include "attention/scores.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace kvmix {
+namespace {
+
+// The keys that a query at `position` sees come first.
+size_t visible(const ScoreKeys& head, int64_t position) {
+  return static_cast<size_t>(std::upper_bound(head.positions.begin(), head.positions.end(), position) - head.positions.begin());
+}
+
+float mean_at(std::span<const float> rows, size_t n, size_t i) {
+  float sum = 0;
+  for (size_t at = i; at < rows.size(); at += n) sum += rows[at];
+  return sum / static_cast<float>(rows.size() / n);
+}
+
+float max_at(std::span<const float> rows, size_t n, size_t i) {
+  float most = rows[i];
+  for (size_t at = i; at < rows.size(); at += n) most = std::max(most, rows[at]);
+  return most;
+}
+
+}  // namespace
+
+void score_row(const ScoreKeys& head, const float* q, int64_t position, std::span<float> out) {
+  const size_t n = head.positions.size(), seen = visible(head, position), width = static_cast<size_t>(head.head_dim);
+  std::fill(out.begin(), out.end(), 0.0f);
+  if (seen == 0) return;
+  for (int h = 0; h < head.heads_per_kv; ++h) {
+    const float* query = q + h * width;
+    float* row = out.data() + h * n;
+    for (size_t i = 0; i < seen; ++i) {
+      float dot = 0;
+      for (size_t d = 0; d < width; ++d) dot += query[d] * head.keys[i * width + d];
+      dot *= head.scale;
+      row[i] = head.softcap > 0 ? head.softcap * std::tanh(dot / head.softcap) : dot;
+    }
+    const float most = *std::max_element(row, row + seen);
+    double sum = 0;  // thousands of small terms
+    for (size_t i = 0; i < seen; ++i) {
+      row[i] = std::exp(row[i] - most);
+      sum += row[i];
+    }
+    const auto part = static_cast<float>(1 / sum);
+    for (size_t i = 0; i < seen; ++i) row[i] *= part;
+  }
+}
+
+void add_to_window(std::span<const float> row, std::span<float> window) {
+  for (size_t i = 0; i < row.size(); ++i) window[i] += row[i];
+}
+
+void add_mean_mass(std::span<const float> row, std::span<float> mass) {
+  for (size_t i = 0; i < mass.size(); ++i) mass[i] += mean_at(row, mass.size(), i);
+}
+
+void add_max_mass(std::span<const float> row, std::span<float> mass) {
+  for (size_t i = 0; i < mass.size(); ++i) mass[i] += max_at(row, mass.size(), i);
+}
+
+void count_query(const ScoreKeys& head, int64_t position, std::span<int32_t> counted) {
+  const size_t seen = visible(head, position);
+  for (size_t i = 0; i < seen; ++i) ++counted[i];
+}
+
+void mean_of_window(std::span<const float> window, std::span<float> out) {
+  for (size_t i = 0; i < out.size(); ++i) out[i] = mean_at(window, out.size(), i);
+}
+
+void max_of_window(std::span<const float> window, std::span<float> out) {
+  for (size_t i = 0; i < out.size(); ++i) out[i] = max_at(window, out.size(), i);
+}
+
+}  // namespace kvmix

@@ -1,0 +1,79 @@
+// The contract between the cache and the device that holds its pages. A backend owns memory and does arithmetic; which page
+// exists, in which format, and what a step changes is the ledger's to say. One folder per backend; all pass one suite
+// (tests/backend).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "backend/page.h"
+#include "backend/step_plan.h"
+#include "kvmix/cache.h"
+
+namespace kvmix {
+
+// The formats of one layer.
+struct LayerFormats {
+  FormatId sinks, recent, sealed;
+  bool seals;  // false where both sides stay fp16
+};
+
+// A thread's part of a call that several make together.
+struct Worker {
+  int ith = 0, nth = 1;
+};
+
+struct PoolBytes {
+  size_t used, taken;  // by pages; from the system
+};
+
+// How a layer with such formats runs: `cost` is the time of decode attention relative to the backend's fastest format at equal
+// bytes, 0 where it cannot run at all; `kernel` names what runs.
+struct Support {
+  double cost = 0;
+  std::string kernel;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const char* name() const = 0;
+  virtual Support supports(const LayerConfig& layer, const PageFormat& format) const = 0;
+
+  // Pages. allocate throws kOutOfMemory and changes nothing then.
+  virtual PageHandle allocate(const PageFormat& format) = 0;
+  virtual void release(PageHandle page, const PageFormat& format) = 0;
+  // Gives the system back what no page uses.
+  virtual void trim() = 0;
+  virtual PoolBytes pool() const = 0;
+  virtual size_t scratch_bytes() const = 0;
+
+  // Whole pages, from one thread outside append and attend.
+  virtual void copy(PageHandle from, PageHandle to, const PageFormat& format) = 0;
+  virtual void transcode(const Transcode& job) = 0;
+  // The live rows of a side as stored, float [live][width].
+  virtual void read(const PageEntry& page, Side side, float* rows) const = 0;
+  // The live rows of a page as a file holds them: for tiles filled token by token a record per token, else the bytes.
+  virtual size_t saved_bytes(const PageFormat& format, int live) const = 0;
+  virtual void save(const PageEntry& page, std::string& to) const = 0;
+  virtual void load(const PageEntry& page, const char* from) = 0;
+
+  // A step: begin sees the plan with all its pages in place and readies everything that append and attend write to. The plan
+  // stays as it is until the step's last call. append and attend as in Cache.
+  virtual void begin(const StepPlan& plan) = 0;
+  virtual void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) = 0;
+  virtual void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) = 0;
+
+  // Kernel by layer, and seconds summed over threads (CacheStats).
+  virtual void report(CacheStats& stats) const = 0;
+};
+
+// `formats` outlives the backend. Throws kInvalidArgument for an unknown kernel, kUnsupported for one that cannot run.
+std::unique_ptr<Backend> make_cpu_backend(const CacheConfig& config, const FormatTable& formats,
+                                          std::vector<LayerFormats> layers);
+
+}  // namespace kvmix

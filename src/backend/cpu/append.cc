@@ -1,0 +1,128 @@
+// Storing rows, and pages that change their format.
+#include <algorithm>
+#include <chrono>
+
+#include "backend/cpu/cpu_backend.h"
+#include "codec/encoders.h"
+#include "codec/row.h"
+#include "rows/transform.h"
+
+namespace kvmix {
+namespace {
+
+constexpr int kAppendBlockTokens = 32;
+constexpr int kRowsTogether = 4;  // that are stored together
+constexpr int kMaxHeadDim = 256;
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Stores n <= kRowsTogether rows of floats into slots of a side that is filled token by token, codes with error feedback
+// unless `columns` is null.
+void store_rows(const TileFormat& format, int first_slot, int n, const float* rows, const float* columns, std::byte* side) {
+  const TileEncoder& encoder = best_tile_encoder();
+  const int dim = format.head_dim;
+  if (format.spec.is_f16()) {
+    encoder.to_f16(rows, n * dim, reinterpret_cast<uint16_t*>(side) + static_cast<ptrdiff_t>(first_slot) * dim);
+    return;
+  }
+  std::byte records[kRowsTogether * kMostRowBytes];
+  encoder.encode_rows(format.spec, dim, n, rows, columns, records);
+  for (int r = 0; r < n; ++r) {
+    store_row(format.spec, format.side, dim, records + static_cast<size_t>(r) * row_bytes(format.spec, dim), first_slot + r,
+              side);
+  }
+}
+
+// All slots of a tile as fp16 rows: where they stand if they are, else in `room`.
+const uint16_t* half_rows(const TileFormat& format, const std::byte* side, std::vector<uint16_t>& room) {
+  if (format.spec.is_f16()) return reinterpret_cast<const uint16_t*>(side);
+  const TileEncoder& encoder = best_tile_encoder();
+  const int dim = format.head_dim;
+  room.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(dim));
+  for (int t = 0; t < kPageTokens; ++t) {
+    std::byte record[kMostRowBytes];
+    float row[kMaxHeadDim];
+    load_row(format.spec, format.side, dim, side, t, record);
+    decode_row(format.spec, dim, record, row);
+    encoder.to_f16(row, dim, room.data() + static_cast<ptrdiff_t>(t) * dim);
+  }
+  return room.data();
+}
+
+}  // namespace
+
+void CpuBackend::transcode(const Transcode& job, Scratch& scratch) {
+  const Layer& layer = layers_[static_cast<size_t>(job.layer)];
+  const PageFormat &from = format(job.from), &to = format(job.to());
+  const std::byte* source = memory(job.from.handle);
+  std::byte* target = memory(job.to().handle);
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    const bool key = side == Side::kKey;
+    const TileFormat &a = key ? from.key : from.value, &b = key ? to.key : to.value;
+    const std::byte* in = source + (key ? 0 : from.value_offset);
+    std::byte* out = target + (key ? 0 : to.value_offset);
+    const TransformSpec& transform = key ? layer.config.key.transform : layer.config.value.transform;
+    if (!to.appendable()) {
+      best_tile_encoder().encode_with(b.spec, side, b.head_dim, half_rows(a, in, scratch.half),
+                                      head_feedback(transform, job.kv_head, b.head_dim), out);
+      continue;
+    }
+    scratch.rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(a.head_dim));
+    decode_tile(a.spec, side, a.head_dim, in, scratch.rows.data());
+    for (int t = 0; t < kPageTokens; t += kRowsTogether) {
+      store_rows(b, t, kRowsTogether, scratch.rows.data() + static_cast<ptrdiff_t>(t) * b.head_dim,
+                 key ? layer.columns(job.kv_head) : nullptr, out);
+    }
+  }
+}
+
+void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) {
+  const auto l = static_cast<size_t>(layer_index);
+  const Layer& layer = layers_[l];
+  Scratch& scratch = threads_[static_cast<size_t>(worker.ith)];
+  const int dim = layer.config.head_dim;
+  const auto start = Clock::now();
+  const std::vector<Transcode>& transcodes = plan_->transcodes[l];
+  for (size_t i = static_cast<size_t>(worker.ith); i < transcodes.size(); i += static_cast<size_t>(worker.nth)) {
+    transcode(transcodes[i], scratch);
+  }
+  const auto sealed = Clock::now();
+  if (!transcodes.empty()) scratch.seal_seconds += std::chrono::duration<double>(sealed - start).count();
+
+  // Threads share heads, and a prompt's blocks of tokens.
+  alignas(64) float rows[kRowsTogether * kMaxHeadDim];
+  int task = 0;
+  for (const StepEntry& entry : plan_->entries) {
+    for (int head = 0; head < layer.config.kv_heads; ++head) {
+      const std::vector<PageEntry>& pages = entry.pages->layers[l].heads[static_cast<size_t>(head)].pages;
+      for (int block = 0; block < entry.n_tokens; block += kAppendBlockTokens, ++task) {
+        if (task % worker.nth != worker.ith) continue;
+        const int end = std::min(entry.n_tokens, block + kAppendBlockTokens);
+        size_t at = pages.size() - 1;
+        while (pages[at].first > entry.start + block) --at;
+        for (int t = block, n = 0; t < end; t += n) {
+          const PageFormat* f = &format(pages[at]);
+          if (entry.start + t >= pages[at].first + f->slots) f = &format(pages[++at]);
+          const auto slot = static_cast<int>(entry.start + t - pages[at].first);
+          n = std::min({kRowsTogether, end - t, f->slots - slot});
+          std::byte* page = memory(pages[at].handle);
+          const auto store = [&](const float* from, int64_t stride, const TransformSpec& transform, const TileFormat& side,
+                                 const float* columns, std::byte* to) {
+            for (int r = 0; r < n; ++r) {
+              float* row = rows + r * dim;
+              std::copy_n(from + (entry.row + t + r) * stride + head * dim, dim, row);
+              transform_row(transform, head, dim, row);
+            }
+            store_rows(side, slot, n, rows, columns, to);
+          };
+          store(k, k_stride, layer.config.key.transform, f->key, layer.columns(head), page);
+          store(v, v_stride, layer.config.value.transform, f->value, nullptr, page + f->value_offset);
+        }
+      }
+    }
+  }
+  scratch.append_seconds += seconds_since(sealed);
+}
+
+}  // namespace kvmix

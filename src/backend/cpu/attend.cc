@@ -1,0 +1,142 @@
+// Attention of a step, unit by unit as threads come free.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "backend/cpu/cpu_backend.h"
+#include "rows/transform.h"
+
+namespace kvmix {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+std::byte* aligned(std::byte* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
+
+}  // namespace
+
+// Leaves the partial softmax of a unit's queries over its pages.
+void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
+                             Scratch& scratch) {
+  const LayerConfig& config = layer.config;
+  const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
+  const auto l = static_cast<size_t>(&layer - layers_.data());
+  const PageList& list = entry.pages->layers[l].heads[static_cast<size_t>(unit.head)];
+  const int dim = config.head_dim, rows = unit.tokens * layer.heads_per_kv;
+  for (int r = 0; r < rows; ++r) {
+    const int token = unit.first_token + r / layer.heads_per_kv;
+    const int q_head = unit.head * layer.heads_per_kv + r % layer.heads_per_kv;
+    float* to = scratch.q.data() + static_cast<ptrdiff_t>(r) * dim;
+    std::copy_n(q + (entry.row + token) * q_stride + q_head * dim, dim, to);
+    transform_query(config.key.transform, unit.head, dim, to);
+    scratch.positions[static_cast<size_t>(r)] = entry.start + token;
+  }
+  AttendJob job = layer_job(layer);
+  job.rows = rows;
+  job.q = scratch.q.data();
+  job.position = scratch.positions.data();
+  const int64_t oldest = config.sliding_window > 0 ? entry.start + unit.first_token - config.sliding_window + 1 : 0;
+
+  const size_t body = body_of(list, layer.ids.sinks);
+  const size_t begin = unit.part == 0 ? 0 : body + static_cast<size_t>(unit.page_begin);
+  const size_t end = body + static_cast<size_t>(unit.page_end);
+  bool any = false;
+  for (const FormatId tiles : layer.tiles) {
+    // Tiles of a format have a launch of their own; fp16 rows go with the first.
+    scratch.pages.clear();
+    for (size_t i = begin; i < end; ++i) {
+      const PageEntry& page = list.pages[i];
+      const PageFormat& f = format(page);
+      if (f.rows ? tiles != layer.ids.sealed : page.format != tiles) continue;
+      if (page.first + f.slots <= oldest) continue;
+      const std::byte* at = memory(page.handle);
+      scratch.pages.push_back({at, at + f.value_offset, page.first, page.live, !f.rows});
+    }
+    // The last format's launch also stands for none: it leaves what attention over nothing is.
+    if (scratch.pages.empty() && (any || tiles != layer.tiles.back())) continue;
+    const Partial to = any ? scratch.apart.at_front() : partial;
+    job.key = formats_[tiles].key;
+    job.value = formats_[tiles].value;
+    job.pages = scratch.pages;
+    job.m = to.m;
+    job.l = to.l;
+    job.acc = to.acc;
+    pick_kernel(job).attend(job, aligned(scratch.kernel.data()));
+    if (any) {
+      for (int r = 0; r < rows; ++r) {
+        if (to.m[r] == -INFINITY) continue;
+        const float top = std::max(partial.m[r], to.m[r]);
+        const float mine = partial.m[r] == -INFINITY ? 0.0f : std::exp(partial.m[r] - top), theirs = std::exp(to.m[r] - top);
+        partial.m[r] = top;
+        partial.l[r] = mine * partial.l[r] + theirs * to.l[r];
+        float* acc = partial.acc + static_cast<ptrdiff_t>(r) * dim;
+        const float* from = to.acc + static_cast<ptrdiff_t>(r) * dim;
+        for (int i = 0; i < dim; ++i) acc[i] = mine * acc[i] + theirs * from[i];
+      }
+    }
+    any = true;
+  }
+}
+
+// A row's sum over all parts of a unit's queries, in their order.
+void CpuBackend::merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& sum) const {
+  const int rows = unit.tokens * layer.heads_per_kv, dim = layer.config.head_dim;
+  const auto at = [&](int part) { return static_cast<ptrdiff_t>(unit.part_slot) + static_cast<ptrdiff_t>(part) * rows + row; };
+  float top = -INFINITY;
+  for (int part = 0; part < unit.parts; ++part) top = std::max(top, parts_.m[static_cast<size_t>(at(part))]);
+  std::fill_n(acc, dim, 0.0f);
+  sum = 0;
+  for (int part = 0; part < unit.parts; ++part) {
+    const float m = parts_.m[static_cast<size_t>(at(part))];
+    if (m == -INFINITY) continue;
+    const float weight = std::exp(m - top);
+    sum += weight * parts_.l[static_cast<size_t>(at(part))];
+    const float* from = parts_.acc.data() + at(part) * dim;
+    for (int i = 0; i < dim; ++i) acc[i] += weight * from[i];
+  }
+}
+
+void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {
+  const auto l = static_cast<size_t>(layer_index);
+  const Layer& layer = layers_[l];
+  const LayerCut& cut = cuts_[l];
+  Scratch& scratch = threads_[static_cast<size_t>(worker.ith)];
+  const int dim = layer.config.head_dim;
+  const auto start = Clock::now();
+  const auto write_out = [&](const Unit& unit, int row, const float* acc, float sum) {
+    const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
+    const int q_head = unit.head * layer.heads_per_kv + row % layer.heads_per_kv;
+    float* to = out + (entry.row + unit.first_token + row / layer.heads_per_kv) * out_stride + q_head * dim;
+    const float norm = sum > 0 ? 1.0f / sum : 0.0f;
+    for (int i = 0; i < dim; ++i) to[i] = acc[i] * norm;
+    inverse_row(layer.config.value.transform, unit.head, dim, to);
+  };
+  for (;;) {
+    const int index = next_unit_[l].fetch_add(1, std::memory_order_relaxed);
+    if (index >= static_cast<int>(cut.units.size())) break;
+    const Unit& unit = cut.units[static_cast<size_t>(index)];
+    const int rows = unit.tokens * layer.heads_per_kv;
+    if (unit.parts == 1) {
+      const Partial whole = scratch.whole.at_front();
+      attend_unit(layer, unit, q, q_stride, whole, scratch);
+      for (int r = 0; r < rows; ++r) write_out(unit, r, whole.acc + static_cast<ptrdiff_t>(r) * dim, whole.l[r]);
+      continue;
+    }
+    const int slot = unit.part_slot + unit.part * rows;
+    attend_unit(layer, unit, q, q_stride,
+                {parts_.m.data() + slot, parts_.l.data() + slot, parts_.acc.data() + static_cast<ptrdiff_t>(slot) * dim},
+                scratch);
+    // The last part to finish merges all of them; it also readies the counter for the next layer.
+    std::atomic<int>& remaining = remaining_[static_cast<size_t>(unit.merge)];
+    if (remaining.fetch_add(1, std::memory_order_acq_rel) != unit.parts - 1) continue;
+    remaining.store(0, std::memory_order_relaxed);
+    for (int r = 0; r < rows; ++r) {
+      float sum = 0;
+      merge_parts(layer, unit, r, scratch.whole.acc.data(), sum);
+      write_out(unit, r, scratch.whole.acc.data(), sum);
+    }
+  }
+  scratch.attend_seconds += std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace kvmix

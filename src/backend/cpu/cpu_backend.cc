@@ -1,0 +1,201 @@
+#include "backend/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/fp16.h"
+#include "codec/row.h"
+#include "kvmix/error.h"
+#include "rows/transform.h"
+
+namespace kvmix {
+namespace {
+
+// Bytes of a token's row as a file holds it.
+size_t saved_row_bytes(const TileFormat& format) {
+  return format.spec.is_f16() ? static_cast<size_t>(format.head_dim) * 2 : row_bytes(format.spec, format.head_dim);
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(const CacheConfig& config, const FormatTable& formats,
+                                          std::vector<LayerFormats> layers) {
+  return std::make_unique<CpuBackend>(config, formats, std::move(layers));
+}
+
+CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers)
+    : formats_(formats), pool_(config.max_bytes), exact_(config.exact), forced_kernel_(config.kernel) {
+  bool known = config.kernel.empty();
+  for (const AttentionKernel* kernel : attention_kernel_registry()) {
+    if (!config.kernel.empty() && config.kernel != kernel->name) continue;
+    known = true;
+    if (kernel->available()) kernels_.push_back(kernel);
+  }
+  if (!known) {
+    std::string names;
+    for (const AttentionKernel* kernel : attention_kernel_registry())
+      names += std::string(names.empty() ? "" : ", ") + kernel->name;
+    throw Error(Status::kInvalidArgument, "attention kernel \"" + config.kernel + "\" is unknown; expected one of " + names);
+  }
+  if (kernels_.empty()) {
+    throw Error(Status::kUnsupported,
+                "attention kernel \"" + config.kernel + "\" cannot run on this processor; see kvmix list");
+  }
+  threads_.resize(static_cast<size_t>(config.threads));
+  cuts_.resize(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    Layer& layer = layers_.emplace_back();
+    layer.config = config.layers[l];
+    layer.ids = layers[l];
+    layer.heads_per_kv = layer.config.q_heads / layer.config.kv_heads;
+    layer.tiles.push_back(layer.ids.sealed);
+    const PageFormat& recent = formats_[layer.ids.recent];
+    if (!recent.rows) layer.tiles.push_back(layer.ids.recent);
+    if (!layer.config.key.transform.feedback.empty() && !recent.key.spec.is_f16()) {
+      const int dim = layer.config.head_dim;
+      const ptrdiff_t square = static_cast<ptrdiff_t>(dim) * dim;
+      layer.key_columns.resize(static_cast<size_t>(layer.config.kv_heads * square));
+      for (int h = 0; h < layer.config.kv_heads; ++h) {
+        feedback_columns(head_feedback(layer.config.key.transform, h, dim), dim, layer.key_columns.data() + h * square);
+      }
+    }
+    AttendJob job = layer_job(layer);
+    job.key = formats_[layer.ids.sealed].key;
+    job.value = formats_[layer.ids.sealed].value;
+    job.rows = layer.heads_per_kv;
+    kernels_used_.emplace_back(pick_kernel(job).name);
+  }
+}
+
+AttendJob CpuBackend::layer_job(const Layer& layer) const {
+  AttendJob job{};
+  job.head_dim = layer.config.head_dim;
+  job.scale = layer.config.scale;
+  job.softcap = layer.config.softcap;
+  job.sliding_window = layer.config.sliding_window;
+  job.exact = exact_;
+  return job;
+}
+
+const AttentionKernel& CpuBackend::pick_kernel(const AttendJob& job) const {
+  for (const AttentionKernel* kernel : kernels_) {
+    if (kernel->supports(job)) return *kernel;
+  }
+  throw Error(Status::kUnsupported, "attention kernel \"" + forced_kernel_ + "\" does not take keys " +
+                                        to_string(job.key.spec) + ", values " + to_string(job.value.spec) + " at head_dim " +
+                                        std::to_string(job.head_dim) + "; leave the kernel to the library");
+}
+
+Support CpuBackend::supports(const LayerConfig& layer, const PageFormat& format) const {
+  AttendJob job{};
+  job.head_dim = layer.head_dim;
+  job.softcap = layer.softcap;
+  job.sliding_window = layer.sliding_window;
+  job.exact = exact_;
+  job.key = format.key;
+  job.value = format.value;
+  job.rows = layer.q_heads / layer.kv_heads;
+  for (const AttentionKernel* kernel : kernels_) {
+    // Decoding tiles to fp32 costs some thirty times what attending to their codes does (docs/performance.md).
+    if (kernel->supports(job)) return {kernel == &portable_kernel() ? 30.0 : 1.0, kernel->name};
+  }
+  return {};
+}
+
+PageHandle CpuBackend::allocate(const PageFormat& format) {
+  return static_cast<PageHandle>(reinterpret_cast<uintptr_t>(pool_.allocate(format.bytes)));
+}
+
+void CpuBackend::release(PageHandle page, const PageFormat& format) { pool_.release(memory(page), format.bytes); }
+
+size_t CpuBackend::scratch_bytes() const {
+  const auto room = [](const PartialRoom& r) { return (r.m.capacity() + r.l.capacity() + r.acc.capacity()) * sizeof(float); };
+  size_t bytes = room(parts_);
+  for (const Scratch& t : threads_) {
+    bytes += t.kernel.capacity() + (t.q.capacity() + t.rows.capacity()) * sizeof(float) + t.half.capacity() * sizeof(uint16_t) +
+             t.positions.capacity() * sizeof(int64_t) + t.pages.capacity() * sizeof(PageRef) + room(t.whole) + room(t.apart);
+  }
+  return bytes;
+}
+
+void CpuBackend::copy(PageHandle from, PageHandle to, const PageFormat& format) {
+  std::memcpy(memory(to), memory(from), format.bytes);
+}
+
+void CpuBackend::read(const PageEntry& page, Side side, float* rows) const {
+  const PageFormat& f = format(page);
+  const TileFormat& tile = side == Side::kKey ? f.key : f.value;
+  const std::byte* from = memory(page.handle) + (side == Side::kKey ? 0 : f.value_offset);
+  const auto n = static_cast<size_t>(page.live) * static_cast<size_t>(tile.head_dim);
+  if (f.rows || tile.spec.is_f16()) {
+    for (size_t i = 0; i < n; ++i) {
+      uint16_t h;
+      std::memcpy(&h, from + i * 2, 2);
+      rows[i] = f16_to_f32(h);
+    }
+    return;
+  }
+  std::vector<float> decoded(static_cast<size_t>(kPageTokens) * static_cast<size_t>(tile.head_dim));
+  decode_tile(tile.spec, side, tile.head_dim, from, decoded.data());
+  std::copy_n(decoded.data(), n, rows);
+}
+
+size_t CpuBackend::saved_bytes(const PageFormat& f, int live) const {
+  if (!f.appendable()) return f.bytes;
+  return static_cast<size_t>(live) * (saved_row_bytes(f.key) + saved_row_bytes(f.value));
+}
+
+void CpuBackend::save(const PageEntry& page, std::string& to) const {
+  const PageFormat& f = format(page);
+  const std::byte* from = memory(page.handle);
+  if (!f.appendable()) {
+    to.append(reinterpret_cast<const char*>(from), f.bytes);
+    return;
+  }
+  for (const TileFormat* side : {&f.key, &f.value}) {
+    const size_t bytes = saved_row_bytes(*side);
+    const std::byte* tile = from + (side == &f.key ? 0 : f.value_offset);
+    for (int t = 0; t < page.live; ++t) {
+      std::byte record[kMostRowBytes];
+      const std::byte* row = tile + static_cast<size_t>(t) * bytes;
+      if (!side->spec.is_f16()) {
+        load_row(side->spec, side->side, side->head_dim, tile, t, record);
+        row = record;
+      }
+      to.append(reinterpret_cast<const char*>(row), bytes);
+    }
+  }
+}
+
+void CpuBackend::load(const PageEntry& page, const char* from) {
+  const PageFormat& f = format(page);
+  std::byte* to = memory(page.handle);
+  if (!f.appendable()) {
+    std::memcpy(to, from, f.bytes);
+    return;
+  }
+  for (const TileFormat* side : {&f.key, &f.value}) {
+    const size_t bytes = saved_row_bytes(*side);
+    std::byte* tile = to + (side == &f.key ? 0 : f.value_offset);
+    for (int t = 0; t < page.live; ++t, from += bytes) {
+      if (side->spec.is_f16()) {
+        std::memcpy(tile + static_cast<size_t>(t) * bytes, from, bytes);
+      } else {
+        store_row(side->spec, side->side, side->head_dim, reinterpret_cast<const std::byte*>(from), t, tile);
+      }
+    }
+  }
+}
+
+void CpuBackend::report(CacheStats& stats) const {
+  for (const std::string& name : kernels_used_) {
+    if (stats.kernel.find(name) == std::string::npos) stats.kernel += (stats.kernel.empty() ? "" : "+") + name;
+  }
+  for (const Scratch& t : threads_) {
+    stats.seal_seconds += t.seal_seconds;
+    stats.append_seconds += t.append_seconds;
+    stats.attend_seconds += t.attend_seconds;
+  }
+}
+
+}  // namespace kvmix

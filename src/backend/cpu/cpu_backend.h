@@ -1,0 +1,116 @@
+// Pages in the machine's memory, attended to by the kernels of attention/cpu. append.cc stores and seals, cut.cc splits a
+// step's attention over threads, attend.cc runs it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention/cpu/kernel.h"
+#include "backend/backend.h"
+#include "backend/cpu/pool.h"
+#include "base/parallel.h"
+
+namespace kvmix {
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers);
+
+  const char* name() const override { return "cpu"; }
+  Support supports(const LayerConfig& layer, const PageFormat& format) const override;
+  PageHandle allocate(const PageFormat& format) override;
+  void release(PageHandle page, const PageFormat& format) override;
+  void trim() override { pool_.trim(); }
+  PoolBytes pool() const override { return {pool_.used_bytes(), pool_.taken_bytes()}; }
+  size_t scratch_bytes() const override;
+  void copy(PageHandle from, PageHandle to, const PageFormat& format) override;
+  void transcode(const Transcode& job) override { transcode(job, threads_[0]); }
+  void read(const PageEntry& page, Side side, float* rows) const override;
+  size_t saved_bytes(const PageFormat& format, int live) const override;
+  void save(const PageEntry& page, std::string& to) const override;
+  void load(const PageEntry& page, const char* from) override;
+  void begin(const StepPlan& plan) override;
+  void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
+  void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
+  void report(CacheStats& stats) const override;
+
+ private:
+  // A part of one layer's attention: queries of one entry and head over a range of its pages behind the sinks.
+  struct Unit {
+    int entry, head;
+    int first_token, tokens;
+    int part, parts;
+    int page_begin, page_end;  // part 0 also takes the sinks
+    int merge;                 // counter of this (entry, head, query block)
+    int part_slot;             // its first row in the partial results
+  };
+  struct LayerCut {
+    std::vector<Unit> units;
+    int merges = 0, part_rows = 0;
+  };
+  // Partial softmax (AttendJob), and room for one: m and l [rows], acc [rows][head_dim].
+  struct Partial {
+    float *m, *l, *acc;
+  };
+  struct PartialRoom {
+    std::vector<float> m, l, acc;
+    Partial at_front() { return {m.data(), l.data(), acc.data()}; }
+  };
+  struct Scratch {  // of a thread
+    std::vector<std::byte> kernel;
+    std::vector<float> q, rows;
+    PartialRoom whole, apart;    // of a unit, and of its pages in a further format
+    std::vector<uint16_t> half;  // a page's rows on their way from one format to another
+    std::vector<int64_t> positions;
+    std::vector<PageRef> pages;
+    double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
+  };
+  struct Layer {
+    LayerConfig config;
+    LayerFormats ids;
+    int heads_per_kv;
+    // Formats of tiles that pages of this layer can have, the sealed one first; fp16 rows go with that one.
+    std::vector<FormatId> tiles;
+    // Feedback of recent keys, [kv_heads][head_dim][head_dim] (feedback_columns), or empty. Values do not need it: their errors
+    // are not put through a softmax.
+    std::vector<float> key_columns;
+
+    const float* columns(int kv_head) const {
+      const ptrdiff_t dim = config.head_dim;
+      return key_columns.empty() ? nullptr : key_columns.data() + kv_head * dim * dim;
+    }
+  };
+
+  static std::byte* memory(PageHandle page) { return reinterpret_cast<std::byte*>(static_cast<uintptr_t>(page)); }
+  const PageFormat& format(const PageEntry& entry) const { return formats_[static_cast<FormatId>(entry.format)]; }
+  const AttentionKernel& pick_kernel(const AttendJob& job) const;
+  AttendJob layer_job(const Layer& layer) const;
+  void transcode(const Transcode& job, Scratch& scratch);
+  void cut(size_t layer);
+  void attend_unit(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
+                   Scratch& scratch);
+  void merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& sum) const;
+
+  const FormatTable& formats_;
+  std::vector<Layer> layers_;
+  PagePool pool_;
+  bool exact_;
+  std::string forced_kernel_;
+  std::vector<const AttentionKernel*> kernels_;  // candidates, best first
+  std::vector<std::string> kernels_used_;        // by layer
+
+  // The step in progress.
+  const StepPlan* plan_ = nullptr;
+  std::vector<LayerCut> cuts_;  // by layer
+  AtomicCounters next_unit_;    // by layer
+  AtomicCounters remaining_;    // by merge of the layer in progress
+  PartialRoom parts_;
+  std::vector<Scratch> threads_;
+};
+
+// Index in a page list of the first page behind the sinks.
+inline size_t body_of(const PageList& list, FormatId sinks) {
+  return !list.pages.empty() && list.pages[0].format == sinks ? 1 : 0;
+}
+
+}  // namespace kvmix

@@ -1,0 +1,45 @@
+// What a step does to pages, as the ledger writes it down and a backend carries it out.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/page.h"
+#include "kvmix/cache.h"
+
+namespace kvmix {
+
+// One sequence of a step. `pages` already count the step's tokens.
+struct StepEntry {
+  SequenceId id;
+  const SequencePages* pages;
+  int64_t start;  // length before the step
+  int n_tokens;
+  int64_t row;  // first row in q, k, v, out
+
+  int64_t end() const { return start + n_tokens; }
+};
+
+// A page whose rows are encoded anew in another format: sealed, or opened again.
+struct Transcode {
+  int layer, kv_head;
+  PageEntry from;
+  const PageList* list;  // where the new page stands
+  size_t index;
+
+  const PageEntry& to() const { return list->pages[index]; }
+};
+
+struct StepPlan {
+  std::vector<StepEntry> entries;
+  std::vector<std::vector<Transcode>> transcodes;  // by layer; done before the step's rows are appended
+
+  bool decoding() const {
+    for (const StepEntry& entry : entries) {
+      if (entry.n_tokens >= kPageTokens) return false;
+    }
+    return true;
+  }
+};
+
+}  // namespace kvmix

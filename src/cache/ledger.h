@@ -1,0 +1,108 @@
+// Which pages every sequence has, and what a step changes about them: bookkeeping without memory, threads or a device.
+//
+// A change (a step, a truncation) is opened, which rewrites the page lists and says what it takes: pages to allocate, pages to
+// copy, rows to encode anew. The caller finds memory for the new pages and hands their handles in; then commit() makes the
+// change final and says which pages nobody has any more, or abort() undoes it.
+#pragma once
+
+#include <map>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/page.h"
+#include "backend/step_plan.h"
+#include "cache/layout.h"
+#include "kvmix/cache.h"
+
+namespace kvmix {
+
+// A place in a page list that a change gives a new page. `before` is what stood there; its page, if any, goes on commit.
+struct PageChange {
+  PageList* list;
+  size_t index;
+  PageEntry before;
+  bool copies;  // the new page starts as a copy of that one
+
+  PageEntry& entry() const { return list->pages[index]; }
+};
+
+// A page that nobody refers to any more.
+struct FreedPage {
+  PageHandle page;
+  FormatId format;
+};
+
+class Ledger {
+ public:
+  // `layers` and `formats` outlive the ledger.
+  Ledger(const std::vector<LayerConfig>& layers, const std::vector<LayerFormats>& ids, const FormatTable& formats)
+      : layers_(layers), ids_(ids), formats_(formats) {}
+
+  SequenceId create();
+  // Both refuse with kNotFound an unknown sequence.
+  SequencePages& find(SequenceId id);
+  const SequencePages& find(SequenceId id) const { return const_cast<Ledger*>(this)->find(id); }
+  const std::map<SequenceId, SequencePages>& sequences() const { return sequences_; }
+
+  // A sequence that shares all pages.
+  SequenceId fork(SequenceId id);
+  std::vector<FreedPage> remove(SequenceId id);
+  bool shared(PageHandle page) const { return extra_references_.contains(page); }
+
+  // Opens a step. Throws kInvalidArgument and kNotFound for items that cannot be, before anything changed.
+  const StepPlan& open(std::span<const StepItem> items);
+  // Bytes of the pages that such a step allocates.
+  size_t bytes_needed(std::span<const StepItem> items);
+  // Opens a truncation: cuts the sequence to its first n_tokens. A cut through a sealed page makes it a recent one again.
+  // Throws kUnsupported where a sliding window has freed what would be needed.
+  const StepPlan& open_truncation(SequenceId id, int64_t n_tokens);
+
+  bool is_open() const { return open_; }
+  const StepPlan& plan() const { return plan_; }
+  // New pages of the open change, in the order in which they are best allocated; their entries take the handles.
+  const std::vector<PageChange>& changes() const { return changes_; }
+  std::vector<FreedPage> commit();
+  // Undoes the open change. The new pages that have a handle are returned, newest first.
+  std::vector<FreedPage> abort();
+
+ private:
+  struct Undo {  // an entry that was rewritten in place
+    PageList* list;
+    size_t index;
+    PageEntry before;
+  };
+  struct Size {
+    PageList* list;
+    size_t entries;
+  };
+
+  void open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry);
+  void replace(PageList& list, size_t index, FormatId format, bool copies);
+  void set_live(PageList& list, size_t index, int64_t end);
+  void seal(size_t layer, int kv_head, int64_t length, PageList& list);
+  void drop(const PageEntry& entry, std::vector<FreedPage>& freed);
+  void leave_window(size_t layer, SequencePages& sequence, std::vector<FreedPage>& freed);
+  // Index of the first page behind the sinks.
+  size_t body(size_t layer, const PageList& list) const;
+  void begin_change();
+  void end_change();
+
+  const std::vector<LayerConfig>& layers_;
+  const std::vector<LayerFormats>& ids_;
+  const FormatTable& formats_;
+  std::map<SequenceId, SequencePages> sequences_;
+  SequenceId next_id_ = 0;
+  std::unordered_map<PageHandle, int> extra_references_;  // only pages with more than one
+
+  bool open_ = false;
+  StepPlan plan_;
+  std::vector<PageChange> changes_;
+  std::vector<Undo> undo_;
+  std::vector<Size> old_sizes_;                              // of lists that may have grown
+  std::vector<Size> cuts_;                                   // of lists that a truncation shortens on commit
+  std::vector<std::pair<SequencePages*, int64_t>> lengths_;  // after the change
+};
+
+}  // namespace kvmix
