@@ -1,5 +1,7 @@
 # kvmix_flags(target): warnings, sanitizers and hidden symbols for one of our targets.
 function(kvmix_flags target)
+  # include/kvmix/export.h shows what is public. CUDA sources take the flag for what their host compiler makes.
+  set_target_properties(${target} PROPERTIES CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wnon-virtual-dtor -Wcast-align -Wunused -Woverloaded-virtual -Wpedantic>
     $<$<AND:$<BOOL:${KVMIX_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>)

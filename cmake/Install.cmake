@@ -1,7 +1,10 @@
 # cmake --install: headers, libraries and a package for find_package(kvmix).
 include(CMakePackageConfigHelpers)
-set(kvmix_targets kvmix_core)
-install(TARGETS ${kvmix_targets} EXPORT kvmixTargets)
+if(BUILD_SHARED_LIBS)
+  install(TARGETS kvmix_shared EXPORT kvmixTargets)
+else()
+  install(TARGETS kvmix_core EXPORT kvmixTargets)
+endif()
 # The engine is not part of the package; its headers would promise what cannot be linked.
 install(DIRECTORY include/kvmix DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} PATTERN "engine.h" EXCLUDE PATTERN "eval.h" EXCLUDE
         PATTERN "measure.h" EXCLUDE)

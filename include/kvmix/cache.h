@@ -14,8 +14,9 @@
 #include <vector>
 
 #include "kvmix/codec.h"
+#include "kvmix/export.h"
 
-namespace kvmix {
+namespace KVMIX_API kvmix {
 
 // What a side of a layer does to a row before it is stored. Applied to sinks, window and pages alike, so that one
 // transformed query (keys) or one inverse on the output (values) is all that attention needs.
@@ -159,7 +160,7 @@ class Cache {
   void read(SequenceId sequence, int layer, int kv_head, Side side, bool original_space, float* rows) const;
 
  private:
-  struct Impl;
+  struct KVMIX_HIDDEN Impl;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -18,7 +18,9 @@
 #include <string>
 #include <vector>
 
-namespace kvmix {
+#include "kvmix/export.h"
+
+namespace KVMIX_API kvmix {
 
 inline constexpr int kPageTokens = 128;
 // Widths of a row that the library stores.

@@ -13,9 +13,10 @@
 #include <vector>
 
 #include "kvmix/cache.h"
+#include "kvmix/export.h"
 #include "kvmix/plan.h"
 
-namespace kvmix {
+namespace KVMIX_API kvmix {
 
 using Token = int32_t;
 
@@ -89,7 +90,7 @@ class Engine {
   std::string cache_fingerprint() const;
 
  private:
-  struct Impl;
+  struct KVMIX_HIDDEN Impl;
   std::unique_ptr<Impl> impl_;
 };
 
@@ -159,7 +160,7 @@ class Peer {
   const std::string& name() const;  // "llama.cpp q4_0"
 
  private:
-  struct Impl;
+  struct KVMIX_HIDDEN Impl;
   std::unique_ptr<Impl> impl_;
 };
 

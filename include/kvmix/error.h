@@ -4,7 +4,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace kvmix {
+#include "kvmix/export.h"
+
+namespace KVMIX_API kvmix {
 
 enum class Status : int {
   kOk = 0,

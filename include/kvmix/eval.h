@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "kvmix/engine.h"
+#include "kvmix/export.h"
 #include "kvmix/measure.h"
 
-namespace kvmix {
+namespace KVMIX_API kvmix {
 
 // A row of an evaluation: one of our plans, or a peer cache type.
 struct EvalSubject {

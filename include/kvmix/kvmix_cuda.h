@@ -26,14 +26,14 @@ typedef struct kvmix_cuda_format {
 } kvmix_cuda_format;
 
 /* Bytes of one record, a multiple of 16. */
-kvmix_status kvmix_cuda_record_bytes(const kvmix_cuda_format* format, size_t* bytes);
+KVMIX_API kvmix_status kvmix_cuda_record_bytes(const kvmix_cuda_format* format, size_t* bytes);
 
 /* Between the CPU's encoded tiles (kvmix/codec.h: int<bits>.channel.g<key_group>...zero and int<bits>.token.g<value_group>
  * ...zero) and a record, all in host memory. Lossless. */
-kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* format, const void* key_tile, const void* value_tile,
-                                          void* record);
-kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const void* record, void* key_tile,
-                                          void* value_tile);
+KVMIX_API kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* format, const void* key_tile,
+                                                    const void* value_tile, void* record);
+KVMIX_API kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const void* record, void* key_tile,
+                                                    void* value_tile);
 
 /* A piece of work: pages [page_begin, page_end) of one sequence and KV head. */
 typedef struct kvmix_cuda_item {
@@ -83,19 +83,19 @@ typedef struct kvmix_cuda_attend_params {
  * current device). `lengths` [sequences] is host memory. Writes at most `capacity` items and their number; with null items
  * only the number and the workspace's bytes. Reads the shape of `params`, none of its pointers. The output for given items is
  * the same to the bit on every launch. */
-kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
-                             kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
+KVMIX_API kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
+                                       kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
 /* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, whose
  * workspace then holds all pages of the items as fp16. Can be captured in a graph. Every slot of a packed page must be finite.
  */
-kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
+KVMIX_API kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
  * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute
  * capability 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the
  * rest. Null where the shape is refused. */
-const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
+KVMIX_API const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
 
 /* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */
 typedef struct kvmix_cuda_append_params {
@@ -110,7 +110,7 @@ typedef struct kvmix_cuda_append_params {
 } kvmix_cuda_append_params;
 
 /* One launch. */
-kvmix_status kvmix_cuda_append(const kvmix_cuda_append_params* params);
+KVMIX_API kvmix_status kvmix_cuda_append(const kvmix_cuda_append_params* params);
 
 /* What a side's rows become before they are sealed, as TransformSpec (kvmix/cache.h): (x - center) times scales, then an
  * orthonormal Hadamard of each block. Device memory, fp32, null where there is none: center and scales [kv_heads][head_dim] (a
@@ -139,10 +139,10 @@ typedef struct kvmix_cuda_seal_params {
 } kvmix_cuda_seal_params;
 
 /* Seals open pages into records: scales and codes equal the CPU codec's to the bit. One launch. */
-kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params);
+KVMIX_API kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params);
 
 /* What the last failing call of this thread said; "" if none failed. */
-const char* kvmix_cuda_last_error(void);
+KVMIX_API const char* kvmix_cuda_last_error(void);
 
 #ifdef __cplusplus
 }

@@ -9,9 +9,10 @@
 #include <vector>
 
 #include "kvmix/engine.h"
+#include "kvmix/export.h"
 #include "kvmix/plan.h"
 
-namespace kvmix {
+namespace KVMIX_API kvmix {
 
 struct CalibrationOptions {
   int prompts = 16;

@@ -12,8 +12,9 @@
 
 #include "kvmix/cache.h"
 #include "kvmix/error.h"
+#include "kvmix/export.h"
 
-namespace kvmix {
+namespace KVMIX_API kvmix {
 
 // Called with work done, total, and a label; returning false stops with kCancelled.
 using Progress = std::function<bool(double done, double total, const std::string& what)>;

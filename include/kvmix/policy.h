@@ -10,8 +10,9 @@
 #include <vector>
 
 #include "kvmix/error.h"
+#include "kvmix/export.h"
 
-namespace kvmix {
+namespace KVMIX_API kvmix {
 
 struct PolicyParameter {
   enum class Kind { kNumber, kInteger, kChoice };

@@ -1,15 +1,23 @@
 // The C ABI over Cache: argument checks that C callers need, and exceptions turned into statuses.
 #include <cmath>
-#include <new>
+#include <cstddef>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "capi/guard.h"
 #include "kvmix/cache.h"
 #include "kvmix/error.h"
 #include "kvmix/kvmix.h"
+#include "kvmix/plan.h"
 
 struct kvmix_cache {
   kvmix::Cache cache;
   bool in_step = false;
+};
+
+struct kvmix_plan {
+  kvmix::Plan plan;
 };
 
 namespace kvmix {
@@ -18,31 +26,27 @@ namespace {
 thread_local std::string last_error;
 thread_local std::string kernel_name;
 
-kvmix_status failed(Status status, const char* message) noexcept {
-  try {
-    last_error = message;
-  } catch (...) {
-    last_error.clear();
-  }
-  return static_cast<kvmix_status>(status);
-}
-
 template <typename Body>
-kvmix_status guarded(Body body) noexcept {
-  try {
-    body();
-    return KVMIX_OK;
-  } catch (const Error& e) {
-    return failed(e.status(), e.what());
-  } catch (const std::bad_alloc&) {
-    return failed(Status::kOutOfMemory, "the system has no memory left; free some and try again");
-  } catch (const std::exception& e) {
-    return failed(Status::kInternal, e.what());
-  }
+kvmix_status guarded(const Body& body) noexcept {
+  return run_guarded(last_error, body);
 }
 
-void need(const void* pointer, const char* name) {
-  if (pointer == nullptr) throw Error(Status::kInvalidArgument, std::string(name) + " is null; pass a valid pointer");
+constexpr kvmix_layer_config layer_defaults() {
+  kvmix_layer_config layer = {};
+  layer.struct_bytes = sizeof layer;
+  layer.sinks = 16;
+  layer.window = 128;
+  layer.recent_codec = "f16";
+  layer.key_codec = "int3.channel.g128.fitted.zero";
+  layer.value_codec = "int3.token.g64.minmax.zero";
+  return layer;
+}
+// What of a struct has no default: its size, and a layer's shape.
+constexpr size_t kLeastOptions = sizeof(size_t), kLeastLayer = offsetof(kvmix_layer_config, softcap),
+                 kLeastModelLayer = offsetof(kvmix_model_layer, scale);
+
+float usual_scale(float scale, int head_dim) {
+  return scale == 0.0f && head_dim > 0 ? 1.0f / std::sqrt(static_cast<float>(head_dim)) : scale;
 }
 
 LayerConfig layer_config(const kvmix_layer_config& from) {
@@ -52,7 +56,7 @@ LayerConfig layer_config(const kvmix_layer_config& from) {
   layer.q_heads = from.q_heads;
   layer.kv_heads = from.kv_heads;
   layer.head_dim = from.head_dim;
-  layer.scale = from.scale == 0.0f && from.head_dim > 0 ? 1.0f / std::sqrt(static_cast<float>(from.head_dim)) : from.scale;
+  layer.scale = usual_scale(from.scale, from.head_dim);
   layer.softcap = from.softcap;
   layer.sliding_window = from.sliding_window;
   layer.sinks = from.sinks;
@@ -65,18 +69,61 @@ LayerConfig layer_config(const kvmix_layer_config& from) {
   return layer;
 }
 
-// append and attend trust their arguments, which a C caller's may not deserve.
-void check_call(const kvmix_cache* cache, int32_t layer, int32_t ith, int32_t nth) {
+ModelShape model_shape(const kvmix_model_shape* from) {
+  const auto model = read_struct(from, kvmix_model_shape{}, sizeof(kvmix_model_shape), "kvmix_model_shape");
+  if (model.layer_count > 0) need(model.layers, "kvmix_model_shape.layers");
+  ModelShape shape;
+  shape.name = model.name == nullptr ? "a model without a name" : model.name;
+  shape.fingerprint = model.fingerprint == nullptr ? "" : model.fingerprint;
+  read_array(model.layers, model.layer_count, kvmix_model_layer{}, kLeastModelLayer, "kvmix_model_layer",
+             [&](const kvmix_model_layer& layer) {
+               shape.layers.push_back({.q_heads = layer.q_heads,
+                                       .kv_heads = layer.kv_heads,
+                                       .head_dim = layer.head_dim,
+                                       .sliding_window = layer.sliding_window,
+                                       .scale = usual_scale(layer.scale, layer.head_dim),
+                                       .softcap = layer.softcap});
+             });
+  return shape;
+}
+
+kvmix_cache* make_cache(CacheConfig config, const kvmix_cache_options* from) {
+  kvmix_cache_options options = {};
+  if (from != nullptr) options = read_struct(from, options, kLeastOptions, "kvmix_cache_options");
+  config.threads = options.threads == 0 ? 1 : options.threads;
+  config.max_bytes = options.max_bytes;
+  if (options.kernel != nullptr) config.kernel = options.kernel;
+  config.exact = options.exact != 0;
+  return new kvmix_cache{Cache(std::move(config))};
+}
+
+const LayerConfig& find_layer(const kvmix_cache* cache, int32_t layer) {
   need(cache, "cache");
-  const CacheConfig& config = cache->cache.config();
-  if (!cache->in_step) throw Error(Status::kInvalidArgument, "no step is open; call kvmix_step_begin first");
-  if (layer < 0 || static_cast<size_t>(layer) >= config.layers.size()) {
-    throw Error(Status::kInvalidArgument,
-                "layer " + std::to_string(layer) + " of " + std::to_string(config.layers.size()) + " does not exist");
+  const std::vector<LayerConfig>& layers = cache->cache.config().layers;
+  if (layer < 0 || static_cast<size_t>(layer) >= layers.size()) {
+    throw Error(Status::kInvalidArgument, "layer " + std::to_string(layer) + " does not exist; the cache has " +
+                                              std::to_string(layers.size()) + ", counted from 0");
   }
-  if (nth < 1 || nth > config.threads || ith < 0 || ith >= nth) {
+  return layers[static_cast<size_t>(layer)];
+}
+
+// append and attend trust their arguments, which a C caller's may not deserve.
+const LayerConfig& check_call(const kvmix_cache* cache, int32_t layer, int32_t ith, int32_t nth) {
+  const LayerConfig& config = find_layer(cache, layer);
+  if (!cache->in_step) throw Error(Status::kInvalidArgument, "no step is open; call kvmix_step_begin first");
+  const int threads = cache->cache.config().threads;
+  if (nth < 1 || nth > threads || ith < 0 || ith >= nth) {
     throw Error(Status::kInvalidArgument, "thread " + std::to_string(ith) + " of " + std::to_string(nth) +
-                                              "; the cache was made for " + std::to_string(config.threads));
+                                              "; the cache was made for " + std::to_string(threads));
+  }
+  return config;
+}
+
+void check_rows(const void* rows, int64_t stride, int heads, int head_dim, const char* name) {
+  need(rows, name);
+  if (stride < static_cast<int64_t>(heads) * head_dim) {
+    throw Error(Status::kInvalidArgument, std::string(name) + "_stride is " + std::to_string(stride) + "; a row has " +
+                                              std::to_string(heads) + " heads of " + std::to_string(head_dim) + " floats");
   }
 }
 
@@ -85,35 +132,62 @@ void check_call(const kvmix_cache* cache, int32_t layer, int32_t ith, int32_t nt
 
 using kvmix::guarded;
 using kvmix::need;
+using kvmix::read_array;
+using kvmix::write_struct;
 
 extern "C" {
 
 const char* kvmix_version(void) { return KVMIX_VERSION; }
+int32_t kvmix_version_number(void) { return KVMIX_VERSION_NUMBER; }
 const char* kvmix_status_name(kvmix_status status) { return kvmix::status_name(static_cast<kvmix::Status>(status)); }
 const char* kvmix_last_error(void) { return kvmix::last_error.c_str(); }
 
-void kvmix_layer_defaults(kvmix_layer_config* layer) {
-  if (layer == nullptr) return;
-  *layer = {};
-  layer->sinks = 16;
-  layer->window = 128;
-  layer->recent_codec = "f16";
-  layer->key_codec = "int3.channel.g128.fitted.zero";
-  layer->value_codec = "int3.token.g64.minmax.zero";
+kvmix_status kvmix_layer_defaults(kvmix_layer_config* layer) {
+  return guarded([&] {
+    need(layer, "layer");
+    write_struct(kvmix::layer_defaults(), layer, kvmix::kLeastLayer, "kvmix_layer_config");
+  });
 }
 
-kvmix_status kvmix_cache_create(const kvmix_cache_config* config, kvmix_cache** cache) {
+kvmix_status kvmix_cache_create(const kvmix_layer_config* layers, size_t layer_count, const kvmix_cache_options* options,
+                                kvmix_cache** cache) {
   return guarded([&] {
-    need(config, "config");
     need(cache, "cache");
-    if (config->layer_count > 0) need(config->layers, "layers");
-    kvmix::CacheConfig made;
-    for (size_t l = 0; l < config->layer_count; ++l) made.layers.push_back(kvmix::layer_config(config->layers[l]));
-    made.threads = config->threads;
-    made.max_bytes = config->max_bytes;
-    if (config->kernel != nullptr) made.kernel = config->kernel;
-    made.exact = config->exact != 0;
-    *cache = new kvmix_cache{kvmix::Cache(std::move(made))};
+    if (layer_count > 0) need(layers, "layers");
+    kvmix::CacheConfig config;
+    read_array(layers, layer_count, kvmix::layer_defaults(), kvmix::kLeastLayer, "kvmix_layer_config",
+               [&](const kvmix_layer_config& layer) { config.layers.push_back(kvmix::layer_config(layer)); });
+    *cache = kvmix::make_cache(std::move(config), options);
+  });
+}
+
+kvmix_status kvmix_plan_read(const char* path, kvmix_plan** plan) {
+  return guarded([&] {
+    need(path, "path");
+    need(plan, "plan");
+    *plan = new kvmix_plan{kvmix::read_plan(path)};
+  });
+}
+
+kvmix_status kvmix_plan_parse(const char* json, kvmix_plan** plan) {
+  return guarded([&] {
+    need(json, "json");
+    need(plan, "plan");
+    *plan = new kvmix_plan{kvmix::parse_plan(json, "the plan's text")};
+  });
+}
+
+void kvmix_plan_destroy(kvmix_plan* plan) { delete plan; }
+
+kvmix_status kvmix_cache_create_from_plan(const kvmix_plan* plan, const kvmix_model_shape* model,
+                                          const kvmix_cache_options* options, kvmix_cache** cache) {
+  return guarded([&] {
+    need(plan, "plan");
+    need(model, "model");
+    need(cache, "cache");
+    const kvmix::ModelShape shape = kvmix::model_shape(model);
+    kvmix::check_plan(plan->plan, shape, shape.fingerprint.empty());
+    *cache = kvmix::make_cache(kvmix::cache_config(plan->plan, shape), options);
   });
 }
 
@@ -176,12 +250,25 @@ kvmix_status kvmix_sequence_load(kvmix_cache* cache, const char* path, const cha
   });
 }
 
+kvmix_status kvmix_sequence_tail(const kvmix_cache* cache, kvmix_sequence sequence, int32_t layer, kvmix_tail* tail) {
+  return guarded([&] {
+    kvmix::find_layer(cache, layer);
+    need(tail, "tail");
+    const kvmix::Cache::TailReport t = cache->cache.tail(sequence, layer);
+    const kvmix_tail made = {.struct_bytes = sizeof(kvmix_tail), .sinks = t.sinks, .sealed = t.sealed, .recent = t.window};
+    write_struct(made, tail, sizeof(kvmix_tail), "kvmix_tail");
+  });
+}
+
 kvmix_status kvmix_step_begin(kvmix_cache* cache, const kvmix_step_item* items, size_t item_count) {
   return guarded([&] {
     need(cache, "cache");
     need(items, "items");
     std::vector<kvmix::StepItem> list;
-    for (size_t i = 0; i < item_count; ++i) list.push_back({items[i].sequence, items[i].n_tokens});
+    read_array(items, item_count, kvmix_step_item{}, sizeof(kvmix_step_item), "kvmix_step_item",
+               [&](const kvmix_step_item& item) {
+                 list.push_back({item.sequence, item.n_tokens});
+               });
     cache->cache.begin_step(list);
     cache->in_step = true;
   });
@@ -206,9 +293,9 @@ kvmix_status kvmix_step_abort(kvmix_cache* cache) {
 kvmix_status kvmix_cache_append(kvmix_cache* cache, int32_t layer, const float* k, int64_t k_stride, const float* v,
                                 int64_t v_stride, int32_t ith, int32_t nth) {
   return guarded([&] {
-    kvmix::check_call(cache, layer, ith, nth);
-    need(k, "k");
-    need(v, "v");
+    const kvmix::LayerConfig& config = kvmix::check_call(cache, layer, ith, nth);
+    kvmix::check_rows(k, k_stride, config.kv_heads, config.head_dim, "k");
+    kvmix::check_rows(v, v_stride, config.kv_heads, config.head_dim, "v");
     cache->cache.append(layer, k, k_stride, v, v_stride, ith, nth);
   });
 }
@@ -216,9 +303,9 @@ kvmix_status kvmix_cache_append(kvmix_cache* cache, int32_t layer, const float* 
 kvmix_status kvmix_cache_attend(kvmix_cache* cache, int32_t layer, const float* q, int64_t q_stride, float* out,
                                 int64_t out_stride, int32_t ith, int32_t nth) {
   return guarded([&] {
-    kvmix::check_call(cache, layer, ith, nth);
-    need(q, "q");
-    need(out, "out");
+    const kvmix::LayerConfig& config = kvmix::check_call(cache, layer, ith, nth);
+    kvmix::check_rows(q, q_stride, config.q_heads, config.head_dim, "q");
+    kvmix::check_rows(out, out_stride, config.q_heads, config.head_dim, "out");
     cache->cache.attend(layer, q, q_stride, out, out_stride, ith, nth);
   });
 }
@@ -228,8 +315,29 @@ kvmix_status kvmix_cache_memory(const kvmix_cache* cache, kvmix_memory* memory) 
     need(cache, "cache");
     need(memory, "memory");
     const kvmix::MemoryReport m = cache->cache.memory();
-    *memory = {m.sealed_bytes, m.open_bytes,    m.sink_bytes,  m.table_bytes,
-               m.slack_bytes,  m.scratch_bytes, m.total_bytes, m.tokens};
+    const kvmix_memory made = {.struct_bytes = sizeof(kvmix_memory),
+                               .sealed_bytes = m.sealed_bytes,
+                               .open_bytes = m.open_bytes,
+                               .sink_bytes = m.sink_bytes,
+                               .table_bytes = m.table_bytes,
+                               .slack_bytes = m.slack_bytes,
+                               .scratch_bytes = m.scratch_bytes,
+                               .total_bytes = m.total_bytes,
+                               .tokens = m.tokens};
+    write_struct(made, memory, sizeof(kvmix_memory), "kvmix_memory");
+  });
+}
+
+kvmix_status kvmix_cache_predict_bytes(const kvmix_cache* cache, int64_t n_tokens, size_t* bytes) {
+  return guarded([&] {
+    need(cache, "cache");
+    need(bytes, "bytes");
+    constexpr int64_t kMostTokens = int64_t{1} << 40;
+    if (n_tokens < 0 || n_tokens > kMostTokens) {
+      throw kvmix::Error(kvmix::Status::kInvalidArgument,
+                         "n_tokens is " + std::to_string(n_tokens) + "; expected 0 to " + std::to_string(kMostTokens));
+    }
+    *bytes = kvmix::predict_bytes(cache->cache.config(), n_tokens);
   });
 }
 

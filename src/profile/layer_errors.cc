@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "cache/layout.h"
-#include "profile/stored_page.h"
+#include "score/stored_page.h"
 
 namespace kvmix {
 namespace {

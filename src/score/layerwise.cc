@@ -10,7 +10,7 @@
 #include "base/parallel.h"
 #include "cache/layout.h"
 #include "kvmix/error.h"
-#include "profile/stored_page.h"
+#include "score/stored_page.h"
 
 namespace kvmix {
 namespace {

@@ -10,7 +10,7 @@
 #include "kvmix/measure.h"
 #include "plan/kvtuner.h"
 #include "plan/planner.h"
-#include "profile/stored_page.h"
+#include "score/stored_page.h"
 #include "support/tiny_model.h"
 
 namespace kvmix {

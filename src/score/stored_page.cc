@@ -1,4 +1,4 @@
-#include "profile/stored_page.h"
+#include "score/stored_page.h"
 
 #include <algorithm>
 #include <memory>
