@@ -119,7 +119,7 @@ struct Problem {
 
   void run(const AttentionKernel& kernel) {
     AlignedBytes scratch(kernel.scratch_bytes(job.key.width, job.rows));
-    std::fill(scratch.storage.begin(), scratch.storage.end(), std::byte{0xff});  // NaN, if it were read before written
+    std::fill_n(scratch.data(), scratch.size(), std::byte{0xff});  // NaN, if it were read before written
     kernel.attend(job, scratch.data());
   }
 

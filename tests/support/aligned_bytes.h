@@ -11,6 +11,9 @@ namespace kvmix {
 class AlignedBytes {
  public:
   explicit AlignedBytes(size_t bytes, std::byte fill = std::byte{0}) : storage_(bytes + 64, fill), size_(bytes) {}
+  // A copy would start elsewhere in its storage.
+  AlignedBytes(AlignedBytes&&) = default;
+  AlignedBytes& operator=(AlignedBytes&&) = default;
   std::byte* data() { return storage_.data() + shift(); }
   const std::byte* data() const { return storage_.data() + shift(); }
   size_t size() const { return size_; }
