@@ -127,7 +127,7 @@ class KvCrush final : public Policy {
       for (size_t i = 0; i < tokens.size(); ++i) score[h][i] = tokens.index[h][i] < 0 ? 0 : scratch.score[tokens.index[h][i]];
     }
     const std::vector<std::vector<uint8_t>> keep =
-        pattern_ ? by_pattern(view, tokens, middle, score, share) : by_heads(middle, score, share);
+        pattern_ ? by_pattern(tokens, middle, score, share) : by_heads(middle, score, share);
     for (size_t h = 0; h < score.size(); ++h) {
       for (size_t i = middle.first; i < middle.last; ++i) {
         const int32_t index = tokens.index[h][i];
@@ -193,27 +193,26 @@ class KvCrush final : public Policy {
     return keep;
   }
 
-  // Everything is the layer's sum here. A token's score is the best of those up to `ahead` from it on; pages are ranked by
-  // scores per query that saw the token, fingerprints are of the scores themselves.
-  std::vector<std::vector<uint8_t>> by_pattern(const PolicyView& view, const Aligned& tokens, Candidates middle,
+  // Everything is the layer's sum here, and a token's score is the best of those up to `ahead` from it on. All that competes
+  // has been seen by the same queries, so sums rank like means.
+  std::vector<std::vector<uint8_t>> by_pattern(const Aligned& tokens, Candidates middle,
                                                const std::vector<std::vector<double>>& score, Share share) const {
     const size_t pages = (middle.size() + page_ - 1) / page_;
-    std::vector<double> summed(tokens.size(), 0), raw(pages * page_, 0), ranked(pages * page_, 0);
+    std::vector<double> summed(tokens.size(), 0), ahead(pages * page_, 0);
     for (const std::vector<double>& of_head : score) {
-      for (size_t i = 0; i < summed.size(); ++i) summed[i] += of_head[i] * view.shape.heads_per_kv;
+      for (size_t i = 0; i < summed.size(); ++i) summed[i] += of_head[i];
     }
     for (size_t i = 0; i < middle.size(); ++i) {
       const size_t from = middle.first + i, to = std::min(summed.size(), from + static_cast<size_t>(ahead_));
-      raw[i] = *std::max_element(summed.begin() + static_cast<ptrdiff_t>(from), summed.begin() + static_cast<ptrdiff_t>(to));
-      ranked[i] = raw[i] / static_cast<double>(std::min<int64_t>(view.window_rows, view.length - tokens.positions[from]));
+      ahead[i] = *std::max_element(summed.begin() + static_cast<ptrdiff_t>(from), summed.begin() + static_cast<ptrdiff_t>(to));
     }
-    const std::vector<double> importance = page_sums(ranked);
+    const std::vector<double> importance = page_sums(ahead);
     std::vector<size_t> order(pages);
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return importance[a] < importance[b]; });
     std::vector<uint8_t> keep(pages, 1);
     for (size_t i = 0; i < pages - (share.pages - share.representatives); ++i) keep[order[i]] = 0;
-    const std::vector<uint8_t> bits = top_half(raw), anchor = anchor_bits(anchor_, bits, page_);
+    const std::vector<uint8_t> bits = top_half(ahead), anchor = anchor_bits(anchor_, bits, page_);
     const std::vector<size_t> evicted = by_distance(anchor_distances(bits, anchor), keep);
     for (const size_t p : strided(evicted, share.representatives)) keep[p] = 1;
     return {score.size(), keep};

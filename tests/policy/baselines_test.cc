@@ -1,4 +1,7 @@
 // StreamingLLM, H2O, SnapKV, PyramidKV and Ada-KV on small numbers worked out by hand or by the papers' code.
+#include <cfloat>
+#include <cmath>
+
 #include "policy/layer_state.h"
 #include "policy/pyramidkv.h"
 #include "policy/select.h"
@@ -65,6 +68,15 @@ TEST(SnapKv, AveragesTheQueryHeadsOfAKvHead) {
     EXPECT_EQ(grouped.kept(h), averaged.kept(h));
   }
   EXPECT_NE(grouped.kept(0), grouped.kept(1));
+}
+
+TEST(SnapKv, NanIsNoVote) {
+  EXPECT_EQ(finite(std::nanf("")), 0);
+  EXPECT_EQ(finite(-INFINITY), -static_cast<double>(FLT_MAX));
+  LayerState state(9, 1);
+  state.heads[0].window = {NAN, .1f, NAN, .3f, 0, NAN, .2f, INFINITY, 0};
+  state.run(*make_policy({"snapkv", {{"tokens", 5.0}, {"window", 1.0}, {"pooling", "none"}}}));
+  EXPECT_EQ(state.kept(0), (Positions{1, 3, 6, 7, 8}));
 }
 
 struct PyramidCase {
@@ -152,6 +164,19 @@ TEST(H2o, FractionsOfTheBudgetAreRecent) {
   EXPECT_EQ(state.kept(0), join(range(0, 10), range(90, 100)));
 }
 
+TEST(H2o, TheLowerOfEqualTokensStays) {
+  const auto policy = make_policy({"h2o", {{"tokens", 4.0}, {"recent", 1.0}}});
+  LayerState state(4, 1);
+  state.heads[0].append(state.length++);
+  state.heads[0].mass = {2, 1, 1, 1, 0};
+  state.run(*policy, Moment::kBeforeToken);
+  EXPECT_EQ(state.kept(0), (Positions{0, 1, 2, 4}));
+  LayerState prompt(6, 1);
+  prompt.heads[0].mass = {2, 1, 1, 1, 1, 0};
+  prompt.run(*policy);
+  EXPECT_EQ(prompt.kept(0), (Positions{0, 1, 2, 5}));
+}
+
 TEST(H2o, MeanIsPerQueryThatSawTheToken) {
   LayerState state(6, 1);
   state.heads[0].mass = {3, 3, 3, 3, 1, 1};
@@ -205,6 +230,18 @@ TEST(AdaKv, ASafeShareOfOneIsUniform) {
         *make_policy({"adakv", {{"tokens", 4.0}, {"window", 1.0}, {"pooling", "none"}, {"safe", 1.0}, {"shares", shares}}}));
     EXPECT_EQ(state.kept(0), (Positions{0, 1, 2, 8})) << shares;
     EXPECT_EQ(state.kept(1), (Positions{0, 1, 2, 8})) << shares;
+  }
+}
+
+TEST(AdaKv, TheSafeShareIsMixedIn) {
+  const std::pair<double, size_t> cases[] = {
+      {0, 12}, {0.25, 11}, {0.5, 9}, {0.75, 8}, {1, 6}};  // of 12, all best votes are head 0's
+  for (const auto& [safe, old] : cases) {
+    LayerState state(31, 2);
+    for (int i = 0; i < 30; ++i) state.heads[0].window[i] = 1, state.heads[1].window[i] = 0.5f;
+    state.run(*make_policy({"adakv", {{"tokens", 7.0}, {"window", 1.0}, {"pooling", "none"}, {"safe", safe}}}));
+    EXPECT_EQ(state.kept(0).size(), old + 1) << safe;
+    EXPECT_EQ(state.kept(1).size(), 12 - old + 1) << safe;
   }
 }
 

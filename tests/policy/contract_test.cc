@@ -343,6 +343,7 @@ TEST_P(EveryPolicy, AllocatesNothingWhileDecoding) {
   Decision decision;
   policy_->decide(state.view(), scratch, decision);
   state.apply(decision);
+  decision = {};
   for (int step = 0; step < 30; ++step) {
     const PolicyView view = state.view(Moment::kBeforeToken);
     const int64_t before = allocations;

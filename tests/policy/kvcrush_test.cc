@@ -155,8 +155,7 @@ TEST(KvCrushPattern, Vector) {
   for (const auto& [anchor, pages] : cases) {
     LayerState state(25, 2);
     for (int i = 0; i < 24; ++i) {
-      state.heads[0].window[i] = static_cast<float>(score[i]) * 0.25f;
-      state.heads[1].window[i] = static_cast<float>(score[i]) * 0.75f;
+      state.heads[i / 3 % 2].window[i] = static_cast<float>(score[i]);  // the layer's sum counts
     }
     state.run(*make_policy({"kvcrush",
                             {{"tokens", 17.0},
@@ -174,6 +173,27 @@ TEST(KvCrushPattern, Vector) {
     EXPECT_EQ(state.kept(0), expected) << anchor;
     EXPECT_EQ(state.kept(1), expected) << anchor;
   }
+}
+
+// A score reaches back over the tokens before it, from the window too.
+TEST(KvCrushPattern, LooksAhead) {
+  const auto kept = [](double ahead) {
+    LayerState state(41, 1);
+    state.heads[0].window[21] = 1;
+    state.heads[0].window[40] = 9;
+    state.run(*make_policy({"kvcrush",
+                            {{"tokens", 9.0},
+                             {"sinks", 0.0},
+                             {"window", 1.0},
+                             {"queries", 1.0},
+                             {"page", 4.0},
+                             {"share", 0.0},
+                             {"ahead", ahead},
+                             {"fingerprint", "pattern"}}}));
+    return state.kept(0);
+  };
+  EXPECT_EQ(kept(1), join(range(20, 24), range(36, 41)));
+  EXPECT_EQ(kept(5), join(range(16, 20), range(36, 41)));
 }
 
 TEST(KvCrushPattern, PublishedDistances) {

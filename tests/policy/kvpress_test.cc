@@ -41,6 +41,7 @@ TEST(Kvpress, KeepsTheSameTokens) {
   const int64_t n = all["length"];
   const int heads_per_kv = all["heads_per_kv"];
   const auto layers = static_cast<int>(all["layers"].size());
+  EXPECT_EQ(all["cases"].size(), 24u);
   std::set<std::string> names;
   for (const nlohmann::json& c : all["cases"]) {
     const auto policy = make_policy(spec(c));
@@ -71,7 +72,9 @@ TEST(Kvpress, KeepsTheSameTokens) {
 }
 
 TEST(Kvpress, PyramidsOfRealSizes) {
-  for (const nlohmann::json& c : vectors()["budgets"]) {
+  const nlohmann::json all = vectors();
+  EXPECT_EQ(all["budgets"].size(), 5u);
+  for (const nlohmann::json& c : all["budgets"]) {
     const Pyramid pyramid{.rule = Pyramid::Rule::kReal, .beta = c["beta"], .window = c["window"]};
     const int64_t n = c["length"];
     const auto tokens = c["tokens"].get<std::vector<int64_t>>();

@@ -112,6 +112,20 @@ TEST(LeanKv, FourCases) {
   EXPECT_TRUE(step(2 * tq, .5 * tp).move.empty());
 }
 
+// As after a sequence was cut back to where most had been dropped.
+TEST(LeanKv, KeepsAsManyAsTheWindow) {
+  const auto policy = make_policy({"leankv", {}});
+  for (const int64_t recent : {61, 62}) {
+    LayerState state(0, 1);
+    state.length = state.prompt_length = 500;
+    for (const int64_t p : join({3, 40}, range(500 - recent, 500))) {
+      state.heads[0].append(p);
+      state.heads[0].queries.back() = 5;
+    }
+    EXPECT_EQ(state.decide(*policy, Moment::kBeforeToken).empty(), recent == 61);
+  }
+}
+
 TEST(LeanKv, SaysItsTiers) {
   const auto policy = make_policy({"leankv", {}});
   EXPECT_TRUE(policy->has_low_tier());

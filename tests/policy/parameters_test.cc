@@ -101,11 +101,23 @@ TEST(Budget, FractionsAreOfThePrompt) {
   const LayerShape shape;
   for (int percent = 1; percent <= 100; ++percent) {
     const Budget budget{.keep = percent / 100.0};
+    EXPECT_EQ(budget.capacity(shape, 100, {}), percent);
     EXPECT_EQ(budget.capacity(shape, 4100, {}), 41 * percent);
   }
   EXPECT_EQ(Budget{.keep = 0.1}.capacity(shape, 99, {}), 9);
   EXPECT_EQ(Budget{.keep = 0.1}.capacity(shape, 99, {4, 32}), 36);
   EXPECT_EQ((Budget{.keep = 0.1, .tokens = 70}.capacity(shape, 99, {4, 32})), 70);
+}
+
+// 9.9 tokens in fp16 are nine: 9 * 256 / 72 = 32 others.
+TEST(Budget, BytesOfWholeTokens) {
+  LayerShape shape;
+  shape.head_dim = 64;
+  shape.token_bytes = {72, 0};
+  const Budget budget{.keep = 0.1, .f16_bytes = true};
+  EXPECT_EQ(budget.capacity(shape, 99, {}), 32);
+  shape.token_bytes = {};
+  EXPECT_THROW(budget.capacity(shape, 99, {}), Error);
 }
 
 }  // namespace

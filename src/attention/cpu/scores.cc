@@ -14,7 +14,8 @@ size_t visible(const ScoreKeys& head, int64_t position) {
 float mean_at(std::span<const float> rows, size_t n, size_t i) {
   float sum = 0;
   for (size_t at = i; at < rows.size(); at += n) sum += rows[at];
-  return sum / static_cast<float>(rows.size() / n);
+  const size_t heads = rows.size() / n;
+  return sum / static_cast<float>(heads);
 }
 
 float max_at(std::span<const float> rows, size_t n, size_t i) {
