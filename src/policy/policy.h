@@ -1,7 +1,7 @@
 // The contract between a cache and a token policy. A policy decides and touches no memory: it is handed what a layer stores and
 // what attention measured, and says what to drop and what to move to another tier. It has no state, so the same view gives the
 // same decision on any thread, and a sequence can be forked, saved or aborted without asking it.
-// A policy is one file src/policy/NAME.cc and one line in registry.cc.
+// A policy is one file src/policy/NAME.cc and one line in registry.inc.
 //
 // When a cache asks, for each layer that governs() accepts:
 //   kPromptEnd    once, when the last chunk of a prompt has been attended to; never between chunks, so that chunked and whole

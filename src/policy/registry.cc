@@ -6,14 +6,16 @@
 
 namespace kvmix {
 
-extern const PolicyEntry kStreamingPolicy, kH2oPolicy, kSnapkvPolicy, kPyramidkvPolicy, kAdakvPolicy, kKvcrushPolicy,
-    kDbudgetkvPolicy, kQuantizedPruningPolicy, kLeankvPolicy;
+#define KVMIX_POLICY(entry) extern const PolicyEntry entry;
+#include "policy/registry.inc"
+#undef KVMIX_POLICY
 
 namespace {
 
 const std::array kPolicies = {
-    &kStreamingPolicy, &kH2oPolicy,       &kSnapkvPolicy,           &kPyramidkvPolicy, &kAdakvPolicy,
-    &kKvcrushPolicy,   &kDbudgetkvPolicy, &kQuantizedPruningPolicy, &kLeankvPolicy,
+#define KVMIX_POLICY(entry) &entry,
+#include "policy/registry.inc"
+#undef KVMIX_POLICY
 };
 
 [[noreturn]] void broken(const PolicyView& view, const std::string& what) {
