@@ -169,6 +169,17 @@ class EveryPolicy : public testing::TestWithParam<PolicySpec> {
   std::unique_ptr<Policy> policy_ = make_policy(GetParam());
 };
 
+TEST(PolicyContract, RunsOverTheRegistry) {
+  std::vector<std::string> names;
+  for (const PolicyInfo& info : policies()) {
+    std::printf("[ REGISTRY ] policy %s\n", info.name.c_str());  // read by scripts/extend
+    EXPECT_EQ(std::count(names.begin(), names.end(), info.name), 0) << info.name;
+    names.push_back(info.name);
+    EXPECT_FALSE(info.description.empty()) << info.name;
+    EXPECT_NO_THROW(check_policy({info.name, {}})) << info.name;
+  }
+}
+
 TEST_P(EveryPolicy, KeepsSinksAndWindowWithinTheBudget) {
   Lcg random(17);
   for (const int64_t n : {40, 137, 300, 512}) {
