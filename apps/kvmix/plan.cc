@@ -188,6 +188,7 @@ int plan(const Arguments& arguments, const Common& common) {
   write_plan(made, file);
   const CacheConfig config = cache_config(made, model->shape());
   const size_t bytes = predict_bytes(config, arguments.context);
+  const size_t slack = predict_slack_bytes(config, arguments.context, arguments.sequences);
   const double bits = predict_bits_per_element(config, arguments.context);
   if (common.json) {
     nlohmann::json json{{"plan", file},
@@ -195,6 +196,7 @@ int plan(const Arguments& arguments, const Common& common) {
                         {"note", made.note},
                         {"context", arguments.context},
                         {"bytes", bytes},
+                        {"most_slack_bytes", slack},
                         {"bits_per_element", bits},
                         {"mean_key_bits", mean_bits(made, Side::kKey)},
                         {"mean_value_bits", mean_bits(made, Side::kValue)}};
@@ -207,8 +209,8 @@ int plan(const Arguments& arguments, const Common& common) {
              mean_bits(made, Side::kValue), made.sinks,
              made.window.ratio_key > 0 ? "by ratio" : std::to_string(made.window.tokens), made.note);
   print_plan_costs(made, model->shape());
-  fmt::print("\nwrote {}: {} and {:.2f} bits per element at {} tokens, all bytes\n", file,
-             human_bytes(static_cast<double>(bytes)), bits, arguments.context);
+  fmt::print("\nwrote {}: {} and {:.2f} bits per element at {} tokens, all bytes; the allocator rounds up by {} at most\n",
+             file, human_bytes(static_cast<double>(bytes)), bits, arguments.context, human_bytes(static_cast<double>(slack)));
   if (arguments.sequences > 1) {
     fmt::print("{} sequences: {} of {}\n", arguments.sequences, human_bytes(static_cast<double>(bytes) * arguments.sequences),
                human_bytes(static_cast<double>(request.budget.bytes)));

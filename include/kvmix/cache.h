@@ -185,6 +185,9 @@ std::vector<AttentionKernelInfo> attention_kernels();
 // Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
 // expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
 size_t predict_bytes(const CacheConfig& config, int64_t n_tokens);
+// What the allocator takes from the system beyond that for `sequences` of n_tokens, fed token by token, at the most: it takes
+// whole system pages for each size of record.
+size_t predict_slack_bytes(const CacheConfig& config, int64_t n_tokens, int sequences = 1);
 // Elements of K and V that attention still needs after n_tokens: all tokens of a layer, or its sliding window's newest.
 double live_elements(const CacheConfig& config, int64_t n_tokens);
 // Bits per live element, all bytes included: predict_bytes * 8 / live_elements.

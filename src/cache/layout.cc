@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
+#include "backend/cpu/pool.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -90,6 +92,23 @@ size_t predict_bytes(const CacheConfig& config, int64_t n_tokens) {
     bytes += heads * static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
   }
   return bytes;
+}
+
+size_t predict_slack_bytes(const CacheConfig& config, int64_t n_tokens, int sequences) {
+  std::map<size_t, size_t> bytes;  // by size of record
+  for (const LayerConfig& layer : config.layers) {
+    const LayerLayout layout = layer_layout(layer);
+    PagePrediction p = predict_pages(layer, n_tokens);
+    if (!layout.seals) p.sealed = p.freed;
+    const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
+    if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;
+    bytes[layout.sealed.bytes] += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
+    // The page that is being sealed is still there when its successor is allocated.
+    bytes[layout.recent.bytes] += heads * static_cast<size_t>(p.pages - p.sealed + 1) * layout.recent.bytes;
+  }
+  size_t slack = 0;
+  for (const auto& [record, total] : bytes) slack += PagePool::most_slack(record, total);
+  return slack;
 }
 
 double live_elements(const CacheConfig& config, int64_t n_tokens) {

@@ -31,6 +31,31 @@ std::span<const PlannerInfo> planners() {
   return kInfos;
 }
 
+namespace {
+
+// A budget in bytes is a promise: the allocator's rounding, which depends on the plan, is taken off it until the plan fits.
+Plan fitted_plan(const Planner& planner, PlannerRequest request) {
+  const size_t promised = request.budget.bytes;
+  for (int tries = 0;; ++tries) {
+    Plan plan = planner.make(request);
+    if (promised == 0 || !planner.info.needs_budget) return plan;
+    const CacheConfig config = cache_config(plan, *request.model);
+    const auto sequences = static_cast<size_t>(request.budget.sequences);
+    const size_t bytes = predict_bytes(config, request.budget.context) * sequences +
+                         predict_slack_bytes(config, request.budget.context, request.budget.sequences);
+    if (bytes <= promised) return plan;
+    if (tries == 8 || request.budget.bytes <= bytes - promised) {
+      throw BudgetError("the budget of " + std::to_string(promised) +
+                            " bytes cannot be met: with the allocator's rounding the plan takes " + std::to_string(bytes) +
+                            "; give " + std::to_string(bytes),
+                        bytes / sequences);
+    }
+    request.budget.bytes -= bytes - promised;
+  }
+}
+
+}  // namespace
+
 Plan make_plan(const std::string& name, const PlannerRequest& request) {
   std::string names;
   for (const Planner* planner : kPlanners) {
@@ -62,7 +87,7 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     if (request.meter != nullptr && !planner->info.measures) {
       throw Error(Status::kInvalidArgument, "planner " + name + " does not measure plans");
     }
-    return planner->make(request);
+    return fitted_plan(*planner, request);
   }
   throw Error(Status::kInvalidArgument, "planner \"" + name + "\" is unknown; expected one of " + names);
 }

@@ -58,5 +58,45 @@ TEST(Memory, ResidentGrowthIsWhatIsAccounted) {
   }
 }
 
+// Layers of many codecs have many sizes of records, each of which takes whole system pages: what a plan for so many bytes
+// promises is kept at every length, and after a prompt that came in chunks as well.
+TEST(Memory, NeverMoreThanPredictedWithSlack) {
+  CacheConfig config;
+  for (const CodecSpec& recent : testing::kRecents) {
+    for (const int bits : {1, 2, 3, 4, 5, 6, 8}) {
+      config.layers.push_back(testing::with_recent(
+          testing::make_layer(3, 3, 64, testing::key_codec(bits), testing::value_codec(9 - bits > 6 ? 8 : 3)), recent));
+    }
+    config.layers.push_back(
+        testing::with_recent(testing::make_layer(2, 1, 96, testing::key_codec(2, 32), testing::value_codec(2)), recent));
+    config.layers.back().sliding_window = 300;
+  }
+  // All layers are given rows of the first: those of the last are narrower together.
+  std::mt19937 random(2);
+  const testing::Rows rows = testing::random_rows(config.layers.front(), 512, random);
+  const auto most = [&](int64_t n) { return predict_bytes(config, n) + predict_slack_bytes(config, n); };
+  const auto feed = [&](Cache& cache, SequenceId id, int n) {
+    const StepItem item{id, n};
+    cache.begin_step({&item, 1});
+    for (int l = 0; l < static_cast<int>(config.layers.size()); ++l) {
+      cache.append(l, rows.k.data(), 192, rows.v.data(), 192, 0, 1);
+    }
+    cache.end_step();
+  };
+  Cache single(config), chunked(config);
+  const SequenceId a = single.create(), b = chunked.create();
+  size_t largest_slack = 0;
+  for (int64_t n = 1; n <= 1500; ++n) {
+    feed(single, a, 1);
+    const MemoryReport m = single.memory();
+    ASSERT_LE(m.total_bytes, most(n)) << n;
+    largest_slack = std::max(largest_slack, m.slack_bytes);
+  }
+  for (const int n : {512, 512, 475, 1}) feed(chunked, b, n);
+  EXPECT_LE(chunked.memory().total_bytes, most(1500));
+  std::printf("1500 tokens: %zu bytes, predicted %zu and at most %zu more; largest slack %zu\n", single.memory().total_bytes,
+              predict_bytes(config, 1500), predict_slack_bytes(config, 1500), largest_slack);
+}
+
 }  // namespace
 }  // namespace kvmix

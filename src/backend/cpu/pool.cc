@@ -13,7 +13,7 @@ namespace {
 constexpr size_t kSystemPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kRegionBytes = size_t{64} << 20;  // of address space; memory is taken as records are carved
-constexpr size_t kStepBytes = size_t{64} << 10;
+constexpr size_t kHugeFrom = 32 * kHugePage;
 
 size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -63,9 +63,9 @@ std::byte* PagePool::carve(Class& size_class) {
   const size_t end = region.carved_bytes + record, taken = region.users.size() * kSystemPage;
   if (end > taken) {
     // A class that has grown large takes huge pages, unless its records can be given back one by one; a small one stays exact
-    // to 64 KiB.
-    const bool huge = record % kSystemPage != 0 && taken % kHugePage == 0 && size_class.live * record >= 32 * kHugePage;
-    const size_t target = std::min(region.mapped_bytes, round_up(end, huge ? kHugePage : kStepBytes));
+    // to a system page.
+    const bool huge = record % kSystemPage != 0 && taken % kHugePage == 0 && size_class.live * record >= kHugeFrom;
+    const size_t target = std::min(region.mapped_bytes, round_up(end, huge ? kHugePage : kSystemPage));
     take(target - taken);
     if (huge) madvise(region.base + taken, target - taken, MADV_HUGEPAGE);
     region.huge = region.huge || huge;
@@ -75,6 +75,13 @@ std::byte* PagePool::carve(Class& size_class) {
   std::byte* out = region.base + region.carved_bytes;
   region.carved_bytes = end;
   return out;
+}
+
+size_t PagePool::most_slack(size_t record_bytes, size_t bytes) {
+  if (bytes == 0) return 0;
+  const size_t step = record_bytes % kSystemPage != 0 && bytes >= kHugeFrom ? kHugePage : kSystemPage;
+  // A region ends with less than a record that no longer fits, whose system pages are not taken.
+  return step * (1 + bytes / kRegionBytes);
 }
 
 PagePool::Region& PagePool::region_of(Class& size_class, const std::byte* record) {

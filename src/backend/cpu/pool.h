@@ -23,6 +23,9 @@ class PagePool {
   // Hands the system pages that no record uses any more back, but those inside huge pages only with the last of their class.
   void trim();
 
+  // The most that records of one size, this many bytes in all and none released, take from the system beyond their own bytes.
+  static size_t most_slack(size_t record_bytes, size_t bytes);
+
   size_t used_bytes() const { return used_bytes_; }
   size_t taken_bytes() const { return taken_bytes_; }  // from the system, used or not
 

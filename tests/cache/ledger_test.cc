@@ -1,0 +1,190 @@
+// The ledger by itself: no memory, so handles are counted here.
+#include "cache/ledger.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <set>
+
+#include "kvmix/error.h"
+#include "support/cache_fixture.h"
+
+namespace kvmix {
+namespace {
+
+struct Books {
+  explicit Books(std::vector<LayerConfig> configs) : layers(std::move(configs)), ledger(layers, ids, formats) {
+    for (const LayerConfig& layer : layers) {
+      const LayerLayout layout = layer_layout(layer);
+      ids.push_back({formats.add(layout.sinks), formats.add(layout.recent), formats.add(layout.sealed), layout.seals});
+    }
+  }
+  Books(const Books&) = delete;
+  Books& operator=(const Books&) = delete;
+
+  void free(const std::vector<FreedPage>& pages) {
+    for (const FreedPage& freed : pages) {
+      ASSERT_EQ(handed_out.erase(freed.page), 1u) << "page " << freed.page << " was freed twice, or never handed out";
+    }
+  }
+  // Gives the first `most` new pages a handle.
+  bool allocate(size_t most = SIZE_MAX) {
+    size_t n = 0;
+    for (const PageChange& change : ledger.changes()) {
+      if (n++ == most) return false;
+      change.entry().handle = ++last;
+      handed_out[last] = static_cast<FormatId>(change.entry().format);
+    }
+    return true;
+  }
+  std::vector<PageEntry> entries() const {
+    std::vector<PageEntry> all;
+    for (const auto& [id, sequence] : ledger.sequences()) {
+      for (const LayerPages& layer : sequence.layers) {
+        for (const PageList& list : layer.heads) all.insert(all.end(), list.pages.begin(), list.pages.end());
+      }
+    }
+    return all;
+  }
+  // Every page in a list was handed out in that format and none is forgotten; lists hold each token that they should, once.
+  void check() const {
+    std::set<PageHandle> seen;
+    for (const PageEntry& entry : entries()) {
+      seen.insert(entry.handle);
+      const auto it = handed_out.find(entry.handle);
+      ASSERT_NE(it, handed_out.end());
+      ASSERT_EQ(it->second, static_cast<FormatId>(entry.format));
+    }
+    ASSERT_EQ(seen.size(), handed_out.size());
+    for (const auto& [id, sequence] : ledger.sequences()) {
+      for (size_t l = 0; l < layers.size(); ++l) {
+        for (const PageList& list : sequence.layers[l].heads) {
+          int64_t next = -1;
+          for (const PageEntry& entry : list.pages) {
+            if (next >= 0 && entry.format != ids[l].sinks) {
+              ASSERT_GE(entry.first, next);
+            }
+            if (next >= 0 && layers[l].sliding_window == 0) {
+              ASSERT_EQ(entry.first, next);
+            }
+            ASSERT_GT(entry.live, 0);
+            ASSERT_LE(entry.live, formats[static_cast<FormatId>(entry.format)].slots);
+            next = entry.first + entry.live;
+          }
+          ASSERT_EQ(std::max<int64_t>(next, 0), sequence.length);
+        }
+      }
+    }
+  }
+
+  std::vector<LayerConfig> layers;
+  FormatTable formats;
+  std::vector<LayerFormats> ids;
+  Ledger ledger;
+  std::map<PageHandle, FormatId> handed_out;
+  PageHandle last = 0;
+};
+
+std::vector<LayerConfig> mixed_layers() {
+  std::vector<LayerConfig> layers(3, testing::make_layer(4, 2, 64, testing::key_codec(3), testing::value_codec(2)));
+  layers[1].sliding_window = 200;
+  layers[2].key.codec = layers[2].value.codec = CodecSpec{};
+  layers[2].sinks = 0;
+  return layers;
+}
+
+TEST(Ledger, EqualFormatsAreOne) {
+  Books books(mixed_layers());
+  EXPECT_EQ(books.ids[0].sealed, books.ids[1].sealed);
+  EXPECT_NE(books.ids[0].sealed, books.ids[2].sealed);
+  EXPECT_LE(books.formats.size(), 6u);
+}
+
+TEST(Ledger, AnythingInAnyOrderLosesNoPageAndFreesNoneTwice) {
+  for (unsigned seed = 0; seed < 20; ++seed) {
+    std::mt19937 random(seed);
+    Books books(mixed_layers());
+    Ledger& ledger = books.ledger;
+    std::vector<SequenceId> live{ledger.create()};
+    for (int i = 0; i < 400; ++i) {
+      const SequenceId id = live[random() % live.size()];
+      switch (random() % 8) {
+        case 0:
+          live.push_back(random() % 2 == 0 ? ledger.create() : ledger.fork(id));
+          break;
+        case 1:
+          if (live.size() < 2) break;
+          books.free(ledger.remove(id));
+          std::erase(live, id);
+          break;
+        case 2: {
+          const int64_t length = ledger.find(id).length;
+          const int64_t to = length - static_cast<int64_t>(random() % 300);
+          if (to < 0) break;
+          try {
+            ledger.open_truncation(id, to);
+          } catch (const Error& e) {
+            ASSERT_EQ(e.status(), Status::kUnsupported);  // a sliding window has gone on
+            break;
+          }
+          books.free(books.allocate() ? ledger.commit() : ledger.abort());
+          ASSERT_EQ(ledger.find(id).length, to);
+          break;
+        }
+        default: {
+          std::vector<StepItem> items{{id, 1 + static_cast<int>(random() % (random() % 3 == 0 ? 400 : 3))}};
+          if (live.size() > 1 && random() % 2 == 0) {
+            const SequenceId other = live[random() % live.size()];
+            if (other != id) items.push_back({other, 1});
+          }
+          const std::vector<PageEntry> before = books.entries();
+          const size_t needed = ledger.bytes_needed(items);
+          ASSERT_EQ(books.entries(), before);
+          ledger.open(items);
+          size_t bytes = 0;
+          for (const PageChange& change : ledger.changes()) {
+            bytes += books.formats[static_cast<FormatId>(change.entry().format)].bytes;
+          }
+          ASSERT_EQ(bytes, needed);
+          // Memory may end anywhere in between.
+          if (random() % 4 == 0) {
+            books.allocate(random() % (ledger.changes().size() + 1));
+            books.free(ledger.abort());
+            ASSERT_EQ(books.entries(), before);
+          } else {
+            books.allocate();
+            books.free(ledger.commit());
+          }
+        }
+      }
+      books.check();
+      if (::testing::Test::HasFatalFailure()) FAIL() << "seed " << seed << ", operation " << i;
+    }
+    for (const SequenceId id : live) books.free(ledger.remove(id));
+    EXPECT_TRUE(books.handed_out.empty());
+  }
+}
+
+TEST(Ledger, RefusesWhatCannotBe) {
+  Books books(mixed_layers());
+  const SequenceId id = books.ledger.create();
+  const auto status = [&](std::vector<StepItem> items) {
+    try {
+      books.ledger.open(items);
+    } catch (const Error& e) {
+      EXPECT_FALSE(books.ledger.is_open());
+      return e.status();
+    }
+    return Status::kOk;
+  };
+  EXPECT_EQ(status({}), Status::kInvalidArgument);
+  EXPECT_EQ(status({{id, 0}}), Status::kInvalidArgument);
+  EXPECT_EQ(status({{id, 1}, {id, 1}}), Status::kInvalidArgument);
+  EXPECT_EQ(status({{id + 7, 1}}), Status::kNotFound);
+  EXPECT_EQ(status({{id, INT32_MAX}, {id, 1}}), Status::kInvalidArgument);
+  EXPECT_EQ(books.ledger.find(id).length, 0);
+}
+
+}  // namespace
+}  // namespace kvmix
