@@ -45,6 +45,10 @@ int list(const Common& common) {
     nlohmann::json json;
     for (const auto& c : codecs())
       json["codecs"].push_back({{"name", c.name}, {"bits", c.bits}, {"description", c.description}});
+    for (const auto& m : row_maps()) {
+      json["row_maps"].push_back(
+          {{"name", m.name}, {"description", m.description}, {"keys", m.keys}, {"values", m.values}, {"fields", m.fields}});
+    }
     for (const auto& p : planners()) {
       nlohmann::json options = nlohmann::json::object();
       for (const auto& [name, help] : p.options) options[name] = help;
@@ -68,6 +72,7 @@ int list(const Common& common) {
     fmt::print("\n");
   };
   section("codecs", codecs());
+  section("row maps", row_maps());
   section("planners", planners());
   section("architectures", architectures());
   fmt::print("attention kernels\n");

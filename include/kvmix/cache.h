@@ -182,6 +182,15 @@ struct AttentionKernelInfo {
 };
 std::vector<AttentionKernelInfo> attention_kernels();
 
+// What a side can do to rows before they are stored (TransformSpec), in the order in which it is done.
+struct RowMapListing {
+  std::string name;
+  std::string description;
+  bool keys, values;                // sides that take it
+  std::vector<std::string> fields;  // of a plan's side
+};
+std::vector<RowMapListing> row_maps();
+
 // Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
 // expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
 size_t predict_bytes(const CacheConfig& config, int64_t n_tokens);

@@ -40,6 +40,15 @@ bool has_field(const RowMapInfo& map, const std::string& name) {
 
 std::span<const RowMapInfo* const> row_map_registry() { return kMaps; }
 
+std::vector<RowMapListing> row_maps() {
+  std::vector<RowMapListing> all;
+  for (const RowMapInfo* map : kMaps) {
+    RowMapListing& listing = all.emplace_back(RowMapListing{map->name, map->description, map->keys, map->values, {}});
+    for (const RowMapField& field : map->fields) listing.fields.emplace_back(field.name);
+  }
+  return all;
+}
+
 bool RowMapField::present(const TransformSpec& spec) const {
   if (flag != nullptr) return spec.*flag;
   if (numbers != nullptr) return !(spec.*numbers).empty();
