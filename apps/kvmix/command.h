@@ -10,7 +10,7 @@
 namespace kvmix::app {
 
 struct Common {
-  int threads = 0;  // 0: physical cores
+  int threads = 0;  // 0: the cores that affinity and quotas leave
   bool json = false;
   bool quiet = false;
 };

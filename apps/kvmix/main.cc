@@ -73,7 +73,7 @@ int run(int argc, char** argv) {
 CLI::App* add_command(CommandContext& context, const std::string& name, const std::string& description,
                       const std::string& example) {
   CLI::App* command = context.root.add_subcommand(name, description);
-  command->add_option("--threads", context.common.threads, "Threads; 0 takes the physical cores")
+  command->add_option("--threads", context.common.threads, "Threads; 0 takes the cores that affinity and quotas leave")
       ->check(CLI::Range(0, 256))
       ->capture_default_str();
   command->add_flag("--json", context.common.json, "Print the result as JSON on standard output");

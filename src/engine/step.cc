@@ -19,7 +19,7 @@
 #include <mutex>
 
 #include "base/checksum.h"
-#include "base/parallel.h"
+#include "base/machine.h"
 #include "engine/model.h"
 #include "kvmix/engine.h"
 #include "kvmix/error.h"

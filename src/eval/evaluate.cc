@@ -4,6 +4,7 @@
 #include <cmath>
 #include <deque>
 
+#include "base/machine.h"
 #include "base/parallel.h"
 #include "engine/float_copy.h"
 #include "eval/contender.h"
