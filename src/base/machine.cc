@@ -1,9 +1,13 @@
 #include "base/machine.h"
 
+#include <fcntl.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -88,6 +92,21 @@ int usable_cores(const std::string& root) {
   // A share of a core is still a thread's work: it only waits for its next period.
   const double most = std::min(std::ceil(quota(root)), static_cast<double>(kMostThreads));
   return std::clamp(static_cast<int>(cores.size()), 1, static_cast<int>(std::max(most, 1.0)));
+}
+
+int online_processors() {
+  static const int kOnline = static_cast<int>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN)));
+  return kOnline;
+}
+
+int runnable_threads() {
+  const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return 0;
+  std::array<char, 128> text{};
+  const ssize_t n = read(file, text.data(), text.size() - 1);
+  close(file);
+  int runnable = 0;  // "0.52 0.58 0.59 2/613 12345"
+  return n > 0 && std::sscanf(text.data(), "%*s %*s %*s %d/", &runnable) == 1 ? runnable : 0;
 }
 
 int thread_count(int asked) {

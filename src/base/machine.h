@@ -12,4 +12,8 @@ int usable_cores(const std::string& root = "");
 // As many threads as asked for, or with 0 usable_cores().
 int thread_count(int asked);
 
+// Processors that are switched on, and threads of all programs that run or wait for one at this moment (0 if unknown).
+int online_processors();
+int runnable_threads();
+
 }  // namespace kvmix

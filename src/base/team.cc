@@ -6,6 +6,8 @@
 #include <chrono>
 #include <exception>
 
+#include "base/machine.h"
+
 namespace kvmix {
 namespace {
 
@@ -13,6 +15,7 @@ using Clock = std::chrono::steady_clock;
 
 // Above what balanced work differs by, far below a scheduler's time slice.
 constexpr std::chrono::microseconds kSpin{100};
+constexpr std::chrono::milliseconds kLookEvery{50}, kRetryAfter{250};
 
 struct Place {
   Team* team = nullptr;
@@ -28,17 +31,21 @@ void relax() {
 #endif
 }
 
-void wait_for_change(const std::atomic<int>& word, int old, bool spin) {
+// Waits until `word` is no longer `old`; returns for how long.
+Clock::duration wait_for_change(const std::atomic<int>& word, int old, bool spin) {
+  const auto start = Clock::now();
+  auto now = start;
   if (spin) {
-    const auto end = Clock::now() + kSpin;
     do {
       for (int i = 0; i < 32; ++i) {
-        if (word.load(std::memory_order_acquire) != old) return;
+        if (word.load(std::memory_order_acquire) != old) return now - start;
         relax();
       }
-    } while (Clock::now() < end);
+      now = Clock::now();
+    } while (now - start < kSpin);
   }
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
+  return Clock::now() - start;
 }
 
 }  // namespace
@@ -81,7 +88,31 @@ void Team::hire(int members) {
   }
 }
 
+int Team::worthwhile(int members) {
+  const auto now = Clock::now();
+  if (now >= look_at_) {
+    look_at_ = now + kLookEvery;
+    const int processors = online_processors(), others = runnable_threads() - 1;
+    if (others + members > 2 * processors) {
+      limit_ = std::max(1, processors - others);
+      retry_at_ = now + kRetryAfter;
+    } else if (others + members <= processors) {
+      limit_ = members;
+    }
+  }
+  if (now >= retry_at_) limit_ = members;
+  return std::clamp(limit_, 1, members);
+}
+
+void Team::learn(Clock::duration taken) {
+  // n threads of which each waits for more than 1 - 1/n of the time do less than one alone would.
+  if (taken < std::chrono::milliseconds(1) || waited_ * members_ < taken * (members_ - 1)) return;
+  limit_ = members_ / 2;
+  retry_at_ = Clock::now() + std::clamp<Clock::duration>(taken * 16, kRetryAfter, std::chrono::seconds(30));
+}
+
 void Team::run(int members, void (*work)(void*), void* data) {
+  if (gives_way_ && place.team == nullptr && members > 1) members = worthwhile(members);
   if (place.team != nullptr || members <= 1) {  // inside another's work, or alone
     const Place outer = place;
     place = {};
@@ -98,6 +129,8 @@ void Team::run(int members, void (*work)(void*), void* data) {
     all_[static_cast<size_t>(i)]->arrivals.store(passed_.load(std::memory_order_relaxed), std::memory_order_relaxed);
     all_[static_cast<size_t>(i)]->rounds = rounds_.load(std::memory_order_relaxed);
   }
+  const auto start = Clock::now();
+  waited_ = {};
   for (int i = 1; i < members_; ++i) {
     all_[static_cast<size_t>(i)]->job.fetch_add(1, std::memory_order_release);
     all_[static_cast<size_t>(i)]->job.notify_one();
@@ -105,6 +138,7 @@ void Team::run(int members, void (*work)(void*), void* data) {
   place = {this, 0};
   work_as(0);
   place = {};
+  if (members_ > 1) learn(Clock::now() - start);
 }
 
 void Team::work_as(int index) {
@@ -136,7 +170,8 @@ void Team::meet(int index) {
     passed_.notify_all();
     return;
   }
-  wait_for_change(passed_, before, spin);
+  const auto waited = wait_for_change(passed_, before, spin);
+  if (index == 0) waited_ += waited;
   me.processor.store(sched_getcpu(), std::memory_order_relaxed);
 }
 

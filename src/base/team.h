@@ -1,9 +1,11 @@
 // Threads that work together in short phases. Those that wait spin for a moment, which is what a machine of one's own rewards,
 // and then sleep, which is what a shared one needs; where the thread that is waited for was last seen on the waiting one's
-// processor they sleep at once, since it cannot go on before they do.
+// processor they sleep at once, since it cannot go on before they do. Where several times more threads want to run than there
+// are processors even waking up takes a time slice: then fewer take part, which is what OpenMP allows too.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -12,13 +14,14 @@ namespace kvmix {
 
 class Team {
  public:
-  Team() = default;
+  // With `gives_way` false all take part whatever the machine does.
+  explicit Team(bool gives_way = true) : gives_way_(gives_way) {}
   ~Team();  // ends the threads
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  // Runs work(data) on `members` threads at once, the caller's among them, or on fewer where the system has no more threads;
-  // back when all are done. `work` must not throw.
+  // Runs work(data) on `members` threads at once, the caller's among them, or on fewer where the system has no more or where
+  // they would hinder each other; back when all are done. `work` must not throw.
   void run(int members, void (*work)(void*), void* data);
 
   // Of the team that the calling thread works in; 0 of 1 outside run().
@@ -38,8 +41,12 @@ class Team {
     std::thread thread;
   };
 
+  using Clock = std::chrono::steady_clock;
+
   void hire(int members);
-  void serve(int index);
+  // How many of `members` help, by what else wants to run now and by how long the last ones waited.
+  int worthwhile(int members);
+  void learn(Clock::duration taken);
   void work_as(int index);
   void meet(int index);
   bool in_the_way_of_another(const Member& me, int arrivals) const;
@@ -48,7 +55,10 @@ class Team {
   int members_ = 1;
   void (*work_)(void*) = nullptr;
   void* data_ = nullptr;
-  bool stop_ = false;
+  bool stop_ = false, gives_way_;
+  int limit_ = 1;
+  Clock::time_point look_at_{}, retry_at_{};
+  Clock::duration waited_{};  // the caller, in this run
   alignas(64) std::atomic<int> present_{0};
   alignas(64) std::atomic<int> passed_{0};  // barriers that all have come to
   alignas(64) std::atomic<int> rounds_{0};

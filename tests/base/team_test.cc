@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <fstream>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "base/machine.h"
@@ -22,10 +23,11 @@ using Clock = std::chrono::steady_clock;
 // Every member adds its number in each round, with a barrier between rounds; one of them counts the round.
 struct Rounds {
   int rounds;
-  std::atomic<int> sum{0}, singles{0}, early{0};
+  std::atomic<int> sum{0}, singles{0}, early{0}, members{0};
 
   static void work(void* data) {
     auto& r = *static_cast<Rounds*>(data);
+    r.members = Team::members();
     const int all = Team::members() * (Team::members() + 1) / 2;
     for (int i = 0; i < r.rounds; ++i) {
       if (Team::first_of_round()) ++r.singles;
@@ -38,18 +40,19 @@ struct Rounds {
 };
 
 TEST(Team, BarriersHoldForEveryNumberOfMembers) {
-  Team team;
+  Team team(false);
   for (const int members : {1, 2, 5, 3, 8, 2, 1, 4}) {
     Rounds rounds{200};
     team.run(members, Rounds::work, &rounds);
     EXPECT_EQ(rounds.early, 0) << members;
     EXPECT_EQ(rounds.singles, 200) << members;
+    EXPECT_EQ(rounds.members, members);
     EXPECT_EQ(rounds.sum, 200 * members * (members + 1) / 2);
   }
 }
 
 TEST(Team, WorkInsideWorkIsItsCallersAlone) {
-  Team team;
+  Team team(false);
   struct Nested {
     Team* team;
     std::atomic<int> inner{0};
@@ -67,6 +70,24 @@ TEST(Team, WorkInsideWorkIsItsCallersAlone) {
   EXPECT_EQ(nested.inner, 3);
 }
 
+// With several times more runnable threads than processors a team of many would take a time slice a barrier.
+TEST(Team, FewerTakePartOnAnOverloadedMachine) {
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> others;
+  for (int i = 0; i < 3 * online_processors(); ++i)
+    others.emplace_back([&] {
+      while (!stop) {
+      }
+    });
+  while (runnable_threads() < 2 * online_processors() + 1) std::this_thread::yield();
+  Team team;
+  Rounds rounds{10};
+  team.run(online_processors(), Rounds::work, &rounds);
+  EXPECT_EQ(rounds.members, 1);
+  stop = true;
+  for (std::thread& other : others) other.join();
+}
+
 // Threads that share one processor, as under another program's load: each barrier costs a switch, not a time slice. Slices are
 // milliseconds, and threads that kept theirs would take one each for the 4,000 barriers.
 TEST(Team, ThreadsThatShareAProcessorGiveWay) {
@@ -77,7 +98,7 @@ TEST(Team, ThreadsThatShareAProcessorGiveWay) {
   ASSERT_EQ(sched_setaffinity(0, sizeof one, &one), 0);
   double seconds = 0;
   {
-    Team team;  // its threads inherit the processor
+    Team team(false);  // its threads inherit the processor
     Rounds rounds{2000};
     const auto start = Clock::now();
     team.run(3, Rounds::work, &rounds);
