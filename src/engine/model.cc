@@ -1,9 +1,12 @@
 #include "engine/model.h"
 
 #include <ggml-cpu.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
+#include <functional>
 
 #include "engine/gguf_check.h"
 #include "engine/library_call.h"
@@ -18,6 +21,52 @@ std::string printable(std::string text) {
     if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
   }
   return text;
+}
+
+// libllama's tokenizers match with std::regex, which recurses once or more for each character of a match.
+constexpr size_t kRunOnAnyStack = 2048, kLongestRun = size_t{1} << 19, kStackOfACharacter = 2048;
+
+size_t longest_run(std::string_view text) {
+  size_t longest = 0, run = 0;
+  bool space = false;
+  for (const char c : text) {
+    const bool is_space = c == ' ' || (c >= '\t' && c <= '\r');
+    run = is_space == space ? run + 1 : 1;
+    space = is_space;
+    longest = std::max(longest, run);
+  }
+  return longest;
+}
+
+// Runs work on a thread with a stack of this size; its pages are taken as they are used.
+void run_on_stack(size_t bytes, const std::function<void()>& work) {
+  struct Call {
+    const std::function<void()>* work;
+    std::exception_ptr error;
+  } call{&work, nullptr};
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, bytes);
+  pthread_t thread;
+  const int status = pthread_create(
+      &thread, &attributes,
+      [](void* data) -> void* {
+        auto& c = *static_cast<Call*>(data);
+        try {
+          (*c.work)();
+        } catch (...) {
+          c.error = std::current_exception();
+        }
+        return nullptr;
+      },
+      &call);
+  pthread_attr_destroy(&attributes);
+  if (status != 0) {
+    throw Error(Status::kOutOfMemory, "not enough memory for a stack of " + std::to_string(bytes >> 20) +
+                                          " MiB, which a text with long runs of characters takes; break its lines");
+  }
+  pthread_join(thread, nullptr);
+  if (call.error) std::rethrow_exception(call.error);
 }
 
 }  // namespace
@@ -95,6 +144,26 @@ void GgufModel::repack_weights() {
   }
 }
 
+std::string GgufModel::not_finite() const {
+  std::vector<float> row;
+  for (const auto& t : file_.tensors()) {
+    const ggml_tensor* tensor = ggml_get_tensor(tensors_.get(), t.name.c_str());
+    if (tensor == nullptr) continue;  // fused: its parts are there under other names
+    row.resize(static_cast<size_t>(tensor->ne[0]));
+    for (int64_t r = 0; r < tensor->ne[1]; ++r) {
+      dequantise_row(tensor, static_cast<size_t>(r), row.data());
+      if (!all_finite(row)) return t.name;
+    }
+  }
+  return "";
+}
+
+bool all_finite(std::span<const float> values) {
+  float sum = 0;  // x - x is 0 for finite numbers alone
+  for (const float x : values) sum += x - x;
+  return sum == 0.0f;
+}
+
 const ggml_tensor* GgufModel::original(const std::string& name) const {
   const ggml_tensor* tensor = ggml_get_tensor(tensors_.get(), name.c_str());
   // The head of a tied model is a copy of the embedding.
@@ -126,10 +195,26 @@ std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool
   if (text.size() > (size_t{1} << 30))
     throw Error(Status::kInvalidArgument, "a text of more than 1 GiB cannot be tokenised at once");
   std::vector<Token> tokens(text.size() + 8);
+  const size_t longest = longest_run(text);
+  if (longest > kLongestRun) {
+    throw Error(Status::kInvalidArgument, "the text has a run of " + std::to_string(longest) +
+                                              " characters without a change between space and others, which tokenizers take "
+                                              "apart by recursion; break it after at most " +
+                                              std::to_string(kLongestRun));
+  }
+  const auto call = [&] {
+    const LibraryCall guard;
+    return llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
+                          static_cast<int32_t>(tokens.size()), bos, special);
+  };
   const auto run = [&] {
     try {
-      return llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
-                            static_cast<int32_t>(tokens.size()), bos, special);
+      if (longest <= kRunOnAnyStack) return call();
+      int result = 0;
+      run_on_stack(longest * kStackOfACharacter + (size_t{8} << 20), [&] { result = call(); });
+      return result;
+    } catch (const Error&) {
+      throw;
     } catch (const std::exception& e) {
       throw Error(Status::kUnsupported,
                   file_.path() + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");

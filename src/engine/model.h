@@ -7,6 +7,7 @@
 #include <llama.h>
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,8 @@ class GgufModel final : public Model {
   const Weights& weights() const { return weights_; }
   // The tensor as the file has it, also where weights() holds a repacked copy.
   const ggml_tensor* original(const std::string& name) const;
+  // A tensor with a value that is NaN or infinite; empty if none has. Reads all weights.
+  std::string not_finite() const;
 
  private:
   void load_weights();
@@ -73,6 +76,7 @@ class GgufModel final : public Model {
 const GgufModel& gguf_model(const Model& model);
 // A row of a matrix of the file, of any type that has floats, to ne[0] floats.
 void dequantise_row(const ggml_tensor* source, size_t row, float* out);
+bool all_finite(std::span<const float> values);
 // Sets ggml's and libllama's handlers once: see library_call.h.
 void quiet_libraries();
 
