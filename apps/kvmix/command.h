@@ -21,7 +21,7 @@ class UsageError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline constexpr int kExitOk = 0, kExitFailure = 1, kExitUsage = 2, kExitInterrupted = 130;
+inline constexpr int kExitOk = 0, kExitFailure = 1, kExitUsage = 2;
 
 // Set by the sub-command that was chosen; main runs it after parsing.
 using Action = std::function<int(const Common&)>;

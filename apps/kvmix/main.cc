@@ -59,7 +59,7 @@ int run(int argc, char** argv) {
   } catch (const UsageError& e) {
     return fail(kExitUsage, e.what());
   } catch (const Error& e) {
-    if (e.status() == Status::kCancelled || Console::interrupted()) return fail(kExitInterrupted, "interrupted");
+    if (e.status() == Status::kCancelled || Console::interrupted()) return fail(Console::interrupted_status(), "interrupted");
     return fail(e.status() == Status::kInvalidArgument ? kExitUsage : kExitFailure, e.what());
   } catch (const std::bad_alloc&) {
     return fail(kExitFailure, "not enough memory: use a shorter context, fewer rows or a smaller plan");
