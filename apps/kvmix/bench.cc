@@ -2,9 +2,11 @@
 #include <fmt/core.h>
 
 #include <memory>
+#include <set>
 
 #include "command.h"
 #include "console.h"
+#include "kvmix/error.h"
 #include "kvmix/eval.h"
 #include "models.h"
 #include "subjects.h"
@@ -19,6 +21,19 @@ struct Arguments {
   BenchOptions options;
 };
 
+nlohmann::json row_json(const BenchRow& r) {
+  if (!r.lost.empty()) return {{"name", r.name}, {"depth", r.depth}, {"lost", r.lost}};
+  return {{"name", r.name},
+          {"depth", r.depth},
+          {"decode_tokens_per_s", r.decode_tokens_per_s},
+          {"decode_min", r.decode_min},
+          {"decode_max", r.decode_max},
+          {"prefill_tokens_per_s", r.prefill_tokens_per_s},
+          {"cache_bytes", r.cache_bytes},
+          {"peak_rss_bytes", r.peak_rss_bytes},
+          {"kernel", r.kernel}};
+}
+
 int bench_command(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   BenchOptions options = arguments.options;
@@ -26,35 +41,44 @@ int bench_command(const Arguments& arguments, const Common& common) {
   options.force_plan = arguments.subjects.force;
   std::vector<EvalSubject> subjects = make_subjects(arguments.subjects, *model);
   subjects.insert(subjects.begin(), EvalSubject{"f16", f16_plan(model->shape()), ""});
-  const auto rows = bench(model, subjects, options, progress_reporter(common));
-  if (common.json) {
-    nlohmann::json json = nlohmann::json::array();
-    for (const BenchRow& r : rows) {
-      json.push_back({{"name", r.name},
-                      {"depth", r.depth},
-                      {"decode_tokens_per_s", r.decode_tokens_per_s},
-                      {"decode_min", r.decode_min},
-                      {"decode_max", r.decode_max},
-                      {"prefill_tokens_per_s", r.prefill_tokens_per_s},
-                      {"cache_bytes", r.cache_bytes},
-                      {"peak_rss_bytes", r.peak_rss_bytes},
-                      {"kernel", r.kernel}});
+  std::vector<BenchRow> rows;
+  options.on_row = [&](const BenchRow& row) { rows.push_back(row); };
+  const auto print = [&](bool interrupted) {
+    if (common.json) {
+      nlohmann::json json = nlohmann::json::array();
+      for (const BenchRow& r : rows) json.push_back(row_json(r));
+      nlohmann::json all = {{"model", model->shape().name}, {"sequences", options.sequences}, {"rows", json}};
+      if (interrupted) all["interrupted"] = true;
+      print_json(all);
+      return;
     }
-    print_json({{"model", model->shape().name}, {"sequences", options.sequences}, {"rows", json}});
-    return kExitOk;
+    Table table({"cache", "depth", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak", "kernel"});
+    table.left(8);
+    for (const BenchRow& r : rows) {
+      if (!r.lost.empty()) continue;
+      table.add({r.name, std::to_string(r.depth), fmt::format("{:.1f}", r.decode_tokens_per_s),
+                 fmt::format("{:.1f}", r.decode_min), fmt::format("{:.1f}", r.decode_max),
+                 r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
+                 human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_rss_bytes)),
+                 r.kernel});
+    }
+    table.print();
+    fmt::print(
+        "\n{}: median of {} interleaved repetitions, {} sequence{}; memory peak is the anonymous memory that the row added\n",
+        model->shape().name, options.repetitions, options.sequences, options.sequences == 1 ? "" : "s together");
+    if (interrupted) fmt::print("stopped before the end: these are the depths that are complete\n");
+  };
+  try {
+    bench(model, subjects, options, progress_reporter(common));
+  } catch (const Error& e) {
+    if (e.status() == Status::kCancelled && !rows.empty()) print(true);
+    throw;
   }
-  Table table({"cache", "depth", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak", "kernel"});
-  table.left(8);
+  print(false);
+  std::set<std::string> said;
   for (const BenchRow& r : rows) {
-    table.add({r.name, std::to_string(r.depth), fmt::format("{:.1f}", r.decode_tokens_per_s),
-               fmt::format("{:.1f}", r.decode_min), fmt::format("{:.1f}", r.decode_max),
-               r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
-               human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_rss_bytes)), r.kernel});
+    if (!r.lost.empty() && said.insert(r.name).second) fmt::print(stderr, "kvmix: {} has no numbers: {}\n", r.name, r.lost);
   }
-  table.print();
-  fmt::print(
-      "\n{}: median of {} interleaved repetitions, {} sequence{}; memory peak is the anonymous memory that the row added\n",
-      model->shape().name, options.repetitions, options.sequences, options.sequences == 1 ? "" : "s together");
   return kExitOk;
 }
 

@@ -117,7 +117,7 @@ class Chat {
       if (event != Lines::Event::kLine && terminal) fmt::print(stderr, "\n");
       if (event == Lines::Event::kEnd) return kExitOk;
       if (event == Lines::Event::kInterrupt) {
-        if (!terminal || std::exchange(leaving, true)) return kExitInterrupted;
+        if (!terminal || std::exchange(leaving, true)) return Console::interrupted_status();
         Console::clear_interrupt();
         fmt::print(stderr, "Ctrl-C once more or Ctrl-D ends.\n");
         continue;
@@ -159,7 +159,7 @@ class Chat {
   void answer(const std::string& text) {
     messages_.push_back({"user", text});
     const Model& model = engine_->model();
-    const std::vector<Token> prompt = model.tokenize(model.apply_chat_template(messages_), true, true);
+    const std::vector<Token> prompt = chat_tokens(model, messages_);
     const int64_t context = model.shape().context_tokens;
     if (static_cast<int64_t>(prompt.size()) >= context) {
       throw Error(Status::kInvalidArgument,

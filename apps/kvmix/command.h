@@ -10,7 +10,7 @@
 namespace kvmix::app {
 
 struct Common {
-  int threads = 0;  // 0: physical cores
+  int threads = 0;  // 0: the cores that affinity and quotas leave
   bool json = false;
   bool quiet = false;
 };
@@ -21,7 +21,7 @@ class UsageError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline constexpr int kExitOk = 0, kExitFailure = 1, kExitUsage = 2, kExitInterrupted = 130;
+inline constexpr int kExitOk = 0, kExitFailure = 1, kExitUsage = 2;
 
 // Set by the sub-command that was chosen; main runs it after parsing.
 using Action = std::function<int(const Common&)>;

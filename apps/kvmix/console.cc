@@ -18,11 +18,12 @@
 namespace kvmix::app {
 namespace {
 
-volatile std::sig_atomic_t interrupt_count = 0;
+volatile std::sig_atomic_t interrupt_count = 0, last_signal = SIGINT;
 std::atomic<bool> bar_is_up{false};
 std::atomic<int64_t> last_interrupt_ms{0};
 
-void on_interrupt(int) {
+void on_interrupt(int signal) {
+  last_signal = signal;
   timespec now{};
   clock_gettime(CLOCK_MONOTONIC, &now);
   const int64_t ms = now.tv_sec * 1000 + now.tv_nsec / 1000000;
@@ -34,7 +35,7 @@ void on_interrupt(int) {
   if (isatty(STDERR_FILENO) != 0) {
     [[maybe_unused]] const ssize_t n = write(STDERR_FILENO, kRestore.data(), kRestore.size());
   }
-  _exit(kExitInterrupted);
+  _exit(128 + signal);
 }
 
 int terminal_columns(int file) {
@@ -104,9 +105,11 @@ void Console::install_interrupt_handler() {
   struct sigaction action {};
   action.sa_handler = on_interrupt;  // no SA_RESTART: a read from the terminal must return
   sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
 }
 
 bool Console::interrupted() { return interrupt_count > 0; }
+int Console::interrupted_status() { return 128 + last_signal; }
 void Console::clear_interrupt() { interrupt_count = 0; }
 
 void Console::clear_line() {

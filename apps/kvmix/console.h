@@ -12,10 +12,12 @@ namespace kvmix::app {
 
 class Console {
  public:
-  // The first Ctrl-C asks the running work to stop; a second one, half a second later or more, ends
+  // The first Ctrl-C (or SIGTERM) asks the running work to stop; a second one, half a second later or more, ends
   // the program at once with status 130.
   static void install_interrupt_handler();
   static bool interrupted();
+  // 130 after Ctrl-C, 143 after SIGTERM.
+  static int interrupted_status();
   // Forgets a Ctrl-C that stopped only an answer.
   static void clear_interrupt();
   // Removes a progress bar that stands on the terminal's last line.

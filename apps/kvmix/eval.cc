@@ -2,13 +2,16 @@
 #include "kvmix/eval.h"
 
 #include <fmt/core.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <numeric>
 
 #include "command.h"
 #include "console.h"
+#include "kvmix/error.h"
 #include "models.h"
 #include "subjects.h"
 #include "text.h"
@@ -25,6 +28,46 @@ struct Arguments {
   GenerationOptions generation;
 };
 
+// What one of the evaluations prints of its rows; `interrupted` says that there should be more.
+using Print = std::function<void(bool interrupted)>;
+
+// Runs it and prints; of one that is stopped, the rows that are complete.
+int run_and_print(const std::function<void()>& run, const std::function<bool()>& has_rows, const Print& print) {
+  try {
+    run();
+  } catch (const Error& e) {
+    if (e.status() != Status::kCancelled || !has_rows()) throw;
+    print(true);
+    throw;
+  }
+  print(false);
+  return kExitOk;
+}
+
+constexpr const char* kStopped = "stopped before the end: these are the rows that are complete";
+
+void print_lost(const std::string& name, const std::string& reason) {
+  if (!reason.empty()) fmt::print(stderr, "kvmix: {} has no numbers: {}\n", name, reason);
+}
+
+nlohmann::json text_json(const EvalRow& r, double full) {
+  if (!r.lost.empty()) return {{"name", r.name}, {"lost", r.lost}};
+  return {{"name", r.name},
+          {"perplexity", r.perplexity},
+          {"perplexity_ratio", r.perplexity_ratio},
+          {"kl_mean", r.kl_mean},
+          {"kl_stderr", r.kl_stderr},
+          {"kl_p99", r.kl_p99},
+          {"kl_max", r.kl_max},
+          {"top1", r.top1},
+          {"bits_per_element", r.bits_per_element},
+          {"cache_bytes", r.cache_bytes},
+          {"compression", full / static_cast<double>(r.cache_bytes)},
+          {"scored_tokens", r.scored_tokens},
+          {"kl_by_position", r.kl_by_position},
+          {"seconds", r.seconds}};
+}
+
 int eval_text(const Arguments& arguments, const Common& common) {
   if (arguments.text.empty()) throw UsageError("eval needs --text FILE (- for standard input), or --needle");
   const std::string text = read_text_file(arguments.text);
@@ -32,47 +75,51 @@ int eval_text(const Arguments& arguments, const Common& common) {
   EvalOptions options = arguments.options;
   options.threads = common.threads;
   options.force_plan = arguments.subjects.force;
-  const auto rows = evaluate(model, text, make_subjects(arguments.subjects, *model), options, progress_reporter(common));
-  const double full = static_cast<double>(rows.front().cache_bytes);
-  if (common.json) {
-    nlohmann::json json = nlohmann::json::array();
-    for (const EvalRow& r : rows) {
-      json.push_back({{"name", r.name},
-                      {"perplexity", r.perplexity},
-                      {"perplexity_ratio", r.perplexity_ratio},
-                      {"kl_mean", r.kl_mean},
-                      {"kl_stderr", r.kl_stderr},
-                      {"kl_p99", r.kl_p99},
-                      {"kl_max", r.kl_max},
-                      {"top1", r.top1},
-                      {"bits_per_element", r.bits_per_element},
-                      {"cache_bytes", r.cache_bytes},
-                      {"compression", full / static_cast<double>(r.cache_bytes)},
-                      {"scored_tokens", r.scored_tokens},
-                      {"kl_by_position", r.kl_by_position},
-                      {"seconds", r.seconds}});
+  const auto subjects = make_subjects(arguments.subjects, *model);
+  std::vector<EvalRow> rows;
+  const bool watched = isatty(STDERR_FILENO) != 0 && !common.quiet;
+  options.on_window = [&](std::span<const EvalRow> so_far, size_t windows) {
+    rows.assign(so_far.begin(), so_far.end());
+    if (!watched) return;
+    std::string line = fmt::format("after {} window{}, KL:", windows, windows == 1 ? "" : "s");
+    for (const EvalRow& r : so_far.subspan(1)) line += r.lost.empty() ? fmt::format(" {} {:.5f}", r.name, r.kl_mean) : "";
+    Console::clear_line();
+    fmt::print(stderr, "{}\n", line);
+  };
+  const Print print = [&](bool interrupted) {
+    const double full = static_cast<double>(rows.front().cache_bytes);
+    if (common.json) {
+      nlohmann::json json = nlohmann::json::array();
+      for (const EvalRow& r : rows) json.push_back(text_json(r, full));
+      nlohmann::json all = {{"model", model->shape().name},
+                            {"context", options.context},
+                            {"float_weights", options.float_weights},
+                            {"rows", json}};
+      if (interrupted) all["interrupted"] = true;
+      print_json(all);
+      return;
     }
-    print_json({{"model", model->shape().name},
-                {"context", options.context},
-                {"float_weights", options.float_weights},
-                {"rows", json}});
-    return kExitOk;
-  }
-  Table table(
-      {"cache", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
-  for (const EvalRow& r : rows) {
-    table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
-               fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),
-               fmt::format("{:.2f}x", full / static_cast<double>(r.cache_bytes)), fmt::format("{:.3f}", r.perplexity),
-               fmt::format("{:+.2f} %", 100 * (r.perplexity_ratio - 1)), fmt::format("{:.5f}", r.kl_mean),
-               fmt::format("{:.5f}", r.kl_stderr), fmt::format("{:.4f}", r.kl_p99), fmt::format("{:.3f}", r.kl_max),
-               fmt::format("{:.2f} %", 100 * r.top1)});
-  }
-  table.print();
-  fmt::print("\n{}: {} scored tokens, the second half of each window of {}; KL in nats per token against the first row{}\n",
-             model->shape().name, rows.front().scored_tokens, options.context,
-             options.float_weights ? "; weights in fp32" : "");
-  return kExitOk;
+    Table table(
+        {"cache", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
+    for (const EvalRow& r : rows) {
+      if (!r.lost.empty()) continue;
+      table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+                 fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),
+                 fmt::format("{:.2f}x", full / static_cast<double>(r.cache_bytes)), fmt::format("{:.3f}", r.perplexity),
+                 fmt::format("{:+.2f} %", 100 * (r.perplexity_ratio - 1)), fmt::format("{:.5f}", r.kl_mean),
+                 fmt::format("{:.5f}", r.kl_stderr), fmt::format("{:.4f}", r.kl_p99), fmt::format("{:.3f}", r.kl_max),
+                 fmt::format("{:.2f} %", 100 * r.top1)});
+    }
+    table.print();
+    fmt::print("\n{}: {} scored tokens, the second half of each window of {}; KL in nats per token against the first row{}\n",
+               model->shape().name, rows.front().scored_tokens, options.context,
+               options.float_weights ? "; weights in fp32" : "");
+    if (interrupted) fmt::print("stopped before the end: the rows are of the windows that were complete\n");
+  };
+  const int status = run_and_print([&] { rows = evaluate(model, text, subjects, options, progress_reporter(common)); },
+                                   [&] { return !rows.empty(); }, print);
+  for (const EvalRow& r : rows) print_lost(r.name, r.lost);
+  return status;
 }
 
 int eval_needle(const Arguments& arguments, const Common& common) {
@@ -82,33 +129,44 @@ int eval_needle(const Arguments& arguments, const Common& common) {
   options.force_plan = arguments.subjects.force;
   std::vector<EvalSubject> subjects = make_subjects(arguments.subjects, *model);
   subjects.insert(subjects.begin(), EvalSubject{"f16", f16_plan(model->shape()), ""});
-  const auto cells = evaluate_needle(model, subjects, options, progress_reporter(common));
-  if (common.json) {
-    nlohmann::json json = nlohmann::json::array();
-    for (const NeedleCell& c : cells) {
-      json.push_back({{"name", c.name}, {"context", c.context}, {"depth", c.depth}, {"hits", c.hits}, {"trials", c.trials}});
+  std::vector<NeedleCell> cells;
+  options.on_cells = [&](std::span<const NeedleCell> more) { cells.insert(cells.end(), more.begin(), more.end()); };
+  const Print print = [&](bool interrupted) {
+    if (common.json) {
+      nlohmann::json json = nlohmann::json::array();
+      for (const NeedleCell& c : cells) {
+        json.push_back({{"name", c.name}, {"context", c.context}, {"depth", c.depth}, {"hits", c.hits}, {"trials", c.trials}});
+        if (!c.lost.empty()) json.back()["lost"] = c.lost;
+      }
+      nlohmann::json all = {{"model", model->shape().name}, {"cells", json}};
+      if (interrupted) all["interrupted"] = true;
+      print_json(all);
+      return;
     }
-    print_json({{"model", model->shape().name}, {"cells", json}});
-    return kExitOk;
-  }
-  std::vector<std::string> header = {"cache", "context"};
-  for (const double depth : options.depths) header.push_back(fmt::format("at {:.0f} %", 100 * depth));
-  header.push_back("all");
-  Table table(header);
-  for (size_t i = 0; i < cells.size(); i += options.depths.size()) {
-    std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context)};
-    int hits = 0, trials = 0;
-    for (size_t d = 0; d < options.depths.size(); ++d) {
-      const NeedleCell& cell = cells[i + d];
-      row.push_back(fmt::format("{}/{}", cell.hits, cell.trials));
-      hits += cell.hits;
-      trials += cell.trials;
+    std::vector<std::string> header = {"cache", "context"};
+    for (const double depth : options.depths) header.push_back(fmt::format("at {:.0f} %", 100 * depth));
+    header.push_back("all");
+    Table table(header);
+    for (size_t i = 0; i < cells.size(); i += options.depths.size()) {
+      std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context)};
+      int hits = 0, trials = 0;
+      for (size_t d = 0; d < options.depths.size(); ++d) {
+        const NeedleCell& cell = cells[i + d];
+        row.push_back(fmt::format("{}/{}", cell.hits, cell.trials));
+        hits += cell.hits;
+        trials += cell.trials;
+      }
+      if (trials == 0) continue;
+      row.push_back(fmt::format("{:.0f} %", 100.0 * hits / trials));
+      table.add(row);
     }
-    row.push_back(fmt::format("{:.0f} %", 100.0 * hits / trials));
-    table.add(row);
-  }
-  table.print();
-  return kExitOk;
+    table.print();
+    if (interrupted) fmt::print("{}\n", kStopped);
+  };
+  const int status = run_and_print([&] { evaluate_needle(model, subjects, options, progress_reporter(common)); },
+                                   [&] { return !cells.empty(); }, print);
+  for (size_t i = 0; i < cells.size(); i += options.depths.size()) print_lost(cells[i].name, cells[i].lost);
+  return status;
 }
 
 int eval_generation(const Arguments& arguments, const Common& common) {
@@ -120,39 +178,49 @@ int eval_generation(const Arguments& arguments, const Common& common) {
   options.threads = common.threads;
   options.force_plan = arguments.subjects.force;
   options.float_weights = arguments.options.float_weights;
-  const auto rows =
-      evaluate_generation(model, text, make_subjects(arguments.subjects, *model), options, progress_reporter(common));
-  if (common.json) {
-    nlohmann::json json = nlohmann::json::array();
-    for (const GenerationRow& r : rows) {
-      json.push_back({{"name", r.name},
-                      {"agreement", r.agreement},
-                      {"repetition", r.repetition},
-                      {"bits_per_element", r.bits_per_element}});
+  const auto subjects = make_subjects(arguments.subjects, *model);
+  std::vector<GenerationRow> rows;
+  options.on_row = [&](const GenerationRow& row) { rows.push_back(row); };
+  const Print print = [&](bool interrupted) {
+    if (common.json) {
+      nlohmann::json json = nlohmann::json::array();
+      for (const GenerationRow& r : rows) {
+        json.push_back({{"name", r.name},
+                        {"agreement", r.agreement},
+                        {"repetition", r.repetition},
+                        {"bits_per_element", r.bits_per_element}});
+        if (!r.lost.empty()) json.back()["lost"] = r.lost;
+      }
+      nlohmann::json all = {{"model", model->shape().name},
+                            {"prompt_tokens", options.prompt_tokens},
+                            {"tokens", options.tokens},
+                            {"float_weights", options.float_weights},
+                            {"rows", json}};
+      if (interrupted) all["interrupted"] = true;
+      print_json(all);
+      return;
     }
-    print_json({{"model", model->shape().name},
-                {"prompt_tokens", options.prompt_tokens},
-                {"tokens", options.tokens},
-                {"float_weights", options.float_weights},
-                {"rows", json}});
-    return kExitOk;
-  }
-  Table table({"cache", "bits", "agrees for", "shortest", "whole", "repeated"});
-  for (const GenerationRow& r : rows) {
-    const auto n = static_cast<double>(r.agreement.size());
-    table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
-               fmt::format("{:.1f}", std::accumulate(r.agreement.begin(), r.agreement.end(), 0.0) / n),
-               fmt::format("{}", *std::min_element(r.agreement.begin(), r.agreement.end())),
-               fmt::format("{}/{}", std::count(r.agreement.begin(), r.agreement.end(), options.tokens), r.agreement.size()),
-               fmt::format("{:.1f} %", 100 * std::accumulate(r.repetition.begin(), r.repetition.end(), 0.0) / n)});
-  }
-  table.print();
-  fmt::print(
-      "\n{} prompts of {} tokens, {} greedy tokens each; agrees for: tokens up to the first that differs from the first row's, "
-      "mean; "
-      "repeated: runs of {} tokens that occurred before\n",
-      rows.front().agreement.size(), options.prompt_tokens, options.tokens, kRepeatedNgram);
-  return kExitOk;
+    Table table({"cache", "bits", "agrees for", "shortest", "whole", "repeated"});
+    for (const GenerationRow& r : rows) {
+      if (!r.lost.empty()) continue;
+      const auto n = static_cast<double>(r.agreement.size());
+      table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+                 fmt::format("{:.1f}", std::accumulate(r.agreement.begin(), r.agreement.end(), 0.0) / n),
+                 fmt::format("{}", *std::min_element(r.agreement.begin(), r.agreement.end())),
+                 fmt::format("{}/{}", std::count(r.agreement.begin(), r.agreement.end(), options.tokens), r.agreement.size()),
+                 fmt::format("{:.1f} %", 100 * std::accumulate(r.repetition.begin(), r.repetition.end(), 0.0) / n)});
+    }
+    table.print();
+    fmt::print(
+        "\n{} prompts of {} tokens, {} greedy tokens each; agrees for: tokens up to the first that differs from the first "
+        "row's, mean; repeated: runs of {} tokens that occurred before\n",
+        rows.front().agreement.size(), options.prompt_tokens, options.tokens, kRepeatedNgram);
+    if (interrupted) fmt::print("{}\n", kStopped);
+  };
+  const int status = run_and_print([&] { evaluate_generation(model, text, subjects, options, progress_reporter(common)); },
+                                   [&] { return !rows.empty(); }, print);
+  for (const GenerationRow& r : rows) print_lost(r.name, r.lost);
+  return status;
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace {
 struct Arguments {
   SessionArguments session;
   std::string prompt, prompt_file;
-  bool chat = false;
+  bool chat = false, special = false;
 };
 
 std::string prompt_text(const Arguments& arguments) {
@@ -37,9 +37,9 @@ int generate_command(const Arguments& arguments, const Common& common) {
   if (arguments.chat) {
     if (!model.has_chat_template()) throw UsageError("this model has no chat template: leave out --chat");
     const ChatMessage message{"user", text};
-    prompt = model.tokenize(model.apply_chat_template({&message, 1}), true, true);
+    prompt = chat_tokens(model, {&message, 1});
   } else {
-    prompt = model.tokenize(text, true);
+    prompt = model.tokenize(text, true, arguments.special);
   }
   const int64_t context = model.shape().context_tokens;
   if (static_cast<int64_t>(prompt.size()) >= context) {
@@ -76,7 +76,7 @@ int generate_command(const Arguments& arguments, const Common& common) {
     std::fflush(stdout);
     if (!common.quiet) print_closing_line(*engine, result);
   }
-  return Console::interrupted() ? kExitInterrupted : kExitOk;
+  return Console::interrupted() ? Console::interrupted_status() : kExitOk;
 }
 
 }  // namespace
@@ -89,6 +89,7 @@ void add_generate(CommandContext& context) {
   command->add_option("-p,--prompt", arguments->prompt, "The text to continue");
   command->add_option("-f,--prompt-file", arguments->prompt_file, "A file with it, - for standard input");
   command->add_flag("--chat", arguments->chat, "The prompt is a message: put it through the model's chat template");
+  command->add_flag("--special", arguments->special, "Special tokens that are written out in the prompt are taken as such");
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) { return generate_command(*arguments, common); };
   });

@@ -59,7 +59,7 @@ int run(int argc, char** argv) {
   } catch (const UsageError& e) {
     return fail(kExitUsage, e.what());
   } catch (const Error& e) {
-    if (e.status() == Status::kCancelled || Console::interrupted()) return fail(kExitInterrupted, "interrupted");
+    if (e.status() == Status::kCancelled || Console::interrupted()) return fail(Console::interrupted_status(), "interrupted");
     return fail(e.status() == Status::kInvalidArgument ? kExitUsage : kExitFailure, e.what());
   } catch (const std::bad_alloc&) {
     return fail(kExitFailure, "not enough memory: use a shorter context, fewer rows or a smaller plan");
@@ -73,7 +73,7 @@ int run(int argc, char** argv) {
 CLI::App* add_command(CommandContext& context, const std::string& name, const std::string& description,
                       const std::string& example) {
   CLI::App* command = context.root.add_subcommand(name, description);
-  command->add_option("--threads", context.common.threads, "Threads; 0 takes the physical cores")
+  command->add_option("--threads", context.common.threads, "Threads; 0 takes the cores that affinity and quotas leave")
       ->check(CLI::Range(0, 256))
       ->capture_default_str();
   command->add_flag("--json", context.common.json, "Print the result as JSON on standard output");

@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
+
 #include "models.h"
 #include "subjects.h"
 #include "text.h"
@@ -46,6 +48,36 @@ std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Com
   options.kernel = arguments.kernel;
   options.force_plan = arguments.force;
   return std::make_unique<Engine>(model, plan, options);
+}
+
+std::vector<Token> chat_tokens(const Model& model, std::span<const ChatMessage> messages) {
+  const bool has_markers = std::any_of(messages.begin(), messages.end(), [&](const ChatMessage& m) {
+    return model.tokenize(m.content, false, true) != model.tokenize(m.content, false, false);
+  });
+  if (!has_markers) return model.tokenize(model.apply_chat_template(messages), true, true);
+  // Where the template puts what messages say is found by words in their places.
+  const auto place = [](size_t i) { return "kvmix" + std::to_string(7919 * (i + 1)) + "place"; };
+  std::vector<ChatMessage> marked(messages.begin(), messages.end());
+  for (size_t i = 0; i < marked.size(); ++i) marked[i].content = place(i);
+  const std::string frame = model.apply_chat_template(marked);
+  std::vector<Token> tokens;
+  const auto add = [&](const std::string& text, bool special) {
+    if (text.empty()) return;
+    const auto more = model.tokenize(text, tokens.empty(), special);
+    tokens.insert(tokens.end(), more.begin(), more.end());
+  };
+  size_t at = 0;
+  for (size_t i = 0; i < marked.size(); ++i) {
+    const size_t found = frame.find(place(i), at);
+    if (found == std::string::npos)
+      throw UsageError("the chat template does not show message " + std::to_string(i + 1) +
+                       " as it is, and it has words that are special tokens: leave them out");
+    add(frame.substr(at, found - at), true);
+    add(messages[i].content, false);
+    at = found + place(i).size();
+  }
+  add(frame.substr(at), true);
+  return tokens;
 }
 
 void print_closing_line(Engine& engine, const GenerateResult& result) {

@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <set>
+#include <utility>
 
 #include "kvmix/error.h"
 
@@ -46,6 +47,18 @@ Plan resolve_plan(const std::string& text, const Model& model, bool force) {
   if (text == "f16") return f16_plan(model.shape());
   std::string key, value;
   if (split_widths(text, key, value) && !std::filesystem::exists(text)) return uniform_plan(text, model);
+  if (!std::filesystem::exists(text)) {
+    // What llama.cpp calls its caches; ours of as many bits are laid out otherwise, so the name would promise too much.
+    for (const auto& [theirs, ours] :
+         {std::pair{"q8_0", "8/8"}, {"q5_0", "5/5"}, {"q5_1", "5/5"}, {"q4_0", "4/4"}, {"q4_1", "4/4"}, {"iq4_nl", "4/4"}}) {
+      if (text == theirs) {
+        throw UsageError("'" + text + "' is a cache of llama.cpp: ours of as many bits is --cache " + ours +
+                         ", and --peer runs llama.cpp's own in eval and bench");
+      }
+    }
+    if (text.find_first_of("./") == std::string::npos)
+      throw UsageError("'" + text + "' is no cache: write f16, key/value bits such as 8/8 or 4/4, or the name of a plan file");
+  }
   Plan plan = read_plan(text);
   check_plan(plan, model.shape(), force);
   return plan;

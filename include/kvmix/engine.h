@@ -50,7 +50,7 @@ class Model {
 };
 
 struct EngineOptions {
-  int threads = 0;         // 0: physical cores
+  int threads = 0;         // 0: the cores that affinity and quotas leave
   int chunk_tokens = 512;  // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
   size_t max_cache_bytes = 0;
   std::string kernel = {};  // see CacheConfig::kernel

@@ -15,12 +15,20 @@
 
 namespace KVMIX_API kvmix {
 
+// Rows go to `on_row` (or cells, or all rows so far) as they are complete, so that a run that is stopped loses no others. A
+// peer that cannot run loses its row, which then says why.
+
 // A row of an evaluation: one of our plans, or a peer cache type.
 struct EvalSubject {
   std::string name;
   std::optional<Plan> plan;  // ours
   std::string peer_type;     // else libllama's cache type
 };
+
+struct EvalRow;
+struct NeedleCell;
+struct GenerationRow;
+struct BenchRow;
 
 struct EvalOptions {
   int64_t context = 2048;
@@ -30,6 +38,7 @@ struct EvalOptions {
   std::string kernel;
   bool force_plan = false;
   bool float_weights = false;  // run everything on a temporary fp32 copy of the weights, which rounds no activations
+  std::function<void(std::span<const EvalRow>, size_t windows)> on_window = {};  // all rows, after that many windows
 };
 
 struct EvalRow {
@@ -42,6 +51,7 @@ struct EvalRow {
   int64_t scored_tokens = 0;
   std::vector<std::pair<int64_t, double>> kl_by_position;  // position in the window, mean KL around it
   double seconds = 0;
+  std::string lost;  // why a peer has no numbers; empty if it has
 };
 
 // Scores the second half of each window of `context` tokens. Rows are evaluated in lockstep with the f16 reference, chunk
@@ -61,12 +71,14 @@ struct NeedleOptions {
   uint64_t seed = 0;
   int threads = 0;
   bool force_plan = false;
+  std::function<void(std::span<const NeedleCell>)> on_cells = {};  // those of one row and context
 };
 struct NeedleCell {
   std::string name;
   int64_t context;
   double depth;
   int hits, trials;
+  std::string lost = {};
 };
 std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                                         const NeedleOptions& options, const Progress& progress);
@@ -78,6 +90,7 @@ struct GenerationOptions {
   int threads = 0;
   bool force_plan = false;
   bool float_weights = false;  // as in EvalOptions
+  std::function<void(const GenerationRow&)> on_row = {};
 };
 inline constexpr int kRepeatedNgram = 4;
 struct GenerationRow {
@@ -85,6 +98,7 @@ struct GenerationRow {
   std::vector<int> agreement;      // of each prompt: tokens up to the first that differs from our f16 cache's
   std::vector<double> repetition;  // of each prompt: repetition_rate of kRepeatedNgram
   double bits_per_element = 0;     // all bytes, at the end
+  std::string lost;
 };
 // The first row is our f16 cache. Throws kInvalidArgument for lengths beyond the model's context or too short a text,
 // kMismatch, kCancelled.
@@ -103,6 +117,7 @@ struct BenchOptions {
   int threads = 0;
   std::string kernel;
   bool force_plan = false;
+  std::function<void(const BenchRow&)> on_row = {};
 };
 struct BenchRow {
   std::string name;
@@ -111,6 +126,7 @@ struct BenchRow {
   double prefill_tokens_per_s = 0;                                 // of the first `depth` tokens
   size_t cache_bytes = 0, peak_rss_bytes = 0;
   std::string kernel;
+  std::string lost;
 };
 std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                             const BenchOptions& options, const Progress& progress);

@@ -1,7 +1,6 @@
 // Splitting work over threads: a caller's team, or one made for the purpose.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <thread>
@@ -21,11 +20,6 @@ class AtomicCounters {
  private:
   std::vector<std::atomic<int>> counters_;
 };
-
-// As many threads as asked for, or with 0 as many as the machine has.
-inline int thread_count(int asked) {
-  return asked > 0 ? asked : static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
-}
 
 // Runs work(i) once for every i in [0, n) on `threads` threads, the caller's among them. `work` must not throw.
 template <class Work>

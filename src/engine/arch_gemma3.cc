@@ -16,7 +16,13 @@ class Gemma3 final : public Architecture {
     HyperParameters p = common_parameters(m, "gemma3", GGML_ROPE_TYPE_NEOX);
     p.sliding_window = m.integer_or("gemma3.attention.sliding_window", 0, 0, INT32_MAX);
     if (p.sliding_window > 0) {
-      p.sliding_pattern = 6;
+      const std::string pattern = "gemma3.attention.sliding_window_pattern";
+      if (m.is_list(pattern)) {  // whether each layer is local
+        for (const int64_t local : m.per_layer(pattern, p.layers, 0, 1)) p.local.push_back(local != 0);
+      } else {  // every n-th is global, with 0 none
+        const int64_t n = m.integer_or(pattern, 6, 0, 1024);
+        for (int64_t l = 0; l < p.layers; ++l) p.local.push_back(n == 0 || l % n < n - 1);
+      }
       p.rope_local.base = static_cast<float>(m.number_or("gemma3.rope.freq_base_swa", 10000.0));
       p.rope_local.scale = 1.0f;
       p.rope_local.ext_factor = 0.0f;
@@ -26,6 +32,10 @@ class Gemma3 final : public Architecture {
     // The 27B model scales queries by its model dimension per head instead of the head dimension.
     if (p.layers == 62) p.attention_scale = 1.0f / std::sqrt(static_cast<float>(p.model_dim) / static_cast<float>(p.q_heads));
     return p;
+  }
+
+  std::vector<TensorSpec> tensors(const HyperParameters& p) const override {
+    return common_tensors(p, {.qk_norm = true, .post_norms = true});
   }
 
   ggml_tensor* embed(ggml_context* ctx, const HyperParameters& p, const Weights& w, ggml_tensor* tokens) const override {
@@ -38,9 +48,9 @@ class Gemma3 final : public Architecture {
     const RopeOptions& rope = p.is_local(il) ? p.rope_local : p.rope;
     const auto norm = [&](ggml_tensor* x, const char* name) { return rms_norm(ctx, x, w.layer(il, name), p.norm_epsilon); };
     ggml_tensor* x = norm(hidden, "attn_norm.weight");
-    ggml_tensor* q = ggml_mul_mat(ctx, w.layer(il, "attn_q.weight"), x);
-    ggml_tensor* k = hooks.projection(ctx, il, Side::kKey, x, ggml_mul_mat(ctx, w.layer(il, "attn_k.weight"), x));
-    ggml_tensor* v = hooks.projection(ctx, il, Side::kValue, x, ggml_mul_mat(ctx, w.layer(il, "attn_v.weight"), x));
+    ggml_tensor* q = project(ctx, w, il, "attn_q", x);
+    ggml_tensor* k = hooks.projection(ctx, il, Side::kKey, x, project(ctx, w, il, "attn_k", x));
+    ggml_tensor* v = hooks.projection(ctx, il, Side::kValue, x, project(ctx, w, il, "attn_v", x));
     q = norm(ggml_reshape_3d(ctx, q, p.head_dim, p.q_heads, n), "attn_q_norm.weight");
     k = norm(ggml_reshape_3d(ctx, k, p.head_dim, p.kv_heads, n), "attn_k_norm.weight");
     v = ggml_reshape_3d(ctx, v, p.head_dim, p.kv_heads, n);

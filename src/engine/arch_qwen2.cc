@@ -10,6 +10,11 @@ class Qwen2 final : public Architecture {
   HyperParameters parameters(const GgufMetadata& metadata) const override {
     return common_parameters(metadata, "qwen2", GGML_ROPE_TYPE_NEOX);
   }
+  std::vector<TensorSpec> tensors(const HyperParameters& p) const override {
+    auto specs = common_tensors(p, {});
+    specs.push_back({"output.bias", p.vocab, 1, false});
+    return specs;
+  }
   ggml_tensor* layer(ggml_context* ctx, const HyperParameters& p, const Weights& w, int64_t il, ggml_tensor* hidden,
                      ggml_tensor* positions, ggml_tensor* rows, GraphHooks& hooks) const override {
     return llama_layer(ctx, p, w, il, hidden, positions, rows, hooks);

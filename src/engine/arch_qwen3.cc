@@ -10,6 +10,9 @@ class Qwen3 final : public Architecture {
   HyperParameters parameters(const GgufMetadata& metadata) const override {
     return common_parameters(metadata, "qwen3", GGML_ROPE_TYPE_NEOX);
   }
+  std::vector<TensorSpec> tensors(const HyperParameters& p) const override {
+    return common_tensors(p, {.qk_norm = true, .scales = true});
+  }
   ggml_tensor* layer(ggml_context* ctx, const HyperParameters& p, const Weights& w, int64_t il, ggml_tensor* hidden,
                      ggml_tensor* positions, ggml_tensor* rows, GraphHooks& hooks) const override {
     return llama_layer(ctx, p, w, il, hidden, positions, rows, hooks);

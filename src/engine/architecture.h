@@ -9,6 +9,7 @@
 #include <map>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kvmix/plan.h"
 
@@ -25,6 +26,12 @@ class GgufMetadata {
   int64_t integer_or(const std::string& key, int64_t fallback, int64_t low, int64_t high) const;
   double number(const std::string& key) const;
   double number_or(const std::string& key, double fallback) const;
+  // One number for each layer: a single one stands for all. An array must be as long as there are layers.
+  std::vector<int64_t> per_layer(const std::string& key, int64_t layers, int64_t low, int64_t high) const;
+  // The same where all must be equal. Throws kUnsupported naming the two that differ.
+  int64_t same_in_layers(const std::string& key, int64_t layers, int64_t low, int64_t high) const;
+  bool is_list(const std::string& key) const;
+  bool truth_or(const std::string& key, bool fallback) const;
   bool has(const std::string& key) const;
   const std::string& path() const { return path_; }
 
@@ -45,16 +52,17 @@ struct RopeOptions {
 
 // What the graphs need beyond ModelShape.
 struct HyperParameters {
-  int64_t layers = 0, model_dim = 0, ffn_dim = 0, q_heads = 0, kv_heads = 0, head_dim = 0, vocab = 0, context = 0;
+  int64_t layers = 0, model_dim = 0, q_heads = 0, kv_heads = 0, head_dim = 0, vocab = 0, context = 0;
+  std::vector<int64_t> ffn_dims;  // of each layer
   float norm_epsilon = 1e-5f;
-  RopeOptions rope;             // global layers
-  RopeOptions rope_local;       // layers with a sliding window
-  int64_t sliding_window = 0;   // of local layers
-  int64_t sliding_pattern = 0;  // every n-th layer is global; 0: all are
+  RopeOptions rope;            // global layers
+  RopeOptions rope_local;      // layers with a sliding window
+  int64_t sliding_window = 0;  // of local layers
+  std::vector<bool> local;     // layers with the window; empty: none
   float attention_scale = 0;
   float final_softcap = 0;
 
-  bool is_local(int64_t layer) const { return sliding_pattern > 0 && (layer + 1) % sliding_pattern != 0; }
+  bool is_local(int64_t layer) const { return !local.empty() && local[static_cast<size_t>(layer)]; }
 };
 
 // Weights by GGUF name.
@@ -98,6 +106,13 @@ struct GraphInputs {
   ggml_tensor* rows;       // i32 [r]: rows whose logits are wanted; null for all
 };
 
+// A tensor that an architecture reads: a vector where `out` is 1.
+struct TensorSpec {
+  std::string name;
+  int64_t in, out;
+  bool required = true;
+};
+
 class Architecture {
  public:
   virtual ~Architecture() = default;
@@ -105,6 +120,8 @@ class Architecture {
   virtual const char* description() const = 0;
   // Throws kCorrupt or kUnsupported naming the key.
   virtual HyperParameters parameters(const GgufMetadata& metadata) const = 0;
+  // All tensors that the graph reads; p.vocab is known. A file with others is refused: what they would do is missing.
+  virtual std::vector<TensorSpec> tensors(const HyperParameters& p) const = 0;
   // Embedding of the tokens, scaled as the model does.
   virtual ggml_tensor* embed(ggml_context* ctx, const HyperParameters& p, const Weights& w, ggml_tensor* tokens) const;
   // One layer: residual stream in, residual stream out.
@@ -124,8 +141,14 @@ const Architecture& find_architecture(const std::string& name, const std::string
 
 // Pieces that most architectures share.
 HyperParameters common_parameters(const GgufMetadata& metadata, const std::string& prefix, int rope_mode);
+// What blocks may have beside their norms and matrices.
+struct BlockTensors {
+  bool qk_norm = false, post_norms = false, output_bias = false, ffn_bias = false, scales = false;
+};
+std::vector<TensorSpec> common_tensors(const HyperParameters& p, const BlockTensors& has);
 ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, float epsilon);
-ggml_tensor* project(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* bias, ggml_tensor* x);
+// The layer's matrix `name` times x, with NAME.scale and NAME.bias where the model has them.
+ggml_tensor* project(ggml_context* ctx, const Weights& w, int64_t il, const char* name, ggml_tensor* x);
 ggml_tensor* rotate(ggml_context* ctx, ggml_tensor* x, ggml_tensor* positions, ggml_tensor* factors, const RopeOptions& rope);
 
 // The Llama block, which Qwen varies by biases and by norms of q and k: each is used where the model has the tensor.

@@ -56,9 +56,10 @@ HyperParameters common_parameters(const GgufMetadata& m, const std::string& pref
   const auto key = [&](const char* name) { return prefix + "." + name; };
   p.layers = m.integer(key("block_count"), 1, 1024);
   p.model_dim = m.integer(key("embedding_length"), 32, 65536);
-  p.ffn_dim = m.integer(key("feed_forward_length"), 32, 1 << 20);
-  p.q_heads = m.integer(key("attention.head_count"), 1, 1024);
-  p.kv_heads = m.integer_or(key("attention.head_count_kv"), p.q_heads, 1, 1024);
+  p.ffn_dims = m.per_layer(key("feed_forward_length"), p.layers, 32, 1 << 20);
+  p.q_heads = m.same_in_layers(key("attention.head_count"), p.layers, 1, 1024);
+  p.kv_heads =
+      m.has(key("attention.head_count_kv")) ? m.same_in_layers(key("attention.head_count_kv"), p.layers, 1, 1024) : p.q_heads;
   p.head_dim = m.integer_or(key("attention.key_length"), p.model_dim / p.q_heads, 1, 1024);
   p.context = m.integer(key("context_length"), 1, INT32_MAX);
   p.norm_epsilon = static_cast<float>(m.number(key("attention.layer_norm_rms_epsilon")));
@@ -78,10 +79,29 @@ HyperParameters common_parameters(const GgufMetadata& m, const std::string& pref
   if (m.integer_or(key("expert_count"), 0, 0, 4096) > 0) {
     throw Error(Status::kUnsupported, m.path() + ": mixture-of-experts models are not supported");
   }
+  if (!m.truth_or(key("attention.causal"), true)) {
+    throw Error(Status::kUnsupported, m.path() + ": " + key("attention.causal") +
+                                          " is false: a model that sees ahead has no use for a cache; it is not supported");
+  }
+  if (m.integer_or(key("nextn_predict_layers"), 0, 0, 1024) > 0) {
+    throw Error(Status::kUnsupported,
+                m.path() + ": " + key("nextn_predict_layers") +
+                    " is set: layers that predict several tokens are not supported; convert without them");
+  }
+  const auto as_global = [&](const char* name, int64_t global) {
+    if (const int64_t value = m.integer_or(key(name), global, 0, INT32_MAX); value != global) {
+      throw Error(Status::kUnsupported, m.path() + ": " + key(name) + " is " + std::to_string(value) +
+                                            ", in other layers it is " + std::to_string(global) +
+                                            "; layers that differ so are not supported");
+    }
+  };
+  as_global("attention.key_length_swa", p.head_dim);
+  as_global("attention.value_length_swa", p.head_dim);
 
   RopeOptions& r = p.rope;
   r.mode = rope_mode;
   r.dims = static_cast<int>(m.integer_or(key("rope.dimension_count"), p.head_dim, 2, p.head_dim));
+  as_global("rope.dimension_count_swa", r.dims);
   r.base = static_cast<float>(m.number_or(key("rope.freq_base"), 10000.0));
   if (r.dims % 2 != 0 || !(r.base > 0.0f)) {
     throw Error(Status::kCorrupt, m.path() + ": rotation of " + std::to_string(r.dims) + " dimensions with base " +
@@ -89,12 +109,13 @@ HyperParameters common_parameters(const GgufMetadata& m, const std::string& pref
   }
   r.original_context = static_cast<int>(m.integer_or(key("rope.scaling.original_context_length"), p.context, 1, INT32_MAX));
   const std::string scaling = m.text_or(key("rope.scaling.type"), "linear");
+  r.attn_factor = static_cast<float>(m.number_or(key("rope.scaling.attn_factor"), 1.0));
   if (scaling == "linear" || scaling == "yarn") {
-    const double factor = m.number_or(key("rope.scaling.factor"), 1.0);
-    if (!(factor >= 1.0))
-      throw Error(Status::kCorrupt, m.path() + ": rope.scaling.factor is " + std::to_string(factor) + "; expected at least 1");
-    r.scale = static_cast<float>(1.0 / factor);
-    r.attn_factor = static_cast<float>(m.number_or(key("rope.scaling.attn_factor"), 1.0));
+    // The second is an older name; 0 stands for no scaling.
+    const double factor = m.number_or(key("rope.scaling.factor"), m.number_or(key("rope.scale_linear"), 0.0));
+    if (!(factor >= 0.0))
+      throw Error(Status::kCorrupt, m.path() + ": rope.scaling.factor is " + std::to_string(factor) + "; expected at least 0");
+    if (factor > 0.0) r.scale = static_cast<float>(1.0 / factor);
     if (scaling == "yarn") r.ext_factor = 1.0f;
   } else if (scaling != "none") {
     throw Error(Status::kUnsupported,
@@ -108,9 +129,45 @@ ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, fl
   return ggml_mul(ctx, ggml_rms_norm(ctx, x, epsilon), weight);
 }
 
-ggml_tensor* project(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* bias, ggml_tensor* x) {
-  ggml_tensor* y = ggml_mul_mat(ctx, weight, x);
-  return bias != nullptr ? ggml_add(ctx, y, bias) : y;
+std::vector<TensorSpec> common_tensors(const HyperParameters& p, const BlockTensors& has) {
+  std::vector<TensorSpec> specs = {{"token_embd.weight", p.model_dim, p.vocab},
+                                   {"output_norm.weight", p.model_dim, 1},
+                                   {"output.weight", p.model_dim, p.vocab, false}};
+  for (int64_t l = 0; l < p.layers; ++l) {
+    const std::string block = "blk." + std::to_string(l) + ".";
+    const int64_t q = p.q_heads * p.head_dim, kv = p.kv_heads * p.head_dim, ffn = p.ffn_dims[static_cast<size_t>(l)];
+    const auto matrix = [&](const std::string& name, int64_t in, int64_t out, bool bias) {
+      specs.push_back({block + name + ".weight", in, out});
+      if (bias) specs.push_back({block + name + ".bias", out, 1, false});
+      if (has.scales) specs.push_back({block + name + ".scale", 1, 1, false});
+    };
+    const auto norm = [&](const char* name, int64_t n) { specs.push_back({block + name, n, 1}); };
+    matrix("attn_q", p.model_dim, q, true);
+    matrix("attn_k", p.model_dim, kv, true);
+    matrix("attn_v", p.model_dim, kv, true);
+    matrix("attn_output", q, p.model_dim, has.output_bias);
+    matrix("ffn_gate", p.model_dim, ffn, has.ffn_bias);
+    matrix("ffn_up", p.model_dim, ffn, has.ffn_bias);
+    matrix("ffn_down", ffn, p.model_dim, has.ffn_bias);
+    norm("attn_norm.weight", p.model_dim);
+    norm("ffn_norm.weight", p.model_dim);
+    if (has.qk_norm) norm("attn_q_norm.weight", p.head_dim);
+    if (has.qk_norm) norm("attn_k_norm.weight", p.head_dim);
+    if (has.post_norms) norm("post_attention_norm.weight", p.model_dim);
+    if (has.post_norms) norm("post_ffw_norm.weight", p.model_dim);
+  }
+  return specs;
+}
+
+ggml_tensor* project(ggml_context* ctx, const Weights& w, int64_t il, const char* name, ggml_tensor* x) {
+  const std::string base(name);
+  ggml_tensor* y = ggml_mul_mat(ctx, w.layer(il, base + ".weight"), x);
+  ggml_tensor *scale = w.find_layer(il, base + ".scale"), *bias = w.find_layer(il, base + ".bias");
+  // libllama scales attention's products before it adds the bias, the feed-forward's after.
+  const bool late = base.starts_with("ffn_");
+  if (scale != nullptr && !late) y = ggml_mul(ctx, y, scale);
+  if (bias != nullptr) y = ggml_add(ctx, y, bias);
+  return scale != nullptr && late ? ggml_mul(ctx, y, scale) : y;
 }
 
 ggml_tensor* rotate(ggml_context* ctx, ggml_tensor* x, ggml_tensor* positions, ggml_tensor* factors, const RopeOptions& r) {
@@ -125,7 +182,9 @@ ggml_tensor* Architecture::embed(ggml_context* ctx, const HyperParameters&, cons
 ggml_tensor* Architecture::head(ggml_context* ctx, const HyperParameters& p, const Weights& w, ggml_tensor* hidden) const {
   ggml_tensor* output = w.find("output.weight");
   ggml_tensor* x = rms_norm(ctx, hidden, w.get("output_norm.weight"), p.norm_epsilon);
-  return ggml_mul_mat(ctx, output != nullptr ? output : w.get("token_embd.weight"), x);
+  ggml_tensor* logits = ggml_mul_mat(ctx, output != nullptr ? output : w.get("token_embd.weight"), x);
+  ggml_tensor* bias = w.find("output.bias");
+  return bias != nullptr ? ggml_add(ctx, logits, bias) : logits;
 }
 
 ggml_tensor* Architecture::build(ggml_context* ctx, const HyperParameters& p, const Weights& w, const GraphInputs& inputs,
@@ -142,9 +201,9 @@ ggml_tensor* llama_layer(ggml_context* ctx, const HyperParameters& p, const Weig
                          ggml_tensor* positions, ggml_tensor* rows, GraphHooks& hooks) {
   const int64_t n = hidden->ne[1];
   ggml_tensor* x = rms_norm(ctx, hidden, w.layer(il, "attn_norm.weight"), p.norm_epsilon);
-  ggml_tensor* q = project(ctx, w.layer(il, "attn_q.weight"), w.find_layer(il, "attn_q.bias"), x);
-  ggml_tensor* k = project(ctx, w.layer(il, "attn_k.weight"), w.find_layer(il, "attn_k.bias"), x);
-  ggml_tensor* v = project(ctx, w.layer(il, "attn_v.weight"), w.find_layer(il, "attn_v.bias"), x);
+  ggml_tensor* q = project(ctx, w, il, "attn_q", x);
+  ggml_tensor* k = project(ctx, w, il, "attn_k", x);
+  ggml_tensor* v = project(ctx, w, il, "attn_v", x);
   k = hooks.projection(ctx, il, Side::kKey, x, k);
   v = hooks.projection(ctx, il, Side::kValue, x, v);
   q = ggml_reshape_3d(ctx, q, p.head_dim, p.q_heads, n);
@@ -161,12 +220,11 @@ ggml_tensor* llama_layer(ggml_context* ctx, const HyperParameters& p, const Weig
     attended = ggml_get_rows(ctx, attended, rows);
     hidden = ggml_get_rows(ctx, hidden, rows);
   }
-  hidden =
-      ggml_add(ctx, project(ctx, w.layer(il, "attn_output.weight"), w.find_layer(il, "attn_output.bias"), attended), hidden);
+  hidden = ggml_add(ctx, project(ctx, w, il, "attn_output", attended), hidden);
   x = rms_norm(ctx, hidden, w.layer(il, "ffn_norm.weight"), p.norm_epsilon);
-  ggml_tensor* gate = ggml_mul_mat(ctx, w.layer(il, "ffn_gate.weight"), x);
-  ggml_tensor* up = ggml_mul_mat(ctx, w.layer(il, "ffn_up.weight"), x);
-  ggml_tensor* down = ggml_mul_mat(ctx, w.layer(il, "ffn_down.weight"), hooks.swiglu(ctx, gate, up));
+  ggml_tensor* gate = project(ctx, w, il, "ffn_gate", x);
+  ggml_tensor* up = project(ctx, w, il, "ffn_up", x);
+  ggml_tensor* down = project(ctx, w, il, "ffn_down", hooks.swiglu(ctx, gate, up));
   return ggml_add(ctx, down, hidden);
 }
 

@@ -14,27 +14,22 @@
 namespace kvmix {
 
 FloatCopy::FloatCopy(const std::string& source) {
-  ggml_context* read = nullptr;
-  const GgufContext from(gguf_init_from_file(source.c_str(), {false, &read}));
-  const GgmlContext data(read);
-  if (!from) throw Error(Status::kCorrupt, source + " cannot be read as GGUF");
+  const GgufFile from(source);
   const GgufContext to(gguf_init_empty());
-  gguf_set_kv(to.get(), from.get());
-  const int64_t n = gguf_get_n_tensors(from.get());
+  gguf_set_kv(to.get(), from.metadata());
+  for (const char* key : {"split.no", "split.count", "split.tensors.count"}) gguf_remove_key(to.get(), key);
   size_t bytes = 0;
-  for (ggml_tensor* t = ggml_get_first_tensor(read); t != nullptr; t = ggml_get_next_tensor(read, t)) {
-    bytes += static_cast<size_t>(ggml_nelements(t)) * sizeof(float) + 64 + ggml_tensor_overhead();
-  }
-  const GgmlContext wide(ggml_init({bytes + static_cast<size_t>(n + 1) * 256, nullptr, false}));
-  for (int64_t i = 0; i < n; ++i) {
-    const char* name = gguf_get_tensor_name(from.get(), i);
-    const ggml_tensor* t = ggml_get_tensor(read, name);
-    ggml_tensor* w = ggml_new_tensor(wide.get(), GGML_TYPE_F32, ggml_n_dims(t), t->ne);
-    ggml_set_name(w, name);
-    if (t->type == GGML_TYPE_F32) {
-      std::memcpy(w->data, t->data, ggml_nbytes(t));
+  for (const GgufFile::Tensor& t : from.tensors())
+    bytes += static_cast<size_t>(ggml_nelements(t.shape)) * sizeof(float) + 320 + ggml_tensor_overhead();
+  const GgmlContext wide(ggml_init({bytes + 1024, nullptr, false}));
+  if (wide == nullptr) throw Error(Status::kOutOfMemory, "not enough memory for a copy of " + source + " in fp32");
+  for (const GgufFile::Tensor& t : from.tensors()) {
+    ggml_tensor* w = ggml_new_tensor(wide.get(), GGML_TYPE_F32, ggml_n_dims(t.shape), t.shape->ne);
+    ggml_set_name(w, t.name.c_str());
+    if (t.shape->type == GGML_TYPE_F32) {
+      std::memcpy(w->data, t.data, t.bytes);
     } else {
-      ggml_get_type_traits(t->type)->to_float(t->data, static_cast<float*>(w->data), ggml_nelements(t));
+      ggml_get_type_traits(t.shape->type)->to_float(t.data, static_cast<float*>(w->data), ggml_nelements(t.shape));
     }
     gguf_add_tensor(to.get(), w);
   }

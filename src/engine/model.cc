@@ -1,90 +1,99 @@
 #include "engine/model.h"
 
-#include <fcntl.h>
 #include <ggml-cpu.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstdio>
 #include <cstring>
-#include <mutex>
+#include <exception>
+#include <functional>
 
-#include "base/checksum.h"
 #include "engine/gguf_check.h"
+#include "engine/library_call.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
 namespace {
 
-constexpr size_t kSampledBytes = 4096;  // of each tensor, for the fingerprint
-
-std::string hex(uint64_t value) {
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+// A name for people: without control characters, which a terminal would obey.
+std::string printable(std::string text) {
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
+  }
   return text;
+}
+
+// libllama's tokenizers match with std::regex, which recurses once or more for each character of a match.
+constexpr size_t kRunOnAnyStack = 2048, kLongestRun = size_t{1} << 19, kStackOfACharacter = 2048;
+
+size_t longest_run(std::string_view text) {
+  size_t longest = 0, run = 0;
+  bool space = false;
+  for (const char c : text) {
+    const bool is_space = c == ' ' || (c >= '\t' && c <= '\r');
+    run = is_space == space ? run + 1 : 1;
+    space = is_space;
+    longest = std::max(longest, run);
+  }
+  return longest;
+}
+
+// Runs work on a thread with a stack of this size; its pages are taken as they are used.
+void run_on_stack(size_t bytes, const std::function<void()>& work) {
+  struct Call {
+    const std::function<void()>* work;
+    std::exception_ptr error;
+  } call{&work, nullptr};
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, bytes);
+  pthread_t thread;
+  const int status = pthread_create(
+      &thread, &attributes,
+      [](void* data) -> void* {
+        auto& c = *static_cast<Call*>(data);
+        try {
+          (*c.work)();
+        } catch (...) {
+          c.error = std::current_exception();
+        }
+        return nullptr;
+      },
+      &call);
+  pthread_attr_destroy(&attributes);
+  if (status != 0) {
+    throw Error(Status::kOutOfMemory, "not enough memory for a stack of " + std::to_string(bytes >> 20) +
+                                          " MiB, which a text with long runs of characters takes; break its lines");
+  }
+  pthread_join(thread, nullptr);
+  if (call.error) std::rethrow_exception(call.error);
 }
 
 }  // namespace
 
-void quiet_libraries() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    const auto silent = [](ggml_log_level, const char*, void*) {};
-    ggml_log_set(silent, nullptr);
-    llama_log_set(silent, nullptr);
-    llama_backend_init();
-  });
-}
-
-MappedFile::MappedFile(const std::string& path) {
-  const int descriptor = open(path.c_str(), O_RDONLY);
-  if (descriptor < 0) throw Error(Status::kNotFound, path + ": " + std::strerror(errno) + "; check the path");
-  struct stat info {};
-  const bool regular = fstat(descriptor, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 0;
-  void* data = regular ? mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, descriptor, 0) : MAP_FAILED;
-  close(descriptor);
-  if (!regular) throw Error(Status::kCorrupt, path + " is empty or not a regular file; give a GGUF file");
-  if (data == MAP_FAILED)
-    throw Error(Status::kIo, path + ": cannot map: " + std::strerror(errno) + "; free memory or check the file");
-  data_ = static_cast<char*>(data);
-  bytes_ = static_cast<size_t>(info.st_size);
-}
-
-MappedFile::~MappedFile() { munmap(data_, bytes_); }
-
-GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
-  quiet_libraries();
-  if (file_.bytes() < 4 || std::memcmp(file_.data(), "GGUF", 4) != 0) {
-    throw Error(Status::kCorrupt, path + " is not a GGUF file; give a model in GGUF format");
-  }
-  ggml_context* meta = nullptr;
-  const GgufContext gguf(gguf_init_from_file(path.c_str(), {true, &meta}));
-  const GgmlContext meta_owner(meta);
-  if (gguf == nullptr || meta == nullptr) {
-    throw Error(Status::kCorrupt, path + ": damaged or truncated GGUF header; obtain the file again");
-  }
-  const GgufMetadata metadata(gguf.get(), path);
-  architecture_ = &find_architecture(metadata.text("general.architecture"), path);
+GgufModel::GgufModel(const std::string& path) : file_(path) {
+  const LibraryCall call;
+  const GgufMetadata metadata(file_.metadata(), file_.path());
+  architecture_ = &find_architecture(metadata.text("general.architecture"), file_.path());
   parameters_ = architecture_->parameters(metadata);
-  load_weights(gguf.get(), meta);
-  check_tokenizer(gguf.get(), path);
+  load_weights();
+  check_tokenizer(file_.metadata(), file_.path());
 
   llama_model_params params = llama_model_default_params();
   params.vocab_only = true;
-  vocabulary_.reset(llama_model_load_from_file(path.c_str(), params));
-  if (vocabulary_ == nullptr)
-    throw Error(Status::kCorrupt, path + ": its tokenizer cannot be read; free memory, or obtain the file again");
-  check_special_tokens(llama_model_get_vocab(vocabulary_.get()), path);
+  vocabulary_.reset(llama_model_load_from_file(file_.path().c_str(), params));
+  if (vocabulary_ == nullptr) {
+    throw Error(Status::kUnsupported, file_.path() + ": libllama cannot read its tokenizer: " +
+                                          call.reason("it gives no reason; free memory, or obtain the file again"));
+  }
+  check_special_tokens(llama_model_get_vocab(vocabulary_.get()), file_.path());
   const int tokens = llama_vocab_n_tokens(llama_model_get_vocab(vocabulary_.get()));
   if (tokens != parameters_.vocab) {
-    throw Error(Status::kCorrupt, path + ": the tokenizer has " + std::to_string(tokens) + " tokens, the embedding " +
+    throw Error(Status::kCorrupt, file_.path() + ": the tokenizer has " + std::to_string(tokens) + " tokens, the embedding " +
                                       std::to_string(parameters_.vocab) + "; obtain the file again");
   }
 
-  shape_.name = metadata.text_or("general.name", path.substr(path.find_last_of('/') + 1));
+  shape_.name = printable(metadata.text_or("general.name", path.substr(path.find_last_of('/') + 1)));
   shape_.architecture = architecture_->name();
   shape_.context_tokens = parameters_.context;
   for (int64_t l = 0; l < parameters_.layers; ++l) {
@@ -93,88 +102,6 @@ GgufModel::GgufModel(const std::string& path) : path_(path), file_(path) {
          parameters_.is_local(l) ? static_cast<int>(parameters_.sliding_window) : 0, parameters_.attention_scale, 0.0f});
   }
   repack_weights();
-}
-
-void GgufModel::load_weights(const gguf_context* gguf, ggml_context* meta) {
-  const int64_t count = gguf_get_n_tensors(gguf);
-  const size_t data_offset = gguf_get_data_offset(gguf);
-  tensors_.reset(ggml_init({static_cast<size_t>(count + 1) * ggml_tensor_overhead(), nullptr, true}));
-  mapped_buffer_.reset(ggml_backend_cpu_buffer_from_ptr(file_.data(), file_.bytes()));
-  Checksum fingerprint;
-  fingerprint.update(architecture_->name(), std::strlen(architecture_->name()));
-  for (int64_t i = 0; i < count; ++i) {
-    const std::string name = gguf_get_tensor_name(gguf, i);
-    const ggml_tensor* described = ggml_get_tensor(meta, name.c_str());
-    const size_t bytes = ggml_nbytes(described), offset = gguf_get_tensor_offset(gguf, i);
-    if (data_offset > file_.bytes() || offset > file_.bytes() - data_offset || bytes > file_.bytes() - data_offset - offset) {
-      throw Error(Status::kCorrupt,
-                  path_ + ": tensor " + name + " reaches beyond the end of the truncated file; obtain it again");
-    }
-    ggml_tensor* tensor = ggml_dup_tensor(tensors_.get(), described);
-    ggml_set_name(tensor, name.c_str());
-    char* data = file_.data() + data_offset + offset;
-    if (ggml_backend_tensor_alloc(mapped_buffer_.get(), tensor, data) != GGML_STATUS_SUCCESS) {
-      throw Error(Status::kInternal, path_ + ": tensor " + name + " cannot be placed");
-    }
-    weights_.add(name, tensor);
-    weight_bytes_ += bytes;
-    fingerprint.update(name.data(), name.size());
-    fingerprint.update(tensor->ne, sizeof tensor->ne);
-    const int32_t type = tensor->type;
-    fingerprint.update(&type, sizeof type);
-    fingerprint.update(data, std::min(bytes, kSampledBytes));
-  }
-  const HyperParameters& p = parameters_;
-  fingerprint.update(&p.rope.base, sizeof p.rope.base);
-  fingerprint.update(&p.rope.scale, sizeof p.rope.scale);
-  fingerprint.update(&p.sliding_window, sizeof p.sliding_window);
-  shape_.fingerprint = hex(fingerprint.value());
-
-  const ggml_tensor* embedding = weights_.get("token_embd.weight");
-  parameters_.vocab = embedding->ne[1];
-  if (parameters_.vocab < 2 || parameters_.vocab > (1 << 24)) {
-    throw Error(Status::kCorrupt, path_ + ": a vocabulary of " + std::to_string(parameters_.vocab) +
-                                      " tokens; expected 2 to 16777216, obtain the file again");
-  }
-  const auto expect = [&](const std::string& name, int64_t ne0, int64_t ne1) {
-    const ggml_tensor* t = weights_.get(name);
-    if (ne1 == 1) {
-      check_vector_type(t, path_);
-    } else {
-      check_matrix_type(t, path_);
-    }
-    if (t->ne[0] != ne0 || t->ne[1] != ne1 || t->ne[2] != 1 || t->ne[3] != 1) {
-      throw Error(Status::kCorrupt, path_ + ": tensor " + name + " is " + std::to_string(t->ne[0]) + " x " +
-                                        std::to_string(t->ne[1]) + ", its metadata means " + std::to_string(ne0) + " x " +
-                                        std::to_string(ne1));
-    }
-  };
-  expect("token_embd.weight", p.model_dim, parameters_.vocab);
-  expect("output_norm.weight", p.model_dim, 1);
-  if (weights_.find("output.weight") != nullptr) expect("output.weight", p.model_dim, parameters_.vocab);
-  if (weights_.find("rope_freqs.weight") != nullptr) expect("rope_freqs.weight", p.rope.dims / 2, 1);
-  for (int64_t l = 0; l < p.layers; ++l) {
-    const std::string block = "blk." + std::to_string(l) + ".";
-    expect(block + "attn_q.weight", p.model_dim, p.q_heads * p.head_dim);
-    expect(block + "attn_k.weight", p.model_dim, p.kv_heads * p.head_dim);
-    expect(block + "attn_v.weight", p.model_dim, p.kv_heads * p.head_dim);
-    expect(block + "attn_output.weight", p.q_heads * p.head_dim, p.model_dim);
-    expect(block + "attn_norm.weight", p.model_dim, 1);
-    expect(block + "ffn_norm.weight", p.model_dim, 1);
-    expect(block + "ffn_gate.weight", p.model_dim, p.ffn_dim);
-    expect(block + "ffn_up.weight", p.model_dim, p.ffn_dim);
-    expect(block + "ffn_down.weight", p.ffn_dim, p.model_dim);
-    for (const char* vector : {"attn_q_norm.weight", "attn_k_norm.weight"}) {
-      if (weights_.find(block + vector) != nullptr) expect(block + vector, p.head_dim, 1);
-    }
-    for (const char* vector : {"post_attention_norm.weight", "post_ffw_norm.weight", "attn_output.bias"}) {
-      if (weights_.find(block + vector) != nullptr) expect(block + vector, p.model_dim, 1);
-    }
-    if (weights_.find(block + "attn_q.bias") != nullptr) expect(block + "attn_q.bias", p.q_heads * p.head_dim, 1);
-    for (const char* vector : {"attn_k.bias", "attn_v.bias"}) {
-      if (weights_.find(block + vector) != nullptr) expect(block + vector, p.kv_heads * p.head_dim, 1);
-    }
-  }
 }
 
 // Matrices that ggml's CPU backend multiplies faster in an order of its own are copied into that order, as llama.cpp does.
@@ -204,7 +131,7 @@ void GgufModel::repack_weights() {
       weight->buffer = nullptr;
       if (!supported) continue;
       BackendBuffer buffer(ggml_backend_buft_alloc_buffer(*type, ggml_backend_buft_get_alloc_size(*type, tensor)));
-      if (buffer == nullptr) throw Error(Status::kOutOfMemory, path_ + ": not enough memory for tensor " + name);
+      if (buffer == nullptr) throw Error(Status::kOutOfMemory, file_.path() + ": not enough memory for tensor " + name);
       ggml_tensor* copy = ggml_dup_tensor(repacked_.get(), tensor);
       ggml_set_name(copy, name.c_str());
       ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
@@ -217,11 +144,31 @@ void GgufModel::repack_weights() {
   }
 }
 
+std::string GgufModel::not_finite() const {
+  std::vector<float> row;
+  for (const auto& t : file_.tensors()) {
+    const ggml_tensor* tensor = ggml_get_tensor(tensors_.get(), t.name.c_str());
+    if (tensor == nullptr) continue;  // fused: its parts are there under other names
+    row.resize(static_cast<size_t>(tensor->ne[0]));
+    for (int64_t r = 0; r < tensor->ne[1]; ++r) {
+      dequantise_row(tensor, static_cast<size_t>(r), row.data());
+      if (!all_finite(row)) return t.name;
+    }
+  }
+  return "";
+}
+
+bool all_finite(std::span<const float> values) {
+  float sum = 0;  // x - x is 0 for finite numbers alone
+  for (const float x : values) sum += x - x;
+  return sum == 0.0f;
+}
+
 const ggml_tensor* GgufModel::original(const std::string& name) const {
   const ggml_tensor* tensor = ggml_get_tensor(tensors_.get(), name.c_str());
   // The head of a tied model is a copy of the embedding.
   if (tensor == nullptr && name == "output.weight") tensor = ggml_get_tensor(tensors_.get(), "token_embd.weight");
-  if (tensor == nullptr) throw Error(Status::kInternal, path_ + ": no tensor " + name);
+  if (tensor == nullptr) throw Error(Status::kInternal, file_.path() + ": no tensor " + name);
   return tensor;
 }
 
@@ -248,13 +195,29 @@ std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool
   if (text.size() > (size_t{1} << 30))
     throw Error(Status::kInvalidArgument, "a text of more than 1 GiB cannot be tokenised at once");
   std::vector<Token> tokens(text.size() + 8);
+  const size_t longest = longest_run(text);
+  if (longest > kLongestRun) {
+    throw Error(Status::kInvalidArgument, "the text has a run of " + std::to_string(longest) +
+                                              " characters without a change between space and others, which tokenizers take "
+                                              "apart by recursion; break it after at most " +
+                                              std::to_string(kLongestRun));
+  }
+  const auto call = [&] {
+    const LibraryCall guard;
+    return llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
+                          static_cast<int32_t>(tokens.size()), bos, special);
+  };
   const auto run = [&] {
     try {
-      return llama_tokenize(vocab, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
-                            static_cast<int32_t>(tokens.size()), bos, special);
+      if (longest <= kRunOnAnyStack) return call();
+      int result = 0;
+      run_on_stack(longest * kStackOfACharacter + (size_t{8} << 20), [&] { result = call(); });
+      return result;
+    } catch (const Error&) {
+      throw;
     } catch (const std::exception& e) {
       throw Error(Status::kUnsupported,
-                  path_ + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");
+                  file_.path() + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");
     }
   };
   int n = run();

@@ -7,10 +7,12 @@
 #include <llama.h>
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "engine/architecture.h"
+#include "engine/gguf_file.h"
 #include "kvmix/engine.h"
 
 namespace kvmix {
@@ -27,27 +29,12 @@ using GgufContext = std::unique_ptr<gguf_context, Freer<gguf_free>>;
 using BackendBuffer = std::unique_ptr<ggml_backend_buffer, Freer<ggml_backend_buffer_free>>;
 using LlamaModel = std::unique_ptr<llama_model, Freer<llama_model_free>>;
 
-// A file mapped for reading.
-class MappedFile {
- public:
-  explicit MappedFile(const std::string& path);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  char* data() const { return data_; }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* data_ = nullptr;
-  size_t bytes_ = 0;
-};
-
 class GgufModel final : public Model {
  public:
   explicit GgufModel(const std::string& path);
 
   const ModelShape& shape() const override { return shape_; }
-  const std::string& path() const override { return path_; }
+  const std::string& path() const override { return file_.path(); }
   size_t weight_bytes() const override { return weight_bytes_; }
   int vocab_size() const override { return static_cast<int>(parameters_.vocab); }
   std::vector<Token> tokenize(std::string_view text, bool add_bos, bool special) const override;
@@ -63,19 +50,23 @@ class GgufModel final : public Model {
   const Weights& weights() const { return weights_; }
   // The tensor as the file has it, also where weights() holds a repacked copy.
   const ggml_tensor* original(const std::string& name) const;
+  // A tensor with a value that is NaN or infinite; empty if none has. Reads all weights.
+  std::string not_finite() const;
 
  private:
-  void load_weights(const gguf_context* gguf, ggml_context* meta);
+  void load_weights();
+  void add_fused(const GgufFile::Tensor& tensor, const std::string& prefix, const std::string& kind);
+  void place(const ggml_tensor* type, const std::string& name, int64_t ne0, int64_t ne1, char* data, size_t part);
+  void check_weights() const;
   void repack_weights();
 
-  std::string path_;
-  MappedFile file_;
+  GgufFile file_;
   const Architecture* architecture_ = nullptr;
   HyperParameters parameters_;
   ModelShape shape_;
   size_t weight_bytes_ = 0;
   GgmlContext tensors_, repacked_;
-  BackendBuffer mapped_buffer_;
+  std::vector<BackendBuffer> mapped_buffers_;
   std::vector<BackendBuffer> repacked_buffers_;
   Weights weights_;
   LlamaModel vocabulary_;
@@ -85,7 +76,8 @@ class GgufModel final : public Model {
 const GgufModel& gguf_model(const Model& model);
 // A row of a matrix of the file, of any type that has floats, to ne[0] floats.
 void dequantise_row(const ggml_tensor* source, size_t row, float* out);
-// Silences ggml's and libllama's log once.
+bool all_finite(std::span<const float> values);
+// Sets ggml's and libllama's handlers once: see library_call.h.
 void quiet_libraries();
 
 }  // namespace kvmix

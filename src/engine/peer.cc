@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "engine/library_call.h"
 #include "engine/model.h"
 #include "kvmix/error.h"
 
@@ -47,13 +48,14 @@ ggml_type cache_type(const std::string& name) {
 
 Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t context, int threads, int sequences)
     : impl_(std::make_unique<Impl>()) {
-  quiet_libraries();
+  const LibraryCall call;
   Impl& impl = *impl_;
   impl.name = "llama.cpp " + type_name;
   impl.type = cache_type(type_name);
   impl.model.reset(llama_model_load_from_file(model_path.c_str(), llama_model_default_params()));
   if (impl.model == nullptr)
-    throw Error(Status::kCorrupt, model_path + ": libllama cannot load it; free memory, or leave --peer out");
+    throw Error(Status::kUnsupported,
+                model_path + ": libllama cannot load it: " + call.reason("it gives no reason; free memory"));
   impl.vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl.model.get()));
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(context * sequences);
@@ -68,7 +70,7 @@ Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t 
   impl.context.reset(llama_init_from_model(impl.model.get(), params));
   if (impl.context == nullptr)
     throw Error(Status::kUnsupported, impl.name + ": libllama cannot make a context of " + std::to_string(context) +
-                                          " tokens; free memory, or take a shorter one");
+                                          " tokens: " + call.reason("it gives no reason; free memory, or take a shorter one"));
   impl.batch_tokens = std::max(kChunk, sequences);
   impl.batch = llama_batch_init(impl.batch_tokens, 0, 1);
 }

@@ -19,7 +19,7 @@
 #include <mutex>
 
 #include "base/checksum.h"
-#include "base/parallel.h"
+#include "base/machine.h"
 #include "engine/model.h"
 #include "kvmix/engine.h"
 #include "kvmix/error.h"
@@ -31,6 +31,11 @@ constexpr size_t kCachedGraphs = 4;
 
 using Backend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
 using GraphAllocator = std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>>;
+
+// Where numbers were seen that are NaN or infinite.
+struct NotFinite {
+  std::string where;
+};
 
 // What the cache operations of one layer need at run time.
 struct LayerCall {
@@ -57,6 +62,11 @@ void append_op(ggml_tensor* out, int ith, int nth, void* data) {
   if (call.failure->failed) return;
   const ggml_tensor *k = out->src[0], *v = out->src[1];
   try {
+    // Once a layer and step: what is not finite here makes all that follows so.
+    for (const auto& [t, side] : {std::pair{k, "keys"}, std::pair{v, "values"}}) {
+      if (ith == 0 && !all_finite({static_cast<const float*>(t->data), static_cast<size_t>(ggml_nelements(t))}))
+        throw NotFinite{"the " + std::string(side) + " of layer " + std::to_string(call.layer)};
+    }
     call.cache->append(call.layer, static_cast<const float*>(k->data), k->ne[0] * k->ne[1], static_cast<const float*>(v->data),
                        v->ne[0] * v->ne[1], ith, nth);
   } catch (...) {
@@ -125,6 +135,12 @@ struct Engine::Impl {
   }
 
   Graph& graph_for(int64_t tokens_n, int64_t rows_n);
+  [[noreturn]] void refuse(const std::string& where) const {
+    const std::string tensor = inside.not_finite();
+    throw Error(Status::kCorrupt, model->path() + ": " + where + " are not finite: " +
+                                      (tensor.empty() ? "its numbers grow beyond fp32 or fp16; take another file of this model"
+                                                      : "tensor " + tensor + " has such values; obtain the file again"));
+  }
 
   std::shared_ptr<const Model> model;
   const GgufModel& inside;
@@ -248,15 +264,24 @@ std::span<const float> Engine::step(std::span<const EngineItem> work) {
   const ggml_status status = ggml_backend_graph_compute(impl.backend.get(), g.graph);
   if (impl.failure.error) {
     impl.cache->abort_step();
-    std::rethrow_exception(impl.failure.error);
+    try {
+      std::rethrow_exception(impl.failure.error);
+    } catch (const NotFinite& found) {
+      impl.refuse(found.where);
+    }
   }
   if (status != GGML_STATUS_SUCCESS) {
     impl.cache->abort_step();
     throw Error(Status::kInternal, std::string("the graph failed: ") + ggml_status_to_string(status));
   }
+  std::span<const float> logits;
+  if (rows_n > 0) logits = {static_cast<const float*>(g.logits->data), static_cast<size_t>(rows_n * g.logits->ne[0])};
+  if (!all_finite(logits)) {
+    impl.cache->abort_step();
+    impl.refuse("the logits, behind layer " + std::to_string(impl.calls.size() - 1));
+  }
   impl.cache->end_step();
-  if (rows_n == 0) return {};
-  return {static_cast<const float*>(g.logits->data), static_cast<size_t>(rows_n * g.logits->ne[0])};
+  return logits;
 }
 
 std::span<const float> Engine::prefill(SequenceId sequence, std::span<const Token> tokens,

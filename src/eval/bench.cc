@@ -66,9 +66,20 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
   contender.force_plan = options.force_plan;
   std::vector<std::unique_ptr<Contender>> rows;
   std::vector<size_t> added(subjects.size());
+  std::vector<std::string> lost(subjects.size());
+  const auto or_lose = [&](size_t s, const auto& work) {
+    try {
+      work();
+    } catch (const Error& e) {
+      if (subjects[s].plan || e.status() == Status::kCancelled || e.status() == Status::kInvalidArgument) throw;
+      rows[s].reset();
+      lost[s] = e.what();
+    }
+  };
   for (size_t s = 0; s < subjects.size(); ++s) {
     const size_t before = resident_bytes();
-    rows.push_back(make_contender(model, subjects[s], contender));
+    rows.emplace_back();
+    or_lose(s, [&] { rows[s] = make_contender(model, subjects[s], contender); });
     added[s] = resident_bytes() - std::min(before, resident_bytes());
   }
 
@@ -87,27 +98,29 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
   std::vector<Token> step(static_cast<size_t>(options.sequences));
   for (const int64_t target : depths) {
     for (size_t s = 0; s < subjects.size(); ++s) {
-      if (target == depth) continue;
+      if (target == depth || !rows[s]) continue;
       const size_t before = resident_bytes();
       size_t peak = before;
       const double start = now();
-      if (options.sequences > 1) {
-        if (depth > 0) rows[s]->truncate(0);
-        rows[s]->fill(text.first(static_cast<size_t>(target)));
-        prefill_seconds[s] = now() - start;
-        peak = std::max(peak, resident_bytes());
-        report(static_cast<double>((target - depth) * options.sequences), subjects[s].name);
-      } else {
-        constexpr int64_t kChunk = 512;
-        for (int64_t at = depth; at < target; at += kChunk) {
-          const int64_t n = std::min(kChunk, target - at);
-          const double chunk_start = now();
-          rows[s]->feed(text.subspan(static_cast<size_t>(at), static_cast<size_t>(n)), false);
-          prefill_seconds[s] += now() - chunk_start;
+      or_lose(s, [&] {
+        if (options.sequences > 1) {
+          if (depth > 0) rows[s]->truncate(0);
+          rows[s]->fill(text.first(static_cast<size_t>(target)));
+          prefill_seconds[s] = now() - start;
           peak = std::max(peak, resident_bytes());
-          report(static_cast<double>(n), subjects[s].name);
+          report(static_cast<double>((target - depth) * options.sequences), subjects[s].name);
+        } else {
+          constexpr int64_t kChunk = 512;
+          for (int64_t at = depth; at < target; at += kChunk) {
+            const int64_t n = std::min(kChunk, target - at);
+            const double chunk_start = now();
+            rows[s]->feed(text.subspan(static_cast<size_t>(at), static_cast<size_t>(n)), false);
+            prefill_seconds[s] += now() - chunk_start;
+            peak = std::max(peak, resident_bytes());
+            report(static_cast<double>(n), subjects[s].name);
+          }
         }
-      }
+      });
       added[s] += peak - before;
     }
     depth = target;
@@ -115,12 +128,16 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
     // One unmeasured round lets every row build its graph and touch its memory.
     for (int repetition = -1; repetition < options.repetitions; ++repetition) {
       for (size_t s = 0; s < subjects.size(); ++s) {
+        if (!rows[s]) continue;
         const int count = repetition < 0 ? std::min(2, options.decode_tokens) : options.decode_tokens;
         const double start = now();
-        for (int t = 0; t < count; ++t) {
-          std::fill(step.begin(), step.end(), text[static_cast<size_t>(depth + t)]);
-          rows[s]->decode(step);
-        }
+        or_lose(s, [&] {
+          for (int t = 0; t < count; ++t) {
+            std::fill(step.begin(), step.end(), text[static_cast<size_t>(depth + t)]);
+            rows[s]->decode(step);
+          }
+        });
+        if (!rows[s]) continue;
         const double seconds = now() - start;
         rows[s]->truncate(depth);
         if (repetition < 0) continue;
@@ -132,6 +149,12 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
       BenchRow row;
       row.name = subjects[s].name;
       row.depth = depth;
+      row.lost = lost[s];
+      if (!rows[s]) {
+        if (options.on_row) options.on_row(row);
+        out.push_back(row);
+        continue;
+      }
       row.decode_tokens_per_s = median(rates[s]);
       row.decode_min = *std::min_element(rates[s].begin(), rates[s].end());
       row.decode_max = *std::max_element(rates[s].begin(), rates[s].end());
@@ -139,6 +162,7 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
       row.cache_bytes = rows[s]->cache_bytes(depth) * static_cast<size_t>(options.sequences);
       row.peak_rss_bytes = added[s];
       row.kernel = rows[s]->kernel();
+      if (options.on_row) options.on_row(row);
       out.push_back(row);
     }
   }

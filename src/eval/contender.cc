@@ -4,7 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "base/parallel.h"
+#include "base/machine.h"
 
 namespace kvmix {
 namespace {

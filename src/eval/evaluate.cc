@@ -4,6 +4,7 @@
 #include <cmath>
 #include <deque>
 
+#include "base/machine.h"
 #include "base/parallel.h"
 #include "engine/float_copy.h"
 #include "eval/contender.h"
@@ -37,9 +38,14 @@ class Evaluation {
     contender.exact = options.exact;
     contender.force_plan = options.force_plan;
     reference_ = make_contender(model_, {"f16", f16_plan(model_->shape()), ""}, contender);
-    for (const EvalSubject& subject : subjects) contenders_.push_back(make_contender(model_, subject, contender));
     tallies_.resize(subjects.size() + 1);
     fed_.resize(subjects.size() + 1);
+    lost_.resize(subjects.size());
+    for (size_t s = 0; s < subjects.size(); ++s) {
+      peer_.push_back(!subjects[s].plan);
+      contenders_.emplace_back();
+      or_lose(s, [&] { contenders_[s] = make_contender(model_, subjects[s], contender); });
+    }
   }
 
   void window(std::span<const Token> tokens, const std::function<void(int64_t)>& fed) {
@@ -50,12 +56,16 @@ class Evaluation {
     rows_base_ = first_scored_;
     reference_->clear();
     std::fill(fed_.begin(), fed_.end(), int64_t{0});
-    for (auto& c : contenders_) c->clear();
+    for (auto& c : contenders_) {
+      if (c) c->clear();
+    }
     while (fed_[0] < options_.context) {
       fed(advance_reference());
       for (size_t s = 0; s < contenders_.size(); ++s) {
         // As far as the reference has rows: a contender's own chunks end where its pages do.
-        while (fed_[s + 1] < options_.context && next_end(*contenders_[s], fed_[s + 1]) <= fed_[0]) fed(advance(s));
+        while (contenders_[s] && fed_[s + 1] < options_.context && next_end(*contenders_[s], fed_[s + 1]) <= fed_[0])
+          or_lose(s, [&] { fed(advance(s)); });
+        if (!contenders_[s]) fed_[s + 1] = fed_[0];
       }
       const int64_t slowest = *std::min_element(fed_.begin(), fed_.end());
       for (; rows_base_ < slowest && !rows_.empty(); ++rows_base_) {
@@ -65,12 +75,25 @@ class Evaluation {
     }
   }
 
+  const std::string& lost(size_t s) const { return lost_[s]; }
   std::vector<Tally>& tallies() { return tallies_; }
 
  private:
   int64_t next_end(const Contender& c, int64_t fed) const { return std::min(options_.context, c.chunk_end(fed)); }
 
   bool scored(int64_t position) const { return position >= first_scored_ && position + 1 < options_.context; }
+
+  // A peer that fails is left out from then on.
+  template <typename Work>
+  void or_lose(size_t s, const Work& work) {
+    try {
+      work();
+    } catch (const Error& e) {
+      if (!peer_[s] || e.status() == Status::kCancelled || e.status() == Status::kInvalidArgument) throw;
+      contenders_[s].reset();
+      lost_[s] = e.what();
+    }
+  }
 
   int64_t advance_reference() {
     const auto start = std::chrono::steady_clock::now();
@@ -120,6 +143,10 @@ class Evaluation {
       for (size_t i = 0; i < scores.size(); ++i) {
         const int64_t p = from + static_cast<int64_t>(i);
         if (!scored(p)) continue;
+        if (!std::isfinite(scores[i].kl) || !std::isfinite(scores[i].nll)) {
+          throw Error(Status::kInternal,
+                      "its logits at token " + std::to_string(p) + " of a window are not finite; leave this row out");
+        }
         tally.kl.push_back(static_cast<float>(scores[i].kl));
         tally.nll += scores[i].nll;
         tally.same_top += scores[i].same_top ? 1 : 0;
@@ -142,13 +169,15 @@ class Evaluation {
   std::vector<std::unique_ptr<Contender>> contenders_;
   std::vector<Tally> tallies_;  // the reference first
   std::vector<int64_t> fed_;
+  std::vector<bool> peer_;
+  std::vector<std::string> lost_;
   std::span<const Token> tokens_;
   int64_t first_scored_ = 0, rows_base_ = 0;
   std::deque<ReferenceRow> rows_;
   std::vector<ReferenceRow> free_rows_;
 };
 
-EvalRow make_row(const std::string& name, Tally& tally, const Tally& reference, double elements) {
+EvalRow make_row(const std::string& name, Tally tally, const Tally& reference, double elements) {
   EvalRow row;
   row.name = name;
   const auto n = static_cast<double>(tally.kl.size());
@@ -193,28 +222,37 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
                                               std::to_string(model->shape().context_tokens) + "; take shorter ones");
   }
   Evaluation evaluation(model, subjects, sized);
+  const auto rows_after = [&](size_t length) {
+    const double elements = live_elements(cache_config(f16_plan(model->shape()), model->shape()), static_cast<int64_t>(length));
+    const std::vector<Tally>& tallies = evaluation.tallies();
+    std::vector<EvalRow> rows;
+    for (size_t r = 0; r < tallies.size(); ++r) {
+      if (r > 0 && !evaluation.lost(r - 1).empty()) {
+        rows.emplace_back().name = subjects[r - 1].name;
+        rows.back().lost = evaluation.lost(r - 1);
+        continue;
+      }
+      rows.push_back(make_row(r == 0 ? "f16" : subjects[r - 1].name, tallies[r], tallies[0], elements));
+      for (int b = 0; r > 0 && b < kPositionBins; ++b) {
+        const auto bin = static_cast<size_t>(b);
+        if (tallies[r].bin_count[bin] == 0) continue;
+        const auto half = static_cast<int64_t>(longest / 2);
+        rows.back().kl_by_position.emplace_back(
+            half + (2 * b + 1) * (static_cast<int64_t>(longest) - half) / (2 * kPositionBins),
+            tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
+      }
+    }
+    return rows;
+  };
   double done = 0;
-  for (const auto& window : windows) {
-    evaluation.window(window, [&](int64_t n) {
+  for (size_t w = 0; w < windows.size(); ++w) {
+    evaluation.window(windows[w], [&](int64_t n) {
       done += static_cast<double>(n);
       if (progress && !progress(done, total, "evaluating")) throw Error(Status::kCancelled, "stopped while evaluating");
     });
+    if (options.on_window) options.on_window(rows_after(windows[w].size()), w + 1);
   }
-  const double elements =
-      live_elements(cache_config(f16_plan(model->shape()), model->shape()), static_cast<int64_t>(windows.back().size()));
-  std::vector<Tally>& tallies = evaluation.tallies();
-  std::vector<EvalRow> rows;
-  for (size_t r = 0; r < tallies.size(); ++r) {
-    rows.push_back(make_row(r == 0 ? "f16" : subjects[r - 1].name, tallies[r], tallies[0], elements));
-    for (int b = 0; r > 0 && b < kPositionBins; ++b) {
-      const auto bin = static_cast<size_t>(b);
-      if (tallies[r].bin_count[bin] == 0) continue;
-      const auto half = static_cast<int64_t>(longest / 2);
-      rows.back().kl_by_position.emplace_back(half + (2 * b + 1) * (static_cast<int64_t>(longest) - half) / (2 * kPositionBins),
-                                              tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
-    }
-  }
-  return rows;
+  return rows_after(windows.back().size());
 }
 
 std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,

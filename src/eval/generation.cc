@@ -57,9 +57,18 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
     contender.context = context;
     contender.threads = options.threads;
     contender.force_plan = true;  // checked above; a copy of the weights has another fingerprint
-    const auto runner = make_contender(model, subject, contender);
     GenerationRow row;
     row.name = subject.name;
+    std::unique_ptr<Contender> runner;
+    try {
+      runner = make_contender(model, subject, contender);
+    } catch (const Error& e) {
+      if (subject.plan) throw;
+      row.lost = e.what();
+      if (options.on_row) options.on_row(row);
+      rows.push_back(std::move(row));
+      continue;
+    }
     for (size_t p = 0; p < prompts.size(); ++p) {
       runner->clear();
       const std::span<const Token> prompt(prompts[p]);
@@ -90,6 +99,7 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
                               live_elements(cache_config(f16_plan(model->shape()), model->shape()), context) /
                               static_cast<double>(prompts.size());
     }
+    if (options.on_row) options.on_row(row);
     rows.push_back(std::move(row));
   }
   return rows;

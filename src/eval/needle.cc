@@ -102,7 +102,16 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
       contender.context = options.contexts[c];
       contender.threads = options.threads;
       contender.force_plan = options.force_plan;
-      const auto row = make_contender(model, subject, contender);
+      std::unique_ptr<Contender> row;
+      try {
+        row = make_contender(model, subject, contender);
+      } catch (const Error& e) {
+        if (subject.plan) throw;
+        const size_t first = cells.size();
+        for (const double depth : options.depths) cells.push_back({subject.name, contender.context, depth, 0, 0, e.what()});
+        if (options.on_cells) options.on_cells(std::span<const NeedleCell>(cells).subspan(first));
+        continue;
+      }
       int hits = 0, asked = 0;
       const auto feed = [&](std::span<const Token> tokens) {
         for (size_t i = 0; i < tokens.size(); i += kChunk) {
@@ -125,7 +134,8 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
         return text;
       };
       const size_t first = cells.size();
-      for (const double depth : options.depths) cells.push_back({subject.name, contender.context, depth, 0, options.trials});
+      for (const double depth : options.depths)
+        cells.push_back({subject.name, contender.context, depth, 0, options.trials, {}});
       for (const Trial& trial : trials[c]) {
         row->clear();
         row->mark();
@@ -146,6 +156,7 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
           ++asked;
         }
       }
+      if (options.on_cells) options.on_cells(std::span<const NeedleCell>(cells).subspan(first));
     }
   }
   return cells;

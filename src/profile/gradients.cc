@@ -7,7 +7,7 @@
 #include <cmath>
 #include <random>
 
-#include "base/parallel.h"
+#include "base/machine.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 

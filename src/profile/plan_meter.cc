@@ -3,7 +3,7 @@
 #include <array>
 #include <memory>
 
-#include "base/parallel.h"
+#include "base/machine.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "score/layerwise.h"

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "base/mean.h"
+#include "base/machine.h"
 #include "base/parallel.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"

@@ -5,7 +5,7 @@
 #include <sstream>
 
 #include "base/file.h"
-#include "base/parallel.h"
+#include "base/machine.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 

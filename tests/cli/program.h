@@ -74,6 +74,7 @@ class Program {
     in_ = -1;
   }
   void interrupt() const { kill(child_, SIGINT); }
+  void terminate() const { kill(child_, SIGTERM); }
   std::string out() const { return std::filesystem::is_regular_file(out_) ? read_bytes(out_) : ""; }
   std::string err() const { return read_bytes(err_); }
 
