@@ -4,6 +4,7 @@
 #include <ggml.h>
 #include <gguf.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -35,7 +36,8 @@ struct TinyModel {
   int head_dim = kHeadDim;
   std::string extra_tensor = {}, extra_number = {};  // names of a vector, and of a key that is set to 1
   std::string not_finite = {};                       // tensor with a NaN
-  std::string pre = {};                              // tokenizer.ggml.pre
+  std::string name_ending = {};
+  std::string pre = {};  // the pre-tokenizer of a vocabulary of byte pairs
   static constexpr int kDim = 128, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kFfn = 192, kContext = 1024;
 };
 
@@ -90,7 +92,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
   };
   const auto real = [&](const std::string& key, float value) { gguf_set_val_f32(gguf.get(), (a + "." + key).c_str(), value); };
   gguf_set_val_str(gguf.get(), "general.architecture", a.c_str());
-  gguf_set_val_str(gguf.get(), "general.name", ("tiny " + tiny_name(m)).c_str());
+  gguf_set_val_str(gguf.get(), "general.name", ("tiny " + tiny_name(m) + m.name_ending).c_str());
   number("block_count", m.layers);
   number("context_length", TinyModel::kContext);
   number("embedding_length", TinyModel::kDim);
@@ -112,7 +114,6 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
                       local.size());
   }
   if (!m.extra_number.empty()) gguf_set_val_u32(gguf.get(), m.extra_number.c_str(), 1);
-  if (!m.pre.empty()) gguf_set_val_str(gguf.get(), "tokenizer.ggml.pre", m.pre.c_str());
   real("attention.layer_norm_rms_epsilon", 1e-6f);
   real("rope.freq_base", m.rope_base);
   if (m.sliding_window > 0) number("attention.sliding_window", m.sliding_window);
@@ -143,7 +144,13 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
     texts.push_back(piece.c_str());
     scores.push_back(-static_cast<float>(texts.size()));
   }
-  gguf_set_val_str(gguf.get(), "tokenizer.ggml.model", "llama");
+  if (!m.pre.empty()) {  // byte pairs
+    std::fill(types.begin() + 3, types.end(), 1);
+    const char* merge = "a b";
+    gguf_set_arr_str(gguf.get(), "tokenizer.ggml.merges", &merge, 1);
+    gguf_set_val_str(gguf.get(), "tokenizer.ggml.pre", m.pre.c_str());
+  }
+  gguf_set_val_str(gguf.get(), "tokenizer.ggml.model", m.pre.empty() ? "llama" : "gpt2");
   gguf_set_arr_str(gguf.get(), "tokenizer.ggml.tokens", texts.data(), vocab);
   gguf_set_arr_data(gguf.get(), "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), vocab);
   gguf_set_arr_data(gguf.get(), "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), vocab);
