@@ -46,6 +46,7 @@ int eval_text(const Arguments& arguments, const Common& common) {
                       {"kl_max", r.kl_max},
                       {"top1", r.top1},
                       {"bits_per_element", r.bits_per_element},
+                      {"kept", r.kept},
                       {"cache_bytes", r.cache_bytes},
                       {"compression", full / static_cast<double>(r.cache_bytes)},
                       {"scored_tokens", r.scored_tokens},
@@ -59,9 +60,9 @@ int eval_text(const Arguments& arguments, const Common& common) {
     return kExitOk;
   }
   Table table(
-      {"cache", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
+      {"cache", "kept", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
   for (const EvalRow& r : rows) {
-    table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+    table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element),
                fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),
                fmt::format("{:.2f}x", full / static_cast<double>(r.cache_bytes)), fmt::format("{:.3f}", r.perplexity),
                fmt::format("{:+.2f} %", 100 * (r.perplexity_ratio - 1)), fmt::format("{:.5f}", r.kl_mean),
