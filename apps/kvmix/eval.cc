@@ -61,6 +61,7 @@ nlohmann::json text_json(const EvalRow& r, double full) {
           {"kl_max", r.kl_max},
           {"top1", r.top1},
           {"bits_per_element", r.bits_per_element},
+          {"kept", r.kept},
           {"cache_bytes", r.cache_bytes},
           {"compression", full / static_cast<double>(r.cache_bytes)},
           {"scored_tokens", r.scored_tokens},
@@ -99,11 +100,11 @@ int eval_text(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    Table table(
-        {"cache", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
+    Table table({"cache", "kept", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %",
+                 "KL max", "top-1"});
     for (const EvalRow& r : rows) {
       if (!r.lost.empty()) continue;
-      table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+      table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element),
                  fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),
                  fmt::format("{:.2f}x", full / static_cast<double>(r.cache_bytes)), fmt::format("{:.3f}", r.perplexity),
                  fmt::format("{:+.2f} %", 100 * (r.perplexity_ratio - 1)), fmt::format("{:.5f}", r.kl_mean),
@@ -204,7 +205,7 @@ int eval_generation(const Arguments& arguments, const Common& common) {
     for (const GenerationRow& r : rows) {
       if (!r.lost.empty()) continue;
       const auto n = static_cast<double>(r.agreement.size());
-      table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+      table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element),
                  fmt::format("{:.1f}", std::accumulate(r.agreement.begin(), r.agreement.end(), 0.0) / n),
                  fmt::format("{}", *std::min_element(r.agreement.begin(), r.agreement.end())),
                  fmt::format("{}/{}", std::count(r.agreement.begin(), r.agreement.end(), options.tokens), r.agreement.size()),

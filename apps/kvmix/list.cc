@@ -58,6 +58,12 @@ int list(const Common& common) {
                                   {"needs_profile", p.needs_profile},
                                   {"needs_budget", p.needs_budget}});
     }
+    for (const auto& p : policies()) {
+      nlohmann::json parameters = nlohmann::json::object();
+      for (const auto& q : p.parameters) parameters[q.name] = q.help + " (" + default_text(q) + ")";
+      json["token_policies"].push_back(
+          {{"name", p.name}, {"description", p.description}, {"paper", p.paper}, {"parameters", parameters}});
+    }
     for (const auto& a : architectures()) json["architectures"].push_back({{"name", a.name}, {"description", a.description}});
     for (const auto& k : attention_kernels()) {
       json["kernels"].push_back({{"name", k.name}, {"description", k.description}, {"available", k.available}});
@@ -74,6 +80,7 @@ int list(const Common& common) {
   section("codecs", codecs());
   section("row maps", row_maps());
   section("planners", planners());
+  section("token policies", policies());
   section("architectures", architectures());
   fmt::print("attention kernels\n");
   for (const auto& kernel : attention_kernels()) {

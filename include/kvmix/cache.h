@@ -9,12 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "kvmix/codec.h"
 #include "kvmix/export.h"
+#include "kvmix/policy.h"
 
 namespace KVMIX_API kvmix {
 
@@ -79,6 +81,8 @@ struct CacheConfig {
   size_t max_bytes = 0;  // pool limit; 0: none. Exceeding it throws kOutOfMemory and leaves the cache as it was
   std::string kernel;    // "" best available, or a name from attention_kernels(); one that cannot run throws kUnsupported
   bool exact = false;    // attention arithmetic at least bf16-exact also where int8 would do
+  // Which tokens stay; all of them without one. Widths that the policy asks for replace those of `layers`.
+  std::optional<PolicySpec> tokens;
 };
 
 using SequenceId = int32_t;
@@ -86,6 +90,9 @@ using SequenceId = int32_t;
 struct StepItem {
   SequenceId sequence;
   int n_tokens;  // new tokens of this step, >= 1
+  // Token policies act where prompts end: with a step of several tokens, or the one that completes steps marked `more`.
+  bool more = false;     // further tokens of the same prompt follow
+  bool decoded = false;  // several tokens that are not a prompt's but stand for as many decoded one by one
 };
 
 // Real bytes, from the allocator. `total` is what the pool has taken from the system for these sequences.
@@ -138,7 +145,8 @@ class Cache {
   // Causal attention of the step's queries over everything stored, this step's rows included.
   // q, out: float [n_rows][q_heads][head_dim], row strides in floats; out must not alias q.
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, int ith, int nth);
-  // Closes the step: lengths grow, freed pages return to the pool. abort_step undoes a begin_step (rows are discarded).
+  // Closes the step: lengths grow, freed pages return to the pool, and where a prompt ended the token policy's decision is
+  // carried out (memory for it was reserved). abort_step undoes a begin_step (rows are discarded).
   void end_step();
   void abort_step();
 
@@ -149,6 +157,11 @@ class Cache {
   };
   TailReport tail(SequenceId sequence, int layer) const;
   CacheStats stats() const;
+  // Positions of the tokens that each KV head of a layer holds, ascending. `length` counts dropped ones too.
+  std::vector<std::vector<int64_t>> kept(SequenceId sequence, int layer) const;
+  // The length at which the next step seals a page, if only single tokens come: up to there chunks of decoded tokens store and
+  // see what one by one would. INT64_MAX if none is near.
+  int64_t next_seal(SequenceId sequence) const;
 
   // One sequence to / from a file: versioned, checksummed, canonical layout; written to a temporary and renamed.
   // `fingerprint` ties the file to a model and plan; load throws kMismatch on another one, kCorrupt on damage.
@@ -156,7 +169,7 @@ class Cache {
   SequenceId load(const std::string& path, const std::string& fingerprint);
 
   // Reads the stored rows back as float [length][head_dim] (transforms undone when `original_space`), for tests and
-  // analysis. Positions freed by a sliding window are NaN.
+  // analysis. Positions freed by a sliding window or dropped by a policy are NaN.
   void read(SequenceId sequence, int layer, int kv_head, Side side, bool original_space, float* rows) const;
 
  private:
@@ -193,7 +206,9 @@ std::vector<RowMapListing> row_maps();
 
 // Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
 // expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
-size_t predict_bytes(const CacheConfig& config, int64_t n_tokens);
+// With a token policy: after a prompt of prompt_tokens (n_tokens, if negative) and n_tokens in all. Exact where every KV head
+// keeps as many tokens as the policy's budget says; where what is kept depends on the text, as if nothing were dropped.
+size_t predict_bytes(const CacheConfig& config, int64_t n_tokens, int64_t prompt_tokens = -1);
 // What the allocator takes from the system beyond that for `sequences` of n_tokens, fed token by token, at the most: it takes
 // whole system pages for each size of record.
 size_t predict_slack_bytes(const CacheConfig& config, int64_t n_tokens, int sequences = 1);

@@ -64,6 +64,8 @@ struct EngineItem {
   std::span<const Token> tokens;
   bool all_logits = false;  // logits for every token; otherwise for the last one only
   bool no_logits = false;
+  // For token policies, as in StepItem: more of the same prompt follows; tokens that stand for decoded ones.
+  bool more = false, decoded = false;
 };
 
 // A model with a cache. Not thread safe; several engines may share a Model.

@@ -21,6 +21,9 @@ struct ScoreKeys {
 // if there are no others. (arXiv 1706.03762, 3.2.1; softcap as in Gemma 2, arXiv 2408.00118, section 2.)
 void score_row(const ScoreKeys& head, const float* q, int64_t position, std::span<float> out);
 
+// Dots of a query and the keys that it sees become its softmax weights, in place: scale, softcap, softmax.
+void weigh(std::span<float> dots, float scale, float softcap);
+
 // window[heads_per_kv][n] += a query's weights.
 void add_to_window(std::span<const float> row, std::span<float> window);
 // mass[n] += the mean, or the largest, of a query's weights over the query heads; counted[n] += 1 for each key that the query

@@ -19,6 +19,10 @@ namespace kvmix {
 struct LayerFormats {
   FormatId sinks, recent, sealed;
   bool seals;  // false where both sides stay fp16
+  // A token policy drops tokens of this layer. Its prompts are sealed when they have ended, and that many of their last queries
+  // are scored.
+  bool governed = false;
+  int window_queries = 0;
 };
 
 // A thread's part of a call that several make together.
@@ -55,6 +59,8 @@ class Backend {
   // Whole pages, from one thread outside append and attend.
   virtual void copy(PageHandle from, PageHandle to, const PageFormat& format) = 0;
   virtual void transcode(const Transcode& job) = 0;
+  // By several threads at once, each with its own `thread` below CacheConfig::threads.
+  virtual void gather(const Gather& job, int thread) = 0;
   // The live rows of a side as stored, float [live][width].
   virtual void read(const PageEntry& page, Side side, float* rows) const = 0;
   // The live rows of a page as a file holds them: for tiles filled token by token a record per token, else the bytes.
@@ -67,6 +73,20 @@ class Backend {
   virtual void begin(const StepPlan& plan) = 0;
   virtual void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) = 0;
   virtual void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) = 0;
+
+  // Of a sequence whose prompt the open step ends, once a layer was attended to: the softmax weights of the prompt's last
+  // queries, summed in their order, [heads_per_kv][tokens] in the order of the head's list (attention/scores.h).
+  struct Window {
+    std::span<const float> sums;
+    int queries;
+  };
+  virtual Window window(SequenceId id, int layer, int kv_head) const = 0;
+  // Closes a step that was not aborted; queries of a prompt that goes on are kept.
+  virtual void end() = 0;
+  // Such queries follow their sequence: one that is gone, one that shares it, one that was cut to n tokens.
+  virtual void forget(SequenceId id) = 0;
+  virtual void fork(SequenceId from, SequenceId to) = 0;
+  virtual void cut_queries(SequenceId id, int64_t n) = 0;
 
   // Kernel by layer, and seconds summed over threads (CacheStats).
   virtual void report(CacheStats& stats) const = 0;

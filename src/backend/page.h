@@ -46,7 +46,7 @@ class FormatTable {
 struct PageEntry {
   uint64_t handle : 48 = kNoPage;
   uint64_t format : 16 = 0;
-  int32_t first = 0;  // slot i holds the token at position first + i
+  int32_t first = 0;  // slot i holds the token at position first + i, unless the list says otherwise (PageList)
   int32_t live = 0;   // slots 0..live-1 hold tokens
 
   friend bool operator==(const PageEntry&, const PageEntry&) = default;
@@ -54,14 +54,42 @@ struct PageEntry {
 static_assert(sizeof(PageEntry) == 16);
 
 // The pages of one KV head in one layer of a sequence, by position; sinks first.
+//
+// A list that tokens were dropped from names the positions of its first `positions.size()` tokens; those behind them stand at
+// first + i as ever. `first` of a page with named positions is its newest one less live - 1: no slot is newer than first + i,
+// so whoever sees positions up to the newest sees the page, and the next token's slot is its position less `first` here too.
 struct PageList {
   std::vector<PageEntry> pages;
+  std::vector<int32_t> positions;
+
+  int64_t tokens() const {
+    int64_t n = 0;
+    for (const PageEntry& page : pages) n += page.live;
+    return n;
+  }
+  // The position of the page's slot, if `before` tokens stand in the pages before it.
+  int32_t position(const PageEntry& page, int64_t before, int slot) const {
+    const int64_t token = before + slot;
+    return token < static_cast<int64_t>(positions.size()) ? positions[static_cast<size_t>(token)] : page.first + slot;
+  }
+  // Calls visit(page, slot, position) for every token, oldest first.
+  template <class Visit>
+  void for_each_token(const Visit& visit) const {
+    int64_t before = 0;
+    for (const PageEntry& page : pages) {
+      for (int slot = 0; slot < page.live; ++slot) visit(page, slot, position(page, before, slot));
+      before += page.live;
+    }
+  }
 };
 struct LayerPages {
   std::vector<PageList> heads;
 };
 struct SequencePages {
   int64_t length = 0;
+  int64_t prompt_length = 0;  // `length` when the last prompt ended
+  int64_t prompt_start = 0;   // of a prompt of which further chunks are to come
+  bool in_prompt = false;
   std::vector<LayerPages> layers;
 };
 

@@ -16,6 +16,9 @@ struct StepEntry {
   int64_t start;  // length before the step
   int n_tokens;
   int64_t row;  // first row in q, k, v, out
+  // Whether the tokens belong to a prompt, where that began, and whether it ends here.
+  bool prompt, ends_prompt;
+  int64_t prompt_start;
 
   int64_t end() const { return start + n_tokens; }
 };
@@ -26,6 +29,20 @@ struct Transcode {
   PageEntry from;
   const PageList* list;  // where the new page stands
   size_t index;
+
+  const PageEntry& to() const { return list->pages[index]; }
+};
+
+// A page made of tokens of other pages of its head.
+struct Gather {
+  struct Source {
+    PageEntry page;
+    int slot;
+  };
+  int layer, kv_head;
+  const PageList* list;  // where the new page stands
+  size_t index;
+  std::vector<Source> sources;  // by slot
 
   const PageEntry& to() const { return list->pages[index]; }
 };

@@ -57,13 +57,24 @@ void check_config(const CacheConfig& config) {
   }
 }
 
+CacheConfig checked(CacheConfig config) {
+  check_config(config);
+  return config;
+}
+
 }  // namespace
 
-Cache::Impl::Impl(CacheConfig c) : config(std::move(c)), ledger(config.layers, ids, formats) {
-  check_config(config);
-  for (const LayerConfig& layer : config.layers) {
-    const LayerLayout layout = layer_layout(layer);
-    ids.push_back({formats.add(layout.sinks), formats.add(layout.recent), formats.add(layout.sealed), layout.seals});
+Cache::Impl::Impl(CacheConfig c)
+    : governed(checked(std::move(c))), config(governed.config), ledger(config.layers, ids, formats) {
+  for (size_t l = 0; l < config.layers.size(); ++l) {
+    const LayerLayout layout = layer_layout(config.layers[l]);
+    const bool governs = governed.governs(l);
+    ids.push_back({.sinks = formats.add(layout.sinks),
+                   .recent = formats.add(layout.recent),
+                   .sealed = formats.add(layout.sealed),
+                   .seals = layout.seals,
+                   .governed = governs,
+                   .window_queries = governs ? governed.policy->needs().window_queries : 0});
   }
   backend = make_cpu_backend(config, formats, ids);
 }
@@ -72,14 +83,23 @@ void Cache::Impl::release(std::span<const FreedPage> pages) {
   for (const FreedPage& freed : pages) backend->release(freed.page, formats[freed.format]);
 }
 
+PageHandle Cache::Impl::allocate(FormatId format) {
+  const auto kept = std::find_if(reserve.begin(), reserve.end(), [&](const FreedPage& page) { return page.format == format; });
+  if (kept == reserve.end()) return backend->allocate(formats[format]);
+  const PageHandle page = kept->page;
+  *kept = reserve.back();
+  reserve.pop_back();
+  return page;
+}
+
 // Gives the new pages of the open change memory; without it the change is undone.
 void Cache::Impl::allocate_changes() {
   try {
     for (const PageChange& change : ledger.changes()) {
       PageEntry& entry = change.entry();
-      const PageFormat& format = formats[static_cast<FormatId>(entry.format)];
-      entry.handle = backend->allocate(format);
-      if (change.copies) backend->copy(change.before.handle, entry.handle, format);
+      const auto id = static_cast<FormatId>(entry.format);
+      entry.handle = allocate(id);
+      if (change.copies) backend->copy(change.before.handle, entry.handle, formats[id]);
     }
   } catch (...) {
     abort();
@@ -89,6 +109,7 @@ void Cache::Impl::allocate_changes() {
 
 void Cache::Impl::abort() {
   release(ledger.abort());
+  release_reserve();
   backend->trim();
 }
 
@@ -106,12 +127,15 @@ void Cache::remove(SequenceId id) {
   if (impl_->ledger.is_open())
     throw Error(Status::kInvalidArgument, "a sequence cannot be removed inside a step; end it first");
   impl_->release(impl_->ledger.remove(id));
+  impl_->backend->forget(id);
   impl_->backend->trim();
 }
 
 SequenceId Cache::fork(SequenceId id) {
   if (impl_->ledger.is_open()) throw Error(Status::kInvalidArgument, "a sequence cannot be forked inside a step; end it first");
-  return impl_->ledger.fork(id);
+  const SequenceId copy = impl_->ledger.fork(id);
+  impl_->backend->fork(id, copy);
+  return copy;
 }
 
 void Cache::truncate(SequenceId id, int64_t n_tokens) {
@@ -122,6 +146,7 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
     for (const Transcode& job : layer) impl.backend->transcode(job);
   }
   impl.release(impl.ledger.commit());
+  impl.backend->cut_queries(id, n_tokens);
   impl.backend->trim();
 }
 
@@ -138,6 +163,7 @@ void Cache::begin_step(std::span<const StepItem> items) {
   const StepPlan& plan = impl.ledger.open(items);
   impl.allocate_changes();
   try {
+    impl.fill_reserve(items);
     impl.backend->begin(plan);
   } catch (...) {
     impl.abort();
@@ -145,7 +171,18 @@ void Cache::begin_step(std::span<const StepItem> items) {
   }
 }
 
-size_t Cache::step_bytes(std::span<const StepItem> items) const { return impl_->ledger.bytes_needed(items); }
+size_t Cache::step_bytes(std::span<const StepItem> items) const {
+  Impl& impl = *impl_;
+  size_t bytes = impl.ledger.bytes_needed(items);
+  if (impl.governed.policy == nullptr || impl.config.max_bytes == 0) return bytes;
+  for (const StepItem& item : items) {
+    const SequencePages& sequence = impl.ledger.find(item.sequence);
+    const bool ends = !item.more && !item.decoded && (item.n_tokens > 1 || sequence.in_prompt);
+    if (!ends) continue;
+    for (const FormatId id : impl.pages_to_reserve(sequence, sequence.length + item.n_tokens)) bytes += impl.formats[id].bytes;
+  }
+  return bytes;
+}
 
 void Cache::append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int ith, int nth) {
   impl_->backend->append(layer, k, k_stride, v, v_stride, {ith, nth});
@@ -159,12 +196,25 @@ void Cache::end_step() {
   Impl& impl = *impl_;
   const StepPlan& plan = impl.ledger.plan();
   const bool decoding = plan.decoding();
+  std::vector<SequenceId> ended;
+  for (const StepEntry& entry : plan.entries) {
+    if (impl.governed.policy != nullptr && entry.ends_prompt) ended.push_back(entry.id);
+  }
   const std::vector<FreedPage> freed = impl.ledger.commit();
   for (const std::vector<Transcode>& layer : plan.transcodes) impl.sealed_pages += static_cast<int64_t>(layer.size());
   impl.release(freed);
+  try {
+    for (const SequenceId id : ended) impl.decide(id);
+  } catch (...) {
+    impl.release_reserve();
+    impl.backend->end();
+    throw;
+  }
+  impl.release_reserve();
+  impl.backend->end();
   // A prompt's chunks need more open pages than the window; once decoding starts the system gets them back.
   const PoolBytes pool = impl.backend->pool();
-  if (!freed.empty() || (decoding && pool.taken - pool.used > pool.used / 16 + kSlackBytes)) impl.backend->trim();
+  if (!freed.empty() || !ended.empty() || (decoding && pool.taken - pool.used > pool.used / 16 + kSlackBytes)) impl.backend->trim();
 }
 
 void Cache::abort_step() {

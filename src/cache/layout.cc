@@ -6,6 +6,7 @@
 #include <map>
 
 #include "backend/cpu/pool.h"
+#include "cache/governed.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -53,24 +54,17 @@ size_t list_room(const LayerConfig& layer, int64_t length) {
   return table_room(static_cast<size_t>(pages) + (length > 0 && layer.sinks > 0 ? 1 : 0));
 }
 
-size_t table_bytes(const CacheConfig& config, int64_t length) {
-  size_t bytes = sizeof(SequencePages) + config.layers.size() * sizeof(LayerPages);
-  for (const LayerConfig& layer : config.layers) {
-    bytes += static_cast<size_t>(layer.kv_heads) * (sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry));
-  }
-  return bytes;
+int64_t settled_seals(const LayerConfig& layer, int64_t tail_tokens) {
+  if (!uses_ratio(layer)) return std::max<int64_t>(0, tail_tokens - layer.window.tokens) / kPageTokens;
+  int64_t sealed = 0;
+  while (const int64_t surplus = ratio_surplus_pages(layer, tail_tokens - sealed * kPageTokens)) sealed += surplus;
+  return sealed;
 }
 
 PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens) {
   // The state before the last token came: sealing and freeing happen in front of an append.
   const int64_t before = n_tokens > 0 ? n_tokens - 1 : 0;
-  PagePrediction p{page_count(layer, n_tokens), fixed_seal_target(layer, before), 0};
-  if (uses_ratio(layer)) {
-    // Where the rule settles once it has been applied to its own tail.
-    p.sealed = 0;
-    const auto tail = [&] { return before - layer.sinks - p.sealed * kPageTokens; };
-    while (const int64_t surplus = ratio_surplus_pages(layer, tail())) p.sealed += surplus;
-  }
+  PagePrediction p{page_count(layer, n_tokens), settled_seals(layer, before - layer.sinks), 0};
   if (layer.sliding_window > 0) {
     const int64_t first_visible = n_tokens - layer.sliding_window;
     p.freed = first_visible <= layer.sinks ? 0 : std::min(p.pages, (first_visible - layer.sinks) / kPageTokens);
@@ -79,26 +73,35 @@ PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens) {
   return p;
 }
 
-size_t predict_bytes(const CacheConfig& config, int64_t n_tokens) {
+size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_tokens) {
   if (n_tokens < 0) throw Error(Status::kInvalidArgument, "a sequence cannot have " + std::to_string(n_tokens) + " tokens");
-  size_t bytes = table_bytes(config, n_tokens);
-  for (const LayerConfig& layer : config.layers) {
+  const Governed governed(given);
+  const CacheConfig& config = governed.config;
+  const int64_t prompt = prompt_tokens < 0 ? n_tokens : std::min(prompt_tokens, n_tokens);
+  size_t bytes = sizeof(SequencePages) + config.layers.size() * sizeof(LayerPages);
+  for (size_t l = 0; l < config.layers.size(); ++l) {
+    const LayerConfig& layer = config.layers[l];
     const LayerLayout layout = layer_layout(layer);
-    PagePrediction p = predict_pages(layer, n_tokens);
+    const int64_t kept = governed.kept(l, prompt), length = n_tokens - (prompt - kept);
+    PagePrediction p = predict_pages(layer, length);
     if (!layout.seals) p.sealed = p.freed;
-    const auto heads = static_cast<size_t>(layer.kv_heads);
-    bytes += heads * (n_tokens > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0);
-    bytes += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
-    bytes += heads * static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
+    size_t head = sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry);
+    if (kept < prompt) head += static_cast<size_t>(kept) * sizeof(int32_t);
+    head += length > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0;
+    head += static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
+    head += static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
+    bytes += static_cast<size_t>(layer.kv_heads) * head;
   }
   return bytes;
 }
 
-size_t predict_slack_bytes(const CacheConfig& config, int64_t n_tokens, int sequences) {
+size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int sequences) {
+  const Governed governed(given);
   std::map<size_t, size_t> bytes;  // by size of record
-  for (const LayerConfig& layer : config.layers) {
+  for (size_t l = 0; l < given.layers.size(); ++l) {
+    const LayerConfig& layer = governed.config.layers[l];
     const LayerLayout layout = layer_layout(layer);
-    PagePrediction p = predict_pages(layer, n_tokens);
+    PagePrediction p = predict_pages(layer, governed.kept(l, n_tokens));
     if (!layout.seals) p.sealed = p.freed;
     const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
     if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;

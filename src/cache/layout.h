@@ -27,6 +27,8 @@ inline int64_t page_count(const LayerConfig& layer, int64_t length) {
 int64_t fixed_seal_target(const LayerConfig& layer, int64_t length);
 // Pages that the ratio rule (KVmix b.4) seals from a tail of this many unsealed tokens.
 int64_t ratio_surplus_pages(const LayerConfig& layer, int64_t tail_tokens);
+// Pages of a tail of this many unsealed tokens that are sealed once its window's rule has been applied until it settles.
+int64_t settled_seals(const LayerConfig& layer, int64_t tail_tokens);
 inline bool uses_ratio(const LayerConfig& layer) { return layer.window.ratio_key > 0 || layer.window.ratio_value > 0; }
 
 // Pages of one KV head at this length: all that were begun, those sealed (or freed), those freed.
@@ -36,7 +38,5 @@ struct PagePrediction {
 PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens);
 // Entries that the page list of a KV head has room for at this length.
 size_t list_room(const LayerConfig& layer, int64_t length);
-// Bytes of the tables of one sequence.
-size_t table_bytes(const CacheConfig& config, int64_t length);
 
 }  // namespace kvmix

@@ -2,10 +2,28 @@
 
 #include <algorithm>
 #include <string>
+#include <unordered_set>
 
 #include "kvmix/error.h"
 
 namespace kvmix {
+namespace {
+
+void check_prompt(const StepItem& item, const SequencePages& sequence) {
+  if (!item.decoded || (!item.more && !sequence.in_prompt)) return;
+  throw Error(Status::kInvalidArgument, "sequence " + std::to_string(item.sequence) +
+                                            " has decoded tokens inside a prompt; end the prompt with a step that is not "
+                                            "marked `more` first");
+}
+
+// Tokens of a page, `before` of the list in front of it, at positions below n.
+int live_below(const PageList& list, const PageEntry& page, int64_t before, int64_t n) {
+  int live = page.live;
+  while (live > 0 && list.position(page, before, live - 1) >= n) --live;
+  return live;
+}
+
+}  // namespace
 
 SequencePages& Ledger::find(SequenceId id) {
   const auto it = sequences_.find(id);
@@ -65,7 +83,9 @@ void Ledger::begin_change() {
   undo_.clear();
   old_sizes_.clear();
   cuts_.clear();
-  lengths_.clear();
+  growth_.clear();
+  compactions_.clear();
+  gathers_.clear();
   open_ = true;
 }
 
@@ -87,64 +107,98 @@ void Ledger::set_live(PageList& list, size_t index, int64_t end) {
   entry.live = live;
 }
 
-// Recent pages that the window has passed become sealed ones; `length` is that before the step's tokens.
-void Ledger::seal(size_t layer, int kv_head, int64_t length, PageList& list) {
+Ledger::Due Ledger::due(size_t layer, const PageList& list) const {
   const LayerConfig& config = layers_[layer];
   size_t recent = list.pages.size();
-  while (recent > 0 && list.pages[recent - 1].format == ids_[layer].recent) --recent;
-  if (recent == list.pages.size()) return;
+  int64_t tail = 0;
+  for (; recent > 0 && list.pages[recent - 1].format == ids_[layer].recent; --recent) tail += list.pages[recent - 1].live;
+  // The last page is not due before it is full.
+  const size_t most = list.pages.size() - (list.pages.size() > recent && list.pages.back().live < kPageTokens ? 1 : 0);
   size_t end = recent;
   if (uses_ratio(config)) {
-    end += static_cast<size_t>(ratio_surplus_pages(config, length - list.pages[recent].first));
+    end = std::min(most, recent + static_cast<size_t>(ratio_surplus_pages(config, tail)));
   } else {
-    while (end < list.pages.size() && list.pages[end].first + kPageTokens + config.window.tokens <= length) ++end;
+    for (int64_t newer = tail; end < most; ++end) {
+      newer -= list.pages[end].live;
+      if (newer < config.window.tokens) break;
+    }
   }
-  for (size_t i = recent; i < end; ++i) {
+  return {recent, end};
+}
+
+// Recent pages that the window has passed become sealed ones.
+void Ledger::seal(size_t layer, int kv_head, PageList& list) {
+  const Due pages = due(layer, list);
+  for (size_t i = pages.first; i < pages.end; ++i) {
     const PageEntry open = list.pages[i];
     replace(list, i, ids_[layer].sealed, false);
     plan_.transcodes[layer].push_back({static_cast<int>(layer), kv_head, open, &list, i});
   }
 }
 
-void Ledger::open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry) {
+int64_t Ledger::next_seal(const SequencePages& sequence) const {
+  int64_t next = INT64_MAX;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (!ids_[l].seals) continue;
+    for (const PageList& list : sequence.layers[l].heads) {
+      // Tokens behind what a step would seal now.
+      int64_t tail = 0;
+      for (size_t i = due(l, list).end; i < list.pages.size(); ++i) tail += list.pages[i].live;
+      const int sinks = list.pages.size() > 1 ? 0 : layers_[l].sinks;
+      const int64_t to_come = sinks > 0 && !list.pages.empty() ? sinks - list.pages[0].live : sinks;
+      int64_t more = 1;
+      if (uses_ratio(layers_[l])) {
+        while (ratio_surplus_pages(layers_[l], tail + more) == 0) ++more;
+      } else {
+        const size_t oldest = due(l, list).end;
+        const bool whole = oldest + 1 < list.pages.size();  // a page that is not the last gets no more tokens
+        const int64_t page = whole ? list.pages[oldest].live : kPageTokens;
+        more = std::max<int64_t>(1, page + layers_[l].window.tokens - tail);
+      }
+      next = std::min(next, sequence.length + to_come + more);
+    }
+  }
+  return next;
+}
+
+void Ledger::open_list(size_t layer, PageList& list, const StepEntry& entry) {
   const LayerConfig& config = layers_[layer];
-  std::vector<PageList>& heads = sequence.layers[layer].heads;
   const int64_t end = entry.end();
-  if (ids_[layer].seals) {
+  old_sizes_.push_back({&list, list.pages.size()});
+  const size_t listed = list_room(config, list.positions.empty() ? end : list.tokens() + entry.n_tokens);
+  const size_t room = std::max(listed, table_room(list.pages.size()));
+  if (list.pages.capacity() < room) list.pages.reserve(room);
+  int64_t next = entry.start;
+  const auto add = [&](FormatId format, int slots) {
+    if (list.pages.size() == list.pages.capacity()) list.pages.reserve(list.pages.capacity() + kTableStep);
+    const auto live = static_cast<int32_t>(std::min<int64_t>(end - next, slots));
+    list.pages.push_back({kNoPage, format, static_cast<int32_t>(next), live});
+    changes_.push_back({&list, list.pages.size() - 1, {}, false});
+    next += live;
+  };
+  if (list.pages.empty()) {
+    if (config.sinks > 0) add(ids_[layer].sinks, config.sinks);
+  } else {
+    const size_t last = list.pages.size() - 1;
+    const PageEntry page = list.pages[last];
+    const PageFormat& format = formats_[static_cast<FormatId>(page.format)];
+    // Unless its newest token was dropped, the last page goes on; one that a fork shares is copied before it is written to.
+    if (format.appendable() && page.live < format.slots && page.first + page.live == entry.start) {
+      if (shared(page.handle)) replace(list, last, static_cast<FormatId>(page.format), true);
+      set_live(list, last, end);
+      next += list.pages[last].live - page.live;
+    }
+  }
+  while (next < end) add(ids_[layer].recent, kPageTokens);
+}
+
+void Ledger::open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry) {
+  std::vector<PageList>& heads = sequence.layers[layer].heads;
+  if (ids_[layer].seals && !(ids_[layer].governed && entry.prompt)) {
     // Head by head, so that a head's pages come out next to each other.
-    for (size_t h = 0; h < heads.size(); ++h) seal(layer, static_cast<int>(h), entry.start, heads[h]);
+    for (size_t h = 0; h < heads.size(); ++h) seal(layer, static_cast<int>(h), heads[h]);
   }
-  for (PageList& list : heads) {
-    old_sizes_.push_back({&list, list.pages.size()});
-    const size_t room = std::max(list_room(config, end), table_room(list.pages.size()));
-    if (list.pages.capacity() < room) list.pages.reserve(room);
-    if (config.sinks > 0 && entry.start < config.sinks) {
-      if (list.pages.empty()) {
-        list.pages.push_back({kNoPage, ids_[layer].sinks, 0, 0});
-        changes_.push_back({&list, 0, {}, false});
-      } else if (shared(list.pages[0].handle)) {
-        replace(list, 0, ids_[layer].sinks, true);
-      }
-      set_live(list, 0, end);
-    }
-    // A partly filled page that a fork shares is copied before it is written to.
-    int64_t next = config.sinks;
-    if (list.pages.size() > body(layer, list)) {
-      const size_t last = list.pages.size() - 1;
-      const PageEntry& page = list.pages[last];
-      next = page.first + kPageTokens;
-      if (page.live < kPageTokens) {
-        if (shared(page.handle)) replace(list, last, ids_[layer].recent, true);
-        set_live(list, last, end);
-      }
-    }
-    for (; next < end; next += kPageTokens) {
-      if (list.pages.size() == list.pages.capacity()) list.pages.reserve(list.pages.capacity() + kTableStep);
-      const auto live = static_cast<int32_t>(std::min<int64_t>(end - next, kPageTokens));
-      list.pages.push_back({kNoPage, ids_[layer].recent, static_cast<int32_t>(next), live});
-      changes_.push_back({&list, list.pages.size() - 1, {}, false});
-    }
-  }
+  for (PageList& list : heads) open_list(layer, list, entry);
 }
 
 const StepPlan& Ledger::open(std::span<const StepItem> items) {
@@ -166,13 +220,25 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
         throw Error(Status::kInvalidArgument, "sequence " + std::to_string(item.sequence) + " appears twice in a step");
       }
     }
-    plan_.entries.push_back({item.sequence, &sequence, sequence.length, item.n_tokens, row});
-    lengths_.emplace_back(&sequence, sequence.length + item.n_tokens);
+    check_prompt(item, sequence);
+    const bool prompt = !item.decoded && (item.more || item.n_tokens > 1 || sequence.in_prompt);
+    const int64_t start = sequence.length, end = start + item.n_tokens;
+    const int64_t prompt_start = sequence.in_prompt ? sequence.prompt_start : start;
+    const bool ends = prompt && !item.more;
+    plan_.entries.push_back({.id = item.sequence,
+                             .pages = &sequence,
+                             .start = start,
+                             .n_tokens = item.n_tokens,
+                             .row = row,
+                             .prompt = prompt,
+                             .ends_prompt = ends,
+                             .prompt_start = prompt_start});
+    growth_.push_back({&sequence, end, ends ? end : sequence.prompt_length, prompt_start, prompt && item.more});
     row += item.n_tokens;
   }
   open_ = true;
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (size_t e = 0; e < plan_.entries.size(); ++e) open_layer(l, *lengths_[e].first, plan_.entries[e]);
+    for (size_t e = 0; e < plan_.entries.size(); ++e) open_layer(l, *growth_[e].sequence, plan_.entries[e]);
   }
   return plan_;
 }
@@ -193,6 +259,7 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
                                               std::to_string(sequence.length) + " tokens to " + std::to_string(n_tokens));
   }
   for (size_t l = 0; l < layers_.size() && n_tokens > 0; ++l) {
+    if (layers_[l].sliding_window == 0) continue;
     const PageList& list = sequence.layers[l].heads[0];
     const size_t first = body(l, list);
     if (first == list.pages.size() || list.pages[first].first == layers_[l].sinks) continue;
@@ -203,25 +270,45 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
     }
   }
   begin_change();
-  lengths_.emplace_back(&sequence, n_tokens);
+  growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
+                     sequence.in_prompt});
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (size_t h = 0; h < sequence.layers[l].heads.size(); ++h) {
-      PageList& list = sequence.layers[l].heads[h];
-      size_t keep = list.pages.size();
-      while (keep > 0 && list.pages[keep - 1].first >= n_tokens) --keep;
-      cuts_.push_back({&list, keep});
-      if (keep == 0) continue;
-      const PageEntry last = list.pages[keep - 1];
-      const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
-      // A cut page is appended to again.
-      if (!format.appendable() && last.first + format.slots > n_tokens) {
-        replace(list, keep - 1, ids_[l].recent, false);
-        plan_.transcodes[l].push_back({static_cast<int>(l), static_cast<int>(h), last, &list, keep - 1});
-      }
-      set_live(list, keep - 1, n_tokens);
-    }
+    std::vector<PageList>& heads = sequence.layers[l].heads;
+    for (size_t h = 0; h < heads.size(); ++h) cut(l, static_cast<int>(h), heads[h], n_tokens);
   }
   return plan_;
+}
+
+void Ledger::cut(size_t layer, int kv_head, PageList& list, int64_t n_tokens) {
+  size_t keep = 0;
+  int64_t before = 0;  // of the last page that stays
+  int live = 0;
+  for (int64_t tokens = 0; keep < list.pages.size(); ++keep) {
+    const PageEntry& page = list.pages[keep];
+    const int below = live_below(list, page, tokens, n_tokens);
+    if (below == 0) break;
+    before = tokens;
+    live = below;
+    tokens += page.live;
+    if (below < page.live) {
+      ++keep;
+      break;
+    }
+  }
+  cuts_.push_back({&list, keep, before + live});
+  if (keep == 0) return;
+  const PageEntry last = list.pages[keep - 1];
+  const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
+  const int32_t newest = list.position(last, before, live - 1);
+  // A cut page is appended to again, unless its newest token is gone.
+  if (!format.appendable() && live < format.slots && newest + 1 == n_tokens) {
+    replace(list, keep - 1, ids_[layer].recent, false);
+    plan_.transcodes[layer].push_back({static_cast<int>(layer), kv_head, last, &list, keep - 1});
+  }
+  if (live == last.live) return;
+  undo_.push_back({&list, keep - 1, last});
+  list.pages[keep - 1].live = live;
+  list.pages[keep - 1].first = newest - live + 1;
 }
 
 // Takes out pages that no later query sees: one at position `length` sees keys after length - sliding_window.
@@ -257,18 +344,32 @@ std::vector<FreedPage> Ledger::commit() {
   for (const PageChange& change : changes_) {
     if (change.before.handle != kNoPage) drop(change.before, freed);
   }
-  for (const Size& cut : cuts_) {
+  for (const Cut& cut : cuts_) {
     std::vector<PageEntry>& pages = cut.list->pages;
     while (pages.size() > cut.entries) {
       drop(pages.back(), freed);
       pages.pop_back();
     }
+    std::vector<int32_t>& positions = cut.list->positions;
+    positions.resize(std::min(positions.size(), static_cast<size_t>(cut.tokens)));
   }
-  for (const auto& [sequence, length] : lengths_) {
-    sequence->length = length;
+  for (const Growth& growth : growth_) {
+    SequencePages& sequence = *growth.sequence;
+    sequence.length = growth.length;
+    sequence.prompt_length = growth.prompt_length;
+    sequence.prompt_start = growth.prompt_start;
+    sequence.in_prompt = growth.in_prompt;
     for (size_t l = 0; l < layers_.size() && cuts_.empty(); ++l) {
-      if (layers_[l].sliding_window > 0) leave_window(l, *sequence, freed);
+      if (layers_[l].sliding_window > 0) leave_window(l, sequence, freed);
     }
+  }
+  for (Compaction& compaction : compactions_) {
+    std::unordered_set<PageHandle> stay;
+    for (const PageEntry& entry : compaction.next.pages) stay.insert(entry.handle);
+    for (const PageEntry& entry : compaction.list->pages) {
+      if (!stay.contains(entry.handle)) drop(entry, freed);
+    }
+    *compaction.list = std::move(compaction.next);
   }
   end_change();
   return freed;
@@ -283,7 +384,11 @@ std::vector<FreedPage> Ledger::abort() {
     it->entry() = it->before;
   }
   // Newest first, so that an entry changed twice ends as it was.
-  for (auto it = undo_.rbegin(); it != undo_.rend(); ++it) it->list->pages[it->index].live = it->before.live;
+  for (auto it = undo_.rbegin(); it != undo_.rend(); ++it) {
+    PageEntry& entry = it->list->pages[it->index];
+    entry.live = it->before.live;
+    entry.first = it->before.first;
+  }
   for (const Size& old : old_sizes_) old.list->pages.resize(old.entries);
   end_change();
   return fresh;

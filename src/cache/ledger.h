@@ -5,6 +5,7 @@
 // change final and says which pages nobody has any more, or abort() undoes it.
 #pragma once
 
+#include <deque>
 #include <map>
 #include <span>
 #include <unordered_map>
@@ -58,6 +59,13 @@ class Ledger {
   // Opens a truncation: cuts the sequence to its first n_tokens. A cut through a sealed page makes it a recent one again.
   // Throws kUnsupported where a sliding window has freed what would be needed.
   const StepPlan& open_truncation(SequenceId id, int64_t n_tokens);
+  // Opens a compaction of a layer, outside steps: drops[head] are the tokens that the head loses, ascending indices into its
+  // list. Sealed pages that lose none stay. What is left of the others moves together, in order: the first tokens into the
+  // sinks' page, the newest into recent pages, and what is behind the window into sealed ones, as if the tokens that are left
+  // had come one after the other. (src/cache/compaction.cc)
+  std::span<const Gather> open_compaction(SequenceId id, size_t layer, std::span<const std::vector<int32_t>> drops);
+  // The length of Cache::next_seal.
+  int64_t next_seal(const SequencePages& sequence) const;
 
   bool is_open() const { return open_; }
   const StepPlan& plan() const { return plan_; }
@@ -77,11 +85,39 @@ class Ledger {
     PageList* list;
     size_t entries;
   };
+  struct Cut {
+    PageList* list;
+    size_t entries;
+    int64_t tokens;
+  };
+  struct Growth {  // what a sequence is after the change
+    SequencePages* sequence;
+    int64_t length, prompt_length, prompt_start;
+    bool in_prompt;
+  };
+  struct Compaction {
+    PageList* list;
+    PageList next;
+  };
+  struct Kept {  // a token that a compaction moves
+    PageEntry page;
+    int slot;
+    int32_t position;
+  };
 
   void open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry);
+  void open_list(size_t layer, PageList& list, const StepEntry& entry);
+  void cut(size_t layer, int kv_head, PageList& list, int64_t n_tokens);
+  void compact(size_t layer, int kv_head, PageList& list, std::span<const int32_t> drop);
+  void move_together(size_t layer, int kv_head, std::span<const Kept> tokens, bool newest, PageList& next);
   void replace(PageList& list, size_t index, FormatId format, bool copies);
   void set_live(PageList& list, size_t index, int64_t end);
-  void seal(size_t layer, int kv_head, int64_t length, PageList& list);
+  void seal(size_t layer, int kv_head, PageList& list);
+  // Recent pages of a list that are due to be sealed: [first, end).
+  struct Due {
+    size_t first, end;
+  };
+  Due due(size_t layer, const PageList& list) const;
   void drop(const PageEntry& entry, std::vector<FreedPage>& freed);
   void leave_window(size_t layer, SequencePages& sequence, std::vector<FreedPage>& freed);
   // Index of the first page behind the sinks.
@@ -101,8 +137,10 @@ class Ledger {
   std::vector<PageChange> changes_;
   std::vector<Undo> undo_;
   std::vector<Size> old_sizes_;                              // of lists that may have grown
-  std::vector<Size> cuts_;                                   // of lists that a truncation shortens on commit
-  std::vector<std::pair<SequencePages*, int64_t>> lengths_;  // after the change
+  std::vector<Cut> cuts_;          // of lists that a truncation shortens on commit
+  std::vector<Growth> growth_;
+  std::deque<Compaction> compactions_;
+  std::vector<Gather> gathers_;
 };
 
 }  // namespace kvmix

@@ -19,7 +19,7 @@ MemoryReport Cache::memory() const {
     for (const LayerPages& layer : sequence.layers) {
       report.table_bytes += layer.heads.capacity() * sizeof(PageList);
       for (const PageList& list : layer.heads) {
-        report.table_bytes += list.pages.capacity() * sizeof(PageEntry);
+        report.table_bytes += list.pages.capacity() * sizeof(PageEntry) + list.positions.capacity() * sizeof(int32_t);
         for (const PageEntry& entry : list.pages) {
           if (impl.ledger.shared(entry.handle) && !seen.insert(entry.handle).second) continue;
           const PageFormat& format = impl.format(entry);
@@ -64,6 +64,17 @@ Cache::TailReport Cache::tail(SequenceId id, int layer) const {
   return report;
 }
 
+std::vector<std::vector<int64_t>> Cache::kept(SequenceId id, int layer) const {
+  std::vector<std::vector<int64_t>> heads;
+  for (const PageList& list : impl_->ledger.find(id).layers.at(static_cast<size_t>(layer)).heads) {
+    std::vector<int64_t>& positions = heads.emplace_back();
+    list.for_each_token([&](const PageEntry&, int, int32_t position) { positions.push_back(position); });
+  }
+  return heads;
+}
+
+int64_t Cache::next_seal(SequenceId id) const { return impl_->ledger.next_seal(impl_->ledger.find(id)); }
+
 CacheStats Cache::stats() const {
   CacheStats stats;
   stats.sealed_pages = impl_->sealed_pages;
@@ -82,8 +93,16 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
   const LayerConfig& layer = impl.config.layers[l];
   const int dim = layer.head_dim;
   std::fill_n(rows, sequence.length * dim, std::numeric_limits<float>::quiet_NaN());
-  for (const PageEntry& entry : sequence.layers[l].heads[static_cast<size_t>(kv_head)].pages) {
-    impl.backend->read(entry, side, rows + static_cast<int64_t>(entry.first) * dim);
+  const PageList& list = sequence.layers[l].heads[static_cast<size_t>(kv_head)];
+  std::vector<float> page_rows;
+  int64_t before = 0;
+  for (const PageEntry& entry : list.pages) {
+    page_rows.resize(static_cast<size_t>(entry.live) * static_cast<size_t>(dim));
+    impl.backend->read(entry, side, page_rows.data());
+    for (int slot = 0; slot < entry.live; ++slot) {
+      std::copy_n(page_rows.data() + static_cast<ptrdiff_t>(slot) * dim, dim, rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim);
+    }
+    before += entry.live;
   }
   if (!original_space) return;
   const RowMapChain maps(side == Side::kKey ? layer.key.transform : layer.value.transform, row_shape(layer, side), "read");

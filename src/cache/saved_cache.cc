@@ -11,7 +11,8 @@ namespace kvmix {
 namespace {
 
 constexpr char kMagic[8] = {'K', 'V', 'M', 'I', 'X', 'S', 'E', 'Q'};
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 2;        // page lists by formula
+constexpr uint32_t kListsVersion = 3;  // page lists in full, of caches with a token policy
 constexpr size_t kLongestText = 4096;
 constexpr size_t kLargestFile = size_t{1} << 40;
 
@@ -55,6 +56,7 @@ class Reader {
     return std::string(bytes(n, what), n);
   }
   size_t left() const { return left_; }
+  uint32_t version = 0;
   [[noreturn]] void fail(const std::string& what) const {
     throw Error(Status::kCorrupt, path_ + ": damaged saved cache: " + what + "; save it again");
   }
@@ -107,10 +109,10 @@ Reader open_saved(const std::string& path, const std::string& content) {
     throw Error(Status::kCorrupt, path + " is not a saved cache; give a file that a cache was saved to");
   }
   in.bytes(sizeof kMagic, "the magic");
-  const auto version = in.number<uint32_t>("the version");
-  if (version != kVersion) {
-    throw Error(Status::kUnsupported, path + ": saved cache of version " + std::to_string(version) + "; this build reads " +
-                                          std::to_string(kVersion));
+  in.version = in.number<uint32_t>("the version");
+  if (in.version != kVersion && in.version != kListsVersion) {
+    throw Error(Status::kUnsupported, path + ": saved cache of version " + std::to_string(in.version) + "; this build reads " +
+                                          std::to_string(kVersion) + " and " + std::to_string(kListsVersion));
   }
   if (content.size() < sizeof kMagic + sizeof kVersion + sizeof(uint64_t)) in.fail("it ends inside the header");
   Checksum sum;
@@ -125,6 +127,70 @@ Reader open_saved(const std::string& path, const std::string& content) {
 struct PageCounts {
   int64_t sealed, freed;
 };
+
+PageRole read_role(Reader& in) {
+  const auto role = in.number<uint8_t>("a page list");
+  if (role > static_cast<uint8_t>(PageRole::kSealed)) in.fail("a page is of the unknown role " + std::to_string(role));
+  return static_cast<PageRole>(role);
+}
+
+// A head's list as version 3 writes it, checked as far as tokens go: ascending, below the length, `first` as it must be.
+PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& formats, int64_t tokens) {
+  PageList list;
+  const auto pages = in.number<uint32_t>("a page list");
+  constexpr size_t kEntryBytes = sizeof(uint8_t) + 2 * sizeof(int32_t);
+  if (pages > in.left() / kEntryBytes) in.fail("a head has " + std::to_string(pages) + " pages");
+  for (uint32_t i = 0; i < pages; ++i) {
+    const PageRole role = read_role(in);
+    const auto first = in.number<int32_t>("a page list"), live = in.number<int32_t>("a page list");
+    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !ids.seals)) in.fail("a page is where none of its role can be");
+    const FormatId format = role == PageRole::kSinks ? ids.sinks : role == PageRole::kRecent ? ids.recent : ids.sealed;
+    if (live < 1 || live > formats[format].slots) in.fail("a page holds " + std::to_string(live) + " tokens");
+    list.pages.push_back({kNoPage, format, first, live});
+  }
+  const auto listed = in.number<uint32_t>("a page list");
+  if (listed > in.left() / sizeof(int32_t) || static_cast<int64_t>(listed) > list.tokens()) {
+    in.fail("a head names " + std::to_string(listed) + " positions");
+  }
+  for (uint32_t i = 0; i < listed; ++i) list.positions.push_back(in.number<int32_t>("a position"));
+  int64_t newest = -1, before = 0;
+  for (const PageEntry& page : list.pages) {
+    for (int slot = 0; slot < page.live; ++slot) {
+      const int64_t position = list.position(page, before, slot);
+      if (position <= newest || position >= tokens) in.fail("a token stands at position " + std::to_string(position));
+      newest = position;
+    }
+    if (page.first != newest - page.live + 1) in.fail("a page begins at position " + std::to_string(page.first));
+    before += page.live;
+  }
+  return list;
+}
+
+// A sliding window frees the pages of all heads together and names no positions; other layers free none, and any layer ends with
+// the newest token or says where it ends.
+void check_window(const Reader& in, const LayerConfig& layer, const PageList& first, const PageList& list, int64_t tokens) {
+  if (layer.sliding_window > 0 && (!list.positions.empty() || list.pages != first.pages)) {
+    in.fail("heads of a layer with a sliding window differ");
+  }
+  if (!list.positions.empty()) return;
+  const int64_t end = list.pages.empty() ? 0 : list.pages.back().first + list.pages.back().live;
+  if (end != tokens) in.fail("a head ends at position " + std::to_string(end) + " of " + std::to_string(tokens));
+}
+
+// What version 2 says of a layer: the list that each of its heads has.
+PageList formula_list(const SavedLayer& saved, const LayerConfig& layer, const LayerFormats& ids, const FormatTable& formats,
+                      int64_t tokens) {
+  PageList list;
+  const auto add = [&](FormatId format, int64_t first) {
+    const auto live = static_cast<int32_t>(std::min<int64_t>(tokens - first, formats[format].slots));
+    list.pages.push_back({kNoPage, format, static_cast<int32_t>(first), live});
+  };
+  if (layer.sinks > 0 && tokens > 0) add(ids.sinks, 0);
+  for (int64_t p = saved.freed; p < page_count(layer, tokens); ++p) {
+    add(p < saved.sealed ? ids.sealed : ids.recent, layer.sinks + p * kPageTokens);
+  }
+  return list;
+}
 
 }  // namespace
 
@@ -146,6 +212,11 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     }
     return counts;
   };
+  if (sequence.in_prompt && impl.governed.policy != nullptr) {
+    throw Error(Status::kUnsupported, "sequence " + std::to_string(id) + " is inside a prompt that a token policy waits for; "
+                                          "save it when the prompt has ended");
+  }
+  const bool lists = impl.governed.policy != nullptr;
   Writer out(path);
   // The body is summed as one stream, so it is collected as one write per record.
   out.bytes(kMagic, sizeof kMagic);
@@ -156,7 +227,7 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     number(static_cast<uint32_t>(s.size()));
     add(s.data(), s.size());
   };
-  number(kVersion);
+  number(lists ? kListsVersion : kVersion);
   text(fingerprint);
   number(sequence.length);
   number(static_cast<uint32_t>(sequence.layers.size()));
@@ -165,12 +236,26 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     number(static_cast<int32_t>(layer.kv_heads));
     number(static_cast<int32_t>(layer.head_dim));
     number(static_cast<int32_t>(layer.sinks));
-    const PageCounts counts = count_pages(l);
+    const PageCounts counts = lists ? PageCounts{0, 0} : count_pages(l);
     number(counts.sealed);
     number(counts.freed);
     text(to_string(layer.key.codec));
     text(to_string(layer.value.codec));
     text(to_string(layer.recent));
+  }
+  if (lists) number(sequence.prompt_length);
+  for (const LayerPages& layer : sequence.layers) {
+    for (const PageList& list : layer.heads) {
+      if (!lists) break;
+      number(static_cast<uint32_t>(list.pages.size()));
+      for (const PageEntry& page : list.pages) {
+        number(static_cast<uint8_t>(impl.format(page).role));
+        number(static_cast<int32_t>(page.first));
+        number(static_cast<int32_t>(page.live));
+      }
+      number(static_cast<uint32_t>(list.positions.size()));
+      for (const int32_t position : list.positions) number(position);
+    }
   }
   for (const LayerPages& layer : sequence.layers) {
     for (const PageList& list : layer.heads) {
@@ -205,26 +290,32 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
       throw Error(Status::kMismatch,
                   path + ": " + where + " has another shape or codec than this cache; use the plan it was saved with");
     }
+    if (in.version == kListsVersion) {
+      if (saved.sealed != 0 || saved.freed != 0) in.fail(where + " counts pages that are listed");
+      continue;
+    }
     const int64_t full = header.tokens <= layer.sinks ? 0 : (header.tokens - layer.sinks) / kPageTokens;
     if (saved.sealed < 0 || saved.sealed > full || saved.freed < 0 || saved.freed > saved.sealed ||
         saved.freed > predict_pages(layer, header.tokens).freed || (saved.sealed > saved.freed && !impl.ids[l].seals)) {
       in.fail(where + " says " + std::to_string(saved.sealed) + " sealed and " + std::to_string(saved.freed) + " freed pages");
     }
   }
-  // The page lists that the header means; the records must be exactly what is left, before anything is allocated.
-  std::vector<std::vector<PageEntry>> lists;
+  // The page lists; the records must be exactly what is left, before anything is allocated.
+  int64_t prompt_length = 0;
+  if (in.version == kListsVersion) {
+    prompt_length = in.number<int64_t>("the prompt length");
+    if (prompt_length < 0 || prompt_length > header.tokens) in.fail("prompt length " + std::to_string(prompt_length));
+  }
+  std::vector<LayerPages> layers(header.layers.size());
   size_t expected = sizeof(uint64_t);
   for (size_t l = 0; l < header.layers.size(); ++l) {
     const LayerConfig& layer = impl.config.layers[l];
-    std::vector<PageEntry>& list = lists.emplace_back();
-    const auto add = [&](FormatId format, int64_t first) {
-      const auto live = static_cast<int32_t>(std::min<int64_t>(header.tokens - first, impl.formats[format].slots));
-      list.push_back({kNoPage, format, static_cast<int32_t>(first), live});
-      expected += static_cast<size_t>(layer.kv_heads) * impl.backend->saved_bytes(impl.formats[format], live);
-    };
-    if (layer.sinks > 0 && header.tokens > 0) add(impl.ids[l].sinks, 0);
-    for (int64_t p = header.layers[l].freed; p < page_count(layer, header.tokens); ++p) {
-      add(p < header.layers[l].sealed ? impl.ids[l].sealed : impl.ids[l].recent, layer.sinks + p * kPageTokens);
+    for (int h = 0; h < layer.kv_heads; ++h) {
+      PageList& list = layers[l].heads.emplace_back(
+          in.version == kListsVersion ? read_list(in, impl.ids[l], impl.formats, header.tokens)
+                                      : formula_list(header.layers[l], layer, impl.ids[l], impl.formats, header.tokens));
+      check_window(in, layer, layers[l].heads.front(), list, header.tokens);
+      for (const PageEntry& page : list.pages) expected += impl.backend->saved_bytes(impl.format(page), page.live);
     }
   }
   if (expected != in.left())
@@ -234,9 +325,13 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
   SequencePages& sequence = impl.ledger.find(id);
   try {
     for (size_t l = 0; l < header.layers.size(); ++l) {
-      for (PageList& list : sequence.layers[l].heads) {
-        list.pages.reserve(list_room(impl.config.layers[l], header.tokens));
-        for (PageEntry entry : lists[l]) {
+      for (size_t h = 0; h < layers[l].heads.size(); ++h) {
+        PageList& list = sequence.layers[l].heads[h];
+        const PageList& saved = layers[l].heads[h];
+        const int64_t tokens = saved.positions.empty() ? header.tokens : saved.tokens();
+        list.pages.reserve(std::max(list_room(impl.config.layers[l], tokens), table_room(saved.pages.size())));
+        list.positions = saved.positions;
+        for (PageEntry entry : saved.pages) {
           const PageFormat& format = impl.format(entry);
           entry.handle = impl.backend->allocate(format);
           list.pages.push_back(entry);
@@ -249,6 +344,7 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     throw;
   }
   sequence.length = header.tokens;
+  sequence.prompt_length = prompt_length;
   return id;
 }
 
@@ -257,7 +353,7 @@ SavedCacheInfo inspect_saved_cache(const std::string& path) {
   Reader in = open_saved(path, content);
   const Header header = read_header(in);
   SavedCacheInfo info{};
-  info.version = static_cast<int>(kVersion);
+  info.version = static_cast<int>(in.version);
   info.fingerprint = header.fingerprint;
   info.tokens = header.tokens;
   info.layers = static_cast<int>(header.layers.size());

@@ -238,7 +238,7 @@ std::span<const float> Engine::step(std::span<const EngineItem> work) {
                                                 std::to_string(start + n) + " tokens; the model's context ends at " +
                                                 std::to_string(context));
     }
-    impl.items.push_back({item.sequence, static_cast<int>(n)});
+    impl.items.push_back({item.sequence, static_cast<int>(n), item.more, item.decoded});
     for (int64_t t = 0; t < n; ++t) {
       const Token token = item.tokens[static_cast<size_t>(t)];
       if (token < 0 || token >= impl.model->vocab_size()) {
@@ -297,7 +297,8 @@ std::span<const float> Engine::prefill(SequenceId sequence, std::span<const Toke
   std::span<const float> logits;
   for (size_t done = 0; done < tokens.size();) {
     const size_t n = std::min(chunk, tokens.size() - done);
-    const EngineItem item{sequence, tokens.subspan(done, n), false, done + n < tokens.size()};
+    const bool more = done + n < tokens.size();
+    const EngineItem item{.sequence = sequence, .tokens = tokens.subspan(done, n), .no_logits = more, .more = more};
     logits = step({&item, 1});
     done += n;
     if (progress && !progress(static_cast<int64_t>(done), static_cast<int64_t>(tokens.size()))) {

@@ -111,6 +111,7 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
           report(static_cast<double>((target - depth) * options.sequences), subjects[s].name);
         } else {
           constexpr int64_t kChunk = 512;
+          rows[s]->set_prompt(target);
           for (int64_t at = depth; at < target; at += kChunk) {
             const int64_t n = std::min(kChunk, target - at);
             const double chunk_start = now();

@@ -9,43 +9,6 @@
 namespace kvmix {
 namespace {
 
-// The lengths at which a cache of this configuration seals pages when it is fed one token at a time, ascending: found by
-// feeding one to small caches with the same sinks and windows.
-std::vector<int64_t> seal_lengths(const CacheConfig& config, int64_t context) {
-  CacheConfig probe;
-  for (const LayerConfig& layer : config.layers) {
-    const bool known = std::any_of(probe.layers.begin(), probe.layers.end(), [&](const LayerConfig& p) {
-      return p.sinks == layer.sinks && p.window == layer.window && p.key.codec == layer.key.codec &&
-             p.value.codec == layer.value.codec;
-    });
-    if (known) continue;
-    LayerConfig small;
-    small.q_heads = small.kv_heads = 1;
-    small.head_dim = 32;
-    small.scale = 1;
-    small.sinks = layer.sinks;
-    small.window = layer.window;
-    small.key.codec = layer.key.codec;
-    small.value.codec = layer.value.codec;
-    probe.layers.push_back(small);
-  }
-  Cache cache(probe);
-  const StepItem token{cache.create(), 1};
-  const std::vector<float> row(32);
-  std::vector<int64_t> lengths;
-  int64_t sealed = 0;
-  for (int64_t length = 0; length < context; ++length) {
-    cache.begin_step({&token, 1});
-    for (size_t l = 0; l < probe.layers.size(); ++l) cache.append(static_cast<int>(l), row.data(), 32, row.data(), 32, 0, 1);
-    cache.end_step();
-    if (const int64_t now = cache.stats().sealed_pages; now != sealed) {
-      sealed = now;
-      lengths.push_back(length);
-    }
-  }
-  return lengths;
-}
-
 class Ours final : public Contender {
  public:
   Ours(std::shared_ptr<const Model> model, const Plan& plan, const ContenderOptions& o) : sequences_(o.sequences) {
@@ -55,13 +18,20 @@ class Ours final : public Contender {
     options.kernel = o.kernel;
     options.exact = o.exact;
     options.force_plan = o.force_plan;
-    seals_ = seal_lengths(cache_config(plan, model->shape()), o.context);
+    drops_ = plan.tokens.has_value();
     engine_ = std::make_unique<Engine>(std::move(model), plan, options);
     clear();
   }
 
   std::span<const float> feed(std::span<const Token> tokens, bool all_logits) override {
-    const EngineItem item{ids_[0], tokens, all_logits, !all_logits};
+    const int64_t end = engine_->cache().length(ids_[0]) + static_cast<int64_t>(tokens.size());
+    const bool prompt = end <= prompt_;
+    const EngineItem item{.sequence = ids_[0],
+                          .tokens = tokens,
+                          .all_logits = all_logits,
+                          .no_logits = !all_logits,
+                          .more = prompt && end < prompt_,
+                          .decoded = !prompt};
     return engine_->step({&item, 1});
   }
   std::span<const float> decode(std::span<const Token> tokens) override {
@@ -90,9 +60,21 @@ class Ours final : public Contender {
     engine_->cache().remove(ids_[0]);
     ids_[0] = engine_->cache().fork(*marked_);
   }
+  void set_prompt(int64_t tokens) override { prompt_ = drops_ ? tokens : 0; }
   int64_t chunk_end(int64_t from) const override {
-    const auto next = std::upper_bound(seals_.begin(), seals_.end(), from);
-    return next == seals_.end() ? from + kPageTokens : std::min(*next, from + kPageTokens);
+    if (from < prompt_) return std::min(prompt_, from + kPageTokens);
+    return std::min(engine_->cache().next_seal(ids_[0]), from + kPageTokens);
+  }
+  double kept(int64_t tokens) const override {
+    double sum = 0, heads = 0;
+    for (size_t l = 0; l < engine_->cache().config().layers.size(); ++l) {
+      if (engine_->cache().config().layers[l].sliding_window > 0) continue;
+      for (const auto& head : engine_->cache().kept(ids_[0], static_cast<int>(l))) {
+        sum += static_cast<double>(head.size());
+        heads += static_cast<double>(tokens);
+      }
+    }
+    return heads > 0 ? sum / heads : 1;
   }
   size_t cache_bytes(int64_t) const override {
     const MemoryReport memory = engine_->cache().memory();
@@ -106,7 +88,8 @@ class Ours final : public Contender {
   std::vector<SequenceId> ids_;
   std::optional<SequenceId> marked_;
   std::vector<EngineItem> items_;
-  std::vector<int64_t> seals_;
+  bool drops_ = false;  // a token policy runs
+  int64_t prompt_ = 0;
 };
 
 class Theirs final : public Contender {
@@ -141,7 +124,9 @@ class Theirs final : public Contender {
   // Its cells keep what they hold, so the first tokens of a sequence are the same again.
   void mark() override { marked_ = length_; }
   void rewind() override { truncate(marked_); }
+  void set_prompt(int64_t) override {}
   int64_t chunk_end(int64_t from) const override { return from + kPageTokens; }
+  double kept(int64_t) const override { return 1; }
   size_t cache_bytes(int64_t tokens) const override { return peer_.cache_bytes(model_->shape(), tokens); }
   std::string kernel() const override { return "ggml"; }
 

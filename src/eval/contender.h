@@ -34,6 +34,11 @@ class Contender {
   // Where a chunk that starts at `from` may end at the latest, so that chunked feeding stores and sees what decoding one by
   // one would: no page is sealed between two tokens of a chunk. At most kPageTokens away.
   virtual int64_t chunk_end(int64_t from) const = 0;
+  // What feed() is given up to this length is a prompt to a token policy, which acts at its end; what comes later stands for
+  // decoded tokens. 0: nothing is.
+  virtual void set_prompt(int64_t tokens) = 0;
+  // The part of so many tokens that sequence 0 still holds, over the layers without a sliding window.
+  virtual double kept(int64_t tokens) const = 0;
   virtual size_t cache_bytes(int64_t tokens) const = 0;  // of one sequence now
   virtual std::string kernel() const = 0;
 };

@@ -23,6 +23,7 @@ struct Tally {
   double nll = 0, seconds = 0;
   int64_t same_top = 0;
   size_t cache_bytes = 0;
+  double kept = 1;
 };
 
 class Evaluation {
@@ -57,7 +58,9 @@ class Evaluation {
     reference_->clear();
     std::fill(fed_.begin(), fed_.end(), int64_t{0});
     for (auto& c : contenders_) {
-      if (c) c->clear();
+      if (!c) continue;
+      c->clear();
+      c->set_prompt(first_scored_);
     }
     while (fed_[0] < options_.context) {
       fed(advance_reference());
@@ -157,7 +160,10 @@ class Evaluation {
     }
     fed_[s + 1] = to;
     tallies_[s + 1].seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    if (to == options_.context) tallies_[s + 1].cache_bytes = c.cache_bytes(options_.context);
+    if (to == options_.context) {
+      tallies_[s + 1].cache_bytes = c.cache_bytes(options_.context);
+      tallies_[s + 1].kept = c.kept(options_.context);
+    }
     return to - from;
   }
 
@@ -196,6 +202,7 @@ EvalRow make_row(const std::string& name, Tally tally, const Tally& reference, d
   row.kl_max = static_cast<double>(tally.kl.back());
   row.top1 = static_cast<double>(tally.same_top) / n;
   row.cache_bytes = tally.cache_bytes;
+  row.kept = tally.kept;
   row.bits_per_element = static_cast<double>(tally.cache_bytes) * 8 / elements;
   row.seconds = tally.seconds;
   return row;

@@ -72,6 +72,7 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
     for (size_t p = 0; p < prompts.size(); ++p) {
       runner->clear();
       const std::span<const Token> prompt(prompts[p]);
+      runner->set_prompt(static_cast<int64_t>(prompt.size()) - 1);
       for (size_t at = 0; at + 1 < prompt.size();) {
         const auto end = std::min<size_t>(prompt.size() - 1, static_cast<size_t>(runner->chunk_end(static_cast<int64_t>(at))));
         runner->feed(prompt.subspan(at, end - at), false);

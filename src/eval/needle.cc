@@ -143,6 +143,7 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
         for (size_t i = 0; i < order.size(); ++i) {
           const std::span<const Token> prompt(trial.prompts[order[i]]);
           row->rewind();
+          row->set_prompt(static_cast<int64_t>(prompt.size()) - 1);
           if (i + 1 < order.size()) {
             const size_t shared = shared_tokens(trial.prompts[order[i]], trial.prompts[order[i + 1]], marked);
             feed(prompt.subspan(marked, shared - marked));

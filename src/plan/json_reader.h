@@ -22,6 +22,7 @@ class JsonObject {
 
   bool has(const std::string& key) const { return value_.contains(key); }
   const nlohmann::json& get(const std::string& key);
+  auto items() const { return value_.items(); }  // of an object whose keys are not known beforehand
   JsonObject object(const std::string& key) { return {get(key), name_, path(key)}; }
   std::string text(const std::string& key, size_t longest = 4096);
   bool boolean(const std::string& key);

@@ -111,6 +111,32 @@ SideConfig parse_side(JsonObject object) {
   return side;
 }
 
+ordered_json tokens_json(const PolicySpec& spec) {
+  ordered_json j;
+  j["policy"] = spec.name;
+  for (const auto& [name, value] : spec.values) std::visit([&, key = name](const auto& v) { j[key] = v; }, value);
+  return j;
+}
+
+// Names and ranges are the policy's to check.
+PolicySpec parse_tokens(JsonObject object, JsonObject& plan) {
+  PolicySpec spec{object.text("policy", 64), {}};
+  for (const auto& [name, value] : object.items()) {
+    if (name == "policy") continue;
+    if (value.is_string()) {
+      spec.values[name] = object.text(name, 64);
+    } else {
+      spec.values[name] = object.number(name, -1e300, 1e300);
+    }
+  }
+  try {
+    check_policy(spec);
+  } catch (const Error& e) {
+    plan.fail("tokens", e.what());
+  }
+  return spec;
+}
+
 }  // namespace
 
 std::string to_json(const Plan& plan) {
@@ -127,6 +153,7 @@ std::string to_json(const Plan& plan) {
   j["window"] = {
       {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
   if (!plan.recent.is_f16()) j["recent"] = to_string(plan.recent);
+  if (plan.tokens) j["tokens"] = tokens_json(*plan.tokens);
   // A layer a line, so that a person can read and compare plans.
   const std::string marker = "@layers@";
   j["layers"] = marker;
@@ -171,6 +198,7 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     plan.recent = parse_spelling(object, "recent");
     if (!plan.recent.is_f16() && !takes_rows(plan.recent)) object.fail("recent", "expected " + recent_codecs());
   }
+  if (object.has("tokens")) plan.tokens = parse_tokens(object.object("tokens"), object);
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {
     JsonObject layer(layers[l], name, "layers[" + std::to_string(l) + "]");
@@ -219,6 +247,7 @@ void set_fp16_part(const Fp16Part& part, Plan& plan) {
 
 CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
   CacheConfig config;
+  config.tokens = plan.tokens;
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const ModelShape::Layer& shape = model.layers.at(l);
     LayerConfig layer;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace kvmix {
 namespace {
@@ -36,18 +37,26 @@ void score_row(const ScoreKeys& head, const float* q, int64_t position, std::spa
     for (size_t i = 0; i < seen; ++i) {
       float dot = 0;
       for (size_t d = 0; d < width; ++d) dot += query[d] * head.keys[i * width + d];
-      dot *= head.scale;
-      row[i] = head.softcap > 0 ? head.softcap * std::tanh(dot / head.softcap) : dot;
+      row[i] = dot;
     }
-    const float most = *std::max_element(row, row + seen);
-    double sum = 0;  // thousands of small terms
-    for (size_t i = 0; i < seen; ++i) {
-      row[i] = std::exp(row[i] - most);
-      sum += row[i];
-    }
-    const auto part = static_cast<float>(1 / sum);
-    for (size_t i = 0; i < seen; ++i) row[i] *= part;
+    weigh({row, seen}, head.scale, head.softcap);
   }
+}
+
+void weigh(std::span<float> dots, float scale, float softcap) {
+  float most = -std::numeric_limits<float>::infinity();
+  for (float& x : dots) {
+    x *= scale;
+    if (softcap > 0) x = softcap * std::tanh(x / softcap);
+    most = std::max(most, x);
+  }
+  double sum = 0;  // thousands of small terms
+  for (float& x : dots) {
+    x = std::exp(x - most);
+    sum += x;
+  }
+  const auto part = static_cast<float>(1 / sum);
+  for (float& x : dots) x *= part;
 }
 
 void add_to_window(std::span<const float> row, std::span<float> window) {

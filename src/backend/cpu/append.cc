@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "backend/cpu/cpu_backend.h"
+#include "base/fp16.h"
 #include "codec/encoders.h"
 #include "codec/row.h"
 
@@ -31,17 +32,27 @@ void store_rows(const TileFormat& format, int first_slot, int n, const float* ro
   }
 }
 
-// All slots of a tile as fp16 rows: where they stand if they are, else in `room`.
-const uint16_t* half_rows(const TileFormat& format, const std::byte* side, std::vector<uint16_t>& room) {
-  if (format.spec.is_f16()) return reinterpret_cast<const uint16_t*>(side);
+// A tile's slot as an fp16 row: where it stands if it is one, else in `room`.
+const uint16_t* half_row_of(const TileFormat& format, const std::byte* side, int slot, uint16_t* room) {
   const int dim = format.width;
+  if (format.spec.is_f16()) return reinterpret_cast<const uint16_t*>(side) + static_cast<ptrdiff_t>(slot) * dim;
+  std::byte record[kMostRowBytes];
+  float row[kMostWidth];
+  load_row(format.spec, format.side, dim, side, slot, record);
+  decode_row(format.spec, dim, record, row);
+  to_f16(row, dim, room);
+  return room;
+}
+
+// All slots of a tile as fp16 rows: where they stand if they are, else in `room`. Slots behind `live` repeat the last one.
+const uint16_t* half_rows(const TileFormat& format, const std::byte* side, int live, std::vector<uint16_t>& room) {
+  const int dim = format.width;
+  if (format.spec.is_f16() && live == kPageTokens) return reinterpret_cast<const uint16_t*>(side);
   room.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(dim));
   for (int t = 0; t < kPageTokens; ++t) {
-    std::byte record[kMostRowBytes];
-    float row[kMostWidth];
-    load_row(format.spec, format.side, dim, side, t, record);
-    decode_row(format.spec, dim, record, row);
-    to_f16(row, dim, room.data() + static_cast<ptrdiff_t>(t) * dim);
+    uint16_t* to = room.data() + static_cast<ptrdiff_t>(t) * dim;
+    const uint16_t* row = half_row_of(format, side, std::min(t, live - 1), to);
+    if (row != to) std::copy_n(row, dim, to);
   }
   return room.data();
 }
@@ -60,7 +71,8 @@ void CpuBackend::transcode(const Transcode& job, Scratch& scratch) {
     std::byte* out = target + (key ? 0 : to.value_offset);
     const RowMapChain& maps = key ? layer.key_maps : layer.value_maps;
     if (!to.appendable()) {
-      codec_of(b.spec).encode(b.spec, b.shape(), half_rows(a, in, scratch.half), maps.feedback(job.kv_head), out);
+      codec_of(b.spec).encode(b.spec, b.shape(), half_rows(a, in, job.from.live, scratch.half), maps.feedback(job.kv_head),
+                              out);
       continue;
     }
     scratch.rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(a.width));
@@ -70,6 +82,49 @@ void CpuBackend::transcode(const Transcode& job, Scratch& scratch) {
                  key ? layer.columns(job.kv_head) : nullptr, out);
     }
   }
+}
+
+// One side of a page from slots of others. Between equal formats of rows these move as they are.
+void CpuBackend::gather(const Gather& job, Side side, Scratch& scratch) const {
+  const bool key = side == Side::kKey;
+  const Layer& layer = layers_[static_cast<size_t>(job.layer)];
+  const PageFormat& to = format(job.to());
+  const TileFormat& b = key ? to.key : to.value;
+  const auto dim = static_cast<size_t>(b.width);
+  std::byte* out = memory(job.to().handle) + (key ? 0 : to.value_offset);
+  scratch.half.resize(kPageTokens * dim);
+  scratch.rows.resize(std::max(scratch.rows.size(), kPageTokens * dim));
+  const std::byte* decoded = nullptr;  // the tile that scratch.rows holds
+  for (size_t i = 0; i < job.sources.size(); ++i) {
+    const auto& [page, slot] = job.sources[i];
+    const TileFormat& a = key ? format(page).key : format(page).value;
+    const std::byte* in = memory(page.handle) + (key ? 0 : format(page).value_offset);
+    uint16_t* half = scratch.half.data() + i * dim;
+    if (to.appendable() && a.spec == b.spec && takes_rows(a.spec)) {
+      std::byte record[kMostRowBytes];
+      load_row(a.spec, side, a.width, in, slot, record);
+      store_row(b.spec, side, b.width, record, static_cast<int>(i), out);
+      continue;
+    }
+    if (a.spec.is_f16() || takes_rows(a.spec)) {
+      const uint16_t* row = half_row_of(a, in, slot, half);
+      if (row != half) std::copy_n(row, dim, half);
+    } else {
+      if (decoded != in) codec_of(a.spec).decode(a.spec, a.shape(), in, scratch.rows.data());
+      decoded = in;
+      to_f16(scratch.rows.data() + static_cast<size_t>(slot) * dim, b.width, half);
+    }
+    if (to.appendable()) {
+      float row[kMostWidth];
+      for (size_t c = 0; c < dim; ++c) row[c] = f16_to_f32(half[c]);
+      store_rows(b, static_cast<int>(i), 1, row, key ? layer.columns(job.kv_head) : nullptr, out);
+    }
+  }
+  if (to.appendable()) return;
+  const uint16_t* last = scratch.half.data() + (job.sources.size() - 1) * dim;
+  for (size_t i = job.sources.size(); i < kPageTokens; ++i) std::copy_n(last, dim, scratch.half.data() + i * dim);
+  codec_of(b.spec).encode(b.spec, b.shape(), scratch.half.data(),
+                          (key ? layer.key_maps : layer.value_maps).feedback(job.kv_head), out);
 }
 
 void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) {

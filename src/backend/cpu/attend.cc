@@ -112,7 +112,12 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
   };
   for (;;) {
     const int index = next_unit_[l].fetch_add(1, std::memory_order_relaxed);
-    if (index >= static_cast<int>(cut.units.size())) break;
+    if (const int window = index - static_cast<int>(cut.units.size()); window >= 0) {
+      const int q_heads = layer.config.q_heads;
+      if (window >= static_cast<int>(cut.windows.size()) * q_heads) break;
+      attend_window(l, static_cast<size_t>(cut.windows[static_cast<size_t>(window / q_heads)]), window % q_heads, q, q_stride, scratch);
+      continue;
+    }
     const Unit& unit = cut.units[static_cast<size_t>(index)];
     const int rows = unit.tokens * layer.heads_per_kv;
     if (unit.parts == 1) {

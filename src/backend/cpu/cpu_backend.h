@@ -1,7 +1,8 @@
 // Pages in the machine's memory, attended to by the kernels of attention/cpu. append.cc stores and seals, cut.cc splits a
-// step's attention over threads, attend.cc runs it.
+// step's attention over threads, attend.cc runs it, window.cc scores the last queries of prompts for token policies.
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,9 @@ class CpuBackend final : public Backend {
   size_t scratch_bytes() const override;
   void copy(PageHandle from, PageHandle to, const PageFormat& format) override;
   void transcode(const Transcode& job) override { transcode(job, threads_[0]); }
+  void gather(const Gather& job, int thread) override {
+    for (const Side side : {Side::kKey, Side::kValue}) gather(job, side, threads_[static_cast<size_t>(thread)]);
+  }
   void read(const PageEntry& page, Side side, float* rows) const override;
   size_t saved_bytes(const PageFormat& format, int live) const override;
   void save(const PageEntry& page, std::string& to) const override;
@@ -33,6 +37,11 @@ class CpuBackend final : public Backend {
   void begin(const StepPlan& plan) override;
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
+  Window window(SequenceId id, int layer, int kv_head) const override;
+  void end() override;
+  void forget(SequenceId id) override { queries_.erase(id); }
+  void fork(SequenceId from, SequenceId to) override;
+  void cut_queries(SequenceId id, int64_t n) override;
   void report(CacheStats& stats) const override;
 
  private:
@@ -47,6 +56,7 @@ class CpuBackend final : public Backend {
   };
   struct LayerCut {
     std::vector<Unit> units;
+    std::vector<int> windows;  // entries whose prompts' queries are wanted; units of their query heads follow
     int merges = 0, part_rows = 0;
   };
   // Partial softmax (AttendJob), and room for one: m and l [rows], acc [rows][head_dim].
@@ -61,10 +71,23 @@ class CpuBackend final : public Backend {
     std::vector<std::byte> kernel;
     std::vector<float> q, rows;
     PartialRoom whole, apart;    // of a unit, and of its pages in a further format
+    std::vector<float> queries, scores, lanes;  // of a window
     std::vector<uint16_t> half;  // a page's rows on their way from one format to another
     std::vector<int64_t> positions;
     std::vector<PageRef> pages;
     double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
+  };
+  // The last queries of a prompt, transformed: positions [begin, end), of each layer [capacity][q_heads][head_dim], a ring.
+  struct Queries {
+    int64_t begin = 0, end = 0;
+    std::vector<std::vector<float>> layers;
+  };
+  // What a step makes of a prompt: the queries to keep if it goes on, the sums over them if it ends.
+  struct PromptStep {
+    Queries next;
+    std::vector<std::vector<float>> sums;  // by layer, [q_heads][tokens], heads of one KV head together
+    std::vector<std::vector<int64_t>> tokens;  // by layer and KV head
+    bool ends = false;
   };
   struct Layer {
     Layer(const LayerConfig& layer, const LayerFormats& formats)
@@ -89,6 +112,12 @@ class CpuBackend final : public Backend {
     }
   };
 
+  void gather(const Gather& job, Side side, Scratch& scratch) const;
+  void begin_window(size_t layer, size_t entry);
+  // A query head of a prompt: keeps its queries, or scores the stored keys with them.
+  void attend_window(size_t layer, size_t entry, int q_head, const float* q, int64_t q_stride, Scratch& scratch);
+  void score(const Layer& layer, const PageList& list, std::span<const float> queries, std::span<float> sums, Scratch& scratch);
+  void key_lanes(const PageEntry& page, Scratch& scratch) const;
   static std::byte* memory(PageHandle page) { return reinterpret_cast<std::byte*>(static_cast<uintptr_t>(page)); }
   const PageFormat& format(const PageEntry& entry) const { return formats_[static_cast<FormatId>(entry.format)]; }
   const AttentionKernel& pick_kernel(const AttendJob& job) const;
@@ -107,11 +136,14 @@ class CpuBackend final : public Backend {
   std::vector<const AttentionKernel*> kernels_;  // candidates, best first
   std::vector<std::string> kernels_used_;        // by layer
 
+  std::map<SequenceId, Queries> queries_;  // of prompts that go on
+
   // The step in progress.
   const StepPlan* plan_ = nullptr;
   std::vector<LayerCut> cuts_;  // by layer
   AtomicCounters next_unit_;    // by layer
   AtomicCounters remaining_;    // by merge of the layer in progress
+  std::map<SequenceId, PromptStep> prompts_;
   PartialRoom parts_;
   std::vector<Scratch> threads_;
 };

@@ -21,6 +21,7 @@ void grow(std::vector<T>& v, size_t n) {
 
 void CpuBackend::begin(const StepPlan& plan) {
   plan_ = &plan;
+  prompts_.clear();
   for (size_t l = 0; l < layers_.size(); ++l) cut(l);
   next_unit_.reset(layers_.size(), 0);
   int merges = 0;
@@ -32,6 +33,7 @@ void CpuBackend::cut(size_t l) {
   const Layer& layer = layers_[l];
   LayerCut& cut = cuts_[l];
   cut.units.clear();
+  cut.windows.clear();
   cut.merges = 0;
   cut.part_rows = 0;
   const int heads = layer.config.kv_heads;
@@ -52,6 +54,7 @@ void CpuBackend::cut(size_t l) {
   int most_pages = 0, most_rows = 0;
   for (size_t e = 0; e < plan_->entries.size(); ++e) {
     const StepEntry& entry = plan_->entries[e];
+    if (entry.prompt && layer.ids.window_queries > 0) begin_window(l, e);
     for (int head = 0; head < heads; ++head) {
       const PageList& pages = list(entry, head);
       const int count = body_pages(pages);

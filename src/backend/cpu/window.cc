@@ -1,0 +1,165 @@
+// The window pass: how much the last queries of a prompt look at each stored key, for token policies.
+//
+// A layer's queries are kept across the chunks of a prompt. Where it ends, each query head scores all keys of its KV head as
+// the pages hold them: a page's rows are decoded once for all queries. The arithmetic is that of attention/scores.h, so the
+// sums are equal to the bit however the prompt was cut.
+#include <algorithm>
+
+#include "attention/scores.h"
+#include "backend/cpu/cpu_backend.h"
+#include "base/fp16.h"
+#include "codec/row.h"
+
+namespace kvmix {
+namespace {
+
+constexpr size_t kLanes = 16;  // tokens whose dots are made together
+
+}  // namespace
+
+void CpuBackend::begin_window(size_t l, size_t e) {
+  const StepEntry& entry = plan_->entries[e];
+  const Layer& layer = layers_[l];
+  PromptStep& step = prompts_[entry.id];
+  const auto wanted = static_cast<size_t>(layer.ids.window_queries);
+  const auto dim = static_cast<size_t>(layer.config.head_dim), heads = static_cast<size_t>(layer.config.q_heads);
+  const auto kept = queries_.find(entry.id);
+  // Tokens of the prompt whose queries are not here any more were cut off by a truncation.
+  const int64_t known = kept != queries_.end() ? kept->second.begin : entry.start;
+  step.ends = entry.ends_prompt;
+  step.next.end = entry.end();
+  step.next.begin = std::max({entry.end() - static_cast<int64_t>(wanted), entry.prompt_start, known});
+  cuts_[l].windows.push_back(static_cast<int>(e));
+  if (!entry.ends_prompt) {
+    step.next.layers.resize(layers_.size());
+    step.next.layers[l].resize(wanted * heads * dim);
+    return;
+  }
+  step.sums.resize(layers_.size());
+  step.tokens.resize(layers_.size());
+  size_t most = 0, all = 0;
+  for (const PageList& list : entry.pages->layers[l].heads) {
+    step.tokens[l].push_back(list.tokens());
+    most = std::max(most, static_cast<size_t>(step.tokens[l].back()));
+    all += static_cast<size_t>(step.tokens[l].back()) * static_cast<size_t>(layer.heads_per_kv);
+  }
+  step.sums[l].assign(all, 0.0f);
+  for (Scratch& t : threads_) {
+    const auto grow = [](std::vector<float>& v, size_t n) { v.resize(std::max(v.size(), n)); };
+    grow(t.queries, wanted * dim);
+    grow(t.scores, wanted * most);
+    grow(t.rows, kPageTokens * dim);
+    grow(t.lanes, kPageTokens * dim);
+  }
+}
+
+void CpuBackend::attend_window(size_t l, size_t e, int q_head, const float* q, int64_t q_stride, Scratch& scratch) {
+  const StepEntry& entry = plan_->entries[e];
+  const Layer& layer = layers_[l];
+  const int dim = layer.config.head_dim, kv_head = q_head / layer.heads_per_kv;
+  PromptStep& step = prompts_.at(entry.id);
+  const auto kept = queries_.find(entry.id);
+  const auto place = [&](int64_t position) {
+    return (position % layer.ids.window_queries * layer.config.q_heads + q_head) * dim;
+  };
+  for (int64_t p = step.next.begin; p < step.next.end; ++p) {
+    float* to = step.ends ? scratch.queries.data() + (p - step.next.begin) * dim : step.next.layers[l].data() + place(p);
+    if (p < entry.start) {
+      std::copy_n(kept->second.layers[l].data() + place(p), dim, to);
+    } else {
+      std::copy_n(q + (entry.row + p - entry.start) * q_stride + static_cast<ptrdiff_t>(q_head) * dim, dim, to);
+      layer.key_maps.query(kv_head, to);
+    }
+  }
+  if (!step.ends) return;
+  ptrdiff_t before = 0;
+  for (int h = 0; h < kv_head; ++h) before += step.tokens[l][static_cast<size_t>(h)] * layer.heads_per_kv;
+  const auto tokens = static_cast<size_t>(step.tokens[l][static_cast<size_t>(kv_head)]);
+  float* sums = step.sums[l].data() + before + static_cast<ptrdiff_t>(tokens) * (q_head % layer.heads_per_kv);
+  const auto queries = static_cast<size_t>(step.next.end - step.next.begin) * static_cast<size_t>(dim);
+  score(layer, entry.pages->layers[l].heads[static_cast<size_t>(kv_head)], {scratch.queries.data(), queries}, {sums, tokens},
+        scratch);
+}
+
+// Keys of a page, [head_dim][kPageTokens]: what a dot reduces over is then apart, tokens are next to each other.
+void CpuBackend::key_lanes(const PageEntry& page, Scratch& scratch) const {
+  const TileFormat& tile = format(page).key;
+  const int dim = tile.width;
+  const std::byte* from = memory(page.handle);
+  if (!tile.spec.is_f16() && !takes_rows(tile.spec))
+    codec_of(tile.spec).decode(tile.spec, tile.shape(), from, scratch.rows.data());
+  for (int t = 0; t < page.live; ++t) {
+    float* row = scratch.rows.data() + static_cast<ptrdiff_t>(t) * dim;
+    if (tile.spec.is_f16()) {
+      const auto* half = reinterpret_cast<const uint16_t*>(from) + static_cast<ptrdiff_t>(t) * dim;
+      for (int c = 0; c < dim; ++c) row[c] = f16_to_f32(half[c]);
+    } else if (takes_rows(tile.spec)) {
+      std::byte record[kMostRowBytes];
+      load_row(tile.spec, Side::kKey, dim, from, t, record);
+      decode_row(tile.spec, dim, record, row);
+    }
+    for (int c = 0; c < dim; ++c) scratch.lanes[static_cast<size_t>(c * kPageTokens + t)] = row[c];
+  }
+}
+
+void CpuBackend::score(const Layer& layer, const PageList& list, std::span<const float> queries, std::span<float> sums,
+                       Scratch& scratch) {
+  const auto dim = static_cast<size_t>(layer.config.head_dim), rows = queries.size() / dim, tokens = sums.size();
+  size_t at = 0;
+  for (const PageEntry& page : list.pages) {
+    key_lanes(page, scratch);
+    const auto live = static_cast<size_t>(page.live);
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t first = 0; first < live; first += kLanes) {
+        float dots[kLanes] = {};
+        for (size_t c = 0; c < dim; ++c) {
+          const float x = queries[r * dim + c];
+          const float* keys = scratch.lanes.data() + c * kPageTokens + first;
+          for (size_t t = 0; t < kLanes; ++t) dots[t] += x * keys[t];
+        }
+        std::copy_n(dots, std::min(kLanes, live - first), scratch.scores.data() + r * tokens + at + first);
+      }
+    }
+    at += live;
+  }
+  // The prompt's tokens are the list's newest: the last query sees all.
+  for (size_t r = 0; r < rows; ++r) {
+    const std::span<float> seen(scratch.scores.data() + r * tokens, tokens - (rows - 1 - r));
+    weigh(seen, layer.config.scale, layer.config.softcap);
+    add_to_window(seen, sums);
+  }
+}
+
+Backend::Window CpuBackend::window(SequenceId id, int layer, int kv_head) const {
+  const auto l = static_cast<size_t>(layer);
+  const PromptStep& step = prompts_.at(id);
+  const int per_kv = layers_[l].heads_per_kv;
+  size_t before = 0;
+  for (int h = 0; h < kv_head; ++h) before += static_cast<size_t>(step.tokens[l][static_cast<size_t>(h)] * per_kv);
+  const auto n = static_cast<size_t>(step.tokens[l][static_cast<size_t>(kv_head)] * per_kv);
+  return {std::span(step.sums[l]).subspan(before, n), static_cast<int>(step.next.end - step.next.begin)};
+}
+
+void CpuBackend::end() {
+  for (auto& [id, step] : prompts_) {
+    if (step.ends) {
+      queries_.erase(id);
+    } else {
+      queries_[id] = std::move(step.next);
+    }
+  }
+  prompts_.clear();
+}
+
+void CpuBackend::fork(SequenceId from, SequenceId to) {
+  if (const auto kept = queries_.find(from); kept != queries_.end()) queries_[to] = kept->second;
+}
+
+void CpuBackend::cut_queries(SequenceId id, int64_t n) {
+  const auto kept = queries_.find(id);
+  if (kept == queries_.end()) return;
+  kept->second.end = std::min(kept->second.end, n);
+  kept->second.begin = std::min(kept->second.begin, n);
+}
+
+}  // namespace kvmix

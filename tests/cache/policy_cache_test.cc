@@ -1,0 +1,419 @@
+// The cache carries token policies out: one suite that every policy which runs goes through.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <set>
+
+#include "attention/scores.h"
+#include "kvmix/error.h"
+#include "policy/policy.h"
+#include "support/cache_fixture.h"
+
+namespace kvmix {
+namespace {
+
+using testing::key_codec;
+using testing::kRecents;
+using testing::make_layer;
+using testing::random_rows;
+using testing::Rows;
+using testing::step;
+using testing::value_codec;
+using testing::with_recent;
+
+constexpr int kPrompt = 900;
+
+// Specs of every registered policy that this cache carries out, as it comes and with a choice that needs less.
+std::vector<PolicySpec> running_policies() {
+  std::vector<PolicySpec> specs;
+  for (const PolicyInfo& info : policies()) {
+    for (PolicySpec spec : {PolicySpec{info.name, {}}, PolicySpec{info.name, {{"decode", "append"}}}}) {
+      if (info.name == "dbudgetkv") spec.values["threshold"] = 0.5;
+      if (info.name == "dbudgetkv") spec.values["frozen"] = 0.0;
+      if (info.name == "quantized-pruning") spec.values["keep"] = 0.1;
+      CacheConfig config = testing::one_layer(make_layer(4, 2, 32, key_codec(4), value_codec(3, 32)));
+      config.tokens = spec;
+      try {
+        Cache cache(config);
+      } catch (const Error&) {
+        continue;
+      }
+      specs.push_back(spec);
+    }
+  }
+  return specs;
+}
+
+CacheConfig two_layers(const PolicySpec& spec, const CodecSpec& recent = {}) {
+  CacheConfig config;
+  LayerConfig sliding = make_layer(4, 2, 32, key_codec(4), value_codec(3, 32));
+  sliding.sliding_window = 200;
+  config.layers = {with_recent(make_layer(4, 2, 32, key_codec(4), value_codec(3, 32), 16, 64), recent),
+                   with_recent(sliding, recent),
+                   with_recent(make_layer(4, 2, 32, CodecSpec{}, CodecSpec{}, 0), recent)};
+  config.threads = 2;
+  config.tokens = spec;
+  return config;
+}
+
+Rows part(const Rows& rows, const LayerConfig& layer, int first, int n) {
+  const auto cut = [&](const std::vector<float>& from, int heads) {
+    const ptrdiff_t width = heads * layer.head_dim;
+    return std::vector<float>(from.begin() + first * width, from.begin() + (first + n) * width);
+  };
+  Rows out{cut(rows.q, layer.q_heads), cut(rows.k, layer.kv_heads), cut(rows.v, layer.kv_heads), {}};
+  out.out.resize(out.q.size());
+  return out;
+}
+
+// The same rows for every layer, in chunks of at most `chunk`.
+Rows feed(Cache& cache, SequenceId id, const Rows& rows, int n, int chunk) {
+  Rows last;
+  for (int done = 0; done < n; done += chunk) {
+    const int now = std::min(chunk, n - done);
+    last = part(rows, cache.config().layers[0], done, now);
+    step(cache, {{id, now, done + now < n}}, last);
+  }
+  return last;
+}
+
+std::vector<float> stored_rows(const Cache& cache, SequenceId id, int layer, int head, Side side) {
+  std::vector<float> rows(static_cast<size_t>(cache.length(id)) * static_cast<size_t>(cache.config().layers[0].head_dim));
+  cache.read(id, layer, head, side, false, rows.data());
+  return rows;
+}
+
+// Everything that a sequence holds; dropped rows are 0.
+std::vector<float> contents(const Cache& cache, SequenceId id) {
+  std::vector<float> all;
+  for (int l = 0; l < static_cast<int>(cache.config().layers.size()); ++l) {
+    for (int h = 0; h < cache.config().layers[static_cast<size_t>(l)].kv_heads; ++h) {
+      for (const Side side : {Side::kKey, Side::kValue}) {
+        for (const float x : stored_rows(cache, id, l, h, side)) all.push_back(std::isnan(x) ? 0 : x);
+      }
+    }
+  }
+  return all;
+}
+
+size_t used_bytes(const Cache& cache) {
+  const MemoryReport m = cache.memory();
+  return m.total_bytes - m.slack_bytes;
+}
+
+// Largest relative error of the last row of layer 0 against double attention over what is kept.
+double error_over_kept(const Cache& cache, SequenceId id, const Rows& rows, int layer) {
+  const LayerConfig& config = cache.config().layers[static_cast<size_t>(layer)];
+  const auto dim = static_cast<size_t>(config.head_dim);
+  double worst = 0;
+  for (int h = 0; h < config.q_heads; ++h) {
+    const int kv = h / (config.q_heads / config.kv_heads);
+    const auto keys = stored_rows(cache, id, layer, kv, Side::kKey), values = stored_rows(cache, id, layer, kv, Side::kValue);
+    std::vector<float> k, v;
+    const std::vector<std::vector<int64_t>> kept = cache.kept(id, layer);
+    for (const int64_t p : kept[static_cast<size_t>(kv)]) {
+      const auto at = static_cast<ptrdiff_t>(p) * static_cast<ptrdiff_t>(dim);
+      k.insert(k.end(), keys.begin() + at, keys.begin() + at + static_cast<ptrdiff_t>(dim));
+      v.insert(v.end(), values.begin() + at, values.begin() + at + static_cast<ptrdiff_t>(dim));
+    }
+    LayerConfig full = config;
+    full.sliding_window = 0;
+    const size_t at = rows.q.size() - static_cast<size_t>(config.q_heads - h) * dim;
+    const auto exact = testing::oracle(full, &rows.q[at], k, v, static_cast<int64_t>(k.size() / dim) - 1);
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < dim; ++i) {
+      error += std::pow(static_cast<double>(rows.out[at + i]) - exact[i], 2);
+      norm += exact[i] * exact[i];
+    }
+    worst = std::max(worst, std::sqrt(error / norm));
+  }
+  return worst;
+}
+
+std::vector<std::vector<int64_t>> all_positions(const Cache& cache, SequenceId id) {
+  std::vector<std::vector<int64_t>> all;
+  for (int l = 0; l < static_cast<int>(cache.config().layers.size()); ++l) {
+    for (auto& head : cache.kept(id, l)) all.push_back(std::move(head));
+  }
+  return all;
+}
+
+TEST(PolicyCache, MostPoliciesRun) {
+  std::set<std::string> names;
+  for (const PolicySpec& spec : running_policies()) names.insert(spec.name);
+  for (const char* name : {"streaming", "snapkv", "pyramidkv", "adakv", "kvcrush", "dbudgetkv", "quantized-pruning"}) {
+    EXPECT_TRUE(names.contains(name)) << name;
+  }
+}
+
+// What stays is what the policy says of the reference's scores over the keys that the pages hold.
+TEST(PolicyCache, KeepsWhatThePolicyDecides) {
+  for (const CodecSpec& recent : kRecents) {
+    for (const PolicySpec& spec : running_policies()) {
+      std::mt19937 random(1);
+      const CacheConfig config = two_layers(spec, recent);
+      CacheConfig unsealed = config;
+      unsealed.tokens.reset();
+      for (LayerConfig& layer : unsealed.layers) layer.window.tokens = 4096;
+      Cache cache(config), reference(unsealed);
+      const SequenceId id = cache.create(), same = reference.create();
+      const Rows rows = random_rows(config.layers[0], kPrompt, random);
+      feed(cache, id, rows, kPrompt, kPrompt);
+      feed(reference, same, rows, kPrompt, kPrompt);
+      const std::unique_ptr<Policy> policy = make_policy(spec);
+      for (const int l : {0, 2}) {
+        const LayerConfig& layer = config.layers[static_cast<size_t>(l)];
+        const int dim = layer.head_dim, queries = std::min(kPrompt, policy->needs().window_queries);
+        std::vector<int64_t> positions(kPrompt);
+        for (int64_t p = 0; p < kPrompt; ++p) positions[static_cast<size_t>(p)] = p;
+        const std::vector<Tier> tiers(kPrompt, Tier::kHigh);
+        std::vector<std::vector<float>> windows;
+        std::vector<HeadView> heads;
+        for (int h = 0; h < 2; ++h) {
+          const std::vector<float> keys = stored_rows(reference, same, l, h, Side::kKey);
+          std::vector<float> row(2 * kPrompt);
+          windows.emplace_back(2 * kPrompt, 0.0f);
+          for (int q = kPrompt - queries; q < kPrompt; ++q) {
+            score_row({2, dim, layer.scale, layer.softcap, keys, positions}, &rows.q[static_cast<size_t>((q * 4 + h * 2) * dim)], q,
+                      row);
+            add_to_window(row, windows.back());
+          }
+        }
+        for (int h = 0; h < 2; ++h) {
+          HeadView& head = heads.emplace_back();
+          head.positions = positions;
+          head.tiers = tiers;
+          if (queries > 0) head.window = windows[static_cast<size_t>(h)];
+        }
+        PolicyView view;
+        view.shape = {.layer = l, .layers = 3, .ordinal = l / 2, .ordinals = 2, .kv_heads = 2, .heads_per_kv = 2, .head_dim = dim};
+        const CacheConfig& used = cache.config();
+        const LayerConfig& charged = used.layers[static_cast<size_t>(l)];
+        view.shape.token_bytes.fill(
+            static_cast<double>(tile_bytes(charged.key.codec, dim) + tile_bytes(charged.value.codec, dim)) / kPageTokens);
+        view.length = view.prompt_length = kPrompt;
+        view.window_rows = queries;
+        view.heads = heads;
+        PolicyScratch scratch;
+        Decision decision;
+        policy->decide(view, scratch, decision);
+        for (size_t h = 0; h < 2; ++h) {
+          std::vector<int64_t> kept;
+          for (int32_t i = 0; i < kPrompt; ++i) {
+            const auto& drop = decision.heads[h].drop;
+            if (!std::binary_search(drop.begin(), drop.end(), i)) kept.push_back(i);
+          }
+          EXPECT_LT(kept.size(), static_cast<size_t>(kPrompt)) << to_string(spec);
+          EXPECT_EQ(cache.kept(id, l)[h], kept) << to_string(spec) << " layer " << l << " head " << h;
+        }
+      }
+      EXPECT_GE(cache.kept(id, 1)[0].size(), 200u);  // a sliding window is left alone
+    }
+  }
+}
+
+TEST(PolicyCache, ChunkedPromptsAreWholeOnes) {
+  for (const CodecSpec& recent : kRecents) {
+    for (const PolicySpec& spec : running_policies()) {
+      std::mt19937 random(2);
+      CacheConfig config = two_layers(spec, recent);
+      config.layers.erase(config.layers.begin() + 1);  // sliding windows seal inside prompts
+      Cache cache(config);
+      const Rows rows = random_rows(config.layers[0], kPrompt, random);
+      const SequenceId whole = cache.create();
+      feed(cache, whole, rows, kPrompt, kPrompt);
+      for (const int chunk : {17, 128, 500}) {
+        const SequenceId id = cache.create();
+        feed(cache, id, rows, kPrompt, chunk);
+        EXPECT_EQ(all_positions(cache, id), all_positions(cache, whole)) << to_string(spec) << " chunk " << chunk;
+        EXPECT_EQ(contents(cache, id), contents(cache, whole)) << to_string(spec) << " chunk " << chunk;
+        cache.remove(id);
+      }
+    }
+  }
+}
+
+// Bytes fall to the formula's, and stay on it token by token; attention is that over the kept tokens.
+TEST(PolicyCache, BytesAndAttentionAreThoseOfTheKeptTokens) {
+  for (const CodecSpec& recent : kRecents) {
+    for (const PolicySpec& spec : running_policies()) {
+      std::mt19937 random(3);
+      const CacheConfig config = two_layers(spec, recent);
+      Cache cache(config);
+      const SequenceId id = cache.create();
+      feed(cache, id, random_rows(config.layers[0], kPrompt, random), kPrompt, 200);
+      CacheConfig all = config;
+      all.tokens.reset();
+      const bool fixed = spec.name != "adakv" && spec.name != "dbudgetkv";
+      for (int i = 0; i < 300; ++i) {
+        Rows rows = random_rows(config.layers[0], 1, random);
+        step(cache, {{id, 1}}, rows);
+        const int64_t length = cache.length(id);
+        if (fixed) {
+          ASSERT_EQ(used_bytes(cache), predict_bytes(config, length, kPrompt)) << to_string(spec) << " at " << length;
+        } else {
+          ASSERT_LT(used_bytes(cache), predict_bytes(all, length)) << to_string(spec);
+        }
+        ASSERT_LT(error_over_kept(cache, id, rows, 2), 0.05) << to_string(spec) << " at " << length;
+      }
+      cache.remove(id);
+      EXPECT_EQ(cache.memory().total_bytes, 0u);
+    }
+  }
+}
+
+TEST(PolicyCache, SinksAndWindowStayAndNoTokenStandsTwice) {
+  for (const PolicySpec& spec : running_policies()) {
+    std::mt19937 random(4);
+    Cache cache(two_layers(spec));
+    const SequenceId id = cache.create();
+    feed(cache, id, random_rows(cache.config().layers[0], kPrompt, random), kPrompt, kPrompt);
+    const std::unique_ptr<Policy> policy = make_policy(spec);
+    for (const int l : {0, 2}) {
+      LayerShape shape{.layer = l, .layers = 3, .ordinal = l / 2, .ordinals = 2, .kv_heads = 2, .heads_per_kv = 2, .head_dim = 32};
+      shape.token_bytes.fill(64);
+      const Protection kept = policy->protection(shape, kPrompt);
+      const auto heads = cache.kept(id, l);
+      for (const auto& positions : heads) {
+        EXPECT_EQ(std::set<int64_t>(positions.begin(), positions.end()).size(), positions.size());
+        EXPECT_TRUE(std::is_sorted(positions.begin(), positions.end()));
+        if (spec.name == "quantized-pruning") continue;  // its window depends on the codec's bytes
+        for (int64_t p = 0; p < kept.sinks; ++p) EXPECT_TRUE(std::binary_search(positions.begin(), positions.end(), p));
+        for (int64_t p = kPrompt - kept.window; p < kPrompt; ++p) {
+          EXPECT_TRUE(std::binary_search(positions.begin(), positions.end(), p)) << to_string(spec) << " " << p;
+        }
+      }
+      EXPECT_EQ(heads[0] == heads[1], policy->heads_share()) << to_string(spec);
+    }
+  }
+}
+
+TEST(PolicyCache, PagesThatWereFreedDoNotMatter) {
+  for (const PolicySpec& spec : running_policies()) {
+    std::mt19937 random(5);
+    const CacheConfig config = two_layers(spec);
+    Cache cache(config), busy(config);
+    const SequenceId a = cache.create(), b = busy.create();
+    const Rows rows = random_rows(config.layers[0], kPrompt, random), other = random_rows(config.layers[0], 2000, random);
+    feed(cache, a, rows, kPrompt, kPrompt);
+    feed(busy, b, rows, kPrompt, kPrompt);
+    feed(busy, busy.create(), other, 2000, 2000);  // takes the freed pages and writes over them
+    for (int i = 0; i < 5; ++i) {
+      Rows one = random_rows(config.layers[0], 1, random), two = one;
+      step(cache, {{a, 1}}, one);
+      step(busy, {{b, 1}}, two);
+      ASSERT_EQ(one.out, two.out) << to_string(spec);
+    }
+  }
+}
+
+TEST(PolicyCache, ForkTruncateSaveAndAbortLoseNothing) {
+  const std::string path = ::testing::TempDir() + "/kvmix_policy_cache";
+  for (const CodecSpec& recent : kRecents) {
+    for (const PolicySpec& spec : running_policies()) {
+      std::mt19937 random(6);
+      CacheConfig config = two_layers(spec, recent);
+      config.layers.erase(config.layers.begin() + 1);
+      Cache cache(config), other(config);
+      const SequenceId id = cache.create();
+      feed(cache, id, random_rows(config.layers[0], kPrompt, random), kPrompt, 300);
+      for (int i = 0; i < 50; ++i) {
+        Rows rows = random_rows(config.layers[0], 1, random);
+        step(cache, {{id, 1}}, rows);
+      }
+      const auto positions = all_positions(cache, id);
+      const auto rows_before = contents(cache, id);
+      const size_t bytes = used_bytes(cache);
+
+      const std::vector<StepItem> second = {{id, 400}};
+      cache.begin_step(second);
+      cache.abort_step();
+      EXPECT_EQ(contents(cache, id), rows_before);
+
+      cache.save(id, path, "f");
+      const SequenceId loaded = other.load(path, "f");
+      EXPECT_EQ(all_positions(other, loaded), positions);
+      EXPECT_EQ(contents(other, loaded), rows_before);
+      EXPECT_EQ(inspect_saved_cache(path).version, 3);
+      EXPECT_EQ(used_bytes(other), bytes) << to_string(spec);
+
+      const SequenceId copy = cache.fork(id);
+      for (const int64_t n : {int64_t{949}, int64_t{920}, int64_t{900}, int64_t{880}, int64_t{500}, int64_t{10}, int64_t{0}}) {
+        const SequenceId cut = cache.fork(id);
+        cache.truncate(cut, n);
+        auto expected = positions;
+        for (auto& head : expected) head.erase(std::lower_bound(head.begin(), head.end(), n), head.end());
+        EXPECT_EQ(all_positions(cache, cut), expected) << to_string(spec) << " cut to " << n;
+        Rows rows = random_rows(config.layers[0], 1, random);
+        step(cache, {{cut, 1}}, rows);
+        for (auto& head : expected) head.push_back(n);
+        EXPECT_EQ(all_positions(cache, cut), expected);
+        EXPECT_LT(error_over_kept(cache, cut, rows, 1), 0.05) << to_string(spec) << " cut to " << n;
+        cache.remove(cut);
+      }
+      EXPECT_EQ(contents(cache, id), rows_before);
+
+      // A second prompt on the copy; the first sequence does not notice.
+      feed(cache, copy, random_rows(config.layers[0], 600, random), 600, 150);
+      for (const auto& head : all_positions(cache, copy)) EXPECT_EQ(head.back(), kPrompt + 50 + 600 - 1);
+      Rows rows = random_rows(config.layers[0], 1, random);
+      step(cache, {{copy, 1}}, rows);
+      EXPECT_LT(error_over_kept(cache, copy, rows, 1), 0.05) << to_string(spec);
+      EXPECT_EQ(contents(cache, id), rows_before);
+      EXPECT_EQ(all_positions(cache, id), positions);
+      cache.remove(copy);
+      cache.remove(id);
+      EXPECT_EQ(cache.memory().total_bytes, 0u);
+    }
+  }
+  std::filesystem::remove(path);
+}
+
+// A prompt that fits without its compaction's pages is refused before it starts, or kept and compacted; nothing is in between.
+TEST(PolicyCache, OutOfMemoryComesBeforeAnythingChanged) {
+  for (const PolicySpec& spec : running_policies()) {
+    std::mt19937 random(7);
+    CacheConfig config = two_layers(spec);
+    const Rows rows = random_rows(config.layers[0], kPrompt, random);
+    int refused = 0, taken = 0;
+    for (size_t limit = size_t{400} << 10; limit < size_t{3} << 20; limit += size_t{128} << 10) {
+      config.max_bytes = limit;
+      Cache cache(config);
+      const SequenceId id = cache.create();
+      try {
+        feed(cache, id, rows, kPrompt, 300);
+        ++taken;
+        EXPECT_EQ(cache.length(id), kPrompt);
+        EXPECT_LT(cache.kept(id, 0)[0].size(), static_cast<size_t>(kPrompt));
+      } catch (const Error& e) {
+        EXPECT_EQ(e.status(), Status::kOutOfMemory);
+        ++refused;
+        EXPECT_EQ(cache.length(id) % 300, 0);
+        for (const auto& head : cache.kept(id, 2)) EXPECT_EQ(static_cast<int64_t>(head.size()), cache.length(id));
+      }
+      cache.remove(id);
+      EXPECT_EQ(cache.memory().total_bytes, 0u);
+    }
+    EXPECT_GT(refused, 0) << to_string(spec);
+    EXPECT_GT(taken, 0) << to_string(spec);
+  }
+}
+
+TEST(PolicyCache, DecodedTokensAreNoPrompt) {
+  std::mt19937 random(8);
+  Cache cache(two_layers({"snapkv", {}}));
+  const SequenceId id = cache.create();
+  feed(cache, id, random_rows(cache.config().layers[0], kPrompt, random), kPrompt, kPrompt);
+  const size_t kept = cache.kept(id, 0)[0].size();
+  Rows rows = random_rows(cache.config().layers[0], 64, random);
+  step(cache, {{.sequence = id, .n_tokens = 64, .decoded = true}}, rows);
+  EXPECT_EQ(cache.kept(id, 0)[0].size(), kept + 64);
+  rows = random_rows(cache.config().layers[0], 8, random);
+  step(cache, {{.sequence = id, .n_tokens = 8, .more = true}}, rows);
+  const std::vector<StepItem> inside = {{.sequence = id, .n_tokens = 1, .decoded = true}};
+  EXPECT_THROW(cache.begin_step(inside), Error);
+}
+
+}  // namespace
+}  // namespace kvmix
