@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "base/mean.h"
 #include "base/machine.h"
+#include "base/mean.h"
 #include "base/parallel.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
