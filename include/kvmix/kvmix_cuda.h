@@ -66,7 +66,7 @@ typedef struct kvmix_cuda_attend_params {
   const int32_t*
       page_table; /* [sequences][page_table_stride]: id >= 0 of a record, or ~id of an open page, in position order */
   int64_t page_table_stride;
-  const kvmix_cuda_item* items; /* device copy of what kvmix_cuda_plan wrote */
+  const kvmix_cuda_item* items; /* device copy of what kvmix_cuda_cut wrote */
   int32_t item_count;
   void* workspace; /* device memory, zeroed once before the first launch; each launch leaves it ready for the next */
   size_t workspace_bytes;
@@ -83,7 +83,7 @@ typedef struct kvmix_cuda_attend_params {
  * current device). `lengths` [sequences] is host memory. Writes at most `capacity` items and their number; with null items
  * only the number and the workspace's bytes. Reads the shape of `params`, none of its pointers. The output for given items is
  * the same to the bit on every launch. */
-kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
+kvmix_status kvmix_cuda_cut(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
                              kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
 /* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, whose

@@ -127,10 +127,10 @@ class World {
     p.sinks = c_.sinks, p.sliding_window = c_.sliding_window, p.softcap = c_.softcap;
     p.bf16 = c_.bf16;
     int32_t count = 0;
-    ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, nullptr, 0, &count, &p.workspace_bytes), KVMIX_OK)
+    ASSERT_EQ(kvmix_cuda_cut(&p, c_.lengths.data(), c_.slots, nullptr, 0, &count, &p.workspace_bytes), KVMIX_OK)
         << kvmix_cuda_last_error();
     std::vector<kvmix_cuda_item> items(static_cast<size_t>(count));
-    ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, items.data(), count, &p.item_count, &p.workspace_bytes),
+    ASSERT_EQ(kvmix_cuda_cut(&p, c_.lengths.data(), c_.slots, items.data(), count, &p.item_count, &p.workspace_bytes),
               KVMIX_OK);
     DeviceBytes q(q_.size() * 2), o(q_.size() * 2), l(q_.size() / dim_ * 4), records(records_.size()), open(open_.size() * 2);
     DeviceBytes table(table_.size() * 4), work(items.size() * sizeof items[0]), space(p.workspace_bytes);

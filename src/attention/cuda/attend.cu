@@ -1,4 +1,4 @@
-// Host side of attention: checks, dispatch, launch. The work list is cut in plan.cc.
+// Host side of attention: checks, dispatch, launch. The work list is cut in cut.cc.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -7,16 +7,8 @@
 
 #include "attention/cuda/attend.cuh"
 #include "attention/cuda/launch.h"
-#include "attention/cuda/support.h"
 
 namespace kvmix::cuda {
-
-void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw Error(Status::kInternal, std::string(what) + ": " + cudaGetErrorString(status) + " (cudaError " +
-                                       std::to_string(static_cast<int>(status)) + ")");
-  }
-}
 
 namespace {
 
@@ -45,28 +37,21 @@ void with_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
   );
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "attend: device");
-  check_cuda(cudaDeviceGetAttribute(&value, which, device), "attend: device");
-  return value;
-}
 template <class C>
 Residency residency_of(C) {
-  const int room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - C::query_bytes;
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - C::query_bytes;
   const int all = std::clamp(room / C::ring, kWarps, C::most_warps);
-  return {attribute(cudaDevAttrMultiProcessorCount), C::few_blocks, std::min(all, kMaxWarps), all};
+  return {device_attribute(cudaDevAttrMultiProcessorCount), C::few_blocks, std::min(all, kMaxWarps), all};
 }
 
 }  // namespace
 
 void attend(const kvmix_cuda_attend_params& p) {
-  check_shape(p);
   if (p.item_count == 0) return;
   const WorkspaceLayout space = workspace_layout(p);
   if (p.workspace_bytes < space.bytes(p.item_count)) {
     throw Error(Status::kInvalidArgument, "attend: workspace_bytes " + std::to_string(p.workspace_bytes) + " is below the " +
-                                              std::to_string(space.bytes(p.item_count)) + " that kvmix_cuda_plan asks for");
+                                              std::to_string(space.bytes(p.item_count)) + " that kvmix_cuda_cut asks for");
   }
   constexpr float kLog2E = 1.44269504088896f;
   auto* const base = static_cast<uint8_t*>(p.workspace);
@@ -97,7 +82,7 @@ void attend(const kvmix_cuda_attend_params& p) {
     // At least so much that a multiprocessor takes no more blocks than planned.
     const int blocks = std::max(1, device.warps(p.item_count) / warps);
     const int shared =
-        std::max(config.shared_bytes(warps), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (blocks + 1));
+        std::max(config.shared_bytes(warps), device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (blocks + 1));
     allow_shared(kernel, shared, "attend: shared memory");
     kernel<<<p.item_count, 32 * warps, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
     check_cuda(cudaGetLastError(), "attend: launch");
@@ -111,7 +96,7 @@ Residency residency(const kvmix_cuda_attend_params& p) {
     with_kernel(p.format, rows, [&](auto*, auto config) { device = residency_of(config); });
   } else {
     const int blocks = std::max(1, resident_page_blocks(p.format.head_dim, rows));
-    device = {attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
+    device = {device_attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
   }
   return device;
 }

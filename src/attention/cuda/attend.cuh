@@ -9,9 +9,10 @@
 // One long file: its parts work on one set of registers.
 #pragma once
 
-#include "attention/cuda/common.cuh"
 #include "attention/cuda/page_copies.cuh"
-#include "attention/cuda/support.h"
+#include "attention/cuda/partials.cuh"
+#include "attention/cuda/shape.h"
+#include "codec/cuda/words.cuh"
 
 namespace kvmix::cuda {
 

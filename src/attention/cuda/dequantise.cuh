@@ -1,7 +1,9 @@
 // Packed codes to fp16 numbers in the registers of operand A of mma.m16n8k16.
 #pragma once
 
-#include "attention/cuda/common.cuh"
+#include "attention/cuda/arguments.cuh"
+#include "codec/cuda/format.h"
+#include "codec/cuda/words.cuh"
 
 namespace kvmix::cuda {
 
@@ -14,20 +16,6 @@ __device__ inline int lane_again() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
   return lane;
-}
-
-// A lane's words of one block, which nothing writes meanwhile.
-template <int bits>
-__device__ inline void load_codes(const uint8_t* block, int lane, uint32_t (&w)[block_words(bits)]) {
-#pragma unroll
-  for (int i = 0; i < block_words(bits) / 4; ++i) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(block + 512 * i) + lane);
-    w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-  }
-  if constexpr (block_words(bits) % 4 == 2) {
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(block + 512 * (block_words(bits) / 4)) + lane);
-    w[block_words(bits) - 2] = v.x, w[block_words(bits) - 1] = v.y;
-  }
 }
 
 // Codes less their centre, exact. A code that starts at bit k of a half, 1 <= k <= 10 - bits, counts from zero under the
@@ -131,22 +119,7 @@ __device__ inline void copy_block(const uint8_t* codes, unsigned block, int lane
 // Calls body with what a side is and its width as constants.
 template <bool key, class Body>
 __device__ inline void with_format(const SideShape& side, const Body& body) {
-  const auto with_width = [&](auto what) {
-    switch (side.bits) {
-      case 1:
-        return body(what, std::integral_constant<int, 1>{});
-      case 2:
-        return body(what, std::integral_constant<int, 2>{});
-      case 3:
-        return body(what, std::integral_constant<int, 3>{});
-      case 4:
-        return body(what, std::integral_constant<int, 4>{});
-      case 8:
-        return body(what, std::integral_constant<int, 8>{});
-      default:
-        return body(what, std::integral_constant<int, 16>{});
-    }
-  };
+  const auto with_width = [&](auto what) { Widths::visit(side.bits, [&](auto bits) { body(what, bits); }); };
   if constexpr (!key) {
     with_width(std::integral_constant<Operand, Operand::kValues>{});
   } else if (side.per_token) {

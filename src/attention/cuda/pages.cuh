@@ -6,9 +6,9 @@
 // held at 2^kLift over the maximum.
 #pragma once
 
-#include "attention/cuda/common.cuh"
 #include "attention/cuda/dequantise.cuh"
-#include "attention/cuda/support.h"
+#include "attention/cuda/partials.cuh"
+#include "attention/cuda/shape.h"
 
 namespace kvmix::cuda {
 

@@ -10,7 +10,8 @@
 #pragma once
 
 #include "attention/cuda/dequantise.cuh"
-#include "attention/cuda/support.h"
+#include "attention/cuda/partials.cuh"
+#include "attention/cuda/shape.h"
 #include "attention/cuda/wgmma.cuh"
 
 namespace kvmix::cuda {
