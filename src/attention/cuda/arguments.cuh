@@ -3,14 +3,15 @@
 
 #include <cstdint>
 
+#include "attention/cuda/stage.h"
 #include "base/cuda/fragments.cuh"
 #include "codec/cuda/tile_layout.h"
 #include "kvmix/kvmix_cuda.h"
 
 namespace kvmix::cuda {
 
-inline constexpr int kMaxWarps = 8;  // of a block of the decode kernel
-inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 8, kFields = 8;
+inline constexpr int kThreads = 32 * kWarps;
+inline constexpr uint32_t kOnes = 0x3c003c00u;
 inline constexpr float kLift = 12.0f;
 inline constexpr float kFloor = -1e30f;  // a running maximum before anything was seen; finite, so that differences are
 
@@ -39,24 +40,10 @@ __device__ inline float load_query(const AttendArguments& args, int64_t at) {
   return args.bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(args.q)[at])
                    : __half2float(static_cast<const __half*>(args.q)[at]);
 }
-// n of them at `at`, a multiple of n; n is 2 or a multiple of 4.
-template <int n>
-__device__ inline void load_queries(const AttendArguments& args, int64_t at, float (&x)[n]) {
-  uint32_t words[n / 2];
-  if constexpr (n == 2) {
-    words[0] = static_cast<const uint32_t*>(args.q)[at / 2];
-  } else {
-#pragma unroll
-    for (int i = 0; i < n / 4; ++i) {
-      const uint2 v = static_cast<const uint2*>(args.q)[at / 4 + i];
-      words[2 * i] = v.x, words[2 * i + 1] = v.y;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < n / 2; ++i) {
-    x[2 * i] = args.bf16 ? __uint_as_float(words[i] << 16) : half_bits(words[i] & 0xffffu);
-    x[2 * i + 1] = args.bf16 ? __uint_as_float(words[i] & 0xffff0000u) : half_bits(words[i] >> 16);
-  }
+// Two neighbouring ones.
+__device__ inline float2 load_query_pair(const AttendArguments& args, int64_t at) {
+  const uint32_t v = static_cast<const uint32_t*>(args.q)[at / 2];
+  return args.bf16 ? make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : __half22float2(half2_of(v));
 }
 // Stores the newest rows of an item's sequence and head that fall into its open pages, of which it is the only reader; a
 // __syncthreads makes them visible to the block.

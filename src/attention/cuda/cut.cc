@@ -53,7 +53,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
     for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
-    blocks = std::max<int64_t>(blocks, 1);
+    blocks = std::max<int64_t>(fast ? blocks * row_blocks(p) : blocks, 1);
     const int warps = fast ? device.block_warps(blocks) : 1;
     const int resident = std::max(1, device.warps(blocks) / warps);  // blocks of a multiprocessor
     const double waves = std::max(1.0, static_cast<double>(blocks) / (static_cast<double>(device.processors) * resident));
@@ -65,7 +65,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     const double time = full * (turns * turn + kBlock + kBlockWarp * busy) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
-  // What is little beside the L2 shall leave it as it was.
+  // What is little beside the L2 shall leave it as it was, unless another block reads it again.
   const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
   std::vector<kvmix_cuda_item> items;
   const bool images = uses_images(p);
@@ -84,7 +84,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
         item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
         item.length = lengths[sequence];
         if (images) item.partial = image, image += item.page_end - item.page_begin;
-        item.evict_first = bytes <= kSparingBytes;
+        item.evict_first = bytes <= kSparingBytes && (!fast || row_blocks(p) == 1);
         items.push_back(item);
       }
       ++ticket;

@@ -1,12 +1,24 @@
 // Between the host sides of the attention kernels.
 #pragma once
 
+#include "attention/cuda/arguments.cuh"
 #include "base/cuda/launch.h"
 #include "kvmix/kvmix_cuda.h"
 
 namespace kvmix::cuda {
 
-struct AttendArguments;
+struct DecodeArguments {
+  AttendArguments attend;
+  Stage stage;
+  int row_blocks;  // blocks of an item, each with its share of the query rows
+};
+struct DecodeLaunch {
+  int blocks, threads, shared;
+  void* stream;
+};
+// Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in).
+template <int head_dim>
+void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments);
 
 void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);

@@ -31,13 +31,17 @@ __device__ inline void store_partial(const AttendArguments& args, int slot, int 
   __stcg(reinterpret_cast<float4*>(args.partials) + at * quads + quad, value);
   if (quad == 0) __stcg(reinterpret_cast<float2*>(args.partial_sums) + at, make_float2(top, sum));
 }
-// Whether this block is the last of its head to have stored its part.
-__device__ inline bool arrived_last(const AttendArguments& args, const kvmix_cuda_item& item, int* last) {
+// The query rows of a block: `rows` from `row0` on of all those of its KV head, and what counts the splits that arrive.
+struct RowSpan {
+  int row0, rows, all_rows, ticket;
+};
+// Whether this block is the last of its rows to have stored its part.
+__device__ inline bool arrived_last(const AttendArguments& args, const kvmix_cuda_item& item, int ticket, int* last) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    *last = atomicAdd(args.tickets + item.ticket, 1) == item.splits - 1;
-    if (*last) args.tickets[item.ticket] = 0;
+    *last = atomicAdd(args.tickets + ticket, 1) == item.splits - 1;
+    if (*last) args.tickets[ticket] = 0;
   }
   __syncthreads();
   __threadfence();
@@ -45,9 +49,12 @@ __device__ inline bool arrived_last(const AttendArguments& args, const kvmix_cud
 }
 // Adds up the splits of a head, in their order; `sums` is shared memory for rows x splits.
 template <int quads, class Finish>
-__device__ inline void combine_splits(const AttendArguments& args, const kvmix_cuda_item& item, int threads, int rows,
-                                      float2* sums, const Finish& finish) {
-  const auto slot = [&](int row, int split) { return static_cast<int64_t>(item.partial + split) * rows + row; };
+__device__ inline void combine_splits(const AttendArguments& args, const kvmix_cuda_item& item, int threads,
+                                      const RowSpan& span, float2* sums, const Finish& finish) {
+  const int rows = span.rows;
+  const auto slot = [&](int row, int split) {
+    return static_cast<int64_t>(item.partial + split) * span.all_rows + span.row0 + row;
+  };
   for (int at = static_cast<int>(threadIdx.x); at < rows * item.splits; at += threads) {
     sums[at] = __ldcg(reinterpret_cast<const float2*>(args.partial_sums) + slot(at / item.splits, at % item.splits));
   }
@@ -76,16 +83,15 @@ struct RowPart {
 
 // The end of a block: adds up the `parts` of every row, four channels a thread, and writes the row; with several splits the
 // block that arrives last writes it for all. part(w, row) is in shared memory, as is `last`; `sums` is shared memory that
-// may overlap the parts. `all_rows` are those of the head, of which the block has `rows`; row_offset(row) is a row's place in
-// the output. `threads` of the block are still there.
+// may overlap the parts. row_offset(row) is a row's place in the output. `threads` of the block are still there.
 template <int quads, class RowOffset, class Part>
-__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int threads, int parts, int rows,
-                                  int all_rows, float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
+__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int threads, int parts,
+                                  const RowSpan& span, float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
   const auto finish = [&](int row, int quad, const float4& value, float top, float sum) {
     store_output(args, row_offset(row) * quads + quad, value, sum > 0.0f ? 1.0f / sum : 0.0f);
     if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(top, sum);
   };
-  for (int at = static_cast<int>(threadIdx.x); at < rows * quads; at += threads) {
+  for (int at = static_cast<int>(threadIdx.x); at < span.rows * quads; at += threads) {
     const int row = at / quads, quad = at % quads;
     float top = kFloor, sum = 0.0f;
     float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -101,17 +107,17 @@ __device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_
     if (item.splits == 1) {
       finish(row, quad, value, top, sum);
     } else {
-      store_partial(args, item.partial + item.split, row, all_rows, quad, quads, value, top, sum);
+      store_partial(args, item.partial + item.split, span.row0 + row, span.all_rows, quad, quads, value, top, sum);
     }
   }
-  if (item.splits == 1 || !arrived_last(args, item, last)) return;
-  combine_splits<quads>(args, item, threads, rows, sums, finish);
+  if (item.splits == 1 || !arrived_last(args, item, span.ticket, last)) return;
+  combine_splits<quads>(args, item, threads, span, sums, finish);
 }
 // The same for a block of kThreads with a fixed number of parts.
 template <int quads, int parts, class RowOffset, class Part>
-__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, int rows, int all_rows,
-                                  float2* sums, int* last, const RowOffset& row_offset, const Part& part) {
-  write_rows<quads>(args, item, kThreads, parts, rows, all_rows, sums, last, row_offset, part);
+__device__ inline void write_rows(const AttendArguments& args, const kvmix_cuda_item& item, const RowSpan& span, float2* sums,
+                                  int* last, const RowOffset& row_offset, const Part& part) {
+  write_rows<quads>(args, item, kThreads, parts, span, sums, last, row_offset, part);
 }
 
 }  // namespace kvmix::cuda

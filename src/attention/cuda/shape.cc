@@ -3,23 +3,15 @@
 #include <string>
 
 namespace kvmix::cuda {
-namespace {
-
-constexpr kvmix_cuda_format kFormats[] = {
-#define KVMIX_ATTEND(dim, k, v, kg, vg) {dim, k, v, kg, vg, 0},
-#include "attention/cuda/attend_formats.inc"
-#undef KVMIX_ATTEND
-};
-
-}  // namespace
 
 bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
+  constexpr int kMostRows = 16;            // two blocks an item; with more of them the page kernel reads less
+  constexpr int kMostShared = 226 * 1024;  // of a block, compute capability 9.0
+  constexpr int kMostValueGroups = 7;      // Warp::side
   const kvmix_cuda_format& f = p.format;
-  const auto same = [&](const kvmix_cuda_format& other) {
-    return f.head_dim == other.head_dim && f.key_bits == other.key_bits && f.value_bits == other.value_bits &&
-           f.key_group == other.key_group && f.value_group == other.value_group && f.key_per_token == 0;
-  };
-  return query_rows(p) <= 8 && std::any_of(std::begin(kFormats), std::end(kFormats), same);
+  const RecordShape shape = record_shape(f);
+  return query_rows(p) <= kMostRows && f.key_per_token == 0 && CodeWidths::has(f.key_bits) && CodeWidths::has(f.value_bits) &&
+         shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= kMostShared;
 }
 
 bool uses_images(const kvmix_cuda_attend_params& p) {
@@ -29,7 +21,7 @@ bool uses_images(const kvmix_cuda_attend_params& p) {
 
 const char* kernel_name(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
-  if (uses_fast_kernel(p)) return rows <= 4 ? "codes-4" : "codes-8";
+  if (uses_fast_kernel(p)) return rows <= 4 ? "codes-4" : rows <= 8 ? "codes-8" : "codes-16";
   if (rows <= 16) return "pages-16";
   return rows > kTileRows && has_prefill_kernel() ? "prefill-128" : "pages-64";
 }
@@ -49,7 +41,8 @@ void check_shape(const kvmix_cuda_attend_params& p) {
 }
 
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p) {
-  const size_t tickets = static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * sizeof(int32_t);
+  const size_t tickets =
+      static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * static_cast<size_t>(row_blocks(p)) * sizeof(int32_t);
   const auto rows = static_cast<size_t>(query_rows(p) > kTileRows ? 0 : query_rows(p));
   return {(tickets + 255) / 256 * 256, (rows * 2 * sizeof(float) + 15) / 16 * 16,
           rows * sizeof(float) * static_cast<size_t>(p.format.head_dim)};

@@ -4,17 +4,20 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/cuda/stage.h"
 #include "codec/cuda/format.h"
 
 namespace kvmix::cuda {
 
-inline constexpr int kMaxSplits = 256;  // of a head
-inline constexpr int kTileRows = 64;    // query rows of a block of the page kernel; more are not split along the pages
+inline constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
 
 void check_shape(const kvmix_cuda_attend_params& params);
 
 inline int heads_per_kv(const kvmix_cuda_attend_params& p) { return p.q_heads / p.kv_heads; }
 inline int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * heads_per_kv(p); }
+
+// Thread blocks that the decode kernel gives each item.
+inline int row_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kRows - 1) / kRows; }
 
 // Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row.
 struct WorkspaceLayout {

@@ -32,6 +32,8 @@ __device__ inline float half_bits(uint32_t v) { return __half2float(__ushort_as_
 __device__ constexpr uint32_t both(uint32_t v) { return v | (v << 16); }
 // fp16 bits of 2^e, e in [-14, 15]
 __device__ inline uint32_t power_half(int e) { return both(static_cast<uint32_t>(e + 15) << 10); }
+// The same for e in [-24, 15], subnormal numbers included.
+__device__ inline uint32_t power_half_from_24(int e) { return e >= -14 ? power_half(e) : both(1u << (e + 24)); }
 __device__ inline float power(int e) { return __int_as_float((e + 127) << 23); }
 __device__ inline float exp2_fast(float x) {
   float y;

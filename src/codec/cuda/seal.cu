@@ -83,10 +83,9 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
     float4 maps[4];  // of both codes of a register
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
-      const unsigned index = block * 8 + static_cast<unsigned>(field), token0 = index / tiles * 16,
-                     channel0 = index % tiles * 16;
-      // A tile lies in one group; groups of channels begin with every second tile at most.
-      if (bits != 16 && (!per_token || field == 0 || channel0 == 0 || channel0 % kSegment == 0)) {
+      const unsigned token0 = 16 * static_cast<unsigned>(field), channel0 = 16 * block;
+      // A tile lies in one group.
+      if (bits != 16 && (per_token || (token0 & static_cast<unsigned>(side.group - 1)) == 0)) {
         const CodeMap* const from =
             groups + (per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0);
         if (key && per_token) {  // the same for neighbours
@@ -274,9 +273,9 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
       const float scale = f16_to_f32(stored.scale);
       most = fmaxf(most, scale);
       groups[at] = code_map(scale, f16_to_f32(stored.mid), top);
-      const int to = side.per_token ? g * kPageTokens * 2 + value_scale_slot(i) : g * dim + key_scale_slot(dim, i);
+      const int to = g * side.group_halves() + scale_slot(i);
       meta[to] = stored.scale;
-      meta[to + side.mid_step()] = stored.mid;
+      meta[to + kMidStep] = stored.mid;
       if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
     if (way == Way::kFitted || (changed && args.fitted)) {
