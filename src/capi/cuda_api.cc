@@ -116,6 +116,16 @@ const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params) {
   return status == KVMIX_OK ? name : nullptr;
 }
 
+float kvmix_cuda_attend_cost(const kvmix_cuda_attend_params* params) {
+  float cost = -1.0f;
+  const kvmix_status status = guarded([&] {
+    need(params, "params");
+    check_shape(*params);
+    cost = relative_cost(*params);
+  });
+  return status == KVMIX_OK ? cost : -1.0f;
+}
+
 kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params) {
   return guarded([&] {
     need(params, "params");

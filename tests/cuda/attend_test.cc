@@ -632,10 +632,17 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
   p.q_tokens = 500;
   const std::string prefill = kvmix_cuda_attend_kernel(&p);
   EXPECT_TRUE(prefill == "pages-64" || prefill == "prefill-128") << prefill;
+  p.q_tokens = 1;
+  EXPECT_LT(kvmix_cuda_attend_cost(&p), 0.25f);
+  p.format.value_bits = 8;
+  EXPECT_GT(kvmix_cuda_attend_cost(&p), 0.3f);
+  p.format.value_bits = 16;
+  EXPECT_GE(kvmix_cuda_attend_cost(&p), 1.0f);
   for (const kvmix_cuda_format& f : {kvmix_cuda_format{80, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 5, 2, 128, 128, 0},
                                      kvmix_cuda_format{128, 2, 2, 16, 128, 0}}) {
     p.format = f;
     EXPECT_EQ(kvmix_cuda_attend_kernel(&p), nullptr);
+    EXPECT_LT(kvmix_cuda_attend_cost(&p), 0.0f);
     EXPECT_NE(std::string(kvmix_cuda_last_error()).find("there are widths 1, 2, 3, 4, 8, 16"), std::string::npos);
   }
 }

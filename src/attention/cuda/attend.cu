@@ -10,14 +10,13 @@ namespace kvmix::cuda {
 
 namespace {
 
-// Of a kernel whose warps hold a ring each: with records of 9 KB eight warps keep the memory busy, and more only queue for it.
-// With many short blocks more warps hide each other's beginnings, and narrow records need them for the arithmetic.
+// Of a kernel whose warps hold a ring each: eight warps and all registers are fastest. Many short blocks want more warps, which
+// hide each other's beginnings.
 Residency decode_residency(const RecordShape& shape) {
-  const int ring = stage_of(shape).ring;
   const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - query_bytes(shape.head_dim);
-  const int all = std::clamp(room / ring, kWarps, most_decode_warps(shape.head_dim));
-  const int few_blocks = shape.head_dim == 64 || (shape.head_dim <= 128 && ring < 9 * 1024) ? 1 : 8;
-  return {device_attribute(cudaDevAttrMultiProcessorCount), few_blocks, std::min(all, kMaxWarps), all};
+  const int all = std::clamp(room / stage_of(shape).ring, kWarps, kMaxWarps);
+  constexpr int kFewBlocks = 8;  // of a multiprocessor
+  return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, std::min(all, kFewWarps), all};
 }
 
 }  // namespace
@@ -61,7 +60,7 @@ void attend(const kvmix_cuda_attend_params& p) {
   const int shared = std::max(decode_shared_bytes(shape, warps),
                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
   const DecodeArguments d{a, stage_of(shape), row_blocks};
-  const DecodeLaunch launch{blocks, 32 * warps, shared, p.stream};
+  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, p.stream};
   if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch_decode<dim>(launch, d); }))
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no decode kernel");
 }

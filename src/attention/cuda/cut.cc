@@ -54,6 +54,8 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     int64_t blocks = 0;
     for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
     blocks = std::max<int64_t>(fast ? blocks * row_blocks(p) : blocks, 1);
+    // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
+    if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;
     const int warps = fast ? device.block_warps(blocks) : 1;
     const int resident = std::max(1, device.warps(blocks) / warps);  // blocks of a multiprocessor
     const double waves = std::max(1.0, static_cast<double>(blocks) / (static_cast<double>(device.processors) * resident));

@@ -38,11 +38,30 @@ __device__ inline void unpack(const uint32_t (&w)[block_words(bits)], int field,
   }
 }
 
+// The same from the words of a piece of the block: four, which with 4 and 8 bits hold some fields whole, or the block.
+template <int bits, int words>
+__device__ inline void unpack_piece(const uint32_t (&w)[words], int field, uint32_t (&a)[4]) {
+  if constexpr (words == block_words(bits)) {
+    unpack<bits>(w, field, a);
+  } else {
+    uint32_t all[block_words(bits)];
+#pragma unroll
+    for (int i = 0; i < block_words(bits); ++i) all[i] = w[i % 4];
+    unpack<bits>(all, field, a);
+  }
+}
+template <int words>
+__device__ inline void load_piece(const uint8_t* piece, int lane, uint32_t (&w)[words]) {
+  load_words<words / 2>(piece, lane, w);
+}
+
 __device__ constexpr float code_centre_of(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
 
 // What a warp holds: sums of weights times values, and of weights times what has no codes.
-template <int dim>
+template <int dim, int most_warps>
 struct Warp {
+  // Channel tiles of values side by side, where registers allow: twelve warps on a multiprocessor have 168 a thread.
+  static constexpr int kValueTiles = most_warps <= kFewWarps ? 4 : 2;
   static constexpr int kTiles = dim / 16, kSumRow = 7;
   float acc[kTiles][4];  // weights times scale times code, times 2^-23
   // Row r of 16: midpoints of value group r, the weights themselves (kSumRow), scales of group r - 8.
@@ -127,33 +146,32 @@ struct Warp {
     }
   }
 
-  // Scores of a packed key part, times `factor` of a column. `parts`: how often the scales change along the tokens at most.
-  template <int bits, int parts>
-  __device__ void packed_scores(const uint8_t* part, const Stage& stage, const uint2* query, int exponent,
-                                const float (&factor)[2], bool wide, float (&s)[kFields][4], int lane) {
-    constexpr int kFieldsOfPart = kFields / parts;
+  // Scores of a packed key part, times `factor` of a column. `groups`: of tokens.
+  template <int bits, int groups>
+  __device__ void packed_scores(const uint8_t* part, const uint2* query, int exponent, const float (&factor)[2], bool wide,
+                                float (&s)[kFields][4], int lane) {
+    constexpr int kGroupFields = kFields / groups;
     const uint32_t shrink = power_half(-exponent);
     const uint8_t* codes = part + kHeaderBytes;
     const uint8_t* meta = codes + code_bytes(bits, dim) + lane % 4 * 16;
-    float sums[parts][4] = {};  // rows 0..7 sum query times midpoint, rows 8..15 query times scale
+    float sums[groups][4] = {};  // rows 0..7 sum query times midpoint, rows 8..15 query times scale
 #pragma unroll
     for (int f = 0; f < kFields; ++f)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[f][i] = 0.0f;
-#pragma unroll(bits == 8 || parts > 1 ? 1 : 2)
+#pragma unroll(bits == 8 ? 1 : 2)
     for (int c = 0; c < kTiles; ++c) {
       const uint2 q = query[c * 32 + lane];
       uint32_t w[block_words(bits)];
       load_words<bits>(codes + c * block_bytes(bits), lane, w);
 #pragma unroll
-      for (int g = 0; g < parts; ++g) {
-        const int group = parts == 1 ? 0 : 16 * kFieldsOfPart * g >> stage.key_group_shift;
-        const uint4 m = *reinterpret_cast<const uint4*>(meta + group * (dim * 4) + c * 64);
+      for (int g = 0; g < groups; ++g) {
+        const uint4 m = *reinterpret_cast<const uint4*>(meta + g * (dim * 4) + c * 64);
         const uint32_t rows[4] = {m.z, m.x, m.w, m.y};
         mma(sums[g], rows, q.x, q.y);
         const uint32_t q0 = multiply(q.x, multiply(m.x, shrink)), q1 = multiply(q.y, multiply(m.y, shrink));
 #pragma unroll
-        for (int f = g * kFieldsOfPart; f < (g + 1) * kFieldsOfPart; ++f) {
+        for (int f = g * kGroupFields; f < (g + 1) * kGroupFields; ++f) {
           uint32_t a[4];
           unpack<bits>(w, f, a);
           mma(s[f], a, q0, q1);
@@ -164,7 +182,7 @@ struct Warp {
     const auto finish = [&](const int column) {
 #pragma unroll
       for (int f = 0; f < kFields; ++f) {
-        const float(&sum)[4] = sums[f / kFieldsOfPart];
+        const float(&sum)[4] = sums[f / kGroupFields];
         const float start = (sum[column] - code_centre_of(bits) * sum[column + 2]) * (factor[column] * plain);
         const float unit = factor[column] * lifted * power(-field_shift(bits, f));
 #pragma unroll
@@ -175,28 +193,20 @@ struct Warp {
     if (wide) finish(1);
   }
 
-  // Adds weights times a packed value part.
-  template <int bits>
+  // Adds weights times a packed value part. `at_once` channel tiles, of one group, are chains of mma side by side.
+  template <int bits, int at_once>
   __device__ void packed_values(const uint8_t* part, const Stage& stage, int exponent, const uint32_t (&p)[kFields][2],
                                 int lane) {
-    constexpr int kAtOnce = bits <= 4 && kTiles % 2 == 0 ? 2 : 1;  // chains of mma side by side
+    constexpr int kWords = block_words(bits) < 4 ? 2 : bits == 3 ? 6 : 4;  // that hold some fields whole
+    constexpr int kPieces = block_words(bits) / kWords, kPieceFields = kFields / kPieces;
     const uint8_t* const meta = part + code_bytes(bits, dim) + lane % 4 * 16;
     const int row = lane / 4;
     const uint8_t* const mine = meta + min(row, stage.value_groups - 1) * (kPageTokens * 4);
     float sums[4] = {};
-#pragma unroll
-    for (int f = 0; f < kFields; ++f) {
-      const uint4 m = *reinterpret_cast<const uint4*>(mine + f * 64);
-      const uint32_t rows[4] = {row == kSumRow ? kOnes : m.z, m.x, row == kSumRow ? kOnes : m.w, m.y};
-      mma(sums, rows, p[f][0], p[f][1]);
-    }
-    const float unit = power(-exponent);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) side[i] = fmaf(sums[i], unit, side[i]);
     uint32_t b[kFields][2];
 #pragma unroll
-    for (int c = 0; c < kTiles; c += kAtOnce) {
-      if (c == 0 || (c % 2 == 0 && (16 * c & ((1 << stage.value_group_shift) - 1)) == 0)) {
+    for (int c = 0; c < kTiles; c += at_once) {
+      if (c == 0 || (16 * c & ((1 << stage.value_group_shift) - 1)) == 0) {
         const uint8_t* const scales = meta + (16 * c >> stage.value_group_shift) * (kPageTokens * 4);
 #pragma unroll
         for (int f = 0; f < kFields; ++f) {
@@ -206,19 +216,34 @@ struct Warp {
           b[f][1] = multiply(p[f][1], multiply(v.y, shrink));
         }
       }
-      uint32_t w[kAtOnce][block_words(bits)];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) load_words<bits>(part + (c + j) * block_bytes(bits), lane, w[j]);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        uint32_t w[at_once][kWords];
 #pragma unroll
-      for (int f = 0; f < kFields; ++f) {
+        for (int j = 0; j < at_once; ++j) {
+          if (c + j >= kTiles) break;
+          load_piece(part + (c + j) * block_bytes(bits) + 512 * piece, lane, w[j]);
+        }
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          uint32_t a[4];
-          unpack<bits>(w[j], f, a);
-          mma(acc[c + j], a, b[f][0], b[f][1]);
+        for (int f = piece * kPieceFields; f < (piece + 1) * kPieceFields; ++f) {
+          if (c == 0) {
+            const uint4 m = *reinterpret_cast<const uint4*>(mine + f * 64);
+            const uint32_t rows[4] = {row == kSumRow ? kOnes : m.z, m.x, row == kSumRow ? kOnes : m.w, m.y};
+            mma(sums, rows, p[f][0], p[f][1]);
+          }
+#pragma unroll
+          for (int j = 0; j < at_once; ++j) {
+            if (c + j >= kTiles) break;
+            uint32_t a[4];
+            unpack_piece<bits>(w[j], f, a);
+            mma(acc[c + j], a, b[f][0], b[f][1]);
+          }
         }
       }
     }
+    const float unit = power(-exponent);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) side[i] = fmaf(sums[i], unit, side[i]);
   }
 
   // A quarter of an open page, two token tiles: fp16 rows straight from global memory.
@@ -296,9 +321,8 @@ __device__ inline void with_code_width(int bits, const Body& body) {
   CodeWidths::visit(bits, body);
 }
 
-template <int dim>
-__global__ void __launch_bounds__(32 * kMaxWarps, most_decode_warps(dim) / kMaxWarps)
-    attend_kernel(const __grid_constant__ DecodeArguments arguments) {
+template <int dim, int most_warps>
+__global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ float row_factor[kRows];
   __shared__ kvmix_cuda_item item;  // read from here where it is needed: registers decide
@@ -404,7 +428,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, most_decode_warps(dim) / kMaxW
     }
   }
   const float factor[2] = {row_factor[row_of(0)], wide ? row_factor[row_of(1)] : 0.0f};
-  Warp<dim> state;
+  using State = Warp<dim, most_warps>;
+  State state;
   state.reset();
   for (; page < item.page_end; page += present) {
     const int32_t after = page_id(item, page + 2 * present);
@@ -418,11 +443,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, most_decode_warps(dim) / kMaxW
       copies.wait(true);
       const int2 exponent = *reinterpret_cast<const int2*>(ring);
       with_code_width(stage.key_bits, [&](auto bits) {
-        if (stage.key_groups == 1) {
-          state.template packed_scores<bits.value, 1>(ring, stage, query, exponent.x, factor, wide, s, lane);
-        } else {
-          state.template packed_scores<bits.value, 4>(ring, stage, query, exponent.x, factor, wide, s, lane);
-        }
+        List<1, 2, 4>::visit(stage.key_groups, [&](auto groups) {
+          state.template packed_scores<bits.value, groups.value>(ring, query, exponent.x, factor, wide, s, lane);
+        });
       });
       __syncwarp();
       fetch(item, next, true);
@@ -431,7 +454,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, most_decode_warps(dim) / kMaxW
           lane);
       copies.wait(false);
       with_code_width(stage.value_bits, [&](auto bits) {
-        state.template packed_values<bits.value>(ring + stage.key_pitch + stage.value_shift, stage, exponent.y, p, lane);
+        const uint8_t* const part = ring + stage.key_pitch + stage.value_shift;
+        if (stage.value_group_shift > 5) {
+          state.template packed_values<bits.value, State::kValueTiles>(part, stage, exponent.y, p, lane);
+        } else {
+          state.template packed_values<bits.value, 2>(part, stage, exponent.y, p, lane);
+        }
       });
       __syncwarp();
       fetch(item, next, false);
@@ -479,8 +507,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, most_decode_warps(dim) / kMaxW
     for (int c = 0; c < kTiles; ++c) {
       const float zero = state.zero_of(column, 16 * c >> stage.value_group_shift, stage.value_bits, lane);
       if (row >= rows) continue;
-      to[16 * c + lane / 4] = fmaf(state.acc[c][column], power(Warp<dim>::kCodeLift), zero);
-      to[16 * c + lane / 4 + 8] = fmaf(state.acc[c][column + 2], power(Warp<dim>::kCodeLift), zero);
+      to[16 * c + lane / 4] = fmaf(state.acc[c][column], power(State::kCodeLift), zero);
+      to[16 * c + lane / 4 + 8] = fmaf(state.acc[c][column + 2], power(State::kCodeLift), zero);
     }
     if (lane < 4 && row < rows) {
       merged_sums[(warp * kRows + row) * 2] = state.top[column];

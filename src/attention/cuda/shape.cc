@@ -26,6 +26,15 @@ const char* kernel_name(const kvmix_cuda_attend_params& p) {
   return rows > kTileRows && has_prefill_kernel() ? "prefill-128" : "pages-64";
 }
 
+float relative_cost(const kvmix_cuda_attend_params& p) {
+  const auto share = static_cast<float>(record_shape(p.format).bytes()) /
+                     static_cast<float>(2 * 2 * kPageTokens * p.format.head_dim);  // of fp16's bytes
+  const int rows = query_rows(p);
+  // Memory, with what a launch takes beside it; the arithmetic of a page is the least.
+  if (uses_fast_kernel(p)) return std::max(rows <= 4 ? 0.17f : rows <= 8 ? 0.25f : 0.36f, 0.05f + 0.955f * share);
+  return p.format.head_dim > 128 ? 2.7f : 1.1f;
+}
+
 void check_shape(const kvmix_cuda_attend_params& p) {
   check_format(p.format);
   require(p.sequences > 0, "attend: sequences " + std::to_string(p.sequences) + " must be at least 1");

@@ -48,6 +48,7 @@ Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel t
 bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
 bool has_prefill_kernel();
 const char* kernel_name(const kvmix_cuda_attend_params& params);
+float relative_cost(const kvmix_cuda_attend_params& params);  // kvmix_cuda_attend_cost
 // Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
 bool uses_images(const kvmix_cuda_attend_params& params);
 // A page as it stands in shared memory: keys in panels of 64 channels, values of 64 tokens, rows of 128 bytes.

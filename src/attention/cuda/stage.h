@@ -9,18 +9,16 @@
 namespace kvmix::cuda {
 
 inline constexpr int kMaxSplits = 256;  // of a head
-inline constexpr int kMaxWarps = 8, kWarps = 4,
-                     kRows = 8;        // of a block of the decode kernel: warps, those that stay, query rows
+// Of a block of the decode kernel: most warps, those of the kernel that takes the most registers, those that stay, query rows.
+inline constexpr int kMaxWarps = 12, kFewWarps = 8, kWarps = 4, kRows = 8;
 inline constexpr int kQueryLift = 12;  // queries stand at up to 2^this
 
-// Registers allow that many warps on a multiprocessor.
-KVMIX_HOST_DEVICE constexpr int most_decode_warps(int head_dim) { return head_dim <= 128 ? 16 : kMaxWarps; }
 KVMIX_HOST_DEVICE constexpr int query_bytes(int head_dim) { return head_dim / 16 * 32 * 8; }
 KVMIX_HOST_DEVICE constexpr int merge_row(int head_dim) { return head_dim + 8; }  // floats, without bank conflicts
 
 struct Stage {
   int key_bits, value_bits;
-  int key_groups, key_group_shift;      // of tokens
+  int key_groups;                       // of tokens
   int value_groups, value_group_shift;  // of channels
   // Both copies of a record start at a 128-byte line of it, that of the values value_shift bytes before them.
   int key_bytes, value_begin, value_shift, value_bytes;
@@ -32,7 +30,7 @@ inline Stage stage_of(const RecordShape& shape) {
   const auto whole_lines = [](int bytes) { return (bytes + 127) / 128 * 128; };
   Stage s{};
   s.key_bits = shape.key_bits, s.value_bits = shape.value_bits;
-  s.key_groups = shape.key_groups(), s.key_group_shift = log2(shape.key_group);
+  s.key_groups = shape.key_groups();
   s.value_groups = shape.value_groups(), s.value_group_shift = log2(shape.value_group);
   s.key_bytes = shape.key_bytes();
   s.value_begin = s.key_bytes / 128 * 128, s.value_shift = s.key_bytes - s.value_begin;
