@@ -180,8 +180,8 @@ class World {
   // Largest error of a row and of a log-sum-exp, as a share of what the formats imply. Operands are rounded to fp16 once (the
   // query times the key scales, or the dequantised key; weights times value scales, or the dequantised value; codes count from
   // zero, so twice the largest magnitude bounds a product), each by 2^-11 of itself at most, and the errors add up as
-  // independent ones do. A score that is off by e moves the output by e |v| at most; four more roundings are the weights' and
-  // the output's.
+  // independent ones do. A score that is off by e moves the output by e |v| at most; four more roundings are the weights'
+  // (before and after a value scale) and the output's.
   void compare(const std::vector<uint16_t>& out, const std::vector<float>& lse, double* worst, double* worst_lse) const {
     const int group = c_.q_heads / c_.kv_heads;
     const double round = 1.0 / 2048.0, scale = 1.0 / std::sqrt(static_cast<double>(dim_));

@@ -43,7 +43,7 @@ struct Residency {
 void attend(const kvmix_cuda_attend_params& params);
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
-// attend.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh
+// decode.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh
 // the rest.
 bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
 bool has_prefill_kernel();
