@@ -62,7 +62,7 @@ def timed(launches, repeat):
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
-    time.sleep(0.05)  # the driver may still be clearing memory that was just given back
+    time.sleep(0.15)  # the driver may still be clearing memory that was just given back
     times = []
     for i in range(repeat):
         flush()
@@ -134,9 +134,9 @@ class Packed:
         self.out = torch.empty_like(self.q)
         lengths = (c.c_int32 * batch)(*[length] * batch)
         count, space = c.c_int32(), c.c_size_t()
-        check(lib, lib.kvmix_cuda_plan(c.byref(p), lengths, 0, None, 0, c.byref(count), c.byref(space)))
+        check(lib, lib.kvmix_cuda_cut(c.byref(p), lengths, 0, None, 0, c.byref(count), c.byref(space)))
         host = (Item * count.value)()
-        check(lib, lib.kvmix_cuda_plan(c.byref(p), lengths, 0, c.byref(host), count.value, c.byref(count), c.byref(space)))
+        check(lib, lib.kvmix_cuda_cut(c.byref(p), lengths, 0, c.byref(host), count.value, c.byref(count), c.byref(space)))
         self.items = torch.frombuffer(bytearray(bytes(host)), dtype=torch.uint8).cuda()
         self.work = torch.zeros(space.value, dtype=torch.uint8, device="cuda")
         p.q, p.out, p.records, p.page_table = (t.data_ptr() for t in (self.q, self.out, self.pool, self.table))
@@ -234,6 +234,30 @@ def attend_table(lib, copy, formats, repeat):
                   f"{size / ms / 1e9 / copy:.0%} | {kernel} |", flush=True)
 
 
+def formats_table(lib, copy, repeat):
+    """Every pair of widths, and the groups that plans emit, at one large shape for each head_dim; ratios beside what the bytes
+    allow against 2/2 in groups of 128 at the same shape."""
+    print("| shape (batch, q heads, KV heads, tokens) | head_dim | bits K/V | groups K/V | fp16 ms | packed ms | ratio | of copy bandwidth |"
+          " of what the bytes allow | kernel |")
+    print("|---|--:|---|---|--:|--:|--:|--:|--:|---|")
+    widths = (1, 2, 3, 4, 8)
+    pairs = [(k, v) for k in widths for v in widths]
+    few = [(2, 2), (2, 1), (3, 2), (3, 3), (4, 4), (8, 8)]
+    for shape, dim, formats in (((64, 32, 8, 8192), 128, pairs), ((64, 32, 8, 8192), 96, few), ((64, 56, 8, 8192), 64, few), ((64, 14, 2, 8192), 64, few),
+                                ((64, 32, 8, 8192), 64, few), ((32, 8, 4, 8192), 256, few), ((32, 64, 4, 8192), 128, few)):
+        base = fp16(*shape, repeat, dim)[1]
+        torch.cuda.empty_cache()
+        cells = [((2, 2), (128, 128))] + [(bits, (128, 64)) for bits in formats]
+        cells += [((2, 2), (64, 64)), ((2, 2), (32, 64)), ((3, 3), (32, 128)), ((2, 2), (32, 32)), ((16, 4), (128, 64))]
+        first = None
+        for bits, groups in cells:
+            ms, size, _, kernel = packed(lib, bits, *shape, repeat, groups, dim)
+            torch.cuda.empty_cache()
+            first = first or (ms, size)
+            print(f"| {shape} | {dim} | {bits[0]}/{bits[1]} | {groups[0]}/{groups[1]} | {base:.4f} | {ms:.4f} | {base / ms:.2f} | "
+                  f"{size / ms / 1e9 / copy:.0%} | {first[0] / ms * size / first[1]:.2f} | {kernel} |", flush=True)
+
+
 def seal_table(lib, copy, repeat):
     print("| seal, 1024 pages x 32 heads | group | scales | ms | of copy bandwidth |")
     print("|---|--:|---|--:|--:|")
@@ -279,7 +303,7 @@ def main():
     parser.add_argument("library")
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
-    parser.add_argument("--tables", default="attend,seal,prefill")
+    parser.add_argument("--tables", default="attend,formats,seal,prefill")
     parser.add_argument("--flush", choices=("write", "read"), default="write",
                         help="what fills the L2 before a launch: written lines, which launches then push out, or read ones")
     args = parser.parse_args()
@@ -291,6 +315,8 @@ def main():
     tables = args.tables.split(",")
     if "attend" in tables:
         attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
+    if "formats" in tables:
+        formats_table(lib, copy, args.repeat)
     if "seal" in tables:
         seal_table(lib, copy, args.repeat)
     if "prefill" in tables:

@@ -1,6 +1,6 @@
 // What brings records from memory to shared memory, without any arithmetic: the ceiling of the decode kernel.
 //   nvcc -std=c++20 -O3 -arch=sm_90 -o copy_bench bench/cuda/copy_bench.cu && ./copy_bench
-// 16 sequences x 32 heads x 64 pages of records, each read once by bulk copies as src/attention/cuda/attend.cuh reads them: a
+// 16 sequences x 32 heads x 64 pages of records, each read once by bulk copies as src/attention/cuda/decode.cuh reads them: a
 // block of four warps takes a sequence's head, a warp every fourth page, whose halves follow each other. Compared are where
 // records begin, how many warps a multiprocessor has, and pages in random against ascending order. "ascending" lets all warps
 // sweep the memory from front to back; "plain loads" do so with 16 bytes a thread. Cold L2, median of 9.

@@ -66,7 +66,7 @@ typedef struct kvmix_cuda_attend_params {
   const int32_t*
       page_table; /* [sequences][page_table_stride]: id >= 0 of a record, or ~id of an open page, in position order */
   int64_t page_table_stride;
-  const kvmix_cuda_item* items; /* device copy of what kvmix_cuda_plan wrote */
+  const kvmix_cuda_item* items; /* device copy of what kvmix_cuda_cut wrote */
   int32_t item_count;
   void* workspace; /* device memory, zeroed once before the first launch; each launch leaves it ready for the next */
   size_t workspace_bytes;
@@ -83,19 +83,25 @@ typedef struct kvmix_cuda_attend_params {
  * current device). `lengths` [sequences] is host memory. Writes at most `capacity` items and their number; with null items
  * only the number and the workspace's bytes. Reads the shape of `params`, none of its pointers. The output for given items is
  * the same to the bit on every launch. */
-KVMIX_API kvmix_status kvmix_cuda_plan(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
-                                       kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
+KVMIX_API kvmix_status kvmix_cuda_cut(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
+                                      kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
 /* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, whose
  * workspace then holds all pages of the items as fp16. Can be captured in a graph. Every slot of a packed page must be finite.
  */
 KVMIX_API kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
-/* The kernel that kvmix_cuda_attend runs for a shape: "codes-4" and "codes-8" (up to 4, up to 8 query rows a KV head, on packed
- * codes) for common formats of head_dim 64, 128 and 256, "prefill-128" (tiles of 128 query rows, on devices of compute
- * capability 9.0 in a build for 90a) for more than 64, "pages-16" and "pages-64" (pages dequantised in shared memory) for the
- * rest. Null where the shape is refused. */
+/* The kernel that kvmix_cuda_attend runs for a shape: "codes-4", "codes-8" and "codes-16" (up to 4, 8, 16 query rows a KV head)
+ * on packed codes: widths 1, 2, 3, 4 and 8 in any pair, any groups, keys with a scale per channel, every head_dim; not where
+ * four records exceed a multiprocessor's shared memory (8/8 at head_dim 256) or a token has more than seven value groups.
+ * "prefill-128" (tiles of 128 query rows, on devices of compute capability 9.0 in a build for 90a) for more than 64, "pages-16"
+ * and "pages-64" (pages dequantised in shared memory) for the rest. Null where the shape is refused. */
 KVMIX_API const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);
+
+/* What that kernel takes, as a share of the time of fp16 attention over the same tokens: decode of large batches, fitted to an
+ * H100 (docs/performance-gpu.md). Formats on packed codes cost .17 to .6; 1 and more is no gain in speed. Widths 5, 6 and 7 and
+ * codecs without a zero point have no kernel: negative, as every shape that is refused. */
+KVMIX_API float kvmix_cuda_attend_cost(const kvmix_cuda_attend_params* params);
 
 /* New rows of keys and values into open pages: row i goes to slot slots[i] (page * 128 + slot in the page). */
 typedef struct kvmix_cuda_append_params {

@@ -111,10 +111,10 @@ class World {
     p.sinks = c_.sinks, p.sliding_window = c_.sliding_window, p.softcap = c_.softcap;
     p.bf16 = c_.bf16;
     int32_t count = 0;
-    ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, nullptr, 0, &count, &p.workspace_bytes), KVMIX_OK)
+    ASSERT_EQ(kvmix_cuda_cut(&p, c_.lengths.data(), c_.slots, nullptr, 0, &count, &p.workspace_bytes), KVMIX_OK)
         << kvmix_cuda_last_error();
     std::vector<kvmix_cuda_item> items(static_cast<size_t>(count));
-    ASSERT_EQ(kvmix_cuda_plan(&p, c_.lengths.data(), c_.slots, items.data(), count, &p.item_count, &p.workspace_bytes),
+    ASSERT_EQ(kvmix_cuda_cut(&p, c_.lengths.data(), c_.slots, items.data(), count, &p.item_count, &p.workspace_bytes),
               KVMIX_OK);
     DeviceBytes q(q_.size() * 2), o(q_.size() * 2), l(q_.size() / dim_ * 4), records(records_.size()), open(open_.size() * 2);
     DeviceBytes table(table_.size() * 4), work(items.size() * sizeof items[0]), space(p.workspace_bytes);
@@ -164,8 +164,8 @@ class World {
   // Largest error of a row and of a log-sum-exp, as a share of what the formats imply. Operands are rounded to fp16 once (the
   // query times the key scales, or the dequantised key; weights times value scales, or the dequantised value; codes count from
   // zero, so twice the largest magnitude bounds a product), each by 2^-11 of itself at most, and the errors add up as
-  // independent ones do. A score that is off by e moves the output by e |v| at most; four more roundings are the weights' and
-  // the output's.
+  // independent ones do. A score that is off by e moves the output by e |v| at most; four more roundings are the weights'
+  // (before and after a value scale) and the output's.
   void compare(const std::vector<uint16_t>& out, const std::vector<float>& lse, double* worst, double* worst_lse) const {
     const int group = c_.q_heads / c_.kv_heads;
     const double round = 1.0 / 2048.0, scale = 1.0 / std::sqrt(static_cast<double>(dim_));
@@ -328,17 +328,30 @@ class World {
   std::vector<std::vector<double>> keys_, values_;
 };
 
-// (head_dim, key bits, value bits, key group, value group, key per token): every fast kernel, then every width, group, head_dim
-// and key axis in the page kernel.
-constexpr kvmix_cuda_format kFormats[] = {
-#define KVMIX_ATTEND(dim, k, v, kg, vg) {dim, k, v, kg, vg, 0},
-#include "attention/cuda/attend_formats.inc"
-#undef KVMIX_ATTEND
-    {64, 2, 2, 32, 32, 0},      {64, 3, 1, 128, 128, 0},  {64, 8, 16, 64, 64, 0}, {96, 2, 3, 64, 64, 0},
-    {96, 4, 4, 32, 128, 1},     {96, 16, 2, 128, 32, 0},  {128, 1, 1, 64, 64, 0}, {128, 3, 8, 32, 32, 0},
-    {128, 16, 16, 128, 128, 0}, {128, 2, 2, 128, 128, 1}, {128, 8, 3, 32, 64, 1}, {256, 2, 2, 64, 64, 0},
-    {256, 3, 4, 64, 32, 0},     {256, 1, 8, 128, 64, 1},
-};
+// Every pair of widths at every head_dim, groups in turn; then what the page kernel takes: fp16 sides, keys with a scale per
+// token, many value groups, records too large for the decode kernel.
+std::vector<kvmix_cuda_format> formats() {
+  constexpr int kWidths[] = {1, 2, 3, 4, 8}, kDims[] = {64, 96, 128, 256}, kGroups[] = {32, 64, 128};
+  std::vector<kvmix_cuda_format> all;
+  for (const int dim : kDims) {
+    for (const int k : kWidths) {
+      for (const int v : kWidths) {
+        const size_t n = all.size();
+        all.push_back({dim, k, v, kGroups[n % 3], kGroups[(n / 3 + n) % 3], 0});
+      }
+    }
+    for (const int g : kGroups) all.push_back({dim, 2, 2, g, 64, 0});
+  }
+  const kvmix_cuda_format others[] = {{64, 8, 16, 64, 64, 0},  {96, 4, 4, 32, 128, 1},     {96, 16, 2, 128, 32, 0},
+                                      {128, 3, 16, 32, 32, 0}, {128, 16, 16, 128, 128, 0}, {128, 2, 2, 128, 128, 1},
+                                      {128, 8, 3, 32, 64, 1},  {256, 3, 4, 64, 32, 0},     {256, 1, 8, 128, 64, 1}};
+  all.insert(all.end(), std::begin(others), std::end(others));
+  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return std::memcmp(&a, &b, sizeof a) < 0; });
+  all.erase(
+      std::unique(all.begin(), all.end(), [](const auto& a, const auto& b) { return std::memcmp(&a, &b, sizeof a) == 0; }),
+      all.end());
+  return all;
+}
 
 void check(const Case& c) {
   World world(c);
@@ -367,6 +380,9 @@ const std::vector<int32_t> kRagged = {0, 1, 127, 128, 129, 700, 2048, 16};
 TEST_P(CudaAttend, MultiHead) { check({GetParam(), 3, 3, 1, 0, 0, 0, 0, 0.0f, kRagged}); }
 TEST_P(CudaAttend, Grouped4) { check({GetParam(), 8, 2, 1, 0, 0, 0, 16, 0.0f, kRagged}); }
 TEST_P(CudaAttend, Grouped8) { check({GetParam(), 8, 1, 1, 0, 0, 0, 16, 0.0f, kRagged}); }
+TEST_P(CudaAttend, Grouped7) { check({GetParam(), 14, 2, 1, 4, 100, 0, 16, 0.0f, {0, 5, 260, 1111}}); }
+TEST_P(CudaAttend, Grouped12) { check({GetParam(), 12, 1, 1, 0, 0, 0, 16, 0.0f, {1, 260, 1111}}); }
+TEST_P(CudaAttend, Grouped16) { check({GetParam(), 32, 2, 1, 0, 128, 0, 0, 0.0f, kRagged, 1.0f, true}); }
 TEST_P(CudaAttend, SinksAndWindow) {
   check({GetParam(), 6, 2, 1, 16, 200, 0, 0, 0.0f, {0, 1, 15, 16, 17, 143, 144, 145, 1500}});
 }
@@ -593,14 +609,26 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
   p.q_tokens = 2;
   EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "codes-8");
   p.q_tokens = 3;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "codes-16");
+  p.format.key_per_token = 1;
   EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-16");
+  p.q_tokens = 5;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-64");
+  p.format.key_per_token = 0;
   p.q_tokens = 500;
   const std::string prefill = kvmix_cuda_attend_kernel(&p);
   EXPECT_TRUE(prefill == "pages-64" || prefill == "prefill-128") << prefill;
+  p.q_tokens = 1;
+  EXPECT_LT(kvmix_cuda_attend_cost(&p), 0.25f);
+  p.format.value_bits = 8;
+  EXPECT_GT(kvmix_cuda_attend_cost(&p), 0.3f);
+  p.format.value_bits = 16;
+  EXPECT_GE(kvmix_cuda_attend_cost(&p), 1.0f);
   for (const kvmix_cuda_format& f : {kvmix_cuda_format{80, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 5, 2, 128, 128, 0},
                                      kvmix_cuda_format{128, 2, 2, 16, 128, 0}}) {
     p.format = f;
     EXPECT_EQ(kvmix_cuda_attend_kernel(&p), nullptr);
+    EXPECT_LT(kvmix_cuda_attend_cost(&p), 0.0f);
     EXPECT_NE(std::string(kvmix_cuda_last_error()).find("there are widths 1, 2, 3, 4, 8, 16"), std::string::npos);
   }
 }
@@ -610,7 +638,7 @@ std::string name_of(const ::testing::TestParamInfo<kvmix_cuda_format>& entry) {
   return std::string("d") + std::to_string(f.head_dim) + "k" + std::to_string(f.key_bits) + "v" + std::to_string(f.value_bits) +
          "g" + std::to_string(f.key_group) + "g" + std::to_string(f.value_group) + (f.key_per_token != 0 ? "token" : "");
 }
-INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(kFormats), name_of);
+INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(formats()), name_of);
 INSTANTIATE_TEST_SUITE_P(EveryHeadDim, CudaPrefill,
                          ::testing::Values(kvmix_cuda_format{64, 3, 8, 32, 64, 0}, kvmix_cuda_format{96, 2, 4, 64, 32, 0},
                                            kvmix_cuda_format{128, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 4, 3, 64, 32, 1},

@@ -1,72 +1,32 @@
-// Host side of attention: checks, dispatch, launch. The work list is cut in plan.cc.
-#include <cuda_runtime.h>
-
+// Host side of attention: checks, dispatch, launch. The work list is cut in cut.cc.
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "attention/cuda/attend.cuh"
 #include "attention/cuda/launch.h"
-#include "attention/cuda/support.h"
+#include "attention/cuda/shape.h"
 
 namespace kvmix::cuda {
 
-void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw Error(Status::kInternal, std::string(what) + ": " + cudaGetErrorString(status) + " (cudaError " +
-                                       std::to_string(static_cast<int>(status)) + ")");
-  }
-}
-
 namespace {
 
-// Calls body with the fast kernel of a format, if there is one, and its shared memory.
-template <int dim, int key_bits, int value_bits, int key_group, int value_group, class Body>
-bool try_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
-  if (f.head_dim != dim || f.key_bits != key_bits || f.value_bits != value_bits || f.key_group != key_group ||
-      f.value_group != value_group)
-    return false;
-  using Wide = Config<dim, key_bits, value_bits, key_group, value_group, true>;
-  using Narrow = Config<dim, key_bits, value_bits, key_group, value_group, false>;
-  if (rows > 4) {
-    body(attend_kernel<Wide>, Wide{});
-  } else {
-    body(attend_kernel<Narrow>, Narrow{});
-  }
-  return true;
-}
-
-template <class Body>
-void with_kernel(const kvmix_cuda_format& f, int rows, const Body& body) {
-  static_cast<void>(false
-#define KVMIX_ATTEND(dim, k, v, kg, vg) || try_kernel<dim, k, v, kg, vg>(f, rows, body)
-#include "attention/cuda/attend_formats.inc"
-#undef KVMIX_ATTEND
-  );
-}
-
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "attend: device");
-  check_cuda(cudaDeviceGetAttribute(&value, which, device), "attend: device");
-  return value;
-}
-template <class C>
-Residency residency_of(C) {
-  const int room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - C::query_bytes;
-  const int all = std::clamp(room / C::ring, kWarps, C::most_warps);
-  return {attribute(cudaDevAttrMultiProcessorCount), C::few_blocks, std::min(all, kMaxWarps), all};
+// Of a kernel whose warps hold a ring each: eight warps and all registers are fastest. Many short blocks want more warps, which
+// hide each other's beginnings.
+Residency decode_residency(const RecordShape& shape) {
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - query_bytes(shape.head_dim);
+  const int all = std::clamp(room / stage_of(shape).ring, kWarps, kMaxWarps);
+  constexpr int kFewBlocks = 8;  // of a multiprocessor
+  return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, std::min(all, kFewWarps), all};
 }
 
 }  // namespace
 
 void attend(const kvmix_cuda_attend_params& p) {
-  check_shape(p);
   if (p.item_count == 0) return;
   const WorkspaceLayout space = workspace_layout(p);
   if (p.workspace_bytes < space.bytes(p.item_count)) {
     throw Error(Status::kInvalidArgument, "attend: workspace_bytes " + std::to_string(p.workspace_bytes) + " is below the " +
-                                              std::to_string(space.bytes(p.item_count)) + " that kvmix_cuda_plan asks for");
+                                              std::to_string(space.bytes(p.item_count)) + " that kvmix_cuda_cut asks for");
   }
   constexpr float kLog2E = 1.44269504088896f;
   auto* const base = static_cast<uint8_t*>(p.workspace);
@@ -91,29 +51,25 @@ void attend(const kvmix_cuda_attend_params& p) {
   const int rows = a.group * a.q_tokens;
   if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
-  with_kernel(p.format, rows, [&](auto* kernel, auto config) {
-    const Residency device = residency_of(config);
-    const int warps = device.block_warps(p.item_count);
-    // At least so much that a multiprocessor takes no more blocks than planned.
-    const int blocks = std::max(1, device.warps(p.item_count) / warps);
-    const int shared =
-        std::max(config.shared_bytes(warps), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (blocks + 1));
-    allow_shared(kernel, shared, "attend: shared memory");
-    kernel<<<p.item_count, 32 * warps, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
-    check_cuda(cudaGetLastError(), "attend: launch");
-  });
+  const RecordShape shape = record_shape(p.format);
+  const Residency device = decode_residency(shape);
+  const int row_blocks = cuda::row_blocks(p), blocks = p.item_count * row_blocks;
+  const int warps = device.block_warps(blocks);
+  // At least so much that a multiprocessor takes no more blocks than planned.
+  const int resident = std::max(1, device.warps(blocks) / warps);
+  const int shared = std::max(decode_shared_bytes(shape, warps),
+                              device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
+  const DecodeArguments d{a, stage_of(shape), row_blocks};
+  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, p.stream};
+  if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch_decode<dim>(launch, d); }))
+    throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no decode kernel");
 }
 
 Residency residency(const kvmix_cuda_attend_params& p) {
-  const int rows = p.q_heads / p.kv_heads * p.q_tokens;
-  Residency device{};
-  if (uses_fast_kernel(p)) {
-    with_kernel(p.format, rows, [&](auto*, auto config) { device = residency_of(config); });
-  } else {
-    const int blocks = std::max(1, resident_page_blocks(p.format.head_dim, rows));
-    device = {attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
-  }
-  return device;
+  const int rows = query_rows(p);
+  if (uses_fast_kernel(p)) return decode_residency(record_shape(p.format));
+  const int blocks = std::max(1, resident_page_blocks(p.format.head_dim, rows));
+  return {device_attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
 }
 
 }  // namespace kvmix::cuda

@@ -1,33 +1,19 @@
 // Packed codes to fp16 numbers in the registers of operand A of mma.m16n8k16.
 #pragma once
 
-#include "attention/cuda/common.cuh"
+#include "attention/cuda/arguments.cuh"
+#include "codec/cuda/format.h"
+#include "codec/cuda/words.cuh"
 
 namespace kvmix::cuda {
 
 __device__ inline uint32_t bits_of(__half2 v) { return reinterpret_cast<const uint32_t&>(v); }
-__device__ inline __half2 low_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x5410)); }
-__device__ inline __half2 high_half2(uint32_t a, uint32_t b) { return half2_of(__byte_perm(a, b, 0x7632)); }
 
 // The lane's number, where what follows from it shall not be kept in registers from one use to the next.
 __device__ inline int lane_again() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
   return lane;
-}
-
-// A lane's words of one block, which nothing writes meanwhile.
-template <int bits>
-__device__ inline void load_codes(const uint8_t* block, int lane, uint32_t (&w)[block_words(bits)]) {
-#pragma unroll
-  for (int i = 0; i < block_words(bits) / 4; ++i) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(block + 512 * i) + lane);
-    w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-  }
-  if constexpr (block_words(bits) % 4 == 2) {
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(block + 512 * (block_words(bits) / 4)) + lane);
-    w[block_words(bits) - 2] = v.x, w[block_words(bits) - 1] = v.y;
-  }
 }
 
 // Codes less their centre, exact. A code that starts at bit k of a half, 1 <= k <= 10 - bits, counts from zero under the
@@ -55,60 +41,53 @@ __device__ inline __half2 centred_codes(const uint32_t (&w)[block_words(bits)], 
 // A side as its kernel sees it: keys have a row a token, values a row a channel in operand A.
 enum class Operand { kKeys, kKeysPerToken, kValues };
 
-// Scales and midpoints of the pairs of a tile's registers. A tile lies in one group; what a lane needs of it lies together.
+// Scales and midpoints of the pairs of a tile's registers; a tile lies in one group.
 template <Operand what>
 class LaneScales {
  public:
   __half2 scale[4], mid[4];
 
   __device__ LaneScales(const uint8_t* meta, const SideShape& side, int lane)
-      : group_mask_(static_cast<unsigned>(side.group - 1)),
+      : meta_(meta + (what == Operand::kKeysPerToken ? lane / 8 : lane % 4) * 16),
+        mine_(lane / 4 % 2 == 0 ? 0x1010 : 0x3232),
         shift_(5 + (side.group >= 64) + (side.group >= 128)),
-        row_bytes_(static_cast<unsigned>(2 * side.head_dim)),
-        mid_bytes_((kPageTokens >> shift_) * row_bytes_) {
-    at_ = meta + (what == Operand::kKeys           ? lane % 4 * (side.head_dim / 2)
-                  : what == Operand::kKeysPerToken ? lane / 4 * 8
-                                                   : lane % 4 * 16);
-  }
-  // Of a tile; with a scale per token only where a group of channels begins.
+        group_bytes_(static_cast<unsigned>(2 * side.group_halves())) {}
+
+  // Of a tile of a block whose first tile was loaded; with a scale per channel only where a group of tokens begins.
   __device__ void load(unsigned token0, unsigned channel0, bool first) {
     if constexpr (what == Operand::kKeys) {
-      const uint8_t* const from = at_ + (token0 >> shift_) * row_bytes_ + channel0 / 2;
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(from)), m = __ldg(reinterpret_cast<const uint2*>(from + mid_bytes_));
-      scale[0] = scale[1] = half2_of(v.x), scale[2] = scale[3] = half2_of(v.y);
-      mid[0] = mid[1] = half2_of(m.x), mid[2] = mid[3] = half2_of(m.y);
+      if (!first && (token0 & ((1u << shift_) - 1)) != 0) return;
+    }
+    const uint8_t* const from = what == Operand::kKeys ? meta_ + (token0 >> shift_) * group_bytes_ + channel0 * 4
+                                                       : meta_ + (channel0 >> shift_) * group_bytes_ + token0 * 4;
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+    if constexpr (what == Operand::kKeysPerToken) {
+      // Rows are tokens lane / 4 and lane / 4 + 8, one scale for both columns.
+      const auto own = [&](uint32_t pair) { return half2_of(__byte_perm(pair, 0, mine_)); };
+      scale[0] = scale[2] = own(v.x), scale[1] = scale[3] = own(v.y);
+      mid[0] = mid[2] = own(v.z), mid[1] = mid[3] = own(v.w);
     } else {
-      if (!first && (channel0 % 32 != 0 || (channel0 & group_mask_) != 0)) return;
-      from_ = first ? at_ + (channel0 >> shift_) * (kPageTokens * 4) + token0 * 4 : from_ + kPageTokens * 4;
-      if constexpr (what == Operand::kKeysPerToken) {
-        const uint2 v = __ldg(reinterpret_cast<const uint2*>(from_));
-        scale[0] = scale[2] = low_half2(v.x, v.x), scale[1] = scale[3] = high_half2(v.x, v.x);
-        mid[0] = mid[2] = low_half2(v.y, v.y), mid[1] = mid[3] = high_half2(v.y, v.y);
-      } else {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(from_));
-        scale[0] = scale[1] = low_half2(v.x, v.z), scale[2] = scale[3] = high_half2(v.x, v.z);
-        mid[0] = mid[1] = low_half2(v.y, v.w), mid[2] = mid[3] = high_half2(v.y, v.w);
-      }
+      scale[0] = scale[1] = half2_of(v.x), scale[2] = scale[3] = half2_of(v.y);
+      mid[0] = mid[1] = half2_of(v.z), mid[2] = mid[3] = half2_of(v.w);
     }
   }
 
  private:
-  unsigned group_mask_;
+  const uint8_t* meta_;
+  unsigned mine_;
   int shift_;
-  unsigned row_bytes_, mid_bytes_;
-  const uint8_t *at_, *from_;
+  unsigned group_bytes_;
 };
 
-// The tiles of one block of a side: store(first token, first channel, operand A) for each.
-template <int dim, Operand what, int bits, class Store>
+// Tiles `first` to first + count - 1 of one block of a side: store(first token, first channel, operand A) for each.
+template <Operand what, int bits, int first, int count, class Store>
 __device__ inline void dequantise_block(const uint32_t (&w)[block_words(bits)], LaneScales<what>& scales, unsigned block,
                                         const Store& store) {
-  constexpr unsigned kTiles = dim / 16;
 #pragma unroll
-  for (unsigned field = 0; field < kFields; ++field) {
-    const unsigned tile = block * kFields + field, token0 = tile / kTiles * 16, channel0 = tile % kTiles * 16;
+  for (unsigned field = first; field < first + count; ++field) {
+    const unsigned token0 = 16 * field, channel0 = 16 * block;
     uint32_t a[4];
-    scales.load(token0, channel0, field == 0 || (kTiles < kFields && channel0 == 0));
+    scales.load(token0, channel0, field == first);
 #pragma unroll
     for (int reg = 0; reg < 4; ++reg) {
       a[reg] = bits_of(__hfma2(scales.scale[reg], centred_codes<bits>(w, reg, static_cast<int>(field)), scales.mid[reg]));
@@ -118,35 +97,19 @@ __device__ inline void dequantise_block(const uint32_t (&w)[block_words(bits)], 
 }
 
 // The tiles of one fp16 block, one after the other for want of registers.
-template <int dim, class Store>
+template <int first, int count, class Store>
 __device__ inline void copy_block(const uint8_t* codes, unsigned block, int lane, const Store& store) {
 #pragma unroll
-  for (unsigned field = 0; field < kFields; ++field) {
+  for (unsigned field = first; field < first + count; ++field) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(codes + block * block_bytes(16) + 512 * field) + lane);
-    const unsigned tile = block * kFields + field;
-    store(tile / (dim / 16) * 16, tile % (dim / 16) * 16, {v.x, v.y, v.z, v.w});
+    store(16 * field, 16 * block, {v.x, v.y, v.z, v.w});
   }
 }
 
 // Calls body with what a side is and its width as constants.
 template <bool key, class Body>
 __device__ inline void with_format(const SideShape& side, const Body& body) {
-  const auto with_width = [&](auto what) {
-    switch (side.bits) {
-      case 1:
-        return body(what, std::integral_constant<int, 1>{});
-      case 2:
-        return body(what, std::integral_constant<int, 2>{});
-      case 3:
-        return body(what, std::integral_constant<int, 3>{});
-      case 4:
-        return body(what, std::integral_constant<int, 4>{});
-      case 8:
-        return body(what, std::integral_constant<int, 8>{});
-      default:
-        return body(what, std::integral_constant<int, 16>{});
-    }
-  };
+  const auto with_width = [&](auto what) { Widths::visit(side.bits, [&](auto bits) { body(what, bits); }); };
   if constexpr (!key) {
     with_width(std::integral_constant<Operand, Operand::kValues>{});
   } else if (side.per_token) {

@@ -1,31 +1,25 @@
 // Between the host sides of the attention kernels.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "attention/cuda/arguments.cuh"
+#include "base/cuda/launch.h"
 #include "kvmix/kvmix_cuda.h"
 
 namespace kvmix::cuda {
 
-struct AttendArguments;
-
-// Throws kInternal with what failed.
-void check_cuda(cudaError_t status, const char* what);
-
-// Lets a kernel use `shared` bytes of dynamic shared memory; `what` names the caller in an error.
-template <class Kernel>
-void allow_shared(Kernel* kernel, int shared, const char* what) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
-}
-// Blocks of a kernel that one multiprocessor holds.
-template <class Kernel>
-int blocks_on_processor(Kernel* kernel, int threads, int shared) {
-  int blocks = 0;
-  allow_shared(kernel, shared, "plan: shared memory");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared)),
-             "plan: occupancy");
-  return blocks;
-}
+struct DecodeArguments {
+  AttendArguments attend;
+  Stage stage;
+  int row_blocks;  // blocks of an item, each with its share of the query rows
+};
+struct DecodeLaunch {
+  int blocks, threads, shared;
+  int resident_warps;  // on a multiprocessor
+  void* stream;
+};
+// Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in).
+template <int head_dim>
+void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments);
 
 void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);

@@ -1,7 +1,7 @@
 // How the decode kernel brings records to shared memory.
 #pragma once
 
-#include "attention/cuda/common.cuh"
+#include "attention/cuda/arguments.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define KVMIX_BULK 1
@@ -11,16 +11,25 @@
 
 namespace kvmix::cuda {
 
+__device__ inline void copy_async(void* to, const void* from) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(shared), "l"(from) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int pending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
+}
+
 // Copies of record halves (keys, then values) into a warp's own buffers, each waited for before the next of its side starts.
 // With compute capability 9 one lane asks the bulk copy engine and a barrier in shared memory counts the bytes; before, every
 // lane copies 16 bytes at a time.
 // The engine asks the L2 for whole lines where source and destination share their place in a 128-byte line, else for 32 bytes
 // at a time, and the L2 then limits the rate. So buffers start at lines, and the copy of values starts at the line's beginning,
 // value_shift bytes before them; records at multiples of 128 bytes do the rest.
-template <class C>
 class PageCopies {
  public:
-  __device__ PageCopies(uint8_t* ring, int lane, int warp) : ring_(ring), lane_(lane) {
+  __device__ PageCopies(const Stage& stage, uint8_t* ring, int lane, int warp) : stage_(stage), ring_(ring), lane_(lane) {
 #if KVMIX_BULK
     __shared__ uint64_t barriers[2 * kMaxWarps];
     barriers_ = static_cast<uint32_t>(__cvta_generic_to_shared(barriers + 2 * warp));
@@ -38,9 +47,9 @@ class PageCopies {
   // After __syncwarp, once all lanes have read what stood there. `record` is null where there is nothing to copy. With
   // `evict_first` its bytes leave the L2 before what else is there.
   __device__ void start(const uint8_t* record, bool keys, bool evict_first) {
-    const int bytes = keys ? C::stage_key : C::stage_value;
-    uint8_t* const to = ring_ + (keys ? 0 : C::key_pitch);
-    const int begin = keys ? 0 : C::value_begin;
+    const int bytes = keys ? stage_.key_bytes : stage_.value_bytes;
+    uint8_t* const to = ring_ + (keys ? 0 : stage_.key_pitch);
+    const int begin = keys ? 0 : stage_.value_begin;
 #if KVMIX_BULK
     if (record == nullptr || lane_ != 0) return;
     const uint32_t barrier = barriers_ + (keys ? 0 : 8), shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -85,6 +94,7 @@ class PageCopies {
   }
 
  private:
+  const Stage& stage_;
   uint8_t* ring_;
   int lane_;
 #if KVMIX_BULK

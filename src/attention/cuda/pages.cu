@@ -1,9 +1,8 @@
 // Launch of the page kernel.
-#include <cuda_runtime.h>
+#include <string>
 
 #include "attention/cuda/launch.h"
 #include "attention/cuda/pages.cuh"
-#include "attention/cuda/support.h"
 
 namespace kvmix::cuda {
 namespace {
@@ -12,16 +11,9 @@ namespace {
 template <class Body>
 void with_kernel(int head_dim, int rows, const Body& body) {
   const bool few = rows <= kWarpRows;
-  switch (head_dim) {
-    case 64:
-      return body(few ? page_kernel<64, true> : page_kernel<64, false>, PageTile<64>::shared_bytes);
-    case 96:
-      return body(few ? page_kernel<96, true> : page_kernel<96, false>, PageTile<96>::shared_bytes);
-    case 128:
-      return body(few ? page_kernel<128, true> : page_kernel<128, false>, PageTile<128>::shared_bytes);
-    default:
-      return body(few ? page_kernel<256, true> : page_kernel<256, false>, PageTile<256>::shared_bytes);
-  }
+  const bool known = HeadDims::visit(
+      head_dim, [&](auto dim) { body(few ? page_kernel<dim, true> : page_kernel<dim, false>, PageTile<dim>::shared_bytes); });
+  if (!known) throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(head_dim) + " has no page kernel");
 }
 
 }  // namespace

@@ -1,14 +1,13 @@
 // The page kernel: attention over any mixture of formats, any number of query rows, head_dim 64, 96, 128 and 256. A thread
 // block of four warps takes one item (decode) or one tile of 64 query rows of it (prefill), and walks its pages: the page is
 // dequantised into shared memory as fp16 (keys [token][channel], values [channel][token]), then every warp runs mma.m16n8k16
-// with 16 query rows as operand A. With at most 16 rows the warps share the rows and split the page's tokens, each dequantising
-// its own and waiting for no other; otherwise they share the tokens and split the rows. The softmax is in base 2, weights are
-// held at 2^kLift over the maximum.
+// with 16 query rows as operand A. With at most 16 rows the warps share the rows and split the page's tokens; otherwise they
+// share the tokens and split the rows. The softmax is in base 2, weights are held at 2^kLift over the maximum.
 #pragma once
 
-#include "attention/cuda/common.cuh"
 #include "attention/cuda/dequantise.cuh"
-#include "attention/cuda/support.h"
+#include "attention/cuda/partials.cuh"
+#include "attention/cuda/shape.h"
 
 namespace kvmix::cuda {
 
@@ -31,57 +30,52 @@ struct PageTile {
   static constexpr int shared_bytes = page_bytes > merge_bytes ? page_bytes : merge_bytes;
 };
 
-// A packed side to shared memory: keys row = token, values row = channel. With `own` each warp expands the tokens that it works
-// on, otherwise every kWarps-th block.
-template <int dim, bool key, bool own>
+// A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel.
+template <int dim, bool key>
 __device__ inline void expand_side(const uint8_t* part, const SideShape& side, __half* out) {
   constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row;
-  constexpr unsigned kOwnTiles = kChunkTokens / 16 * (dim / 16);
-  const unsigned warp = threadIdx.x / 32;
+  constexpr unsigned kBlocks = dim / 16;
   with_format<key>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
     __half* const mine = out + lane / 4 * kRow + 2 * (lane % 4);
     const auto store = [&](unsigned token0, unsigned channel0, const uint32_t(&a)[4]) {
-      if (own && kOwnTiles % kFields != 0 && token0 / kChunkTokens != warp) return;  // a block that two warps share
       __half* const at = mine + (key ? token0 * kRow + channel0 : channel0 * kRow + token0);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) *reinterpret_cast<uint32_t*>(at + reg % 2 * 8 * kRow + reg / 2 * 8) = a[reg];
     };
-    constexpr unsigned kStep = own ? 1 : kWarps;
-    unsigned block = own ? warp * kOwnTiles / kFields : warp;
-    const unsigned end = own ? ((warp + 1) * kOwnTiles + kFields - 1) / kFields : dim / 16;
+    unsigned block = threadIdx.x / 32;
     if constexpr (bits == 16) {
-      for (; block < end; block += kStep) copy_block<dim>(part, block, lane, store);
+      for (; block < kBlocks; block += kWarps) copy_block<0, kFields>(part, block, lane, store);
     } else {
       LaneScales<what.value> scales(part + side.meta(), side, lane);
       uint32_t w[block_words(bits)];
       load_codes<bits>(part + block * block_bytes(bits), lane, w);
-      while (block < end) {
-        dequantise_block<dim, what.value, bits>(w, scales, block, store);
-        block += kStep;
-        if (block < end) load_codes<bits>(part + block * block_bytes(bits), lane, w);
+      while (block < kBlocks) {
+        dequantise_block<what.value, bits, 0, kFields>(w, scales, block, store);
+        block += kWarps;
+        if (block < kBlocks) load_codes<bits>(part + block * block_bytes(bits), lane, w);
       }
     }
   });
 }
 
-// Tokens [first, first + count) of an open page to shared memory, by `threads` threads; slots without a token become zero.
+// An open page to shared memory; slots without a token become zero.
 template <int dim>
-__device__ inline void copy_open(const __half* page, int live, int first, int count, int thread, int threads, __half* keys,
-                                 __half* values) {
+__device__ inline void copy_open(const __half* page, int live, __half* keys, __half* values) {
   constexpr int kOctets = dim / 8;
+  const int thread = static_cast<int>(threadIdx.x);
   const auto load = [&](int token, int octet) {
     const uint4 zero = {0, 0, 0, 0};
     return token < live ? *reinterpret_cast<const uint4*>(page + token * dim + octet * 8) : zero;
   };
-  for (int at = thread; at < count * kOctets; at += threads) {
-    const int token = first + at / kOctets, octet = at % kOctets;
+  for (int at = thread; at < kPageTokens * kOctets; at += kThreads) {
+    const int token = at / kOctets, octet = at % kOctets;
     *reinterpret_cast<uint4*>(keys + token * PageTile<dim>::key_row + octet * 8) = load(token, octet);
   }
   page += kPageTokens * dim;
-  for (int at = thread; at < count / 2 * kOctets; at += threads) {
-    const int token = first + at % (count / 2) * 2, octet = at / (count / 2);
+  for (int at = thread; at < kPageTokens / 2 * kOctets; at += kThreads) {
+    const int token = at % (kPageTokens / 2) * 2, octet = at / (kPageTokens / 2);
     const uint4 v0 = load(token, octet), v1 = load(token + 1, octet);
     const uint32_t a[4] = {v0.x, v0.y, v0.z, v0.w}, b[4] = {v1.x, v1.y, v1.z, v1.w};
 #pragma unroll
@@ -160,15 +154,6 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
   float acc[dim / 8][4] = {};
 
   const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
-  // Warps that split the tokens meet no more before the end: each has its tokens in shared memory to itself.
-  const auto meet = [] {
-    if constexpr (split_tokens) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  };
-  if constexpr (split_tokens) __syncthreads();
   int32_t next_id = item.page_begin < item.page_end ? table[item.page_begin] : 0;
   for (int page = item.page_begin; page < item.page_end; ++page) {
     const int first = args.sinks > 0 ? (page == 0 ? 0 : args.sinks + (page - 1) * kPageTokens) : page * kPageTokens;
@@ -176,22 +161,18 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     const int32_t id = next_id;
     if (page + 1 < item.page_end) next_id = table[page + 1];
     if (first >= last_end) break;
-    if (first + live <= first_begin || (split_tokens && warp * kChunkTokens >= live)) continue;
-    meet();
+    if (first + live <= first_begin) continue;
+    __syncthreads();
     if (id >= 0) {
       const uint8_t* record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-      expand_side<dim, true, split_tokens>(record + kHeaderBytes, arguments.key, keys);
-      expand_side<dim, false, split_tokens>(record + arguments.value_start, arguments.value, values);
+      expand_side<dim, true>(record + kHeaderBytes, arguments.key, keys);
+      expand_side<dim, false>(record + arguments.value_start, arguments.value, values);
     } else {
       const auto* const open = reinterpret_cast<const __half*>(
           args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride);
-      if constexpr (split_tokens) {
-        copy_open<dim>(open, live, warp * kChunkTokens, kChunkTokens, lane, 32, keys, values);
-      } else {
-        copy_open<dim>(open, live, 0, kPageTokens, static_cast<int>(threadIdx.x), kThreads, keys, values);
-      }
+      copy_open<dim>(open, live, keys, values);
     }
-    meet();
+    __syncthreads();
     for (int chunk = split_tokens ? warp : 0; chunk < (split_tokens ? warp + 1 : kPageTokens / kChunkTokens); ++chunk) {
       if (chunk * kChunkTokens >= live) break;
       float s[4][4] = {};
@@ -274,7 +255,8 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
   }
   __syncthreads();
   write_rows<dim / 4, split_tokens ? kWarps : 1>(
-      args, item, rows, all_rows, reinterpret_cast<float2*>(shared), &last, row_offset, [&](int w, int row) {
+      args, item, {row0, rows, all_rows, item.ticket}, reinterpret_cast<float2*>(shared), &last, row_offset,
+      [&](int w, int row) {
         const int at = w * kWarpRows + row;
         return RowPart{merged_sums[at], reinterpret_cast<const float4*>(merged + at * Tile::merge_row)};
       });

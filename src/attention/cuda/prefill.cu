@@ -1,5 +1,5 @@
 // Launch of the prefill kernel.
-#include <cuda_runtime.h>
+#include <string>
 
 #include "attention/cuda/launch.h"
 #include "attention/cuda/prefill.cuh"
@@ -45,16 +45,8 @@ bool has_prefill_kernel() {
 }
 
 void launch_prefill(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
-  switch (p.format.head_dim) {
-    case 64:
-      return launch<64>(p, arguments);
-    case 96:
-      return launch<96>(p, arguments);
-    case 128:
-      return launch<128>(p, arguments);
-    default:
-      return launch<256>(p, arguments);
-  }
+  if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch<dim>(p, arguments); }))
+    throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no prefill kernel");
 }
 
 }  // namespace kvmix::cuda

@@ -10,7 +10,8 @@
 #pragma once
 
 #include "attention/cuda/dequantise.cuh"
-#include "attention/cuda/support.h"
+#include "attention/cuda/partials.cuh"
+#include "attention/cuda/shape.h"
 #include "attention/cuda/wgmma.cuh"
 
 namespace kvmix::cuda {
@@ -72,8 +73,8 @@ template <int dim, bool key, int threads, class Ready>
 __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, uint32_t to,
                                           const Ready& ready) {
   constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim, kStep = threads / 32;
-  constexpr unsigned kBlocks = kTokens * dim / (16 * kBlockChannels);
-  const unsigned warp = threadIdx.x / 32, first = static_cast<unsigned>(part) * kBlocks, end = first + kBlocks;
+  constexpr unsigned kBlocks = dim / 16;
+  const unsigned warp = threadIdx.x / 32;
   with_format<key>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
@@ -82,20 +83,30 @@ __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideS
       const unsigned token = token0 % kTokens, row0 = key ? token : channel0, column0 = key ? channel0 : token;
       store_tiles((mine ^ (column0 % 64 * 2)) + column0 / 64 * panel_bytes(kRows) + row0 * 128, a);
     };
-    if constexpr (bits == 16) {
-      ready();
-      for (unsigned block = first + warp; block < end; block += kStep) copy_block<dim>(side_start, block, lane, store);
-    } else {
-      LaneScales<what.value> scales(side_start + side.meta(), side, lane);
-      uint32_t w[block_words(bits)];
-      unsigned block = first + warp;
-      if (block < end) load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
-      ready();
-      while (block < end) {
-        dequantise_block<dim, what.value, bits>(w, scales, block, store);
-        block += kStep;
-        if (block < end) load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
+    const auto bring = [&](auto first_field) {
+      constexpr int kFirst = first_field.value, kCount = kTokens / 16;
+      if constexpr (bits == 16) {
+        ready();
+        for (unsigned block = warp; block < kBlocks; block += kStep) {
+          copy_block<kFirst, kCount>(side_start, block, lane, store);
+        }
+      } else {
+        LaneScales<what.value> scales(side_start + side.meta(), side, lane);
+        uint32_t w[block_words(bits)];
+        unsigned block = warp;
+        if (block < kBlocks) load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
+        ready();
+        while (block < kBlocks) {
+          dequantise_block<what.value, bits, kFirst, kCount>(w, scales, block, store);
+          block += kStep;
+          if (block < kBlocks) load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
+        }
       }
+    };
+    if (kTokens == kPageTokens || part == 0) {
+      bring(std::integral_constant<int, 0>{});
+    } else {
+      bring(std::integral_constant<int, kFields - kTokens / 16>{});
     }
   });
 }
@@ -127,11 +138,6 @@ __device__ inline void copy_stretch(const __half* rows, int live, uint8_t* to) {
   }
 }
 
-// Two neighbouring numbers of the queries.
-__device__ inline float2 load_query_pair(const AttendArguments& args, int64_t at) {
-  const uint32_t v = static_cast<const uint32_t*>(args.q)[at / 2];
-  return args.bf16 ? make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : __half22float2(half2_of(v));
-}
 __device__ inline void store_output_pair(const AttendArguments& args, int64_t at, float a, float b) {
   const __nv_bfloat162 rounded = __floats2bfloat162_rn(a, b);
   static_cast<uint32_t*>(args.out)[at / 2] = args.bf16 ? reinterpret_cast<const uint32_t&>(rounded) : pack(a, b);

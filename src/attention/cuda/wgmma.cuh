@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention/cuda/common.cuh"
+#include "base/cuda/fragments.cuh"
 
 namespace kvmix::cuda {
 

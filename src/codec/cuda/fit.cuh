@@ -2,7 +2,8 @@
 // that is compiled without fused multiply-adds.
 #pragma once
 
-#include "attention/cuda/common.cuh"
+#include "base/cuda/fragments.cuh"
+#include "codec/cuda/tile_layout.h"
 #include "codec/quantize.h"
 
 namespace kvmix::cuda {

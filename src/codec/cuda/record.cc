@@ -21,7 +21,7 @@ CodecSpec side_spec(const SideShape& side) {
 template <class Visit>
 void each_code(bool key, int head_dim, const Visit& visit) {
   for (int token = 0; token < kPageTokens; ++token) {
-    for (int channel = 0; channel < head_dim; ++channel) visit(token, channel, code_cell(key, head_dim, token, channel));
+    for (int channel = 0; channel < head_dim; ++channel) visit(token, channel, code_cell(key, token, channel));
   }
 }
 
@@ -58,7 +58,7 @@ void each_scale(const SideShape& side, const Visit& visit) {
     for (int i = 0; i < (side.per_token ? kPageTokens : side.head_dim); ++i) {
       const int token = side.per_token ? i : g * side.group, channel = side.per_token ? g * side.group : i;
       const int at = side.scale_at(token, channel);
-      visit(scale_index(spec, side.head_dim, token, channel), at, at + side.mid_step());
+      visit(scale_index(spec, side.head_dim, token, channel), at, at + kMidStep);
     }
   }
 }

@@ -9,12 +9,13 @@
 
 #include <type_traits>
 
-#include "attention/cuda/common.cuh"
-#include "attention/cuda/launch.h"
-#include "attention/cuda/support.h"
+#include "base/cuda/fragments.cuh"
+#include "base/cuda/launch.h"
 #include "base/fp16.h"
 #include "codec/cuda/feedback.cuh"
 #include "codec/cuda/fit.cuh"
+#include "codec/cuda/format.h"
+#include "codec/cuda/seal.h"
 #include "codec/quantize.h"
 
 namespace kvmix::cuda {
@@ -82,10 +83,9 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
     float4 maps[4];  // of both codes of a register
 #pragma unroll
     for (int field = 0; field < 8; ++field) {
-      const unsigned index = block * 8 + static_cast<unsigned>(field), token0 = index / tiles * 16,
-                     channel0 = index % tiles * 16;
-      // A tile lies in one group; groups of channels begin with every second tile at most.
-      if (bits != 16 && (!per_token || field == 0 || channel0 == 0 || channel0 % kSegment == 0)) {
+      const unsigned token0 = 16 * static_cast<unsigned>(field), channel0 = 16 * block;
+      // A tile lies in one group.
+      if (bits != 16 && (per_token || (token0 & static_cast<unsigned>(side.group - 1)) == 0)) {
         const CodeMap* const from =
             groups + (per_token ? (channel0 >> group_shift) * kPageTokens + token0 : (token0 >> group_shift) * dim + channel0);
         if (key && per_token) {  // the same for neighbours
@@ -145,20 +145,7 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
 
 template <int dim, bool key>
 __device__ void pack_codes(const SideShape& side, const __half* tile, const CodeMap* groups, uint8_t* part) {
-  switch (side.bits) {
-    case 1:
-      return pack_codes<dim, key, 1>(side, tile, groups, part);
-    case 2:
-      return pack_codes<dim, key, 2>(side, tile, groups, part);
-    case 3:
-      return pack_codes<dim, key, 3>(side, tile, groups, part);
-    case 4:
-      return pack_codes<dim, key, 4>(side, tile, groups, part);
-    case 8:
-      return pack_codes<dim, key, 8>(side, tile, groups, part);
-    default:
-      return pack_codes<dim, key, 16>(side, tile, groups, part);
-  }
+  Widths::visit(side.bits, [&](auto bits) { pack_codes<dim, key, bits>(side, tile, groups, part); });
 }
 
 // What is not finite counts as zero.
@@ -286,9 +273,9 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
       const float scale = f16_to_f32(stored.scale);
       most = fmaxf(most, scale);
       groups[at] = code_map(scale, f16_to_f32(stored.mid), top);
-      const int to = side.per_token ? g * kPageTokens * 2 + value_scale_slot(i) : g * dim + key_scale_slot(dim, i);
+      const int to = g * side.group_halves() + scale_slot(i);
       meta[to] = stored.scale;
-      meta[to + side.mid_step()] = stored.mid;
+      meta[to + kMidStep] = stored.mid;
       if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
     if (way == Way::kFitted || (changed && args.fitted)) {
@@ -301,20 +288,9 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
           return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits);
         };
         GroupScale stored;
-        switch (side.per_token && dim - first < side.group ? dim - first : side.group) {
-          case 32:
-            stored = fit(std::integral_constant<int, 8>{});
-            break;
-          case 64:
-            stored = fit(std::integral_constant<int, 16>{});
-            break;
-          case 96:
-            stored = fit(std::integral_constant<int, 24>{});
-            break;
-          default:
-            stored = fit(std::integral_constant<int, 32>{});
-            break;
-        }
+        // A last group of channels may be shorter.
+        List<32, 64, 96, 128>::visit(side.per_token && dim - first < side.group ? dim - first : side.group,
+                                     [&](auto count) { stored = fit(std::integral_constant<int, count / kPartialSums>{}); });
         if (job % kPartialSums == 0) fits[at] = stored;
       }
       __syncthreads();
@@ -412,20 +388,15 @@ __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
   reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
 }
 
+using SealKernel = void (*)(SealArguments);
 template <Way way>
-auto kernel_of(int head_dim) {
-  switch (head_dim) {
-    case 64:
-      return seal_kernel<64, way>;
-    case 96:
-      return seal_kernel<96, way>;
-    case 128:
-      return seal_kernel<128, way>;
-    default:
-      return seal_kernel<256, way>;
-  }
+SealKernel kernel_of(int head_dim) {
+  SealKernel kernel = nullptr;
+  if (!HeadDims::visit(head_dim, [&](auto dim) { kernel = seal_kernel<dim, way>; }))
+    throw Error(Status::kUnsupported, "seal: head_dim " + std::to_string(head_dim) + " has no kernel");
+  return kernel;
 }
-auto kernel_of(const kvmix_cuda_seal_params& p) {
+SealKernel kernel_of(const kvmix_cuda_seal_params& p) {
   const auto any = [&](auto&& has) { return has(p.key_transform) || has(p.value_transform); };
   const int dim = p.format.head_dim;
   if (any([](const kvmix_cuda_transform& t) { return t.feedback != nullptr; })) return kernel_of<Way::kFeedback>(dim);
@@ -453,7 +424,7 @@ void seal(const kvmix_cuda_seal_params& p) {
   const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
   const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
   const int shared = keys > values ? keys : values;
-  auto* const kernel = kernel_of(p);
+  const SealKernel kernel = kernel_of(p);
   allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
   kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);

@@ -1,8 +1,9 @@
 // The GPU's page record: one packed page of kPageTokens tokens of one KV head, keys then values, in the order of the fragments
 // of mma.m16n8k16 with the codes as operand A (keys: row = token, column = channel; values: row = channel, column = token).
 //
-// A side is a row of 16 x 16 tiles (token tile first, then channel tile); a *block* holds 8 tiles, its fields: 32 lanes x 4
-// registers x 8 fields x 2 halves. With 128 channels a block is 16 tokens. Register r and half h of lane l are element (row,
+// A side is 16 x 16 tiles. A *block* is the 16 channels of a channel tile over the whole page: its eight token tiles are its
+// fields. Blocks stand in a row, so head_dim is any multiple of 16. A block holds 32 lanes x 4
+// registers x 8 fields x 2 halves. Register r and half h of lane l are element (row,
 // column) of a tile. A lane's 2 * bits words hold word w at 16-byte chunk w / 4 of the block (512 bytes a chunk; a last chunk
 // of two words takes 256), so that a warp reads a chunk with one vector load per lane. A code lies inside one half of a word at
 // bit field_shift() of the half after at most one right shift of the word: read as fp16 it is the subnormal code * 2^shift *
@@ -16,9 +17,10 @@
 //   8 bits:  words r + 4 (f / 2): bits 8 (f % 2)
 //   16 bits: word r + 4 f, the fp16 numbers themselves, without scales
 //
-// Record: 16-byte header | key codes | key scales | key midpoints | value codes | value scales and midpoints.
-// Keys with a scale per token keep their scales and midpoints as values do.
-// The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e.
+// Record: 16-byte header | key codes | key scales and midpoints | value codes | value scales and midpoints.
+// Scales and midpoints of a group stand together, in an order that gives a lane those of its fragment with one load: for every
+// 16 of them (channels of keys, tokens otherwise) four lanes' 2 j, 2 j + 1, 2 j + 8, 2 j + 9, scales first. Groups stand in a
+// row. The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +30,8 @@
 
 namespace kvmix::cuda {
 
-inline constexpr int kBlockTokens = 16, kBlockChannels = 128, kPageBlocks = kPageTokens / kBlockTokens;
+inline constexpr int kFields = 8;  // of a block, token tiles of a page
+static_assert(kFields * 16 == kPageTokens);
 inline constexpr int kHeaderBytes = 16;
 
 struct RecordHeader {
@@ -112,19 +115,14 @@ struct CodeCell {
   int block, field;
   FragmentCell at;
 };
-KVMIX_HOST_DEVICE constexpr CodeCell code_cell(bool key, int head_dim, int token, int channel) {
-  const int t = token % 16, c = channel % 16, tile = token / 16 * (head_dim / 16) + channel / 16;
-  return {tile / 8, tile % 8, key ? fragment_cell(t, c) : fragment_cell(c, t)};
+KVMIX_HOST_DEVICE constexpr CodeCell code_cell(bool key, int token, int channel) {
+  const int t = token % 16, c = channel % 16;
+  return {channel / 16, token / 16, key ? fragment_cell(t, c) : fragment_cell(c, t)};
 }
 
-// Index of a key scale among the head_dim of its token group: the four that lane l needs for a channel tile lie together, tiles
-// in a row.
-KVMIX_HOST_DEVICE constexpr int key_scale_slot(int head_dim, int channel) {
-  const int c = channel % 16;
-  return ((c % 8) / 2) * (head_dim / 4) + (channel / 16) * 4 + (c / 8) * 2 + c % 2;
-}
-// Index of a value scale in its channel group; its midpoint is two further.
-KVMIX_HOST_DEVICE constexpr int value_scale_slot(int token) { return ((token / 16) * 8 + token % 8) * 4 + (token / 8) % 2; }
+// Index of the scale of channel or token i in its group; its midpoint is kMidStep further.
+inline constexpr int kMidStep = 4;
+KVMIX_HOST_DEVICE constexpr int scale_slot(int i) { return i / 16 * 32 + i % 8 / 2 * 8 + i % 16 / 8 * 2 + i % 2; }
 
 // Where one side of a record lies; offsets from the side's start.
 struct SideShape {
@@ -138,12 +136,12 @@ struct SideShape {
   KVMIX_HOST_DEVICE constexpr int meta() const { return code_bytes(bits, head_dim); }
   KVMIX_HOST_DEVICE constexpr int meta_bytes() const { return groups() * (per_token ? kPageTokens : head_dim) * 4; }
   KVMIX_HOST_DEVICE constexpr int bytes() const { return meta() + meta_bytes(); }
-  // Index, in halves from meta(), of the scale of (token, channel), and how much further its midpoint lies.
+  KVMIX_HOST_DEVICE constexpr int group_halves() const { return 2 * (per_token ? kPageTokens : head_dim); }
+  // Index, in halves from meta(), of the scale of (token, channel).
   KVMIX_HOST_DEVICE constexpr int scale_at(int token, int channel) const {
-    return per_token ? channel / group * kPageTokens * 2 + value_scale_slot(token)
-                     : token / group * head_dim + key_scale_slot(head_dim, channel);
+    return per_token ? channel / group * group_halves() + scale_slot(token)
+                     : token / group * group_halves() + scale_slot(channel);
   }
-  KVMIX_HOST_DEVICE constexpr int mid_step() const { return per_token ? 2 : groups() * head_dim; }
 };
 
 struct RecordShape {

@@ -1,27 +1,23 @@
-// What the host sides of the CUDA kernels share: checks of shapes, names of formats, the workspace's parts.
+// What a call of attention asks for: checks, the kernel that takes it and its cost, the workspace's parts.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 
-#include "codec/cuda/tile_layout.h"
-#include "kvmix/error.h"
-#include "kvmix/kvmix_cuda.h"
+#include "attention/cuda/stage.h"
+#include "codec/cuda/format.h"
 
 namespace kvmix::cuda {
 
-inline constexpr int kMaxSplits = 256;  // of a head
-inline constexpr int kTileRows = 64;    // query rows of a block of the page kernel; more are not split along the pages
+inline constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
 
-std::string format_name(const kvmix_cuda_format& format);
-std::string supported_formats();
-// Throws kUnsupported for a format without a kernel, kInvalidArgument for one that cannot be.
-void check_format(const kvmix_cuda_format& format);
 void check_shape(const kvmix_cuda_attend_params& params);
-inline RecordShape record_shape(const kvmix_cuda_format& f) {
-  return {f.head_dim, f.key_bits, f.value_bits, f.key_group, f.value_group, f.key_per_token != 0};
-}
+
+inline int heads_per_kv(const kvmix_cuda_attend_params& p) { return p.q_heads / p.kv_heads; }
+inline int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * heads_per_kv(p); }
+
+// Thread blocks that the decode kernel gives each item.
+inline int row_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kRows - 1) / kRows; }
 
 // Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row.
 struct WorkspaceLayout {
@@ -45,14 +41,14 @@ struct Residency {
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
 void attend(const kvmix_cuda_attend_params& params);
-void seal(const kvmix_cuda_seal_params& params);
-void append(const kvmix_cuda_append_params& params);
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
-// Whether attend.cuh has a kernel for this; prefill.cuh takes more than kTileRows query rows where the current device
-// has it, pages.cuh the rest.
+// decode.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh
+// the rest.
 bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
 bool has_prefill_kernel();
+const char* kernel_name(const kvmix_cuda_attend_params& params);
+float relative_cost(const kvmix_cuda_attend_params& params);  // kvmix_cuda_attend_cost
 // Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
 bool uses_images(const kvmix_cuda_attend_params& params);
 // A page as it stands in shared memory: keys in panels of 64 channels, values of 64 tokens, rows of 128 bytes.

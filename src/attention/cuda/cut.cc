@@ -1,0 +1,118 @@
+// No device code: it is built, tested and answers without CUDA too.
+#include "attention/cuda/cut.h"
+
+#include <cmath>
+#include <string>
+
+namespace kvmix::cuda {
+namespace {
+
+constexpr int kPagesAtOnce = 4;
+constexpr int64_t kSparingBytes = 256 << 20;  // launches that read less spare what the L2 holds
+
+int page_count(const kvmix_cuda_attend_params& p, int length) {
+  if (p.sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
+  return length == 0 ? 0 : 1 + (std::max(length - p.sinks, 0) + kPageTokens - 1) / kPageTokens;
+}
+
+// First page that the oldest query row of the sequence sees.
+int first_page(const kvmix_cuda_attend_params& p, int length) {
+  if (p.sliding_window == 0) return 0;
+  const int first = std::max(length - p.q_tokens + 1 - p.sliding_window, 0);
+  if (p.sinks == 0) return first / kPageTokens;
+  return first < p.sinks ? 0 : 1 + (first - p.sinks) / kPageTokens;
+}
+
+std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths,
+                                        const Residency& device) {
+  struct Run {
+    int begin, end;
+  };
+  std::vector<Run> runs;
+  int64_t pages = 0;
+  int longest = 1;
+  for (const int32_t length : lengths) {
+    if (length < 0) throw Error(Status::kInvalidArgument, "cut: length " + std::to_string(length) + " is negative");
+    runs.push_back({first_page(p, length), page_count(p, length)});
+    const int count = runs.back().end - runs.back().begin;
+    pages += static_cast<int64_t>(count) * p.kv_heads;
+    longest = std::max(longest, count);
+  }
+  // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
+  // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
+  // the arithmetic of one warp. The page kernel takes a page a block, arithmetic alone.
+  constexpr double kRate = 25e3, kTurn = 2.5, kPageTurn = 8.0, kPageShare = 3.5;  // bytes and us of a multiprocessor
+  constexpr double kBlock = 2.5, kBlockWarp = 0.125, kSum = 1.8, kSumSplit = 0.07;
+  const bool fast = uses_fast_kernel(p);
+  const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
+  int chunk = longest;
+  double best = -1.0;
+  const int most = query_rows(p) > kTileRows ? 1 : kMaxSplits;
+  for (int splits = 1; splits <= std::min(longest, most); ++splits) {
+    int candidate = (longest + splits - 1) / splits;
+    if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
+    int64_t blocks = 0;
+    for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
+    blocks = std::max<int64_t>(fast ? blocks * row_blocks(p) : blocks, 1);
+    // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
+    if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;
+    const int warps = fast ? device.block_warps(blocks) : 1;
+    const int resident = std::max(1, device.warps(blocks) / warps);  // blocks of a multiprocessor
+    const double waves = std::max(1.0, static_cast<double>(blocks) / (static_cast<double>(device.processors) * resident));
+    const double full = waves <= 4.0 ? std::ceil(waves) : waves + 0.5;
+    const int busy = std::min(device.each(blocks), resident) * std::min(warps, candidate);
+    const double turn = fast ? std::max(kTurn * size, busy * static_cast<double>(record_shape(p.format).bytes()) / kRate)
+                             : std::max(kPageTurn, busy * kPageShare) * size;
+    const double turns = (candidate + warps - 1) / warps;
+    const double time = full * (turns * turn + kBlock + kBlockWarp * busy) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
+    if (best < 0.0 || time < best) best = time, chunk = candidate;
+  }
+  // What is little beside the L2 shall leave it as it was, unless another block reads it again.
+  const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
+  std::vector<kvmix_cuda_item> items;
+  const bool images = uses_images(p);
+  int ticket = 0, image = 0;
+  for (size_t sequence = 0; sequence < runs.size(); ++sequence) {
+    const Run& r = runs[sequence];
+    // An empty sequence still gets a block, which writes zeros and -inf.
+    const int splits = std::max(1, (r.end - r.begin + chunk - 1) / chunk);
+    for (int head = 0; head < p.kv_heads; ++head) {
+      const int partial = static_cast<int>(items.size());
+      for (int split = 0; split < splits; ++split) {
+        kvmix_cuda_item item{};
+        item.sequence = static_cast<int32_t>(sequence), item.kv_head = head;
+        item.page_begin = r.begin + split * chunk;
+        item.page_end = std::min(item.page_begin + chunk, r.end);
+        item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
+        item.length = lengths[sequence];
+        if (images) item.partial = image, image += item.page_end - item.page_begin;
+        item.evict_first = bytes <= kSparingBytes && (!fast || row_blocks(p) == 1);
+        items.push_back(item);
+      }
+      ++ticket;
+    }
+  }
+  return items;
+}
+
+// Of a device that holds `slots` thread blocks.
+Residency residency_of_slots(const kvmix_cuda_attend_params& p, int slots) {
+  const int all = uses_fast_kernel(p) ? kPagesAtOnce : 1;
+  return {slots, 0, all, all};
+}
+
+}  // namespace
+
+Cut cut_work(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
+  Cut cut{make_items(p, lengths, slots > 0 ? residency_of_slots(p, slots) : residency(p)), 0};
+  cut.workspace_bytes = workspace_layout(p).bytes(static_cast<int32_t>(cut.items.size()));
+  if (uses_images(p)) {
+    for (const kvmix_cuda_item& item : cut.items) {
+      cut.workspace_bytes +=
+          static_cast<size_t>(item.page_end - item.page_begin) * static_cast<size_t>(page_image_bytes(p.format.head_dim));
+    }
+  }
+  return cut;
+}
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,71 @@
+#include "attention/cuda/shape.h"
+
+#include <string>
+
+namespace kvmix::cuda {
+
+bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
+  constexpr int kMostRows = 16;            // two blocks an item; with more of them the page kernel reads less
+  constexpr int kMostShared = 226 * 1024;  // of a block, compute capability 9.0
+  constexpr int kMostValueGroups = 7;      // Warp::side
+  const kvmix_cuda_format& f = p.format;
+  const RecordShape shape = record_shape(f);
+  return query_rows(p) <= kMostRows && f.key_per_token == 0 && CodeWidths::has(f.key_bits) && CodeWidths::has(f.value_bits) &&
+         shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= kMostShared;
+}
+
+bool uses_images(const kvmix_cuda_attend_params& p) {
+  constexpr int kFewestRows = 512;  // fewer are faster when each tile dequantises
+  return query_rows(p) >= kFewestRows && has_prefill_kernel();
+}
+
+const char* kernel_name(const kvmix_cuda_attend_params& p) {
+  const int rows = query_rows(p);
+  if (uses_fast_kernel(p)) return rows <= 4 ? "codes-4" : rows <= 8 ? "codes-8" : "codes-16";
+  if (rows <= 16) return "pages-16";
+  return rows > kTileRows && has_prefill_kernel() ? "prefill-128" : "pages-64";
+}
+
+float relative_cost(const kvmix_cuda_attend_params& p) {
+  const auto share = static_cast<float>(record_shape(p.format).bytes()) /
+                     static_cast<float>(2 * 2 * kPageTokens * p.format.head_dim);  // of fp16's bytes
+  const int rows = query_rows(p);
+  // Memory, with what a launch takes beside it; the arithmetic of a page is the least.
+  if (uses_fast_kernel(p)) return std::max(rows <= 4 ? 0.17f : rows <= 8 ? 0.25f : 0.36f, 0.05f + 0.955f * share);
+  return p.format.head_dim > 128 ? 2.7f : 1.1f;
+}
+
+void check_shape(const kvmix_cuda_attend_params& p) {
+  check_format(p.format);
+  require(p.sequences > 0, "attend: sequences " + std::to_string(p.sequences) + " must be at least 1");
+  require(p.kv_heads > 0 && p.q_heads > 0 && p.q_heads % p.kv_heads == 0,
+          "attend: q_heads " + std::to_string(p.q_heads) + " must be a multiple of kv_heads " + std::to_string(p.kv_heads));
+  require(p.q_tokens > 0 && p.q_tokens <= 65536 && query_rows(p) <= 65535 * kTileRows,
+          "attend: q_tokens " + std::to_string(p.q_tokens) + " not in 1..65536");
+  require(p.sinks >= 0 && p.sinks <= kPageTokens, "attend: sinks " + std::to_string(p.sinks) + " not in 0..128");
+  require(p.sliding_window >= 0 && p.softcap >= 0.0f && p.scale >= 0.0f, "attend: negative sliding_window, softcap or scale");
+  require((p.new_keys == nullptr) == (p.new_values == nullptr), "attend: new_keys and new_values come together");
+  require(p.new_keys == nullptr || query_rows(p) <= kTileRows,
+          "attend: new rows are taken with at most 64 query rows a KV head; append them first");
+}
+
+WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p) {
+  const size_t tickets =
+      static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * static_cast<size_t>(row_blocks(p)) * sizeof(int32_t);
+  const auto rows = static_cast<size_t>(query_rows(p) > kTileRows ? 0 : query_rows(p));
+  return {(tickets + 255) / 256 * 256, (rows * 2 * sizeof(float) + 15) / 16 * 16,
+          rows * sizeof(float) * static_cast<size_t>(p.format.head_dim)};
+}
+
+#ifndef KVMIX_CUDA
+namespace {
+[[noreturn]] void no_cuda() {
+  throw Error(Status::kUnsupported, "CUDA is not available in this build; configure with -DKVMIX_CUDA=ON");
+}
+}  // namespace
+void attend(const kvmix_cuda_attend_params&) { no_cuda(); }
+Residency residency(const kvmix_cuda_attend_params&) { no_cuda(); }
+bool has_prefill_kernel() { return false; }
+#endif
+
+}  // namespace kvmix::cuda

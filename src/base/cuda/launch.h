@@ -1,0 +1,43 @@
+// Host side of launches: checked calls of the CUDA runtime.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "kvmix/error.h"
+
+namespace kvmix::cuda {
+
+// Throws kInternal with what failed.
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw Error(Status::kInternal, std::string(what) + ": " + cudaGetErrorString(status) + " (cudaError " +
+                                     std::to_string(static_cast<int>(status)) + ")");
+}
+
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), "device");
+  return value;
+}
+
+// Lets a kernel use `shared` bytes of dynamic shared memory; `what` names the caller in an error.
+template <class Kernel>
+void allow_shared(Kernel* kernel, int shared, const char* what) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
+}
+
+// Blocks of a kernel that one multiprocessor holds.
+template <class Kernel>
+int blocks_on_processor(Kernel* kernel, int threads, int shared) {
+  int blocks = 0;
+  allow_shared(kernel, shared, "cut: shared memory");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared)),
+             "cut: occupancy");
+  return blocks;
+}
+
+}  // namespace kvmix::cuda
