@@ -205,7 +205,7 @@ int eval_generation(const Arguments& arguments, const Common& common) {
     for (const GenerationRow& r : rows) {
       if (!r.lost.empty()) continue;
       const auto n = static_cast<double>(r.agreement.size());
-      table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element),
+      table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
                  fmt::format("{:.1f}", std::accumulate(r.agreement.begin(), r.agreement.end(), 0.0) / n),
                  fmt::format("{}", *std::min_element(r.agreement.begin(), r.agreement.end())),
                  fmt::format("{}/{}", std::count(r.agreement.begin(), r.agreement.end(), options.tokens), r.agreement.size()),
