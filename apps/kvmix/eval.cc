@@ -59,8 +59,8 @@ int eval_text(const Arguments& arguments, const Common& common) {
                 {"rows", json}});
     return kExitOk;
   }
-  Table table(
-      {"cache", "kept", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max", "top-1"});
+  Table table({"cache", "kept", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %", "KL max",
+               "top-1"});
   for (const EvalRow& r : rows) {
     table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element),
                fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),

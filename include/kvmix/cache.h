@@ -190,7 +190,8 @@ std::vector<AttentionKernelInfo> attention_kernels();
 // Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
 // expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
 // With a token policy: after a prompt of prompt_tokens (n_tokens, if negative) and n_tokens in all. Exact where every KV head
-// keeps as many tokens as the policy's budget says; where what is kept depends on the text, as if nothing were dropped.
+// keeps as many tokens as the policy's budget says; within a page per head where heads share a layer's; where the text decides
+// how many are kept, as if nothing were dropped.
 size_t predict_bytes(const CacheConfig& config, int64_t n_tokens, int64_t prompt_tokens = -1);
 // Elements of K and V that attention still needs after n_tokens: all tokens of a layer, or its sliding window's newest.
 double live_elements(const CacheConfig& config, int64_t n_tokens);

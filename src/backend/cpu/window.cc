@@ -1,8 +1,8 @@
 // The window pass: how much the last queries of a prompt look at each stored key, for token policies.
 //
 // A layer's queries are kept across the chunks of a prompt. Where it ends, each query head scores all keys of its KV head as
-// the pages hold them: a page's rows are decoded once for all queries. The arithmetic is that of attention/scores.h, so the sums
-// are equal to the bit however the prompt was cut.
+// the pages hold them: a page's rows are decoded once for all queries. The arithmetic is that of attention/scores.h, so the
+// sums are equal to the bit however the prompt was cut.
 #include <algorithm>
 
 #include "attention/scores.h"
