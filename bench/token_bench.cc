@@ -46,7 +46,12 @@ void token(benchmark::State& state, const std::string& kernel, int bits, bool ex
     layer.key.codec = {bits, Axis::kChannel, 128, Fit::kMinMax, true};
     layer.value.codec = {bits, Axis::kToken, 128, Fit::kMinMax, true};
   }
-  Cache cache({std::vector<LayerConfig>(kLayers, layer), kThreads, 0, kernel, exact});
+  CacheConfig config;
+  config.layers.assign(kLayers, layer);
+  config.threads = kThreads;
+  config.kernel = kernel;
+  config.exact = exact;
+  Cache cache(std::move(config));
   const SequenceId sequence = cache.create();
   constexpr int kChunk = 512;
   const std::vector<float> kv = gaussian(kChunk * kKvHeads * kDim), q = gaussian(kHeads * kDim);

@@ -47,8 +47,8 @@ struct EvalRow {
   double kl_mean = 0, kl_p99 = 0, kl_max = 0, kl_stderr = 0;  // nats per token against our f16 cache
   double top1 = 0;                                            // share of positions with the same most likely token as f16
   double bits_per_element = 0;                                // all bytes, at the end of a window, by what f16 would keep
-  double kept = 1;  // part of the tokens that a token policy left, at the end of a window; the prompt is its first half
-  size_t cache_bytes = 0;                                     // for one sequence of `context` tokens
+  double kept = 1;         // part of the tokens that a token policy left, at the end of a window; the prompt is its first half
+  size_t cache_bytes = 0;  // for one sequence of `context` tokens
   int64_t scored_tokens = 0;
   std::vector<std::pair<int64_t, double>> kl_by_position;  // position in the window, mean KL around it
   double seconds = 0;

@@ -214,7 +214,8 @@ void Cache::end_step() {
   impl.backend->end();
   // A prompt's chunks need more open pages than the window; once decoding starts the system gets them back.
   const PoolBytes pool = impl.backend->pool();
-  if (!freed.empty() || !ended.empty() || (decoding && pool.taken - pool.used > pool.used / 16 + kSlackBytes)) impl.backend->trim();
+  if (!freed.empty() || !ended.empty() || (decoding && pool.taken - pool.used > pool.used / 16 + kSlackBytes))
+    impl.backend->trim();
 }
 
 void Cache::abort_step() {

@@ -46,7 +46,12 @@ Governed::Governed(CacheConfig given) : config(std::move(given)) {
     layer.value.codec = with_bits(layer.value.codec, bits.value, Side::kValue);
     shape.token_bytes.fill(static_cast<double>(layer_layout(layer).sealed.bytes) / kPageTokens);
   }
-  for (LayerShape& shape : shapes) shape.ordinals = std::max(1, ordinals);
+  if (ordinals == 0) {
+    throw Error(Status::kUnsupported,
+                "token policy " + config.tokens->name +
+                    ": every layer has a sliding window, which drops tokens by itself; leave the policy out");
+  }
+  for (LayerShape& shape : shapes) shape.ordinals = ordinals;
 }
 
 int64_t Governed::kept(size_t layer, int64_t prompt) const {

@@ -136,8 +136,8 @@ class Ledger {
   StepPlan plan_;
   std::vector<PageChange> changes_;
   std::vector<Undo> undo_;
-  std::vector<Size> old_sizes_;                              // of lists that may have grown
-  std::vector<Cut> cuts_;          // of lists that a truncation shortens on commit
+  std::vector<Size> old_sizes_;  // of lists that may have grown
+  std::vector<Cut> cuts_;        // of lists that a truncation shortens on commit
   std::vector<Growth> growth_;
   std::deque<Compaction> compactions_;
   std::vector<Gather> gathers_;

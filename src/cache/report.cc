@@ -100,7 +100,8 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
     page_rows.resize(static_cast<size_t>(entry.live) * static_cast<size_t>(dim));
     impl.backend->read(entry, side, page_rows.data());
     for (int slot = 0; slot < entry.live; ++slot) {
-      std::copy_n(page_rows.data() + static_cast<ptrdiff_t>(slot) * dim, dim, rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim);
+      std::copy_n(page_rows.data() + static_cast<ptrdiff_t>(slot) * dim, dim,
+                  rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim);
     }
     before += entry.live;
   }

@@ -11,7 +11,7 @@ namespace kvmix {
 namespace {
 
 constexpr char kMagic[8] = {'K', 'V', 'M', 'I', 'X', 'S', 'E', 'Q'};
-constexpr uint32_t kVersion = 2;        // page lists by formula
+constexpr uint32_t kVersion = 2;       // page lists by formula
 constexpr uint32_t kListsVersion = 3;  // page lists in full, of caches with a token policy
 constexpr size_t kLongestText = 4096;
 constexpr size_t kLargestFile = size_t{1} << 40;
@@ -143,7 +143,8 @@ PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& forma
   for (uint32_t i = 0; i < pages; ++i) {
     const PageRole role = read_role(in);
     const auto first = in.number<int32_t>("a page list"), live = in.number<int32_t>("a page list");
-    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !ids.seals)) in.fail("a page is where none of its role can be");
+    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !ids.seals))
+      in.fail("a page is where none of its role can be");
     const FormatId format = role == PageRole::kSinks ? ids.sinks : role == PageRole::kRecent ? ids.recent : ids.sealed;
     if (live < 1 || live > formats[format].slots) in.fail("a page holds " + std::to_string(live) + " tokens");
     list.pages.push_back({kNoPage, format, first, live});
@@ -166,8 +167,8 @@ PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& forma
   return list;
 }
 
-// A sliding window frees the pages of all heads together and names no positions; other layers free none, and any layer ends with
-// the newest token or says where it ends.
+// A sliding window frees the pages of all heads together and names no positions; other layers free none, and any layer ends
+// with the newest token or says where it ends.
 void check_window(const Reader& in, const LayerConfig& layer, const PageList& first, const PageList& list, int64_t tokens) {
   if (layer.sliding_window > 0 && (!list.positions.empty() || list.pages != first.pages)) {
     in.fail("heads of a layer with a sliding window differ");
@@ -213,7 +214,8 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     return counts;
   };
   if (sequence.in_prompt && impl.governed.policy != nullptr) {
-    throw Error(Status::kUnsupported, "sequence " + std::to_string(id) + " is inside a prompt that a token policy waits for; "
+    throw Error(Status::kUnsupported, "sequence " + std::to_string(id) +
+                                          " is inside a prompt that a token policy waits for; "
                                           "save it when the prompt has ended");
   }
   const bool lists = impl.governed.policy != nullptr;

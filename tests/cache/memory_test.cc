@@ -1,27 +1,15 @@
 // What the cache says it takes is what the system gave it.
 #include <gtest/gtest.h>
 #include <malloc.h>
-#include <unistd.h>
-
-#include <fstream>
 
 #include "support/cache_fixture.h"
+#include "support/resident.h"
 
 namespace kvmix {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;  // resident memory is then mostly the sanitizer's
-#else
-constexpr bool kSanitized = false;
-#endif
-
-size_t resident_bytes() {
-  std::ifstream file("/proc/self/statm");
-  size_t size = 0, resident = 0;
-  file >> size >> resident;
-  return resident * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-}
+using testing::kSanitized;
+using testing::resident_bytes;
 
 // Eight thousand tokens of a prompt and some decoded ones in sixteen layers: resident memory grows by the reported bytes, and
 // they are the predicted ones.

@@ -18,8 +18,10 @@ namespace {
 constexpr char kFingerprint[] = "model+plan";
 constexpr size_t kMagicBytes = 8;
 
-CacheConfig fuzz_config() {
+// With a token policy page lists are written in full.
+CacheConfig fuzz_config(bool policy) {
   CacheConfig config;
+  if (policy) config.tokens = PolicySpec{"snapkv", {}};
   config.layers = {testing::make_layer(2, 1, 32, testing::key_codec(2), testing::value_codec(3, 32)),
                    testing::make_layer(2, 1, 32, CodecSpec{}, CodecSpec{}, 4)};
   config.layers[0].recent = testing::kRecents.back();
@@ -44,10 +46,10 @@ std::string with_checksum(std::string content) {
 }
 
 // Loads the bytes; a cache that is accepted must decode a token, be cut and be removed. Returns whether it was accepted.
-bool load_and_use(const std::string& content) {
+bool load_and_use(const std::string& content, bool policy) {
   std::filesystem::remove(fuzz_path());  // truncating in place would make some file systems flush
   std::ofstream(fuzz_path(), std::ios::binary) << content;
-  Cache cache(fuzz_config());
+  Cache cache(fuzz_config(policy));
   const size_t empty = cache.memory().total_bytes;
   SequenceId id;
   try {
@@ -74,15 +76,16 @@ bool load_and_use(const std::string& content) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  kvmix::load_and_use(kvmix::with_checksum(std::string(reinterpret_cast<const char*>(data), size)));
+  const std::string content = kvmix::with_checksum(std::string(reinterpret_cast<const char*>(data), size));
+  for (const bool policy : {false, true}) kvmix::load_and_use(content, policy);
   return 0;
 }
 
 namespace kvmix {
 namespace {
 
-std::string saved(int tokens) {
-  Cache cache(fuzz_config());
+std::string saved(int tokens, bool policy) {
+  Cache cache(fuzz_config(policy));
   std::mt19937 random(2);
   const SequenceId id = cache.create();
   for (int done = 0; done < tokens; done += 100) {
@@ -95,16 +98,16 @@ std::string saved(int tokens) {
   return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
-TEST(SavedCacheFuzz, MutatedFilesAreRefusedOrWork) {
+void mutate_and_load(bool policy) {
   std::mt19937 random(3);
   int accepted = 0;
   for (const int tokens : {0, 3, 300, 600}) {
-    const std::string good = saved(tokens);
-    ASSERT_TRUE(load_and_use(good)) << tokens;
+    const std::string good = saved(tokens, policy);
+    ASSERT_TRUE(load_and_use(good, policy)) << tokens;
     for (int i = 0; i < 1500; ++i) {
       std::string bad = good;
       // The header is where sizes are.
-      const size_t reach = random() % 4 == 0 ? bad.size() : std::min<size_t>(bad.size(), 220);
+      const size_t reach = random() % 4 == 0 ? bad.size() : std::min<size_t>(bad.size(), policy ? 1500 : 220);
       for (unsigned edits = 1 + random() % 3; edits > 0; --edits) {
         const size_t at = random() % reach;
         switch (random() % 4) {
@@ -128,12 +131,15 @@ TEST(SavedCacheFuzz, MutatedFilesAreRefusedOrWork) {
         if (bad.size() < reach) break;
       }
       if (random() % 8 != 0) bad = with_checksum(bad);
-      accepted += load_and_use(bad) ? 1 : 0;
+      accepted += load_and_use(bad, policy) ? 1 : 0;
     }
   }
   EXPECT_GT(accepted, 0);  // changed codes are valid codes: some must reach the kernels
   std::filesystem::remove(fuzz_path());
 }
+
+TEST(SavedCacheFuzz, MutatedFilesAreRefusedOrWork) { mutate_and_load(false); }
+TEST(SavedCacheFuzz, MutatedPageListsAreRefusedOrWork) { mutate_and_load(true); }
 
 }  // namespace
 }  // namespace kvmix

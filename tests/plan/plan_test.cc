@@ -339,6 +339,17 @@ TEST(Plans, AreTiedToTheirModel) {
   EXPECT_THROW(check_plan(plan, model, true), Error);
 }
 
+TEST(Plans, NameATokenPolicyAndHandItToTheCache) {
+  const ModelShape model = shape(2);
+  Plan plan = f16_plan(model);
+  EXPECT_FALSE(cache_config(plan, model).tokens);
+  plan.tokens = PolicySpec{"snapkv", {{"keep", 0.125}, {"window", 16.0}, {"pooling", "avg"}}};
+  const Plan same = parse_plan(to_json(plan), "memory");
+  EXPECT_EQ(same.tokens, plan.tokens);
+  EXPECT_EQ(cache_config(same, model).tokens, plan.tokens);
+  EXPECT_LT(predict_bytes(cache_config(plan, model), 8192), predict_bytes(cache_config(f16_plan(model), model), 8192) / 7);
+}
+
 TEST(Files, WhatIsWrongIsNamed) {
   const ModelShape model = shape(2);
   PlannerRequest request;
@@ -363,6 +374,11 @@ TEST(Files, WhatIsWrongIsNamed) {
   refused("\"sinks\"", "\"sink\"", "sink");
   refused("\"sinks\"", "\"predicted\": {\"metric\": \"kl\"}, \"sinks\"", "predicted.cost");
   refused("kvmix-plan", "kvmix-profile", "format");
+  refused("\"sinks\"", "\"tokens\": {\"keep\": 0.5}, \"sinks\"", "tokens.policy");
+  refused("\"sinks\"", "\"tokens\": {\"policy\": \"magic\"}, \"sinks\"", "\"magic\" is unknown");
+  refused("\"sinks\"", "\"tokens\": {\"policy\": \"snapkv\", \"keep\": 2}, \"sinks\"", "keep is 2");
+  refused("\"sinks\"", "\"tokens\": {\"policy\": \"snapkv\", \"keeps\": 1}, \"sinks\"", "no parameter \"keeps\"");
+  refused("\"sinks\"", "\"tokens\": {\"policy\": \"snapkv\", \"pooling\": [1]}, \"sinks\"", "pooling");
   refused("\"tokens\": 64", "\"tokens\": 1e400", "");
   refused("{", std::string(200000, '['), "nested");
   EXPECT_THROW(read_plan("/nonexistent/plan.json"), Error);

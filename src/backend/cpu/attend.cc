@@ -115,7 +115,8 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
     if (const int window = index - static_cast<int>(cut.units.size()); window >= 0) {
       const int q_heads = layer.config.q_heads;
       if (window >= static_cast<int>(cut.windows.size()) * q_heads) break;
-      attend_window(l, static_cast<size_t>(cut.windows[static_cast<size_t>(window / q_heads)]), window % q_heads, q, q_stride, scratch);
+      attend_window(l, static_cast<size_t>(cut.windows[static_cast<size_t>(window / q_heads)]), window % q_heads, q, q_stride,
+                    scratch);
       continue;
     }
     const Unit& unit = cut.units[static_cast<size_t>(index)];

@@ -104,8 +104,11 @@ size_t CpuBackend::scratch_bytes() const {
   const auto room = [](const PartialRoom& r) { return (r.m.capacity() + r.l.capacity() + r.acc.capacity()) * sizeof(float); };
   size_t bytes = room(parts_);
   for (const Scratch& t : threads_) {
-    bytes += t.kernel.capacity() + (t.q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() + t.lanes.capacity()) * sizeof(float) + t.half.capacity() * sizeof(uint16_t) +
-             t.positions.capacity() * sizeof(int64_t) + t.pages.capacity() * sizeof(PageRef) + room(t.whole) + room(t.apart);
+    bytes +=
+        t.kernel.capacity() +
+        (t.q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() + t.lanes.capacity()) * sizeof(float) +
+        t.half.capacity() * sizeof(uint16_t) + t.positions.capacity() * sizeof(int64_t) + t.pages.capacity() * sizeof(PageRef) +
+        room(t.whole) + room(t.apart);
   }
   return bytes;
 }

@@ -70,9 +70,9 @@ class CpuBackend final : public Backend {
   struct Scratch {  // of a thread
     std::vector<std::byte> kernel;
     std::vector<float> q, rows;
-    PartialRoom whole, apart;    // of a unit, and of its pages in a further format
+    PartialRoom whole, apart;                   // of a unit, and of its pages in a further format
     std::vector<float> queries, scores, lanes;  // of a window
-    std::vector<uint16_t> half;  // a page's rows on their way from one format to another
+    std::vector<uint16_t> half;                 // a page's rows on their way from one format to another
     std::vector<int64_t> positions;
     std::vector<PageRef> pages;
     double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
@@ -85,7 +85,7 @@ class CpuBackend final : public Backend {
   // What a step makes of a prompt: the queries to keep if it goes on, the sums over them if it ends.
   struct PromptStep {
     Queries next;
-    std::vector<std::vector<float>> sums;  // by layer, [q_heads][tokens], heads of one KV head together
+    std::vector<std::vector<float>> sums;      // by layer, [q_heads][tokens], heads of one KV head together
     std::vector<std::vector<int64_t>> tokens;  // by layer and KV head
     bool ends = false;
   };

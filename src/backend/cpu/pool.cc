@@ -122,6 +122,29 @@ void PagePool::release(std::byte* record, size_t record_bytes) {
   used_bytes_ -= record_bytes;
 }
 
+// Gives back huge pages that a freed record touched and that no record uses. They come back as small ones, so that what is
+// resident stays what is accounted.
+void PagePool::trim_huge(Region& region, const std::byte* record, size_t bytes) {
+  constexpr size_t kPages = kHugePage / kSystemPage;
+  const PageSpan span = pages_of(region.base, record, bytes);
+  for (size_t first = span.first / kPages * kPages; first <= span.last; first += kPages) {
+    const size_t end = std::min(first + kPages, region.users.size());
+    size_t resident = 0;
+    bool idle = true;
+    for (size_t p = first; p < end && idle; ++p) {
+      idle = region.users[p] == 0;
+      resident += region.resident[p] ? 1 : 0;
+    }
+    if (!idle || resident == 0) continue;
+    std::fill(region.resident.begin() + static_cast<ptrdiff_t>(first), region.resident.begin() + static_cast<ptrdiff_t>(end),
+              false);
+    std::byte* at = region.base + first * kSystemPage;
+    madvise(at, (end - first) * kSystemPage, MADV_DONTNEED);
+    madvise(at, (end - first) * kSystemPage, MADV_NOHUGEPAGE);
+    taken_bytes_ -= resident * kSystemPage;
+  }
+}
+
 void PagePool::trim() {
   for (auto& [bytes, size_class] : classes_) {
     if (size_class.live == 0) {
@@ -134,7 +157,10 @@ void PagePool::trim() {
     } else {
       for (const std::byte* record : size_class.untrimmed) {
         Region& region = region_of(size_class, record);
-        if (region.huge) continue;
+        if (region.huge) {
+          trim_huge(region, record, bytes);
+          continue;
+        }
         const PageSpan span = pages_of(region.base, record, bytes);
         const auto idle = [&](size_t p) { return region.users[p] == 0 && region.resident[p]; };
         for (size_t p = span.first; p <= span.last; ++p) {

@@ -20,7 +20,7 @@ class PagePool {
   std::byte* allocate(size_t record_bytes);
   void release(std::byte* record, size_t record_bytes);
 
-  // Hands the system pages that no record uses any more back, but those inside huge pages only with the last of their class.
+  // Hands the system pages that no record uses any more back, those inside huge pages with the whole of one.
   void trim();
 
   // The most that records of one size, this many bytes in all and none released, take from the system beyond their own bytes.
@@ -47,6 +47,7 @@ class PagePool {
 
   void take(size_t bytes);
   std::byte* carve(Class& size_class);
+  void trim_huge(Region& region, const std::byte* record, size_t bytes);
   static Region& region_of(Class& size_class, const std::byte* record);
 
   size_t max_bytes_, used_bytes_ = 0, taken_bytes_ = 0;
