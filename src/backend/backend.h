@@ -92,7 +92,8 @@ class Backend {
   virtual void report(CacheStats& stats) const = 0;
 };
 
-// `config` and `formats` outlive the backend and stay as they are. Throws kInvalidArgument for an unknown kernel, kUnsupported for one that cannot run.
+// `config` and `formats` outlive the backend and stay as they are. Throws kInvalidArgument for an unknown kernel, kUnsupported
+// for one that cannot run.
 std::unique_ptr<Backend> make_cpu_backend(const CacheConfig& config, const FormatTable& formats,
                                           std::vector<LayerFormats> layers);
 

@@ -465,7 +465,8 @@ struct SealCase {
   bool fitted, center, scales, hadamard, feedback;
 };
 
-// Records sealed on the GPU equal those converted from the CPU codec's tiles of rows that RowMapChain::store changed, byte for byte.
+// Records sealed on the GPU equal those converted from the CPU codec's tiles of rows that RowMapChain::store changed, byte for
+// byte.
 void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
   constexpr int kPages = 3, kHeads = 2;
   const int head_dim = format.head_dim;

@@ -181,8 +181,8 @@ __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) 
   }
 }
 
-// Every row of the tile as RowMapChain::store (rows/row_map.h) changes it, in its order of operations. A warp a row; lane l holds
-// channels l, l + 32, ...
+// Every row of the tile as RowMapChain::store (rows/row_map.h) changes it, in its order of operations. A warp a row; lane l
+// holds channels l, l + 32, ...
 template <int dim>
 __device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half* tile) {
   constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
