@@ -45,7 +45,7 @@ Budget budget_of(const Arguments& arguments, const PlannerInfo& planner) {
   budget.context = arguments.context;
   budget.sequences = arguments.sequences;
   budget.bits = arguments.bits;
-  if (!arguments.fit.empty()) budget.bytes = parse_bytes(arguments.fit);
+  if (!arguments.fit.empty()) budget.bytes = parse_bytes(arguments.fit), budget.slack = true;
   if (arguments.sequences > 1 && budget.bytes == 0)
     throw UsageError("--sequences divides the bytes of --fit: give --fit, e.g. --fit 2GiB");
   if (planner.needs_budget && !arguments.pareto && budget.bits == 0 && budget.bytes == 0) {

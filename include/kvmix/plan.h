@@ -125,6 +125,7 @@ struct Budget {
   size_t bytes = 0;   // bytes of one sequence of `context` tokens; or
   int sequences = 1;  //   ... of this many sequences together
   int64_t context = 8192;
+  bool slack = false;  // bytes hold the allocator's rounding too (predict_slack_bytes): a promise to fit
 };
 
 // A budget that no plan meets; says the smallest that can be met.

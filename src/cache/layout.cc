@@ -110,7 +110,8 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
     bytes[layout.recent.bytes] += heads * static_cast<size_t>(p.pages - p.sealed + 1) * layout.recent.bytes;
   }
   size_t slack = 0;
-  for (const auto& [record, total] : bytes) slack += PagePool::most_slack(record, total);
+  // Recent pages that a prompt leaves behind stand together, between ones that were sealed: both ends are rounded.
+  for (const auto& [record, total] : bytes) slack += PagePool::most_slack(record, total) + 2 * kSystemPage;
   return slack;
 }
 

@@ -240,6 +240,13 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     for (size_t e = 0; e < plan_.entries.size(); ++e) open_layer(l, *growth_[e].sequence, plan_.entries[e]);
   }
+  // New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among
+  // what goes.
+  const auto age = [](const PageChange& change) { return change.before.handle != kNoPage ? -1 : change.entry().first; };
+  if (changes_.size() > 1) {
+    std::stable_sort(changes_.begin(), changes_.end(),
+                     [&](const PageChange& a, const PageChange& b) { return age(a) < age(b); });
+  }
   return plan_;
 }
 

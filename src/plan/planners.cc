@@ -33,12 +33,12 @@ std::span<const PlannerInfo> planners() {
 
 namespace {
 
-// A budget in bytes is a promise: the allocator's rounding, which depends on the plan, is taken off it until the plan fits.
+// The allocator's rounding, which depends on the plan, is taken off a budget that must hold it, until the plan fits.
 Plan fitted_plan(const Planner& planner, PlannerRequest request) {
   const size_t promised = request.budget.bytes;
   for (int tries = 0;; ++tries) {
     Plan plan = planner.make(request);
-    if (promised == 0 || !planner.info.needs_budget) return plan;
+    if (promised == 0 || !request.budget.slack || !planner.info.needs_budget) return plan;
     const CacheConfig config = cache_config(plan, *request.model);
     const auto sequences = static_cast<size_t>(request.budget.sequences);
     const size_t bytes = predict_bytes(config, request.budget.context) * sequences +

@@ -239,6 +239,25 @@ TEST(Planners, ABudgetOfSeveralSequences) {
   }
 }
 
+// A promise to fit holds the allocator's rounding, for one sequence and for many.
+TEST(Planners, APromiseToFitHoldsTheSlack) {
+  const ModelShape model = shape(30);
+  const Profile scores = measured_profile(model);
+  for (const PlannerInfo& planner : planners()) {
+    if (!planner.needs_budget) continue;
+    for (const int sequences : {1, 27}) {
+      PlannerRequest request = request_for(model, scores);
+      const size_t bytes = (size_t{40} << 20) * static_cast<size_t>(sequences);
+      request.budget = {.bytes = bytes, .sequences = sequences, .context = 8192, .slack = true};
+      const CacheConfig config = cache_config(make_plan(planner.name, request), model);
+      const size_t all = predict_bytes(config, 8192) * static_cast<size_t>(sequences);
+      const size_t slack = predict_slack_bytes(config, 8192, sequences);
+      EXPECT_LE(all + slack, bytes) << planner.name << ", sequences " << sequences;
+      EXPECT_GT(all + slack, bytes - bytes / 20) << planner.name << ", sequences " << sequences;
+    }
+  }
+}
+
 TEST(Planners, CurvesGoFromTheSmallestPlanToTheLargest) {
   const ModelShape model = shape(30);
   const Profile scores = measured_profile(model);

@@ -10,7 +10,6 @@
 namespace kvmix {
 namespace {
 
-constexpr size_t kSystemPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kRegionBytes = size_t{64} << 20;  // of address space; memory is taken as records are carved
 constexpr size_t kHugeFrom = 32 * kHugePage;
@@ -80,8 +79,8 @@ std::byte* PagePool::carve(Class& size_class) {
 size_t PagePool::most_slack(size_t record_bytes, size_t bytes) {
   if (bytes == 0) return 0;
   const size_t step = record_bytes % kSystemPage != 0 && bytes >= kHugeFrom ? kHugePage : kSystemPage;
-  // A region ends with less than a record that no longer fits, whose system pages are not taken.
-  return step * (1 + bytes / kRegionBytes);
+  // A full region ends with room for less than a record.
+  return step + bytes / kRegionBytes * (record_bytes + kSystemPage);
 }
 
 PagePool::Region& PagePool::region_of(Class& size_class, const std::byte* record) {

@@ -8,6 +8,8 @@
 
 namespace kvmix {
 
+inline constexpr size_t kSystemPage = 4096;
+
 // Not thread safe. Records are 64-byte aligned and stay where they are.
 class PagePool {
  public:
