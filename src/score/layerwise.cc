@@ -199,12 +199,17 @@ Layerwise::Layerwise(const GgufModel& model, int threads, const Fp16Part& fp16)
   const ggml_type type = ggml_nelements(output) > kHalfHead ? GGML_TYPE_F16 : GGML_TYPE_F32;
   ggml_tensor* norm_copy = ggml_new_tensor_1d(head_.context.get(), GGML_TYPE_F32, norm->ne[0]);
   ggml_tensor* output_copy = ggml_new_tensor_2d(head_.context.get(), type, output->ne[0], output->ne[1]);
+  const ggml_tensor* bias = model.weights().find("output.bias") != nullptr ? model.original("output.bias") : nullptr;
+  ggml_tensor* bias_copy = bias != nullptr ? ggml_new_tensor_1d(head_.context.get(), GGML_TYPE_F32, bias->ne[0]) : nullptr;
   head_.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(head_.context.get(), ggml_backend_cpu_buffer_type()));
   if (head_.buffer == nullptr) throw Error(Status::kOutOfMemory, "not enough memory for the output head in fp32");
   dequantise(norm, norm_copy);
   dequantise(output, output_copy);
   head_.weights.add("output_norm.weight", norm_copy);
   head_.weights.add("output.weight", output_copy);
+  if (bias == nullptr) return;
+  dequantise(bias, bias_copy);
+  head_.weights.add("output.bias", bias_copy);
 }
 
 void Layerwise::dequantise(const ggml_tensor* source, ggml_tensor* to) const {

@@ -1,6 +1,7 @@
 #include "kvmix/cache.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -294,7 +295,7 @@ TEST(Cache, RatioWindowSettlesAtLessThanTwoPages) {
 TEST(Cache, SaveAndLoadContinueAlike) {
   for (const CodecSpec& recent : kRecents) {
     std::mt19937 random(10);
-    const std::string path = ::testing::TempDir() + "/kvmix_saved_cache";
+    const std::string path = ::testing::TempDir() + "/kvmix_saved_cache_" + std::to_string(getpid());
     const CacheConfig config = one_layer(with_recent(make_layer(4, 2, 64, key_codec(3), value_codec(2)), recent));
     Cache cache(config), other(config);
     const SequenceId a = cache.create();
@@ -320,7 +321,7 @@ TEST(Cache, SaveAndLoadContinueAlike) {
 
 TEST(Cache, DamagedSavedCachesAreRefused) {
   std::mt19937 random(11);
-  const std::string path = ::testing::TempDir() + "/kvmix_damaged_cache";
+  const std::string path = ::testing::TempDir() + "/kvmix_damaged_cache_" + std::to_string(getpid());
   const CacheConfig config = one_layer(make_layer(1, 1, 32, key_codec(2), value_codec(2, 32)));
   Cache cache(config);
   const SequenceId id = cache.create();

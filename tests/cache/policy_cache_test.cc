@@ -1,5 +1,6 @@
 // The cache carries token policies out: one suite that every policy which runs goes through.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -314,7 +315,7 @@ TEST(PolicyCache, PagesThatWereFreedDoNotMatter) {
 }
 
 TEST(PolicyCache, ForkTruncateSaveAndAbortLoseNothing) {
-  const std::string path = ::testing::TempDir() + "/kvmix_policy_cache";
+  const std::string path = ::testing::TempDir() + "/kvmix_policy_cache_" + std::to_string(getpid());
   for (const CodecSpec& recent : kRecents) {
     for (const PolicySpec& spec : running_policies()) {
       std::mt19937 random(6);

@@ -147,8 +147,9 @@ TEST_P(TinyArchitecture, FingerprintFollowsTheContentNotThePath) {
   std::string bytes = testing::read_bytes(path_);
   testing::write_bytes(copy, bytes);
   EXPECT_EQ(Model::load(copy)->shape().fingerprint, model_->shape().fingerprint);
-  // The data section, the embedding's rows first, follows the last tensor's description closely.
-  char& weight = bytes[bytes.rfind("ffn_down.weight") + 256];
+  const std::unique_ptr<gguf_context, decltype(&gguf_free)> gguf(gguf_init_from_file(path_.c_str(), {true, nullptr}),
+                                                                 gguf_free);
+  char& weight = bytes[gguf_get_data_offset(gguf.get())];  // of the embedding's first row
   weight = static_cast<char>(weight ^ 1);
   testing::write_bytes(copy, bytes);
   EXPECT_NE(Model::load(copy)->shape().fingerprint, model_->shape().fingerprint);
