@@ -68,6 +68,25 @@ TEST(Cache, DecodesWhatExactAttentionOverItsRowsGives) {
   }
 }
 
+// More sinks than a page has slots.
+TEST(Cache, ManySinksAreAttendedTo) {
+  for (const CodecSpec& recent : kRecents) {
+    for (const std::string kernel : {"portable", ""}) {
+      std::mt19937 random(13);
+      LayerConfig layer = with_recent(make_layer(6, 2, 64, key_codec(4), value_codec(4)), recent);
+      layer.sinks = 300;
+      Cache cache(forced(one_layer(layer), kernel));
+      const SequenceId id = cache.create();
+      for (const int n : {100, 150, 700, 1}) {
+        Rows rows = random_rows(layer, n, random);
+        step(cache, {{id, n}}, rows);
+        ASSERT_LT(last_token_error(cache, id, rows, n), kernel.empty() ? 0.06 : 1e-5) << cache.length(id) << " " << kernel;
+      }
+      cache.remove(id);
+    }
+  }
+}
+
 TEST(Cache, PageAlignedChunksEqualOneByOne) {
   for (const CodecSpec& recent : kRecents) {
     std::mt19937 random(2);

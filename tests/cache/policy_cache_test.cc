@@ -295,6 +295,26 @@ TEST(PolicyCache, SinksAndWindowStayAndNoTokenStandsTwice) {
   }
 }
 
+// Sinks that fill more than a page's slots are scored, and moved together, like other tokens.
+TEST(PolicyCache, ManySinks) {
+  for (const PolicySpec& spec : running_policies()) {
+    std::mt19937 random(14);
+    CacheConfig config = two_layers(spec);
+    config.layers.resize(1);
+    config.layers[0].sinks = 300;
+    Cache cache(config);
+    const SequenceId id = cache.create();
+    feed(cache, id, random_rows(config.layers[0], kPrompt, random), kPrompt, 200);
+    for (int i = 0; i < 3; ++i) {
+      Rows rows = random_rows(config.layers[0], 1, random);
+      step(cache, {{id, 1}}, rows);
+      ASSERT_LT(error_over_kept(cache, id, rows, 0), 0.05) << to_string(spec);
+    }
+    cache.remove(id);
+    EXPECT_EQ(cache.memory().total_bytes, 0u);
+  }
+}
+
 TEST(PolicyCache, PagesThatWereFreedDoNotMatter) {
   for (const PolicySpec& spec : running_policies()) {
     std::mt19937 random(5);

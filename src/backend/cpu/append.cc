@@ -99,7 +99,7 @@ void CpuBackend::gather(const Gather& job, Side side, Scratch& scratch) const {
     const auto& [page, slot] = job.sources[i];
     const TileFormat& a = key ? format(page).key : format(page).value;
     const std::byte* in = memory(page.handle) + (key ? 0 : format(page).value_offset);
-    uint16_t* half = scratch.half.data() + i * dim;
+    uint16_t* half = scratch.half.data() + (to.appendable() ? 0 : i * dim);  // a tile's rows are needed together
     if (to.appendable() && a.spec == b.spec && takes_rows(a.spec)) {
       std::byte record[kMostRowBytes];
       load_row(a.spec, side, a.width, in, slot, record);

@@ -48,8 +48,15 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
       const PageFormat& f = format(page);
       if (f.rows ? tiles != layer.ids.sealed : page.format != tiles) continue;
       if (page.first + f.slots <= oldest) continue;
-      const std::byte* at = memory(page.handle);
-      scratch.pages.push_back({at, at + f.value_offset, page.first, page.live, !f.rows});
+      // Kernels take kPageTokens at once; a page of rows may be longer.
+      const std::byte *key = memory(page.handle), *value = key + f.value_offset;
+      for (int slot = 0; slot < page.live; slot += kPageTokens) {
+        const auto offset = [slot](const TileFormat& side) {
+          return static_cast<size_t>(slot * side.width) * sizeof(uint16_t);
+        };
+        scratch.pages.push_back({key + offset(f.key), value + offset(f.value), page.first + slot,
+                                 std::min(page.live - slot, kPageTokens), !f.rows});
+      }
     }
     // The last format's launch also stands for none: it leaves what attention over nothing is.
     if (scratch.pages.empty() && (any || tiles != layer.tiles.back())) continue;

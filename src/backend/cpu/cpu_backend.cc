@@ -117,22 +117,28 @@ void CpuBackend::copy(PageHandle from, PageHandle to, const PageFormat& format) 
   std::memcpy(memory(to), memory(from), format.bytes);
 }
 
-void CpuBackend::read(const PageEntry& page, Side side, float* rows) const {
+void CpuBackend::slot_rows(const PageEntry& page, Side side, int first, int n, float* rows, float* tile) const {
   const PageFormat& f = format(page);
-  const TileFormat& tile = side == Side::kKey ? f.key : f.value;
+  const TileFormat& t = side == Side::kKey ? f.key : f.value;
   const std::byte* from = memory(page.handle) + (side == Side::kKey ? 0 : f.value_offset);
-  const auto n = static_cast<size_t>(page.live) * static_cast<size_t>(tile.width);
-  if (f.rows || tile.spec.is_f16()) {
-    for (size_t i = 0; i < n; ++i) {
+  const auto begin = static_cast<size_t>(first) * static_cast<size_t>(t.width);
+  const auto numbers = static_cast<size_t>(n) * static_cast<size_t>(t.width);
+  if (t.spec.is_f16()) {
+    for (size_t i = 0; i < numbers; ++i) {
       uint16_t h;
-      std::memcpy(&h, from + i * 2, 2);
+      std::memcpy(&h, from + (begin + i) * sizeof h, sizeof h);
       rows[i] = f16_to_f32(h);
     }
     return;
   }
-  std::vector<float> decoded(static_cast<size_t>(kPageTokens) * static_cast<size_t>(tile.width));
-  decode_tile(tile.spec, side, tile.width, from, decoded.data());
-  std::copy_n(decoded.data(), n, rows);
+  codec_of(t.spec).decode(t.spec, t.shape(), from, tile);
+  if (rows != tile) std::copy_n(tile + begin, numbers, rows);
+}
+
+void CpuBackend::read(const PageEntry& page, Side side, float* rows) const {
+  const PageFormat& f = format(page);
+  std::vector<float> tile(static_cast<size_t>(kPageTokens) * static_cast<size_t>((side == Side::kKey ? f.key : f.value).width));
+  slot_rows(page, side, 0, page.live, rows, tile.data());
 }
 
 size_t CpuBackend::saved_bytes(const PageFormat& f, int live) const {

@@ -117,7 +117,10 @@ class CpuBackend final : public Backend {
   // A query head of a prompt: keeps its queries, or scores the stored keys with them.
   void attend_window(size_t layer, size_t entry, int q_head, const float* q, int64_t q_stride, Scratch& scratch);
   void score(const Layer& layer, const PageList& list, std::span<const float> queries, std::span<float> sums, Scratch& scratch);
-  void key_lanes(const PageEntry& page, Scratch& scratch) const;
+  void key_lanes(const PageEntry& page, int first, int n, Scratch& scratch) const;
+  // Slots [first, first + n) of a page's side as floats [n][width], as stored. `tile`: room for kPageTokens rows, may be `rows`
+  // where that holds as many and `first` is 0.
+  void slot_rows(const PageEntry& page, Side side, int first, int n, float* rows, float* tile) const;
   static std::byte* memory(PageHandle page) { return reinterpret_cast<std::byte*>(static_cast<uintptr_t>(page)); }
   const PageFormat& format(const PageEntry& entry) const { return formats_[static_cast<FormatId>(entry.format)]; }
   const AttentionKernel& pick_kernel(const AttendJob& job) const;

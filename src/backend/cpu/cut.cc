@@ -120,7 +120,7 @@ void CpuBackend::cut(size_t l) {
     }
     if (layer.tiles.size() > 1 && !plan_->transcodes[l].empty()) grow(t.half, kPageTokens * dim);
     grow(t.positions, rows);
-    const auto most = static_cast<size_t>(most_pages) + 1;
+    const auto most = static_cast<size_t>(most_pages + (layer.config.sinks + kPageTokens - 1) / kPageTokens);
     if (t.pages.capacity() < most) t.pages.reserve(most + kRoomStep);
   }
 }

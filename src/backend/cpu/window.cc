@@ -7,8 +7,6 @@
 
 #include "attention/scores.h"
 #include "backend/cpu/cpu_backend.h"
-#include "base/fp16.h"
-#include "codec/row.h"
 
 namespace kvmix {
 namespace {
@@ -81,23 +79,13 @@ void CpuBackend::attend_window(size_t l, size_t e, int q_head, const float* q, i
         scratch);
 }
 
-// Keys of a page, [head_dim][kPageTokens]: what a dot reduces over is then apart, tokens are next to each other.
-void CpuBackend::key_lanes(const PageEntry& page, Scratch& scratch) const {
-  const TileFormat& tile = format(page).key;
-  const int dim = tile.width;
-  const std::byte* from = memory(page.handle);
-  if (!tile.spec.is_f16() && !takes_rows(tile.spec))
-    codec_of(tile.spec).decode(tile.spec, tile.shape(), from, scratch.rows.data());
-  for (int t = 0; t < page.live; ++t) {
-    float* row = scratch.rows.data() + static_cast<ptrdiff_t>(t) * dim;
-    if (tile.spec.is_f16()) {
-      const auto* half = reinterpret_cast<const uint16_t*>(from) + static_cast<ptrdiff_t>(t) * dim;
-      for (int c = 0; c < dim; ++c) row[c] = f16_to_f32(half[c]);
-    } else if (takes_rows(tile.spec)) {
-      std::byte record[kMostRowBytes];
-      load_row(tile.spec, Side::kKey, dim, from, t, record);
-      decode_row(tile.spec, dim, record, row);
-    }
+// Keys of a page's slots [first, first + n), n <= kPageTokens, as [head_dim][kPageTokens]: what a dot reduces over is then
+// apart, tokens are next to each other.
+void CpuBackend::key_lanes(const PageEntry& page, int first, int n, Scratch& scratch) const {
+  const int dim = format(page).key.width;
+  slot_rows(page, Side::kKey, first, n, scratch.rows.data(), scratch.rows.data());
+  for (int t = 0; t < n; ++t) {
+    const float* row = scratch.rows.data() + static_cast<ptrdiff_t>(t) * dim;
     for (int c = 0; c < dim; ++c) scratch.lanes[static_cast<size_t>(c * kPageTokens + t)] = row[c];
   }
 }
@@ -106,21 +94,25 @@ void CpuBackend::score(const Layer& layer, const PageList& list, std::span<const
                        Scratch& scratch) {
   const auto dim = static_cast<size_t>(layer.config.head_dim), rows = queries.size() / dim, tokens = sums.size();
   size_t at = 0;
-  for (const PageEntry& page : list.pages) {
-    key_lanes(page, scratch);
-    const auto live = static_cast<size_t>(page.live);
+  const auto score_slots = [&](const PageEntry& page, int slot, size_t n) {
+    key_lanes(page, slot, static_cast<int>(n), scratch);
     for (size_t r = 0; r < rows; ++r) {
-      for (size_t first = 0; first < live; first += kLanes) {
+      for (size_t first = 0; first < n; first += kLanes) {
         float dots[kLanes] = {};
         for (size_t c = 0; c < dim; ++c) {
           const float x = queries[r * dim + c];
           const float* keys = scratch.lanes.data() + c * kPageTokens + first;
           for (size_t t = 0; t < kLanes; ++t) dots[t] += x * keys[t];
         }
-        std::copy_n(dots, std::min(kLanes, live - first), scratch.scores.data() + r * tokens + at + first);
+        std::copy_n(dots, std::min(kLanes, n - first), scratch.scores.data() + r * tokens + at + first);
       }
     }
-    at += live;
+    at += n;
+  };
+  for (const PageEntry& page : list.pages) {
+    for (int slot = 0; slot < page.live; slot += kPageTokens) {
+      score_slots(page, slot, static_cast<size_t>(std::min(page.live - slot, kPageTokens)));
+    }
   }
   // The prompt's tokens are the list's newest: the last query sees all.
   for (size_t r = 0; r < rows; ++r) {
