@@ -1,6 +1,5 @@
 // The contract between the cache and the device that holds its pages. A backend owns memory and does arithmetic; which page
-// exists, in which format, and what a step changes is the ledger's to say. One folder per backend; all pass one suite
-// (tests/backend).
+// exists, in which format, and what a step changes is the ledger's to say. One folder per backend.
 #pragma once
 
 #include <cstddef>
@@ -34,19 +33,9 @@ struct PoolBytes {
   size_t used, taken;  // by pages; from the system
 };
 
-// How a layer with such formats runs: `cost` is the time of decode attention relative to the backend's fastest format at equal
-// bytes, 0 where it cannot run at all; `kernel` names what runs.
-struct Support {
-  double cost = 0;
-  std::string kernel;
-};
-
 class Backend {
  public:
   virtual ~Backend() = default;
-
-  virtual const char* name() const = 0;
-  virtual Support supports(const LayerConfig& layer, const PageFormat& format) const = 0;
 
   // Pages. allocate throws kOutOfMemory and changes nothing then.
   virtual PageHandle allocate(const PageFormat& format) = 0;

@@ -177,8 +177,7 @@ size_t Cache::step_bytes(std::span<const StepItem> items) const {
   if (impl.governed.policy == nullptr || impl.config.max_bytes == 0) return bytes;
   for (const StepItem& item : items) {
     const SequencePages& sequence = impl.ledger.find(item.sequence);
-    const bool ends = !item.more && !item.decoded && (item.n_tokens > 1 || sequence.in_prompt);
-    if (!ends) continue;
+    if (!Ledger::prompt_part(item, sequence).ends) continue;
     for (const FormatId id : impl.pages_to_reserve(sequence, sequence.length + item.n_tokens)) bytes += impl.formats[id].bytes;
   }
   return bytes;

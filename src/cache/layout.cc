@@ -55,7 +55,7 @@ size_t list_room(const LayerConfig& layer, int64_t length) {
 }
 
 int64_t settled_seals(const LayerConfig& layer, int64_t tail_tokens) {
-  if (!uses_ratio(layer)) return std::max<int64_t>(0, tail_tokens - layer.window.tokens) / kPageTokens;
+  if (!uses_ratio(layer)) return fixed_seal_target(layer, layer.sinks + tail_tokens);
   int64_t sealed = 0;
   while (const int64_t surplus = ratio_surplus_pages(layer, tail_tokens - sealed * kPageTokens)) sealed += surplus;
   return sealed;
@@ -73,6 +73,17 @@ PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens) {
   return p;
 }
 
+namespace {
+
+// The same of a layer in its own codecs: one that stays fp16 seals nothing.
+PagePrediction stored_pages(const LayerConfig& layer, const LayerLayout& layout, int64_t n_tokens) {
+  PagePrediction p = predict_pages(layer, n_tokens);
+  if (!layout.seals) p.sealed = p.freed;
+  return p;
+}
+
+}  // namespace
+
 size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_tokens) {
   if (n_tokens < 0) throw Error(Status::kInvalidArgument, "a sequence cannot have " + std::to_string(n_tokens) + " tokens");
   const Governed governed(given);
@@ -83,8 +94,7 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
     const LayerConfig& layer = config.layers[l];
     const LayerLayout layout = layer_layout(layer);
     const int64_t kept = governed.kept(l, prompt), length = n_tokens - (prompt - kept);
-    PagePrediction p = predict_pages(layer, length);
-    if (!layout.seals) p.sealed = p.freed;
+    const PagePrediction p = stored_pages(layer, layout, length);
     size_t head = sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry);
     if (kept < prompt) head += static_cast<size_t>(kept) * sizeof(int32_t);
     head += length > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0;
@@ -101,8 +111,7 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
   for (size_t l = 0; l < given.layers.size(); ++l) {
     const LayerConfig& layer = governed.config.layers[l];
     const LayerLayout layout = layer_layout(layer);
-    PagePrediction p = predict_pages(layer, governed.kept(l, n_tokens));
-    if (!layout.seals) p.sealed = p.freed;
+    const PagePrediction p = stored_pages(layer, layout, governed.kept(l, n_tokens));
     const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
     if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;
     bytes[layout.sealed.bytes] += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;

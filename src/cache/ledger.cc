@@ -86,10 +86,12 @@ void Ledger::begin_change() {
   growth_.clear();
   compactions_.clear();
   gathers_.clear();
-  open_ = true;
 }
 
-void Ledger::end_change() { open_ = false; }
+Ledger::PromptPart Ledger::prompt_part(const StepItem& item, const SequencePages& sequence) {
+  const bool prompt = !item.decoded && (item.more || item.n_tokens > 1 || sequence.in_prompt);
+  return {prompt, prompt && !item.more};
+}
 
 void Ledger::replace(PageList& list, size_t index, FormatId format, bool copies) {
   PageEntry& entry = list.pages[index];
@@ -205,7 +207,6 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
   if (open_) throw Error(Status::kInvalidArgument, "a step is already open; end or abort it first");
   if (items.empty()) throw Error(Status::kInvalidArgument, "a step needs at least one sequence");
   begin_change();
-  open_ = false;  // until the items are known to be sound
   int64_t row = 0;
   for (const StepItem& item : items) {
     SequencePages& sequence = find(item.sequence);
@@ -221,10 +222,9 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
       }
     }
     check_prompt(item, sequence);
-    const bool prompt = !item.decoded && (item.more || item.n_tokens > 1 || sequence.in_prompt);
+    const auto [prompt, ends] = prompt_part(item, sequence);
     const int64_t start = sequence.length, end = start + item.n_tokens;
     const int64_t prompt_start = sequence.in_prompt ? sequence.prompt_start : start;
-    const bool ends = prompt && !item.more;
     plan_.entries.push_back({.id = item.sequence,
                              .pages = &sequence,
                              .start = start,
@@ -277,6 +277,7 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
     }
   }
   begin_change();
+  open_ = true;
   growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
                      sequence.in_prompt});
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -378,7 +379,7 @@ std::vector<FreedPage> Ledger::commit() {
     }
     *compaction.list = std::move(compaction.next);
   }
-  end_change();
+  open_ = false;
   return freed;
 }
 
@@ -397,7 +398,7 @@ std::vector<FreedPage> Ledger::abort() {
     entry.first = it->before.first;
   }
   for (const Size& old : old_sizes_) old.list->pages.resize(old.entries);
-  end_change();
+  open_ = false;
   return fresh;
 }
 

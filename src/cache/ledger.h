@@ -54,6 +54,11 @@ class Ledger {
 
   // Opens a step. Throws kInvalidArgument and kNotFound for items that cannot be, before anything changed.
   const StepPlan& open(std::span<const StepItem> items);
+  // Whether such an item brings tokens of a prompt, and the last of it.
+  struct PromptPart {
+    bool prompt, ends;
+  };
+  static PromptPart prompt_part(const StepItem& item, const SequencePages& sequence);
   // Bytes of the pages that such a step allocates.
   size_t bytes_needed(std::span<const StepItem> items);
   // Opens a truncation: cuts the sequence to its first n_tokens. A cut through a sealed page makes it a recent one again.
@@ -123,7 +128,6 @@ class Ledger {
   // Index of the first page behind the sinks.
   size_t body(size_t layer, const PageList& list) const;
   void begin_change();
-  void end_change();
 
   const std::vector<LayerConfig>& layers_;
   const std::vector<LayerFormats>& ids_;

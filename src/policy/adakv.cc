@@ -9,23 +9,14 @@
 namespace kvmix {
 namespace {
 
-class AdaKv final : public Policy {
+class AdaKv final : public VotePolicy {
  public:
   explicit AdaKv(const PolicyValues& values)
-      : vote_(values),
-        budget_(values.budget(vote_.sinks + vote_.window)),
-        safe_(values.number("safe")),
-        blend_(values.choice("shares") == "blend") {}
-
-  Needs needs() const override { return vote_.needs(); }
-  Protection protection(const LayerShape&, int64_t) const override { return vote_.protection(); }
-  int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override {
-    return shape.kv_heads * std::min(prompt_length, budget_.capacity(shape, prompt_length, vote_.protection()));
-  }
+      : VotePolicy(values), safe_(values.number("safe")), blend_(values.choice("shares") == "blend") {}
 
  protected:
   void decide_prompt(const PolicyView& view, PolicyScratch& scratch, Decision& decision) const override {
-    const int64_t capacity = budget_.capacity(view.shape, view.prompt_length, vote_.protection());
+    const int64_t most = capacity(view.shape, view.prompt_length);
     const size_t heads = view.heads.size();
     std::vector<Candidates> ranges(heads);
     std::vector<std::vector<double>> votes(heads);
@@ -37,12 +28,12 @@ class AdaKv final : public Policy {
       limits[h] = static_cast<int64_t>(ranges[h].size());
       const auto n = static_cast<int64_t>(view.heads[h].size());
       stored += n;
-      total += capacity - (n - limits[h]);
+      total += most - (n - limits[h]);
     }
-    if (stored <= static_cast<int64_t>(heads) * capacity) return;
+    if (stored <= static_cast<int64_t>(heads) * most) return;
 
     const std::vector<int64_t> shares =
-        blend_ ? blended(ranges, votes, limits, total) : guaranteed(ranges, votes, limits, capacity, total);
+        blend_ ? blended(ranges, votes, limits, total) : guaranteed(ranges, votes, limits, most, total);
     for (size_t h = 0; h < heads; ++h) {
       keep_protected(view.heads[h].size(), ranges[h], scratch.keep);
       keep_best(votes[h], ranges[h], shares[h], scratch.order, scratch.keep);
@@ -95,9 +86,9 @@ class AdaKv final : public Policy {
 
   // Each head's best `safe` of the whole budget, window included, then the layer's best.
   std::vector<int64_t> guaranteed(const std::vector<Candidates>& ranges, const std::vector<std::vector<double>>& votes,
-                                  const std::vector<int64_t>& limits, int64_t capacity, int64_t total) const {
+                                  const std::vector<int64_t>& limits, int64_t most, int64_t total) const {
     std::vector<int64_t> sure(votes.size());
-    const auto floor = static_cast<int64_t>(safe_ * static_cast<double>(capacity) + 1e-9);
+    const auto floor = static_cast<int64_t>(safe_ * static_cast<double>(most) + 1e-9);
     for (size_t h = 0; h < votes.size(); ++h) {
       sure[h] = std::clamp<int64_t>(floor - vote_.sinks - vote_.window, 0, limits[h]);
       total -= sure[h];
@@ -107,8 +98,6 @@ class AdaKv final : public Policy {
     return shares;
   }
 
-  WindowVote vote_;
-  Budget budget_;
   double safe_;
   bool blend_;
 };

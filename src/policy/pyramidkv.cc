@@ -35,41 +35,23 @@ int64_t Pyramid::tokens(double capacity, int64_t n, int ordinal, int ordinals) c
 
 namespace {
 
-class PyramidKv final : public Policy {
+class PyramidKv final : public VotePolicy {
  public:
   explicit PyramidKv(const PolicyValues& values)
-      : vote_(values),
-        budget_(values.budget(vote_.sinks + vote_.window)),
+      : VotePolicy(values),
         pyramid_{.rule = values.choice("arithmetic") == "whole" ? Pyramid::Rule::kWhole : Pyramid::Rule::kReal,
                  .beta = values.integer("beta"),
                  .window = vote_.window} {}
 
-  Needs needs() const override { return vote_.needs(); }
-  Protection protection(const LayerShape&, int64_t) const override { return vote_.protection(); }
-  int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override {
-    return shape.kv_heads * std::min(prompt_length, capacity(shape, prompt_length));
-  }
-
  protected:
-  void decide_prompt(const PolicyView& view, PolicyScratch& scratch, Decision& decision) const override {
-    const int64_t most = capacity(view.shape, view.prompt_length);
-    for (size_t h = 0; h < view.heads.size(); ++h) {
-      const Candidates range = vote_.vote(view, h, scratch);
-      keep_capacity(view.heads[h].size(), range, scratch.pooled, most, scratch, decision.heads[h].drop);
-    }
-  }
-
- private:
-  int64_t capacity(const LayerShape& shape, int64_t prompt_length) const {
+  int64_t capacity(const LayerShape& shape, int64_t prompt_length) const override {
     const Protection kept = vote_.protection();
-    const double mean = pyramid_.rule == Pyramid::Rule::kReal
-                            ? budget_.exact(shape, prompt_length)
-                            : static_cast<double>(budget_.capacity(shape, prompt_length, kept));
+    const double mean = pyramid_.rule == Pyramid::Rule::kReal ? budget_.exact(shape, prompt_length)
+                                                              : static_cast<double>(VotePolicy::capacity(shape, prompt_length));
     return std::max(pyramid_.tokens(mean, prompt_length, shape.ordinal, shape.ordinals), kept.sinks + kept.window);
   }
 
-  WindowVote vote_;
-  Budget budget_;
+ private:
   Pyramid pyramid_;
 };
 

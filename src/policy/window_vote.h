@@ -2,6 +2,8 @@
 // averaged over the query heads of a KV head and pooled along the sequence (SnapKV, arXiv 2404.14469, section 4).
 #pragma once
 
+#include <algorithm>
+
 #include "policy/parameters.h"
 #include "policy/select.h"
 
@@ -31,6 +33,34 @@ struct WindowVote {
     pool(std::span(scratch.score).first(range.last), pooling, kernel, scratch.pooled);
     return range;
   }
+};
+
+// A policy that keeps each KV head's best votes, up to a capacity of the layer's.
+class VotePolicy : public Policy {
+ public:
+  explicit VotePolicy(const PolicyValues& values) : vote_(values), budget_(values.budget(vote_.sinks + vote_.window)) {}
+
+  Needs needs() const final { return vote_.needs(); }
+  Protection protection(const LayerShape&, int64_t) const final { return vote_.protection(); }
+  int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const final {
+    return shape.kv_heads * std::min(prompt_length, capacity(shape, prompt_length));
+  }
+
+ protected:
+  // Tokens that a KV head keeps, on average over the layer's.
+  virtual int64_t capacity(const LayerShape& shape, int64_t prompt_length) const {
+    return budget_.capacity(shape, prompt_length, vote_.protection());
+  }
+  void decide_prompt(const PolicyView& view, PolicyScratch& scratch, Decision& decision) const override {
+    const int64_t most = capacity(view.shape, view.prompt_length);
+    for (size_t h = 0; h < view.heads.size(); ++h) {
+      const Candidates range = vote_.vote(view, h, scratch);
+      keep_capacity(view.heads[h].size(), range, scratch.pooled, most, scratch, decision.heads[h].drop);
+    }
+  }
+
+  const WindowVote vote_;
+  const Budget budget_;
 };
 
 // Their parameters; others follow.

@@ -50,7 +50,5 @@ struct AttentionKernel {
 };
 
 std::span<const AttentionKernel* const> attention_kernel_registry();
-// The one that takes every codec and shape, by decoding tiles.
-const AttentionKernel& portable_kernel();
 
 }  // namespace kvmix

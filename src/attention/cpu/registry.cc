@@ -26,8 +26,6 @@ const std::array kKernels = {
 
 std::span<const AttentionKernel* const> attention_kernel_registry() { return kKernels; }
 
-const AttentionKernel& portable_kernel() { return kPortableKernel; }
-
 std::vector<AttentionKernelInfo> attention_kernels() {
   std::vector<AttentionKernelInfo> infos;
   for (const AttentionKernel* kernel : kKernels) infos.push_back({kernel->name, kernel->description, kernel->available()});

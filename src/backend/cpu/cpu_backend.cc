@@ -82,18 +82,6 @@ const AttentionKernel& CpuBackend::pick_kernel(const AttendJob& job) const {
                                         std::to_string(job.key.width) + "; leave the kernel to the library");
 }
 
-Support CpuBackend::supports(const LayerConfig& layer, const PageFormat& format) const {
-  AttendJob job = layer_job(layer);
-  job.key = format.key;
-  job.value = format.value;
-  job.rows = layer.q_heads / layer.kv_heads;
-  for (const AttentionKernel* kernel : kernels_) {
-    // Decoding tiles to fp32 costs some thirty times what attending to their codes does (docs/performance.md).
-    if (kernel->supports(job)) return {kernel == &portable_kernel() ? 30.0 : 1.0, kernel->name};
-  }
-  return {};
-}
-
 PageHandle CpuBackend::allocate(const PageFormat& format) {
   return static_cast<PageHandle>(reinterpret_cast<uintptr_t>(pool_.allocate(format.bytes)));
 }

@@ -18,8 +18,6 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers);
 
-  const char* name() const override { return "cpu"; }
-  Support supports(const LayerConfig& layer, const PageFormat& format) const override;
   PageHandle allocate(const PageFormat& format) override;
   void release(PageHandle page, const PageFormat& format) override;
   void trim() override { pool_.trim(); }
