@@ -18,6 +18,8 @@ struct LayerLayout {
   bool seals;  // false when both sides stay fp16
 };
 LayerLayout layer_layout(const LayerConfig& layer);
+// A page that is sealed in these codecs.
+PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim);
 
 // Pages of a KV head behind the sinks that a sequence of this length has begun.
 inline int64_t page_count(const LayerConfig& layer, int64_t length) {
