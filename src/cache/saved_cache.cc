@@ -199,11 +199,12 @@ bool apart(const PageList& list, const PageList& low) {
 
 // A sliding window frees the pages of all heads together and names no positions; other layers free none, and any layer ends
 // with the newest token or says where it ends.
-void check_window(const Reader& in, const LayerConfig& layer, const PageList& first, const PageList& list, int64_t tokens) {
+void check_window(const Reader& in, const LayerConfig& layer, bool governed, const PageList& first, const PageList& list,
+                  int64_t tokens) {
   if (layer.sliding_window > 0 && (!list.positions.empty() || list.pages != first.pages)) {
     in.fail("heads of a layer with a sliding window differ");
   }
-  if (!list.positions.empty()) return;
+  if (!list.positions.empty() || (governed && list.pages.empty())) return;
   const int64_t end = list.pages.empty() ? 0 : list.pages.back().first + list.pages.back().live;
   if (end != tokens) in.fail("a head ends at position " + std::to_string(end) + " of " + std::to_string(tokens));
 }
@@ -368,7 +369,7 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
           in.version >= kListsVersion
               ? read(layers[l].heads, false)
               : layers[l].heads.emplace_back(formula_list(header.layers[l], layer, impl.ids[l], impl.formats, header.tokens));
-      check_window(in, layer, layers[l].heads.front(), list, header.tokens);
+      check_window(in, layer, impl.ids[l].governed, layers[l].heads.front(), list, header.tokens);
     }
     for (int h = 0; h < layer.kv_heads && impl.ids[l].low_tier; ++h) {
       const PageList& low = read(layers[l].low, true);

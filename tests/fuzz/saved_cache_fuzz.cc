@@ -18,10 +18,11 @@ namespace {
 constexpr char kFingerprint[] = "model+plan";
 constexpr size_t kMagicBytes = 8;
 
-// With a token policy page lists are written in full.
-CacheConfig fuzz_config(bool policy) {
+// With a token policy page lists are written in full, with one that counts attention their mass, and of a low tier lists too.
+constexpr const char* kPolicies[] = {"", "snapkv", "h2o", "leankv"};
+CacheConfig fuzz_config(const std::string& policy) {
   CacheConfig config;
-  if (policy) config.tokens = PolicySpec{"snapkv", {}};
+  if (!policy.empty()) config.tokens = PolicySpec{policy, {}};
   config.layers = {testing::make_layer(2, 1, 32, testing::key_codec(2), testing::value_codec(3, 32)),
                    testing::make_layer(2, 1, 32, CodecSpec{}, CodecSpec{}, 4)};
   config.layers[0].recent = testing::kRecents.back();
@@ -46,7 +47,7 @@ std::string with_checksum(std::string content) {
 }
 
 // Loads the bytes; a cache that is accepted must decode a token, be cut and be removed. Returns whether it was accepted.
-bool load_and_use(const std::string& content, bool policy) {
+bool load_and_use(const std::string& content, const std::string& policy) {
   std::filesystem::remove(fuzz_path());  // truncating in place would make some file systems flush
   std::ofstream(fuzz_path(), std::ios::binary) << content;
   Cache cache(fuzz_config(policy));
@@ -77,14 +78,14 @@ bool load_and_use(const std::string& content, bool policy) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string content = kvmix::with_checksum(std::string(reinterpret_cast<const char*>(data), size));
-  for (const bool policy : {false, true}) kvmix::load_and_use(content, policy);
+  for (const char* policy : kvmix::kPolicies) kvmix::load_and_use(content, policy);
   return 0;
 }
 
 namespace kvmix {
 namespace {
 
-std::string saved(int tokens, bool policy) {
+std::string saved(int tokens, const std::string& policy) {
   Cache cache(fuzz_config(policy));
   std::mt19937 random(2);
   const SequenceId id = cache.create();
@@ -98,7 +99,7 @@ std::string saved(int tokens, bool policy) {
   return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
-void mutate_and_load(bool policy) {
+void mutate_and_load(const std::string& policy) {
   std::mt19937 random(3);
   int accepted = 0;
   for (const int tokens : {0, 3, 300, 600}) {
@@ -107,7 +108,7 @@ void mutate_and_load(bool policy) {
     for (int i = 0; i < 1500; ++i) {
       std::string bad = good;
       // The header is where sizes are.
-      const size_t reach = random() % 4 == 0 ? bad.size() : std::min<size_t>(bad.size(), policy ? 1500 : 220);
+      const size_t reach = random() % 4 == 0 ? bad.size() : std::min<size_t>(bad.size(), policy.empty() ? 220 : 1500);
       for (unsigned edits = 1 + random() % 3; edits > 0; --edits) {
         const size_t at = random() % reach;
         switch (random() % 4) {
@@ -138,8 +139,10 @@ void mutate_and_load(bool policy) {
   std::filesystem::remove(fuzz_path());
 }
 
-TEST(SavedCacheFuzz, MutatedFilesAreRefusedOrWork) { mutate_and_load(false); }
-TEST(SavedCacheFuzz, MutatedPageListsAreRefusedOrWork) { mutate_and_load(true); }
+TEST(SavedCacheFuzz, MutatedFilesAreRefusedOrWork) { mutate_and_load(""); }
+TEST(SavedCacheFuzz, MutatedPageListsAreRefusedOrWork) { mutate_and_load("snapkv"); }
+TEST(SavedCacheFuzz, MutatedMassIsRefusedOrWorks) { mutate_and_load("h2o"); }
+TEST(SavedCacheFuzz, MutatedTiersAreRefusedOrWork) { mutate_and_load("leankv"); }
 
 }  // namespace
 }  // namespace kvmix
