@@ -90,6 +90,7 @@ void measure(const std::shared_ptr<const Model>& model, const AxesTask& task, co
   if (task.needles == 0) return;
   NeedleOptions needle;
   needle.contexts = {std::min(kNeedleContext, model->shape().context_tokens)};
+  needle.kinds = {"key", "keys"};
   needle.trials = task.needles;
   needle.threads = task.threads;
   std::vector<double> hits(candidates.size(), 0), trials(candidates.size(), 0);

@@ -1,4 +1,4 @@
-/* The C ABI of the core: a cache that any engine can call, on the CPU.
+/* The C ABI of the core: a cache that any engine can call, on the CPU or a CUDA device.
  *
  * Every function returns a status; none throws, prints or exits. After a failure kvmix_last_error() gives one line for a
  * person, per thread, until that thread's next failing call. Output arguments are written on success only.
@@ -50,10 +50,16 @@ typedef int32_t kvmix_sequence;
 /* How a cache runs, whatever it stores. A null pointer to it, or zeros, take the defaults. */
 typedef struct kvmix_cache_options {
   size_t struct_bytes;
-  size_t max_bytes;   /* 0: no limit */
-  const char* kernel; /* NULL or "": the best that this machine runs */
-  int32_t threads;    /* that will call append and attend together, 1..256; 0: 1 */
-  int32_t exact;      /* nonzero: attention arithmetic at least as exact as bf16 products */
+  size_t max_bytes;    /* 0: no limit */
+  const char* kernel;  /* NULL or "": the best that this machine runs */
+  int32_t threads;     /* that will call append and attend together, 1..256; 0: 1 */
+  int32_t exact;       /* nonzero: attention arithmetic at least as exact as bf16 products */
+  const char* device;  /* NULL, "" or "cpu"; "cuda": pages and arithmetic on the calling thread's current CUDA device.
+                          KVMIX_UNSUPPORTED says why there is none, or which layer it has no code for */
+  void* stream;        /* of "cuda": the cudaStream_t that all work is queued on; NULL: one of the cache's own */
+  int32_t device_rows; /* of "cuda", nonzero: k, v, q and out are device memory, append and attend only queue; otherwise host
+                          memory, and attend waits */
+  int32_t reserved;    /* 0 */
 } kvmix_cache_options;
 
 /* One layer of a cache without a plan. kvmix_layer_defaults() sets everything but the shape. */

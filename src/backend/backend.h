@@ -98,4 +98,8 @@ class Backend {
 std::unique_ptr<Backend> make_cpu_backend(const CacheConfig& config, const FormatTable& formats,
                                           std::vector<LayerFormats> layers);
 
+// Of the calling thread's current CUDA device. Throws kUnsupported where there is none, and for what it has no code for.
+std::unique_ptr<Backend> make_cuda_backend(const CacheConfig& config, const FormatTable& formats,
+                                           std::vector<LayerFormats> layers);
+
 }  // namespace kvmix

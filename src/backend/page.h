@@ -112,6 +112,7 @@ struct SequencePages {
   int64_t prompt_start = 0;   // of a prompt of which further chunks are to come
   int64_t counted_from = 0;   // PageList::mass counts the queries from this position on
   bool in_prompt = false;
+  uint64_t revision = 0;  // another one whenever a page was added or another stands in a place; no two lists of pages share one
   std::vector<LayerPages> layers;
 };
 

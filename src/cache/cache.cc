@@ -12,10 +12,32 @@ namespace {
 
 constexpr size_t kSlackBytes = size_t{1} << 20;  // less is not worth a system call
 
+void check_device(const CacheConfig& config) {
+  const auto fail = [](Status status, const std::string& what) { throw Error(status, "cache: " + what); };
+  if (config.device == "cpu") {
+    if (config.stream == nullptr && !config.device_rows) return;
+    fail(Status::kInvalidArgument,
+         "a stream or rows in device memory belong to the device \"cuda\"; set that or leave them out");
+  }
+  if (!on_cuda(config)) {
+    fail(Status::kInvalidArgument, "device \"" + config.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
+  }
+  if (config.tokens) {
+    fail(Status::kUnsupported,
+         "token policy " + config.tokens->name +
+             " does not run on the device \"cuda\"; take a plan without \"tokens\", or the device \"cpu\"");
+  }
+  if (!config.kernel.empty()) {
+    fail(Status::kInvalidArgument,
+         "attention kernel \"" + config.kernel + "\" is the device \"cpu\"'s; leave the kernel out on \"cuda\"");
+  }
+}
+
 void check_config(const CacheConfig& config) {
   const auto fail = [](const std::string& what) { throw Error(Status::kInvalidArgument, "cache: " + what); };
   if (config.layers.empty()) fail("no layers; describe at least one");
   if (config.threads < 1 || config.threads > 256) fail("threads is " + std::to_string(config.threads) + "; expected 1 to 256");
+  check_device(config);
   for (size_t l = 0; l < config.layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const std::string where = "cache: layer " + std::to_string(l);
@@ -67,7 +89,7 @@ CacheConfig checked(CacheConfig config) {
 Cache::Impl::Impl(CacheConfig c)
     : governed(checked(std::move(c))), config(governed.config), ledger(config.layers, ids, formats) {
   for (size_t l = 0; l < config.layers.size(); ++l) {
-    const LayerLayout layout = layer_layout(config.layers[l]);
+    const LayerLayout layout = layer_layout(config.layers[l], on_cuda(config));
     LayerFormats& f = ids.emplace_back(LayerFormats{.sinks = formats.add(layout.sinks),
                                                     .recent = formats.add(layout.recent),
                                                     .sealed = formats.add(layout.sealed),
@@ -82,7 +104,7 @@ Cache::Impl::Impl(CacheConfig c)
     f.mass_of_prompts = f.mass && !needs.mass_from_window;
     f.mass_of_largest = needs.mass == MassReduce::kMax;
   }
-  backend = make_cpu_backend(config, formats, ids);
+  backend = on_cuda(config) ? make_cuda_backend(config, formats, ids) : make_cpu_backend(config, formats, ids);
 }
 
 void Cache::Impl::release(std::span<const FreedPage> pages) {

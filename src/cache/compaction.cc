@@ -10,6 +10,7 @@ std::span<const Gather> Ledger::open_compaction(SequenceId id, size_t layer, std
   SequencePages& sequence = find(id);
   if (open_) throw Error(Status::kInternal, "a layer is compacted inside a step; end it first");
   begin_change();
+  revise(sequence);
   open_ = true;
   LayerPages& pages = sequence.layers[layer];
   for (size_t h = 0; h < pages.heads.size(); ++h) {

@@ -38,12 +38,14 @@ SequenceId Ledger::create() {
     sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].kv_heads));
     if (ids_[l].low_tier) sequence.layers[l].low.resize(static_cast<size_t>(layers_[l].kv_heads));
   }
+  revise(sequence);
   sequences_.emplace(next_id_, std::move(sequence));
   return next_id_++;
 }
 
 SequenceId Ledger::fork(SequenceId id) {
   SequencePages copy = find(id);
+  revise(copy);
   for (const LayerPages& layer : copy.layers) {
     layer.for_each_list([&](const PageList& list) {
       for (const PageEntry& entry : list.pages) ++extra_references_[entry.handle];
@@ -236,13 +238,17 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
                              .prompt = prompt,
                              .ends_prompt = ends,
                              .prompt_start = prompt_start});
-    growth_.push_back(
-        {&sequence, end, ends ? end : sequence.prompt_length, prompt_start, sequence.counted_from, prompt && item.more});
+    growth_.push_back({&sequence, end, ends ? end : sequence.prompt_length, prompt_start, sequence.counted_from,
+                       prompt && item.more, sequence.revision});
     row += item.n_tokens;
   }
   open_ = true;
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (size_t e = 0; e < plan_.entries.size(); ++e) open_layer(l, *growth_[e].sequence, plan_.entries[e]);
+    for (size_t e = 0; e < plan_.entries.size(); ++e) {
+      const size_t before = changes_.size();
+      open_layer(l, *growth_[e].sequence, plan_.entries[e]);
+      if (changes_.size() > before) revise(*growth_[e].sequence);
+    }
   }
   // New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among
   // what goes.
@@ -283,7 +289,7 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
   begin_change();
   open_ = true;
   growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
-                     std::min(sequence.counted_from, n_tokens), sequence.in_prompt});
+                     std::min(sequence.counted_from, n_tokens), sequence.in_prompt, sequence.revision});
   for (size_t l = 0; l < layers_.size(); ++l) {
     LayerPages& layer = sequence.layers[l];
     for (size_t h = 0; h < layer.heads.size(); ++h) cut(l, static_cast<int>(h), layer.heads[h], false, n_tokens);
@@ -381,6 +387,7 @@ std::vector<FreedPage> Ledger::commit() {
   }
   for (const Growth& growth : growth_) {
     SequencePages& sequence = *growth.sequence;
+    if (!cuts_.empty()) revise(sequence);
     sequence.length = growth.length;
     sequence.counted_from = growth.counted_from;
     sequence.prompt_length = growth.prompt_length;
@@ -417,6 +424,7 @@ std::vector<FreedPage> Ledger::abort() {
     entry.first = it->before.first;
   }
   for (const Size& old : old_sizes_) old.list->pages.resize(old.entries);
+  for (const Growth& growth : growth_) growth.sequence->revision = growth.revision;
   open_ = false;
   return fresh;
 }

@@ -105,6 +105,7 @@ class Ledger {
     SequencePages* sequence;
     int64_t length, prompt_length, prompt_start, counted_from;
     bool in_prompt;
+    uint64_t revision;  // before it
   };
   struct Compaction {
     PageList* list;
@@ -145,12 +146,14 @@ class Ledger {
   // Index of the first page behind the sinks.
   size_t body(size_t layer, const PageList& list) const;
   void begin_change();
+  void revise(SequencePages& sequence) { sequence.revision = next_revision_++; }
 
   const std::vector<LayerConfig>& layers_;
   const std::vector<LayerFormats>& ids_;
   const FormatTable& formats_;
   std::map<SequenceId, SequencePages> sequences_;
   SequenceId next_id_ = 0;
+  uint64_t next_revision_ = 1;
   std::unordered_map<PageHandle, int> extra_references_;  // only pages with more than one
 
   bool open_ = false;

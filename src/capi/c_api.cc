@@ -94,6 +94,10 @@ kvmix_cache* make_cache(CacheConfig config, const kvmix_cache_options* from) {
   config.max_bytes = options.max_bytes;
   if (options.kernel != nullptr) config.kernel = options.kernel;
   config.exact = options.exact != 0;
+  if (options.device != nullptr && *options.device != '\0') config.device = options.device;
+  config.stream = options.stream;
+  config.device_rows = options.device_rows != 0;
+  if (options.reserved != 0) throw Error(Status::kInvalidArgument, "kvmix_cache_options.reserved is not 0; set it to 0");
   return new kvmix_cache{Cache(std::move(config))};
 }
 

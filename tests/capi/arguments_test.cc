@@ -139,6 +139,11 @@ TEST(CApiArguments, ValuesThatCannotBeAreNamed) {
   create([](Layer&, Options& o) { o.threads = 257; }, "257");
   create([](Layer&, Options& o) { o.threads = -1; }, "-1");
   create([](Layer&, Options& o) { o.kernel = "avx9"; }, "avx9");
+  create([](Layer&, Options& o) { o.device = "abacus"; }, "abacus");
+  create([](Layer&, Options& o) { o.device_rows = 1; }, "device memory");
+  create([](Layer&, Options& o) { o.stream = &o; }, "stream");
+  create([](Layer&, Options& o) { o.reserved = 1; }, "reserved");
+  create([](Layer&, Options& o) { o.device = "cuda", o.kernel = "portable"; }, "portable");
   EXPECT_EQ(cache, nullptr);
 }
 
