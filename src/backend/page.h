@@ -91,6 +91,10 @@ struct SequencePages {
   int64_t prompt_start = 0;   // of a prompt of which further chunks are to come
   bool in_prompt = false;
   uint64_t revision = 0;  // another one whenever a page was added or another stands in a place; no two lists of pages share one
+  // Up to this length a step changes no list but by how many slots of its last page are live. `late`: such steps have not been
+  // written into the lists (Ledger::write_late).
+  int64_t quiet_until = 0;
+  bool late = false;
   std::vector<LayerPages> layers;
 };
 
