@@ -191,8 +191,26 @@ void CudaBackend::begin(const StepPlan& plan) {
     write_seals(layer, l, reinterpret_cast<int32_t*>(to + layer.open_ids_at),
                 reinterpret_cast<int32_t*>(to + layer.record_ids_at));
   }
+  join();
   inputs_.upload(bytes, stream_.get());
   write_tables();
+  seal_all();
+}
+
+// What a layer seals must be there when that layer is attended to.
+void CudaBackend::seal_all() {
+  bool any = false;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (layers_[l].seals == 0) continue;
+    if (!any) {
+      planned_.record(stream_.get());
+      planned_.make_wait(sealing_.get());
+    }
+    any = true;
+    seal(layers_[l]);
+    layer_sealed_[l].record(sealing_.get());
+  }
+  if (any) sealed_.record(sealing_.get());
 }
 
 void CudaBackend::seal(const Layer& layer) {
@@ -202,7 +220,7 @@ void CudaBackend::seal(const Layer& layer) {
   p.open_pages = p.records = pool_.base();
   p.open_page_stride = p.record_page_stride = kPageUnit;
   p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
-  p.stream = stream_.get();
+  p.stream = sealing_.get();
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
   cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
 }
@@ -224,7 +242,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
     bring(k, k_stride, host_k_);
     bring(v, v_stride, host_v_);
   }
-  if (layer.seals > 0) seal(layer);
+  if (layer.seals > 0) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
   append_rows(
       {.k = k,
        .v = v,
