@@ -128,6 +128,8 @@ int eval_needle(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   NeedleOptions options = arguments.needles;
   options.threads = common.threads;
+  options.kernel = arguments.options.kernel;
+  options.exact = arguments.options.exact;
   options.force_plan = arguments.subjects.force;
   std::vector<EvalSubject> subjects = make_subjects(arguments.subjects, *model);
   subjects.insert(subjects.begin(), EvalSubject{"f16", f16_plan(model->shape()), ""});
@@ -137,7 +139,15 @@ int eval_needle(const Arguments& arguments, const Common& common) {
     if (common.json) {
       nlohmann::json json = nlohmann::json::array();
       for (const NeedleCell& c : cells) {
-        json.push_back({{"name", c.name}, {"context", c.context}, {"depth", c.depth}, {"hits", c.hits}, {"trials", c.trials}});
+        json.push_back({{"name", c.name},
+                        {"context", c.context},
+                        {"kind", c.kind},
+                        {"depth", c.depth},
+                        {"hits", c.hits},
+                        {"trials", c.trials},
+                        {"nll", c.nll},
+                        {"margin", c.margin},
+                        {"answers", c.answers}});
         if (!c.lost.empty()) json.back()["lost"] = c.lost;
       }
       nlohmann::json all = {{"model", model->shape().name}, {"fingerprint", model->shape().fingerprint}, {"cells", json}};
@@ -145,24 +155,34 @@ int eval_needle(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    std::vector<std::string> header = {"cache", "context"};
+    std::vector<std::string> header = {"cache", "context", "needle"};
     for (const double depth : options.depths) header.push_back(fmt::format("at {:.0f} %", 100 * depth));
-    header.push_back("all");
+    for (const char* name : {"all", "95 % interval", "nll", "margin"}) header.emplace_back(name);
     Table table(header);
     for (size_t i = 0; i < cells.size(); i += options.depths.size()) {
-      std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context)};
-      int hits = 0, trials = 0;
+      if (!cells[i].lost.empty()) continue;
+      std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context), cells[i].kind};
+      int hits = 0, trials = 0, tokens = 0;
+      double nll = 0, margin = 0;
       for (size_t d = 0; d < options.depths.size(); ++d) {
         const NeedleCell& cell = cells[i + d];
         row.push_back(fmt::format("{}/{}", cell.hits, cell.trials));
         hits += cell.hits;
         trials += cell.trials;
+        tokens += cell.answer_tokens;
+        nll += cell.nll * cell.answer_tokens;
+        margin += cell.margin * cell.answer_tokens;
       }
-      if (trials == 0) continue;
-      row.push_back(fmt::format("{:.0f} %", 100.0 * hits / trials));
+      const Interval interval = confidence(hits, trials);
+      row.push_back(fmt::format("{:.0f} %", 100.0 * hits / std::max(1, trials)));
+      row.push_back(fmt::format("{:.0f} to {:.0f} %", 100 * interval.low, 100 * interval.high));
+      row.push_back(fmt::format("{:.3f}", nll / std::max(1, tokens)));
+      row.push_back(fmt::format("{:+.2f}", margin / std::max(1, tokens)));
       table.add(row);
     }
     table.print();
+    fmt::print("\n{}: nll and margin are of the right answer's tokens: nats, and logit above the best other token's\n",
+               model->shape().name);
     if (interrupted) fmt::print("{}\n", kStopped);
   };
   const int status = run_and_print([&] { evaluate_needle(model, subjects, options, progress_reporter(common)); },
@@ -227,9 +247,9 @@ int eval_generation(const Arguments& arguments, const Common& common) {
 
 void add_eval(CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
-  CLI::App* command =
-      add_command(context, "eval", "Perplexity, KL divergence and top-1 agreement against the f16 cache; passkey retrieval",
-                  "kvmix eval smollm2 --text book.txt --plan plan.json --uniform 4/4 --peer");
+  CLI::App* command = add_command(
+      context, "eval", "Perplexity, KL divergence and top-1 agreement against the f16 cache; retrieval; greedy continuations",
+      "kvmix eval smollm2 --text book.txt --plan plan.json --uniform 4/4 --peer");
   command->add_option("model", arguments->model, kModelHelp)->required();
   command->add_option("--text", arguments->text, "UTF-8 text to score, - for standard input");
   add_subject_options(command, arguments->subjects);
@@ -245,7 +265,7 @@ void add_eval(CommandContext& context) {
   command->add_flag("--float-weights", options.float_weights,
                     "Run everything, peers too, on a temporary fp32 copy of the weights: rows are then free of the noise that "
                     "8-bit activations add to any change");
-  command->add_flag("--needle", arguments->needle, "Passkey retrieval instead of text");
+  command->add_flag("--needle", arguments->needle, "Retrieval of what is hidden in a haystack instead of text");
   auto* generate = command->add_flag("--generate", arguments->generate,
                                      "Greedy continuations of pieces of the text, --windows of them, against the f16 cache's");
   GenerationOptions& generation = arguments->generation;
@@ -262,14 +282,21 @@ void add_eval(CommandContext& context) {
       ->delimiter(',')
       ->check(CLI::Range(int64_t{256}, int64_t{1} << 20))
       ->capture_default_str();
-  command->add_option("--depths", needles.depths, "--needle: where the passkey stands, 0 to 1")
+  command
+      ->add_option("--kinds", needles.kinds,
+                   "--needle: what is hidden: key (a number, alone in its haystack); keys, quote, word (numbers of things that "
+                   "differ in a word; a sentence; a rare word: one at each depth of one haystack)")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"key", "keys", "quote", "word"}))
+      ->capture_default_str();
+  command->add_option("--depths", needles.depths, "--needle: where it stands, 0 to 1")
       ->delimiter(',')
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  command->add_option("--trials", needles.trials, "--needle: passkeys per depth")
+  command->add_option("--trials", needles.trials, "--needle: haystacks of each kind")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
-  command->add_option("--seed", needles.seed, "--needle: seed of the passkeys and distractors")->capture_default_str();
+  command->add_option("--seed", needles.seed, "--needle: seed of needles and distractors")->capture_default_str();
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) {
       if (arguments->generate) return eval_generation(*arguments, common);

@@ -10,9 +10,10 @@
 namespace kvmix::app {
 namespace {
 
-constexpr std::array<std::pair<const char*, const char*>, 2> kNames = {{
+constexpr std::array<std::pair<const char*, const char*>, 3> kNames = {{
     {"smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"},
     {"gemma3", "gemma-3-270m-q4_k_m.gguf"},
+    {"qwen2.5-coder", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"},
 }};
 
 std::string variable(const char* name) {
@@ -38,8 +39,8 @@ std::string model_path(const std::string& name) {
     }
     return path.string();
   }
-  if (name.find_first_of("./") == std::string::npos && !std::filesystem::exists(name)) {
-    throw Error(Status::kNotFound, name + ": no such file, and scripts/models knows smollm2 and gemma3 only; name a GGUF file");
+  if (name.find('/') == std::string::npos && !name.ends_with(".gguf") && !std::filesystem::exists(name)) {
+    throw Error(Status::kNotFound, name + ": no such file, and scripts/models knows smollm2, gemma3 and qwen2.5-coder only; name a GGUF file");
   }
   return name;
 }

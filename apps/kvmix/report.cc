@@ -10,6 +10,7 @@
 #include "command.h"
 #include "evaluation.h"
 #include "kvmix/error.h"
+#include "live_tokens.h"
 #include "models.h"
 #include "subjects.h"
 #include "svg.h"
@@ -21,8 +22,12 @@ namespace {
 struct Arguments {
   std::string model, profile, output = "report.html";
   std::vector<std::string> plans, curve, evals;
+  std::string text;  // what token policies are shown on
+  int64_t context = 2048;
   bool force = false;
 };
+
+constexpr int kStripColumns = 64;
 
 struct NamedPlan {
   std::string name;
@@ -146,7 +151,7 @@ std::string prediction_chart(const std::vector<NamedPlan>& plans, const ModelSha
 }
 
 std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, const std::vector<NamedPlan>& curve,
-                 const Profile* profile, const std::vector<Evaluation>& evaluations) {
+                 const Profile* profile, const std::vector<Evaluation>& evaluations, const std::vector<LiveTokens>& live) {
   std::string out = "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>KVmix: " + html_escape(shape.name) +
                     "</title><meta name=\"viewport\" content=\"width=device-width\"><style>" + kStyle + chart_style() +
                     "</style></head><body>";
@@ -169,6 +174,11 @@ std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, c
     out += "<h2>Importance of layers</h2><div class=\"charts\">" + importance_chart(*profile) + sensitivity_charts(*profile) +
            "</div>";
   }
+  if (!live.empty())
+    out += "<h2>Tokens that stay</h2><p>A line a KV head, the text from left to right; darker where more stay.</p>";
+  for (const LiveTokens& tokens : live) {
+    out += "<pre style=\"line-height:1.1;overflow-x:auto\">" + html_escape(live_table(tokens, kStripColumns)) + "</pre>";
+  }
   if (!evaluations.empty()) out += "<h2>Quality</h2>" + quality_section(evaluations);
   return out + "</body></html>\n";
 }
@@ -186,6 +196,12 @@ void add_report(CommandContext& context) {
                       "Plans of a curve, as kvmix plan --pareto writes them: predicted loss by size");
   command->add_option("--profile", arguments->profile, "The profile whose scores and sensitivities to show");
   command->add_option("--eval", arguments->evals, "Output of kvmix eval --json (repeatable)");
+  auto* text = command->add_option("--text", arguments->text,
+                                   "Text that plans with a token policy are shown on: which positions stay, by layer and head");
+  command->add_option("--context", arguments->context, "--text: its first so many tokens, as a prompt")
+      ->check(CLI::Range(int64_t{16}, int64_t{1} << 24))
+      ->capture_default_str()
+      ->needs(text);
   command->add_option("-o,--output", arguments->output, "The page to write")->capture_default_str();
   command->add_flag("--force", arguments->force, "Accept plans of another model of the same shape");
   command->callback([&context, arguments] {
@@ -213,11 +229,28 @@ void add_report(CommandContext& context) {
         evaluations.push_back(parse_evaluation(read_text_file(file), file));
         check_evaluation(evaluations.back(), model->shape(), arguments->force, file);
       }
-      const std::string html = page(model->shape(), plans, curve, profile.get(), evaluations);
+      std::vector<LiveTokens> live;
+      if (!arguments->text.empty()) {
+        std::vector<Token> tokens = model->tokenize(read_text_file(arguments->text), true);
+        const int64_t most = std::min(arguments->context, model->shape().context_tokens);
+        tokens.resize(std::min(tokens.size(), static_cast<size_t>(most)));
+        for (const NamedPlan& p : plans) {
+          if (p.plan.tokens) live.push_back(live_tokens(model, p.name, p.plan, tokens, common.threads, arguments->force));
+        }
+        if (live.empty()) {
+          throw Error(Status::kInvalidArgument,
+                      "--text shows what token policies keep, and no --plan has one; give a plan with "
+                      "\"tokens\", or leave --text out");
+        }
+      }
+      const std::string html = page(model->shape(), plans, curve, profile.get(), evaluations, live);
       write_file_atomically(arguments->output, html);
       if (common.json) {
-        fmt::print("{}\n", nlohmann::json{{"output", arguments->output}, {"bytes", html.size()}}.dump());
+        nlohmann::json json{{"output", arguments->output}, {"bytes", html.size()}};
+        for (const LiveTokens& tokens : live) json["live"].push_back(live_json(tokens));
+        fmt::print("{}\n", json.dump());
       } else if (!common.quiet) {
+        for (const LiveTokens& tokens : live) fmt::print("{}\n", live_table(tokens, kStripColumns));
         fmt::print("wrote {} ({})\n", arguments->output, human_bytes(static_cast<double>(html.size())));
       }
       return kExitOk;

@@ -65,22 +65,36 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
                                      std::span<const EvalSubject> subjects, const EvalOptions& options,
                                      const Progress& progress);
 
+// Needles: `key`, a number (one in a haystack, which stands at one depth after the other); and, one at each depth of one
+// haystack, `keys`, numbers of things that differ in a word, `quote`, a sentence that somebody said, and `word`, a rare word.
 struct NeedleOptions {
   std::vector<int64_t> contexts = {1024, 2048, 4096, 8192};
+  std::vector<std::string> kinds = {"key", "keys", "quote", "word"};
   std::vector<double> depths = {0.1, 0.3, 0.5, 0.7, 0.9};
   int trials = 2;
   uint64_t seed = 0;
   int threads = 0;
+  std::string kernel;
+  bool exact = false;
   bool force_plan = false;
-  std::function<void(std::span<const NeedleCell>)> on_cells = {};  // those of one row and context
+  std::function<void(std::span<const NeedleCell>)> on_cells = {};  // those of one row, context and kind
 };
 struct NeedleCell {
-  std::string name;
-  int64_t context;
-  double depth;
-  int hits, trials;
+  std::string name, kind;
+  int64_t context = 0;
+  double depth = 0;
+  int hits = 0, trials = 0;
+  // Of the right answer's tokens, given those before: negative log-likelihood in nats, and logit above the best other one's.
+  double nll = 0, margin = 0;
+  int answer_tokens = 0;
+  std::vector<std::string> answers = {};  // what was written, trial by trial
   std::string lost = {};
 };
+// Of a share, at 95 % (Wilson's score interval).
+struct Interval {
+  double low, high;
+};
+Interval confidence(int hits, int trials);
 std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                                         const NeedleOptions& options, const Progress& progress);
 

@@ -1,4 +1,4 @@
-/* The C ABI of the core: a cache that any engine can call, on the CPU.
+/* The C ABI of the core: a cache that any engine can call, on the CPU or a CUDA device.
  *
  * Every function returns a status; none throws, prints or exits. After a failure kvmix_last_error() gives one line for a
  * person, per thread, until that thread's next failing call. Output arguments are written on success only.
@@ -50,10 +50,16 @@ typedef int32_t kvmix_sequence;
 /* How a cache runs, whatever it stores. A null pointer to it, or zeros, take the defaults. */
 typedef struct kvmix_cache_options {
   size_t struct_bytes;
-  size_t max_bytes;   /* 0: no limit */
-  const char* kernel; /* NULL or "": the best that this machine runs */
-  int32_t threads;    /* that will call append and attend together, 1..256; 0: 1 */
-  int32_t exact;      /* nonzero: attention arithmetic at least as exact as bf16 products */
+  size_t max_bytes;    /* 0: no limit */
+  const char* kernel;  /* NULL or "": the best that this machine runs */
+  int32_t threads;     /* that will call append and attend together, 1..256; 0: 1 */
+  int32_t exact;       /* nonzero: attention arithmetic at least as exact as bf16 products */
+  const char* device;  /* NULL, "" or "cpu"; "cuda": pages and arithmetic on the calling thread's current CUDA device.
+                          KVMIX_UNSUPPORTED says why there is none, or which layer it has no code for */
+  void* stream;        /* of "cuda": the cudaStream_t that all work is queued on; NULL: one of the cache's own */
+  int32_t device_rows; /* of "cuda", nonzero: k, v, q and out are device memory, append and attend only queue; otherwise host
+                          memory, and attend waits */
+  int32_t reserved;    /* 0 */
 } kvmix_cache_options;
 
 /* One layer of a cache without a plan. kvmix_layer_defaults() sets everything but the shape. */
@@ -104,8 +110,9 @@ KVMIX_API kvmix_status kvmix_plan_read(const char* path, kvmix_plan** plan);
 KVMIX_API kvmix_status kvmix_plan_parse(const char* json, kvmix_plan** plan);
 /* Null is allowed. Caches made from the plan do not need it. */
 KVMIX_API void kvmix_plan_destroy(kvmix_plan* plan);
-/* The cache that the plan means on this model: codecs, sinks, recent rows, transforms and feedback. KVMIX_MISMATCH where the
- * plan is another model's or its layers do not fit, KVMIX_INVALID_ARGUMENT for a shape or transform that cannot be. */
+/* The cache that the plan means on this model: codecs, sinks, recent rows, transforms and feedback, and the token policy.
+ * KVMIX_MISMATCH where the plan is another model's or its layers do not fit, KVMIX_INVALID_ARGUMENT for a shape, a transform or
+ * a policy's parameter that cannot be, KVMIX_UNSUPPORTED for a policy on a model whose layers all have a sliding window. */
 KVMIX_API kvmix_status kvmix_cache_create_from_plan(const kvmix_plan* plan, const kvmix_model_shape* model,
                                                     const kvmix_cache_options* options, kvmix_cache** cache);
 
@@ -127,10 +134,18 @@ typedef struct kvmix_tail {
 } kvmix_tail;
 KVMIX_API kvmix_status kvmix_sequence_tail(const kvmix_cache* cache, kvmix_sequence sequence, int32_t layer, kvmix_tail* tail);
 
+/* Positions of the tokens that a KV head of a layer still holds, ascending: all of them without a token policy. Writes at most
+ * `capacity` of them, and to *count how many there are; with capacity 0 positions may be null. */
+KVMIX_API kvmix_status kvmix_sequence_kept(const kvmix_cache* cache, kvmix_sequence sequence, int32_t layer, int32_t kv_head,
+                                           int64_t* positions, size_t capacity, size_t* count);
+
 typedef struct kvmix_step_item {
   size_t struct_bytes;
   kvmix_sequence sequence;
   int32_t n_tokens;
+  /* For plans with a token policy, which acts where prompts end and while decoding. A prompt is a step of several tokens. */
+  int32_t more;    /* nonzero: further tokens of the same prompt follow */
+  int32_t decoded; /* nonzero: several tokens that are no prompt but stand for as many decoded one by one */
 } kvmix_step_item;
 
 /* A step: begin; per layer append, a barrier over the threads, attend; end. KVMIX_OUT_OF_MEMORY from begin changes nothing. */

@@ -15,7 +15,7 @@ using Clock = std::chrono::steady_clock;
 
 // Above what balanced work differs by, far below a scheduler's time slice.
 constexpr std::chrono::microseconds kSpin{100};
-constexpr std::chrono::milliseconds kLookEvery{50}, kRetryAfter{250};
+constexpr std::chrono::milliseconds kLookEvery{50}, kHindered{50}, kRetryAfter{250};
 
 struct Place {
   Team* team = nullptr;
@@ -105,10 +105,17 @@ int Team::worthwhile(int members) {
 }
 
 void Team::learn(Clock::duration taken) {
-  // n threads of which each waits for more than 1 - 1/n of the time do less than one alone would.
-  if (taken < std::chrono::milliseconds(1) || waited_ * members_ < taken * (members_ - 1)) return;
+  // n threads of which each waits for more than 1 - 1/n of the time do less than one alone would. A processor that a virtual
+  // machine lost for a moment makes one run so; another program makes all of them so.
+  if (waited_ * members_ < taken * (members_ - 1)) {
+    hindered_ = {};
+    return;
+  }
+  hindered_ += taken;
+  if (hindered_ < kHindered) return;
   limit_ = members_ / 2;
-  retry_at_ = Clock::now() + std::clamp<Clock::duration>(taken * 16, kRetryAfter, std::chrono::seconds(30));
+  retry_at_ = Clock::now() + std::clamp<Clock::duration>(hindered_ * 16, kRetryAfter, std::chrono::seconds(30));
+  hindered_ = {};
 }
 
 void Team::run(int members, void (*work)(void*), void* data) {

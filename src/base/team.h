@@ -58,7 +58,8 @@ class Team {
   bool stop_ = false, gives_way_;
   int limit_ = 1;
   Clock::time_point look_at_{}, retry_at_{};
-  Clock::duration waited_{};  // the caller, in this run
+  Clock::duration waited_{};    // the caller, in this run
+  Clock::duration hindered_{};  // the last runs in which it waited too long
   alignas(64) std::atomic<int> present_{0};
   alignas(64) std::atomic<int> passed_{0};  // barriers that all have come to
   alignas(64) std::atomic<int> rounds_{0};

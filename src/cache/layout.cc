@@ -6,22 +6,35 @@
 #include <map>
 
 #include "backend/cpu/pool.h"
+#include "backend/cuda/layer_format.h"
+#include "backend/cuda/pool_size.h"
 #include "cache/governed.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
 
-LayerLayout layer_layout(const LayerConfig& layer) {
-  const auto tile = [&](const CodecSpec& codec, Side side) { return tile_format(codec, {kPageTokens, layer.head_dim, side}); };
+namespace {
+
+PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_dim, PageRole role) {
+  PageFormat format;
+  format.key = tile_format(key, {kPageTokens, head_dim, Side::kKey});
+  format.value = tile_format(value, {kPageTokens, head_dim, Side::kValue});
+  format.role = role;
+  format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
+  format.value_offset = format.key.bytes;
+  format.bytes = format.key.bytes + format.value.bytes;
+  return format;
+}
+
+}  // namespace
+
+PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim) {
+  return page_format(key, value, head_dim, PageRole::kSealed);
+}
+
+LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
   const auto page = [&](const CodecSpec& key, const CodecSpec& value, PageRole role) {
-    PageFormat format;
-    format.key = tile(key, Side::kKey);
-    format.value = tile(value, Side::kValue);
-    format.role = role;
-    format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
-    format.value_offset = format.key.bytes;
-    format.bytes = format.key.bytes + format.value.bytes;
-    return format;
+    return page_format(key, value, layer.head_dim, role);
   };
   LayerLayout layout{};
   layout.sinks = page({}, {}, PageRole::kSinks);
@@ -32,6 +45,13 @@ LayerLayout layer_layout(const LayerConfig& layer) {
       page(open_codec(layer.recent, layer.key.codec), open_codec(layer.recent, layer.value.codec), PageRole::kRecent);
   layout.sealed = page(layer.key.codec, layer.value.codec, PageRole::kSealed);
   layout.seals = !layer.key.codec.is_f16() || !layer.value.codec.is_f16();
+  if (!on_cuda) return layout;
+  const kvmix_cuda_format record = cuda::layer_format(layer, "a layer");
+  layout.sinks.bytes = cuda::open_bytes(layout.sinks.slots, layer.head_dim);
+  layout.recent.rows = true;
+  layout.recent.bytes = cuda::open_bytes(kPageTokens, layer.head_dim);
+  layout.recent.value_offset = layout.recent.bytes / 2;
+  layout.sealed.bytes = cuda::record_bytes(record);
   return layout;
 }
 
@@ -92,11 +112,13 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
   size_t bytes = sizeof(SequencePages) + config.layers.size() * sizeof(LayerPages);
   for (size_t l = 0; l < config.layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
-    const LayerLayout layout = layer_layout(layer);
-    const int64_t kept = governed.kept(l, prompt), length = n_tokens - (prompt - kept);
+    const LayerLayout layout = layer_layout(layer, on_cuda(config));
+    const auto [length, named] = governed.held(l, prompt, n_tokens);
     const PagePrediction p = stored_pages(layer, layout, length);
     size_t head = sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry);
-    if (kept < prompt) head += static_cast<size_t>(kept) * sizeof(int32_t);
+    head += static_cast<size_t>(named) * sizeof(int32_t);
+    if (governed.governs(l) && governed.policy->needs().mass != MassReduce::kNone) head += mass_room(length) * sizeof(float);
+    if (governed.governs(l) && governed.policy->has_low_tier()) head += sizeof(PageList);
     head += length > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0;
     head += static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
     head += static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
@@ -110,8 +132,9 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
   std::map<size_t, size_t> bytes;  // by size of record
   for (size_t l = 0; l < given.layers.size(); ++l) {
     const LayerConfig& layer = governed.config.layers[l];
-    const LayerLayout layout = layer_layout(layer);
-    const PagePrediction p = stored_pages(layer, layout, governed.kept(l, n_tokens));
+    const LayerLayout layout = layer_layout(layer, on_cuda(given));
+    const int64_t held = governed.kept(l, n_tokens) + (governed.decodes() ? kPageTokens : 0);
+    const PagePrediction p = stored_pages(layer, layout, governed.governs(l) ? held : n_tokens);
     const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
     if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;
     bytes[layout.sealed.bytes] += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
@@ -119,6 +142,11 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
     bytes[layout.recent.bytes] += heads * static_cast<size_t>(p.pages - p.sealed + 1) * layout.recent.bytes;
   }
   size_t slack = 0;
+  if (on_cuda(given)) {
+    const size_t chunk = cuda::chunk_bytes(given.max_bytes);
+    for (const auto& [page, total] : bytes) slack += cuda::most_chunk_slack(page, total, chunk);
+    return slack;
+  }
   // Recent pages that a prompt leaves behind stand together, between ones that were sealed: both ends are rounded.
   for (const auto& [record, total] : bytes) slack += PagePool::most_slack(record, total) + 2 * kSystemPage;
   return slack;

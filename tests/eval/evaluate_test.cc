@@ -147,11 +147,47 @@ TEST(Needle, IsFoundInAnF16CacheAtAThousandTokens) {
   const EvalSubject f16{"f16", f16_plan(model->shape()), ""};
   NeedleOptions options;
   options.contexts = {1024};
+  options.kinds = {"key"};
   options.depths = {0.1, 0.5, 0.9};
   options.trials = 1;
   const auto cells = evaluate_needle(model, {&f16, 1}, options, {});
   ASSERT_EQ(cells.size(), 3u);
-  for (const NeedleCell& cell : cells) EXPECT_EQ(cell.hits, cell.trials) << "at " << cell.depth;
+  for (const NeedleCell& cell : cells) {
+    EXPECT_EQ(cell.hits, cell.trials) << "at " << cell.depth;
+    EXPECT_EQ(cell.answers.size(), 1u);
+    EXPECT_GT(cell.nll, 0);
+  }
+}
+
+// One bit loses every kind, and what it loses shows in the right answers' likelihood.
+TEST(Needle, EveryKindIsLostByOneBit) {
+  const auto model = Model::load(testing::model_file("smollm2"));
+  const std::vector<EvalSubject> subjects = {{"f16", f16_plan(model->shape()), ""}, {"1/1", uniform(*model, "1"), ""}};
+  NeedleOptions options;
+  options.contexts = {512};
+  options.depths = {0.2, 0.6};
+  options.trials = 1;
+  const auto cells = evaluate_needle(model, subjects, options, {});
+  const size_t row = options.kinds.size() * options.depths.size();
+  ASSERT_EQ(cells.size(), 2 * row);
+  for (size_t i = 0; i < row; ++i) {
+    const NeedleCell &exact = cells[i], &coded = cells[row + i];
+    EXPECT_EQ(exact.kind, coded.kind);
+    EXPECT_EQ(exact.answer_tokens, coded.answer_tokens);
+    EXPECT_GT(exact.answer_tokens, 0);
+    EXPECT_LT(exact.nll, coded.nll) << exact.kind << " at " << exact.depth;
+    EXPECT_GT(exact.margin, coded.margin) << exact.kind << " at " << exact.depth;
+  }
+  options.kinds = {"keys", "poem"};
+  EXPECT_THROW(evaluate_needle(model, subjects, options, {}), Error);
+}
+
+TEST(Needle, ConfidenceIsWilsons) {
+  EXPECT_NEAR(confidence(9, 10).low, 0.5958, 1e-4);
+  EXPECT_NEAR(confidence(9, 10).high, 0.9821, 1e-4);
+  EXPECT_EQ(confidence(0, 10).low, 0);
+  EXPECT_NEAR(confidence(0, 10).high, 0.2775, 1e-4);
+  EXPECT_EQ(confidence(50, 50).high, 1);
 }
 
 }  // namespace

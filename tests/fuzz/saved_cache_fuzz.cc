@@ -1,6 +1,6 @@
 // Saved caches from anybody: whatever the bytes, loading ends in a cache that works or in an Error, and leaves nothing behind.
-// An input's first byte says how the rest is read: with a token policy or without (bit 0), and whether the checksum is made
-// right again, so that the checks behind it are reached (bit 1: it is not).
+// An input's first byte says how the rest is read: under which token policy (bits 0 and 1, kPolicies), and whether the
+// checksum is made right again, so that the checks behind it are reached (bit 2: it is not).
 #include <unistd.h>
 
 #include <cstring>
@@ -20,10 +20,11 @@ namespace {
 constexpr char kFingerprint[] = "model+plan";
 constexpr size_t kMagicBytes = 8;
 
-// With a token policy page lists are written in full.
-CacheConfig fuzz_config(bool policy) {
+// With a token policy page lists are written in full, with one that counts attention their mass, and of a low tier lists too.
+constexpr const char* kPolicies[] = {"", "snapkv", "h2o", "leankv"};
+CacheConfig fuzz_config(const std::string& policy) {
   CacheConfig config;
-  if (policy) config.tokens = PolicySpec{"snapkv", {}};
+  if (!policy.empty()) config.tokens = PolicySpec{policy, {}};
   config.layers = {testing::make_layer(2, 1, 32, testing::key_codec(2), testing::value_codec(3, 32)),
                    testing::make_layer(2, 1, 32, CodecSpec{}, CodecSpec{}, 4)};
   config.layers[0].recent = testing::kRecents.back();
@@ -43,7 +44,7 @@ std::string with_checksum(std::string content) {
 }
 
 // Loads the bytes; a cache that is accepted must decode a token, be cut and be removed. Returns whether it was accepted.
-bool load_and_use(const std::string& content, bool policy) {
+bool load_and_use(const std::string& content, const std::string& policy) {
   const fuzz::MemoryFile file(content);
   Cache cache(fuzz_config(policy));
   const size_t empty = cache.memory().total_bytes;
@@ -67,7 +68,7 @@ bool load_and_use(const std::string& content, bool policy) {
   return true;
 }
 
-std::string saved(int tokens, bool policy) {
+std::string saved(int tokens, const std::string& policy) {
   Cache cache(fuzz_config(policy));
   std::mt19937 random(2);
   const SequenceId id = cache.create();
@@ -84,25 +85,28 @@ std::string saved(int tokens, bool policy) {
   return bytes;
 }
 
-constexpr char kPolicy = 1, kChecksumAsIs = 2;
+// Of the first byte.
+constexpr unsigned kPolicyBits = 3, kChecksumAsIs = 4;
 
 bool accepts(const std::string& input) {
   if (input.empty()) return false;
+  const auto how = static_cast<unsigned char>(input[0]);
   const std::string content = input.substr(1);
-  return load_and_use((input[0] & kChecksumAsIs) != 0 ? content : with_checksum(content), (input[0] & kPolicy) != 0);
+  return load_and_use((how & kChecksumAsIs) != 0 ? content : with_checksum(content), kPolicies[how & kPolicyBits]);
 }
 
 std::vector<fuzz::Seed> seeds() {
   std::vector<fuzz::Seed> out;
-  for (const bool policy : {false, true}) {
+  for (size_t policy = 0; policy < std::size(kPolicies); ++policy) {
     // The header is where sizes are; with a policy page lists follow it.
     for (const int tokens : {0, 3, 300, 600})
-      out.push_back({std::string(1, policy ? kPolicy : 0) + saved(tokens, policy), policy ? size_t{1500} : 220});
+      out.push_back(
+          {std::string(1, static_cast<char>(policy)) + saved(tokens, kPolicies[policy]), policy > 0 ? size_t{1500} : 220});
   }
   return out;
 }
 
-const fuzz::Registered registered({"saved_cache", seeds, accepts, 12000});
+const fuzz::Registered registered({"saved_cache", seeds, accepts, 24000});
 
 }  // namespace
 }  // namespace kvmix

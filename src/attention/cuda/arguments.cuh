@@ -30,6 +30,7 @@ struct AttendArguments {
   float* partial_sums;  // [slots][rows][2]: maximum, sum
   int32_t* tickets;
   int kv_heads, group, q_tokens, sinks, sliding_window;
+  int sink_slots;  // of page 0, if there are sinks; other open pages have kPageTokens
   bool bf16;
   float scale, softcap;
   const uint8_t *new_keys, *new_values;  // null: rows stand in open pages already
@@ -44,6 +45,10 @@ __device__ inline float load_query(const AttendArguments& args, int64_t at) {
 __device__ inline float2 load_query_pair(const AttendArguments& args, int64_t at) {
   const uint32_t v = static_cast<const uint32_t*>(args.q)[at / 2];
   return args.bf16 ? make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : __half22float2(half2_of(v));
+}
+// Rows from the first key to the first value of an open page.
+__device__ inline int value_row(const AttendArguments& args, int page) {
+  return args.sinks > 0 && page == 0 ? args.sink_slots : kPageTokens;
 }
 // Stores the newest rows of an item's sequence and head that fall into its open pages, of which it is the only reader; a
 // __syncthreads makes them visible to the block.
@@ -66,7 +71,7 @@ __device__ inline void store_new_rows(const AttendArguments& args, const kvmix_c
     uint4 v = reinterpret_cast<const uint4*>(from)[octet];
     if (args.bf16) v = {f16_of_bf16(v.x), f16_of_bf16(v.y), f16_of_bf16(v.z), f16_of_bf16(v.w)};
     uint8_t* const to = args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride +
-                        item.kv_head * args.open_head_stride + (side * kPageTokens + slot) * dim * 2;
+                        item.kv_head * args.open_head_stride + (side * value_row(args, page) + slot) * dim * 2;
     reinterpret_cast<uint4*>(to)[octet] = v;
   }
 }

@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
                                 item.kv_head * args.open_head_stride + 32 * quarter * dim * 2;
     for (int line = lane; line * 128 < min(live, 32) * dim * 2; line += 32) {
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + line * 128));
-      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + kPageTokens * dim * 2 + line * 128));
+      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + value_row(args, page) * dim * 2 + line * 128));
     }
   }
   const float factor[2] = {row_factor[row_of(0)], wide ? row_factor[row_of(1)] : 0.0f};
@@ -489,7 +489,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
       state.softmax(
           s, p, from, true, [&](int column) { return seen(column, from, min(first + live, from + 32)); }, args.softcap, 0, wide,
           lane);
-      state.open_values(keys + kPageTokens * dim, live, quarter, p, lane);
+      state.open_values(keys + value_row(args, page) * dim, live, quarter, p, lane);
     }
   }
 

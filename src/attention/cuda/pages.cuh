@@ -60,9 +60,9 @@ __device__ inline void expand_side(const uint8_t* part, const SideShape& side, _
   });
 }
 
-// An open page to shared memory; slots without a token become zero.
+// An open page, whose values stand `value_row` rows behind its keys, to shared memory; slots without a token become zero.
 template <int dim>
-__device__ inline void copy_open(const __half* page, int live, __half* keys, __half* values) {
+__device__ inline void copy_open(const __half* page, int live, int value_row, __half* keys, __half* values) {
   constexpr int kOctets = dim / 8;
   const int thread = static_cast<int>(threadIdx.x);
   const auto load = [&](int token, int octet) {
@@ -73,7 +73,7 @@ __device__ inline void copy_open(const __half* page, int live, __half* keys, __h
     const int token = at / kOctets, octet = at % kOctets;
     *reinterpret_cast<uint4*>(keys + token * PageTile<dim>::key_row + octet * 8) = load(token, octet);
   }
-  page += kPageTokens * dim;
+  page += value_row * dim;
   for (int at = thread; at < kPageTokens / 2 * kOctets; at += kThreads) {
     const int token = at % (kPageTokens / 2) * 2, octet = at / (kPageTokens / 2);
     const uint4 v0 = load(token, octet), v1 = load(token + 1, octet);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     } else {
       const auto* const open = reinterpret_cast<const __half*>(
           args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride);
-      copy_open<dim>(open, live, keys, values);
+      copy_open<dim>(open, live, value_row(args, page), keys, values);
     }
     __syncthreads();
     for (int chunk = split_tokens ? warp : 0; chunk < (split_tokens ? warp + 1 : kPageTokens / kChunkTokens); ++chunk) {

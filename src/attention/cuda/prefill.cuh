@@ -161,8 +161,8 @@ __device__ inline uint8_t* image_part(const PrefillArguments& arguments, const k
 
 // A stretch of a page's keys, then of its values, to shared memory, each after ready(side) and before done(side).
 template <int dim, int threads, class Ready, class Done>
-__device__ inline void bring_stretch(const PrefillArguments& arguments, const kvmix_cuda_item& item, int32_t id, int part,
-                                     int live, uint8_t* keys, uint8_t* values, const Ready& ready, const Done& done) {
+__device__ inline void bring_stretch(const PrefillArguments& arguments, const kvmix_cuda_item& item, int page, int32_t id,
+                                     int part, int live, uint8_t* keys, uint8_t* values, const Ready& ready, const Done& done) {
   using Tile = PrefillTile<dim>;
   const AttendArguments& args = arguments.attend;
   const uint8_t* const record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
@@ -181,7 +181,7 @@ __device__ inline void bring_stretch(const PrefillArguments& arguments, const kv
                                             [&] { ready(1); });
   } else {
     ready(1);
-    copy_stretch<dim, false, threads>(open + (kPageTokens + part * Tile::tokens) * dim, live, values);
+    copy_stretch<dim, false, threads>(open + (value_row(args, page) + part * Tile::tokens) * dim, live, values);
   }
   publish_stores();
   done(1);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kImageThreads, 3) image_kernel(const __grid_co
     const int live = min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
     for (int part = 0; part < kPageTokens / Tile::tokens; ++part) {
       bring_stretch<dim, kImageThreads>(
-          arguments, item, table[page], part, live - part * Tile::tokens, shared, shared + Tile::key_bytes,
+          arguments, item, page, table[page], part, live - part * Tile::tokens, shared, shared + Tile::key_bytes,
           [](int side) {
             // The copy before has read the buffer.
             if (side == 0) {
@@ -253,7 +253,7 @@ __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cu
       load_bulk(values, from + Tile::key_bytes, Tile::value_bytes, &barriers.values_there[slot]);
     } else {
       bring_stretch<dim, kWarpgroup>(
-          arguments, item, id, part, live, keys, values,
+          arguments, item, page, id, part, live, keys, values,
           [&](int side) { wait(side == 0 ? &barriers.keys_free[slot] : &barriers.values_free[slot], parity); },
           [&](int side) { arrive(side == 0 ? &barriers.keys_there[slot] : &barriers.values_there[slot]); });
     }

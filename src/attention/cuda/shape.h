@@ -40,7 +40,8 @@ struct Residency {
 };
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
-void attend(const kvmix_cuda_attend_params& params);
+// The open page of sinks has room for `sink_slots` tokens.
+void attend(const kvmix_cuda_attend_params& params, int sink_slots = kPageTokens);
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
 // decode.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh

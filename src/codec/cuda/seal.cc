@@ -28,7 +28,7 @@ namespace {
   throw Error(Status::kUnsupported, "CUDA is not available in this build; configure with -DKVMIX_CUDA=ON");
 }
 }  // namespace
-void seal(const kvmix_cuda_seal_params&) { no_cuda(); }
+void seal(const kvmix_cuda_seal_params&, const SealDetails&) { no_cuda(); }
 void append(const kvmix_cuda_append_params&) { no_cuda(); }
 #endif
 

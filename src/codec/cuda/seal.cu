@@ -30,8 +30,9 @@ struct SealArguments {
   int64_t record_page_stride, record_head_stride;
   const int32_t* open_ids;
   const int32_t* record_ids;
+  int64_t id_page_step, id_head_step;
   RecordShape shape;
-  bool fitted;
+  bool keys_fitted, values_fitted;
   kvmix_cuda_transform key_transform, value_transform;
 };
 
@@ -227,7 +228,7 @@ __device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half
   }
 }
 
-// What a kernel can do; transforms and feedback apart, as they take registers, and there scales are of either kind.
+// What a kernel can do; transforms and feedback apart, as they take registers, and there scales of a side are of either kind.
 enum class Way { kMinMax, kFitted, kTransformed, kFeedback };
 
 template <int dim, Way way>
@@ -248,11 +249,11 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
   auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
-  const auto* const source =
-      reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[blockIdx.x] * args.open_page_stride +
-                                     static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
-      (key ? 0 : kPageTokens * dim / 8);
-  uint8_t* const record = args.records + args.record_ids[blockIdx.x] * args.record_page_stride +
+  const int64_t page = blockIdx.x * args.id_page_step + blockIdx.y * args.id_head_step;
+  const auto* const source = reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[page] * args.open_page_stride +
+                                                            static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
+                             (key ? 0 : kPageTokens * dim / 8);
+  uint8_t* const record = args.records + args.record_ids[page] * args.record_page_stride +
                           static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
   uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
 
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
       meta[to + kMidStep] = stored.mid;
       if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
-    if (way == Way::kFitted || (changed && args.fitted)) {
+    if (way == Way::kFitted || (changed && (key ? args.keys_fitted : args.values_fitted))) {
       auto* const fits = reinterpret_cast<GroupScale*>(space + layout.ranges);
       // Whole warps: `width` is a multiple of the eight groups that a warp takes.
       for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
@@ -396,19 +397,21 @@ SealKernel kernel_of(int head_dim) {
     throw Error(Status::kUnsupported, "seal: head_dim " + std::to_string(head_dim) + " has no kernel");
   return kernel;
 }
-SealKernel kernel_of(const kvmix_cuda_seal_params& p) {
+SealKernel kernel_of(const kvmix_cuda_seal_params& p, bool keys_fitted, bool values_fitted) {
   const auto any = [&](auto&& has) { return has(p.key_transform) || has(p.value_transform); };
   const int dim = p.format.head_dim;
   if (any([](const kvmix_cuda_transform& t) { return t.feedback != nullptr; })) return kernel_of<Way::kFeedback>(dim);
   if (any([](const kvmix_cuda_transform& t) { return t.center != nullptr || t.hadamard != 0; })) {
     return kernel_of<Way::kTransformed>(dim);
   }
-  return p.fitted != 0 ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
+  if (keys_fitted != values_fitted) return kernel_of<Way::kTransformed>(dim);
+  return keys_fitted ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
 }
 
 }  // namespace
 
-void seal(const kvmix_cuda_seal_params& p) {
+void seal(const kvmix_cuda_seal_params& p, const SealDetails& details) {
+  const bool keys_fitted = p.fitted != 0 || details.keys_fitted, values_fitted = p.fitted != 0 || details.values_fitted;
   const SealArguments a{static_cast<const uint8_t*>(p.open_pages),
                         p.open_page_stride,
                         p.open_head_stride,
@@ -417,14 +420,17 @@ void seal(const kvmix_cuda_seal_params& p) {
                         p.record_head_stride,
                         p.open_ids,
                         p.record_ids,
+                        details.ids_of_heads ? p.kv_heads : 1,
+                        details.ids_of_heads ? 1 : 0,
                         record_shape(p.format),
-                        p.fitted != 0,
+                        keys_fitted,
+                        values_fitted,
                         p.key_transform,
                         p.value_transform};
   const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
   const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
   const int shared = keys > values ? keys : values;
-  const SealKernel kernel = kernel_of(p);
+  const SealKernel kernel = kernel_of(p, keys_fitted, values_fitted);
   allow_shared(kernel, shared, "seal: shared memory");
   const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
   kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);

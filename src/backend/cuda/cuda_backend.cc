@@ -1,0 +1,177 @@
+#include "backend/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention/cuda/shape.h"
+#include "backend/cuda/device.h"
+#include "base/cuda/launch.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+
+std::unique_ptr<Backend> make_cuda_backend(const CacheConfig& config, const FormatTable& formats,
+                                           std::vector<LayerFormats> layers) {
+  cuda::check_device();
+  return std::make_unique<cuda::CudaBackend>(config, formats, std::move(layers));
+}
+
+namespace cuda {
+namespace {
+
+int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  return device;
+}
+
+// [kv_heads][dim][dim], each matrix with rows and columns changed.
+std::vector<float> transposed(std::span<const float> matrices, size_t dim) {
+  std::vector<float> out(matrices.size());
+  for (size_t at = 0; at < out.size(); ++at) {
+    const size_t head = at / (dim * dim), row = at / dim % dim, column = at % dim;
+    out[(head * dim + column) * dim + row] = matrices[at];
+  }
+  return out;
+}
+
+}  // namespace
+
+Stream::Stream(void* given) : stream_(static_cast<cudaStream_t>(given)), owned_(given == nullptr) {
+  if (owned_) check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+}
+
+Stream::~Stream() {
+  if (owned_) static_cast<void>(cudaStreamDestroy(stream_));
+}
+
+Event::Event() { check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "event"); }
+
+Event::~Event() {
+  if (event_ != nullptr) static_cast<void>(cudaEventDestroy(event_));
+}
+
+void Event::record(cudaStream_t on) const { check_cuda(cudaEventRecord(event_, on), "event: record"); }
+
+void Event::make_wait(cudaStream_t stream) const { check_cuda(cudaStreamWaitEvent(stream, event_, 0), "event: wait"); }
+
+bool CudaBackend::Shape::operator==(const Shape& other) const {
+  return std::memcmp(&format, &other.format, sizeof format) == 0 && q_heads == other.q_heads && kv_heads == other.kv_heads &&
+         sinks == other.sinks && sliding_window == other.sliding_window;
+}
+
+CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers)
+    : formats_(formats),
+      device_(current_device()),
+      device_rows_(config.device_rows),
+      stream_(config.stream),
+      sealing_(nullptr),
+      pool_(config.max_bytes, stream_.get()) {
+  layers_.reserve(layers.size());
+  layer_sealed_.resize(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const LayerConfig& layer = config.layers[l];
+    const kvmix_cuda_format format = layer_format(layer, "layer " + std::to_string(l));
+    const Shape shape{format, layer.q_heads, layer.kv_heads, layer.sinks, layer.sliding_window, {}};
+    const auto known = std::find(shapes_.begin(), shapes_.end(), shape);
+    const auto index = static_cast<size_t>(known - shapes_.begin());
+    if (known == shapes_.end()) shapes_.push_back(shape);
+    const TransformSpec &k = layer.key.transform, &v = layer.value.transform;
+    const auto dim = static_cast<size_t>(layer.head_dim);
+    const float* const key_scales = constant(k.scales);
+    const float* const value_scales = constant(v.scales);
+    Layer made{.config = layer,
+               .ids = layers[l],
+               .format = format,
+               .shape = index,
+               .key = {constant(k.center), key_scales, nullptr, nullptr, constant(k.matrix), k.hadamard},
+               .value = {nullptr, value_scales, nullptr, nullptr, constant(v.matrix), v.hadamard},
+               .query = {nullptr, nullptr, key_scales, nullptr, constant(transposed(k.matrix_inverse, dim)), k.hadamard},
+               .output = {nullptr, nullptr, nullptr, value_scales, constant(v.matrix_inverse), v.hadamard},
+               .keys_fitted = layer.key.codec.fit == Fit::kLeastSquares,
+               .values_fitted = layer.value.codec.fit == Fit::kLeastSquares};
+    // A side that stays fp16 has no scales; the other one's kind is the kernel's.
+    if (format.key_bits == kF16Bits) made.keys_fitted = made.values_fitted;
+    if (format.value_bits == kF16Bits) made.values_fitted = made.keys_fitted;
+    made.key_feedback.feedback = constant(k.feedback);
+    made.value_feedback.feedback = constant(v.feedback);
+    layers_.push_back(made);
+    kvmix_cuda_attend_params decode = attend_params(shape);
+    decode.q_tokens = 1;
+    kernels_used_.emplace_back(kernel_name(decode));
+  }
+}
+
+CudaBackend::~CudaBackend() {
+  for (const Stream* stream : {&sealing_, &stream_}) static_cast<void>(cudaStreamSynchronize(stream->get()));
+}
+
+void CudaBackend::join() const { sealed_.make_wait(stream_.get()); }
+
+void CudaBackend::use_device() const { check_cuda(cudaSetDevice(device_), "device"); }
+
+// Numbers of the plan on the device; null for none.
+const float* CudaBackend::constant(std::span<const float> numbers) {
+  if (numbers.empty()) return nullptr;
+  DeviceMemory memory;
+  memory.reserve(numbers.size_bytes(), "row maps of the plan");
+  check_cuda(cudaMemcpy(memory.data(), numbers.data(), numbers.size_bytes(), cudaMemcpyHostToDevice), "row maps: copy");
+  constants_.push_back(std::move(memory));
+  return reinterpret_cast<const float*>(constants_.back().data());
+}
+
+PageHandle CudaBackend::allocate(const PageFormat& format) {
+  use_device();
+  return PageHandle{pool_.allocate(format.bytes)} + 1;
+}
+
+void CudaBackend::release(PageHandle page, const PageFormat& format) {
+  pool_.release(static_cast<uint32_t>(page - 1), format.bytes);
+}
+
+void CudaBackend::trim() {
+  use_device();
+  join();  // the pool waits for the stream
+  pool_.trim();
+}
+
+size_t CudaBackend::scratch_bytes() const {
+  size_t bytes = inputs_.bytes() + tables_.bytes() + queries_.bytes() + outputs_.bytes() + workspace_.bytes();
+  for (const DeviceMemory* rows : {&host_q_, &host_k_, &host_v_, &host_out_}) bytes += rows->bytes();
+  for (const DeviceMemory& numbers : constants_) bytes += numbers.bytes();
+  return bytes;
+}
+
+void CudaBackend::copy(PageHandle from, PageHandle to, const PageFormat& format) {
+  use_device();
+  join();
+  check_cuda(cudaMemcpyAsync(memory(to), memory(from), format.bytes, cudaMemcpyDeviceToDevice, stream_.get()), "copy a page");
+}
+
+// Outside of steps; a step's are made by seal.
+void CudaBackend::transcode(const Transcode& job) {
+  use_device();
+  if (!format(job.to()).appendable() || format(job.from).appendable())
+    throw Error(Status::kInternal, "a page is sealed outside a step");
+  join();
+  open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)),
+              record_shape(layers_[static_cast<size_t>(job.layer)].format), reinterpret_cast<uint8_t*>(memory(job.to().handle)),
+              stream_.get());
+}
+
+void CudaBackend::gather(const Gather&, int) {
+  throw Error(Status::kUnsupported, "tokens cannot be dropped on the device \"cuda\"; take the device \"cpu\"");
+}
+
+Backend::Window CudaBackend::window(SequenceId, int, int) const {
+  throw Error(Status::kUnsupported, "prompts are not scored on the device \"cuda\"; take the device \"cpu\"");
+}
+
+void CudaBackend::report(CacheStats& stats) const {
+  for (const std::string& name : kernels_used_) {
+    if (stats.kernel.find(name) == std::string::npos) stats.kernel += (stats.kernel.empty() ? "" : "+") + name;
+  }
+}
+
+}  // namespace cuda
+}  // namespace kvmix

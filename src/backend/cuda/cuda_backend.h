@@ -1,0 +1,160 @@
+// Pages in device memory, attended to by the kernels of attention/cuda. All work is queued on one stream, but sealing, which a
+// second one does beside the attention of the layers before. cuda_backend.cc holds
+// pages and constants, step.cc makes a step's tables and launches, stored.cc moves pages between the device and files.
+//
+// The kernels' page tables hold one id for all heads of a page; here each head has pages of its own, so a launch takes every
+// (sequence, KV head) as a sequence with one KV head. Sequences with as many new tokens go together: decode is one launch,
+// every length of chunks another.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cuda/memory.h"
+#include "backend/cuda/pool.h"
+#include "backend/cuda/rows.h"
+#include "kvmix/kvmix_cuda.h"
+
+namespace kvmix::cuda {
+
+// The caller's stream, or one of its own.
+class Stream {
+ public:
+  explicit Stream(void* given);
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream();
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+  bool owned_;
+};
+
+class Event {
+ public:
+  Event();
+  Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
+  Event& operator=(Event&&) = delete;
+  ~Event();
+  void record(cudaStream_t on) const;
+  void make_wait(cudaStream_t stream) const;
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers);
+  ~CudaBackend() override;
+
+  PageHandle allocate(const PageFormat& format) override;
+  void release(PageHandle page, const PageFormat& format) override;
+  void trim() override;
+  PoolBytes pool() const override { return {pool_.used_bytes(), pool_.taken_bytes()}; }
+  size_t scratch_bytes() const override;
+  void copy(PageHandle from, PageHandle to, const PageFormat& format) override;
+  void transcode(const Transcode& job) override;
+  void gather(const Gather& job, int thread) override;
+  void read(const PageEntry& page, Side side, float* rows) const override;
+  size_t saved_bytes(const PageFormat& format, int live) const override;
+  void save(const PageEntry& page, std::string& to) const override;
+  void load(const PageEntry& page, const char* from) override;
+  void begin(const StepPlan& plan) override;
+  // The first of the threads queues everything.
+  void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
+  void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
+  Window window(SequenceId id, int layer, int kv_head) const override;
+  Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
+  void end() override {}
+  void forget(SequenceId) override {}
+  void fork(SequenceId, SequenceId) override {}
+  void cut_queries(SequenceId, int64_t) override {}
+  void report(CacheStats& stats) const override;
+
+ private:
+  // A launch of attention: sequences of as many new tokens.
+  struct Launch {
+    size_t first, entries;  // of the step's, by `order_`
+    int tokens;
+    int64_t before;  // rows of the entries before
+    std::vector<kvmix_cuda_item> items;
+    size_t items_at, workspace_bytes;
+  };
+  // What layers that are cut alike have in common.
+  struct Shape {
+    kvmix_cuda_format format;
+    int q_heads, kv_heads, sinks, sliding_window;
+    std::vector<Launch> launches;
+
+    bool operator==(const Shape& other) const;
+  };
+  struct Layer {
+    const LayerConfig& config;
+    LayerFormats ids;
+    kvmix_cuda_format format;
+    size_t shape;
+    RowOps key, value, query, output;
+    kvmix_cuda_transform key_feedback{}, value_feedback{};
+    bool keys_fitted, values_fitted;
+    // Of the step, places in its inputs.
+    size_t open_ids_at = 0, record_ids_at = 0;
+    int seals = 0;        // pages, of all heads each
+    size_t table_at = 0;  // its page tables begin here
+
+    int heads_per_kv() const { return config.q_heads / config.kv_heads; }
+  };
+
+  void use_device() const;
+  const float* constant(std::span<const float> numbers);
+  kvmix_cuda_attend_params attend_params(const Shape& shape) const;
+  void cut(Shape& shape);
+  void write_tables();
+  void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
+  void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const;
+  void seal(const Layer& layer);
+  void seal_all();
+  // Makes what is queued from here on wait for sealing, also of a step that was aborted.
+  void join() const;
+  void attend(const Layer& layer, const Launch& launch);
+  const PageFormat& format(const PageEntry& page) const { return formats_[static_cast<FormatId>(page.format)]; }
+  const Layer& layer_of(const PageFormat& format) const;
+  static int32_t id_of(PageHandle page) { return static_cast<int32_t>(page - 1); }
+  std::byte* memory(PageHandle page) const { return pool_.base() + (page - 1) * kPageUnit; }
+  std::vector<std::byte> host_copy(const PageEntry& page) const;
+  template <class T>
+  const T* input(size_t at) const {
+    return reinterpret_cast<const T*>(inputs_.device() + at);
+  }
+
+  const FormatTable& formats_;
+  int device_;
+  bool device_rows_;
+  Stream stream_, sealing_;
+  Event planned_, sealed_;
+  std::vector<Event> layer_sealed_;
+  DevicePool pool_;
+  std::vector<DeviceMemory> constants_;
+  std::vector<Layer> layers_;
+  std::vector<Shape> shapes_;
+  std::vector<std::string> kernels_used_;  // by layer
+
+  // The step in progress.
+  const StepPlan* plan_ = nullptr;
+  std::vector<size_t> order_;  // entries of the plan, by new tokens
+  int rows_ = 0;
+  StepInputs inputs_;
+  // Page tables stay on the device from step to step: of each layer [entries of a step][kv_heads][stride]. A row is written
+  // again where another sequence comes to stand in it or its pages have changed.
+  PageTables tables_;
+  DeviceMemory queries_, outputs_, workspace_;
+  size_t clean_bytes_ = 0;                            // of the workspace, from its beginning: they are zero
+  DeviceMemory host_q_, host_k_, host_v_, host_out_;  // of rows that come from the host
+};
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,45 @@
+#include "backend/cuda/device.h"
+
+#ifdef KVMIX_CUDA
+#include <cuda_runtime.h>
+#else
+#include "backend/backend.h"
+#endif
+
+#include "kvmix/error.h"
+
+namespace kvmix {
+namespace cuda {
+
+#ifdef KVMIX_CUDA
+void check_device() {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaSuccess && devices > 0) return;
+  static_cast<void>(cudaGetLastError());  // it is said here
+  std::string what = "the CUDA runtime says \"" + std::string(cudaGetErrorString(status)) + "\"";
+  if (status == cudaErrorInsufficientDriver) {
+    what = "there is no NVIDIA driver, or one too old for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+           std::to_string(CUDART_VERSION % 1000 / 10);
+  } else if (status == cudaErrorNoDevice || devices == 0) {
+    what = "this machine shows no GPU";
+  }
+  throw Error(Status::kUnsupported, "device \"cuda\": " + what + "; install a driver and a GPU, or take the device \"cpu\"");
+}
+#else
+void check_device() {
+  throw Error(Status::kUnsupported,
+              "device \"cuda\": this build has no CUDA; configure with -DKVMIX_CUDA=ON, or take the device \"cpu\"");
+}
+#endif
+
+}  // namespace cuda
+
+#ifndef KVMIX_CUDA
+std::unique_ptr<Backend> make_cuda_backend(const CacheConfig&, const FormatTable&, std::vector<LayerFormats>) {
+  cuda::check_device();
+  return nullptr;
+}
+#endif
+
+}  // namespace kvmix

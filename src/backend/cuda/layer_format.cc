@@ -1,0 +1,60 @@
+#include "backend/cuda/layer_format.h"
+
+#include "kvmix/error.h"
+
+namespace kvmix::cuda {
+namespace {
+
+// A side's numbers of kvmix_cuda_format.
+struct SideFormat {
+  int32_t bits, group;
+  bool per_token;
+};
+
+SideFormat side_format(const SideConfig& side, Side which, const std::string& where) {
+  const auto refuse = [&](const std::string& what, const std::string& remedy) {
+    throw Error(Status::kUnsupported, where + (which == Side::kKey ? " keys: " : " values: ") + what +
+                                          " cannot be on the device \"cuda\"; " + remedy);
+  };
+  const CodecSpec& codec = side.codec;
+  if (!codec.is_uniform()) refuse(to_string(codec), "take a codec that is spelt int<bits>, or the device \"cpu\"");
+  if (!side.transform.more.empty())
+    refuse("the row map of \"" + side.transform.more.front().name + "\"", "leave it out, or take the device \"cpu\"");
+  if (codec.is_f16()) return {kF16Bits, 128, which == Side::kValue};
+  if (!codec.zero_point) refuse(to_string(codec) + ", which has no zero point,", "take \"zero\", or the device \"cpu\"");
+  if (which == Side::kValue && codec.axis != Axis::kToken)
+    refuse(to_string(codec), "take scales per token, or the device \"cpu\"");
+  if (!Widths::has(codec.bits) || !Groups::has(codec.group)) {
+    refuse(to_string(codec), "widths are " + Widths::text() + " and groups " + Groups::text() + " there");
+  }
+  return {codec.bits, codec.group, codec.axis == Axis::kToken};
+}
+
+}  // namespace
+
+kvmix_cuda_format layer_format(const LayerConfig& layer, const std::string& where) {
+  const SideFormat key = side_format(layer.key, Side::kKey, where), value = side_format(layer.value, Side::kValue, where);
+  if (!HeadDims::has(layer.head_dim)) {
+    throw Error(Status::kUnsupported, where + ": head_dim " + std::to_string(layer.head_dim) +
+                                          " has no kernels on the device \"cuda\"; there are " + HeadDims::text() +
+                                          ", others need the device \"cpu\"");
+  }
+  if (layer.sinks > kPageTokens) {
+    throw Error(Status::kUnsupported, where + ": " + std::to_string(layer.sinks) +
+                                          " sinks do not fit the device \"cuda\"; take at most " + std::to_string(kPageTokens));
+  }
+  kvmix_cuda_format format{};
+  format.head_dim = layer.head_dim;
+  format.key_bits = key.bits, format.key_group = key.group, format.key_per_token = key.per_token && key.bits != kF16Bits;
+  format.value_bits = value.bits, format.value_group = value.group;
+  check_format(format);
+  return format;
+}
+
+size_t record_bytes(const kvmix_cuda_format& format) { return whole_units(static_cast<size_t>(record_shape(format).bytes())); }
+
+size_t open_bytes(int slots, int head_dim) {
+  return whole_units(2 * static_cast<size_t>(slots) * static_cast<size_t>(head_dim) * sizeof(uint16_t));
+}
+
+}  // namespace kvmix::cuda

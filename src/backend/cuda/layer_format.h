@@ -1,0 +1,23 @@
+// What of a layer the CUDA backend can hold and attend to, and the bytes of its pages. Host code of every build.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "codec/cuda/format.h"
+#include "kvmix/cache.h"
+
+namespace kvmix::cuda {
+
+// Pages stand at multiples of this many bytes: their number from the pool's beginning is the id that kernels take.
+inline constexpr size_t kPageUnit = 128;
+constexpr size_t whole_units(size_t bytes) { return (bytes + kPageUnit - 1) / kPageUnit * kPageUnit; }
+
+// The record of a layer's sealed pages; of a layer that stays fp16, one of fp16 sides, which is never written. Throws
+// kUnsupported naming `where` for what the device has no code for.
+kvmix_cuda_format layer_format(const LayerConfig& layer, const std::string& where);
+
+size_t record_bytes(const kvmix_cuda_format& format);  // in the pool
+size_t open_bytes(int slots, int head_dim);            // fp16 keys, then values
+
+}  // namespace kvmix::cuda

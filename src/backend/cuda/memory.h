@@ -1,0 +1,84 @@
+// Device and pinned memory that grows, and the inputs of a step: what the host decides, on the device by one copy.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace kvmix::cuda {
+
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(DeviceMemory&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  DeviceMemory& operator=(DeviceMemory&&) = delete;
+  ~DeviceMemory() { static_cast<void>(cudaFree(data_)); }
+  // What was there is lost, unless it is as large already. True where it is new. Throws kOutOfMemory naming `what`, and is
+  // empty then.
+  bool reserve(size_t bytes, const char* what);
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Two buffers of pinned memory take turns, so that a step is written down while the copy of the one before may be waiting.
+class StepInputs {
+ public:
+  StepInputs() = default;
+  StepInputs(const StepInputs&) = delete;
+  StepInputs& operator=(const StepInputs&) = delete;
+  ~StepInputs();
+  // Room for a step on both sides; what the host's holds is what the step before the last wrote.
+  std::byte* begin(size_t bytes);
+  void upload(size_t bytes, cudaStream_t stream);
+  std::byte* device() const { return device_.data(); }
+  size_t bytes() const { return device_.bytes(); }
+
+ private:
+  struct Half {
+    void* data = nullptr;
+    size_t bytes = 0;
+    cudaEvent_t copied = nullptr;
+    bool waiting = false;
+  };
+  Half halves_[2];
+  int turn_ = 0;
+  DeviceMemory device_;
+};
+
+// An array of ids on the device that is written down in pinned memory and copied where it changed.
+class PageTables {
+ public:
+  PageTables() = default;
+  PageTables(const PageTables&) = delete;
+  PageTables& operator=(const PageTables&) = delete;
+  ~PageTables();
+
+  int64_t stride = 0;               // ids of a head
+  std::vector<uint64_t> revisions;  // of the sequence in each row; 0: none
+  // All rows are unknown afterwards, unless there is room already.
+  void reserve(size_t rows, size_t ids_of_row, int64_t ids_of_head);
+  // To be called before ids of rows that were copied are written.
+  void wait();
+  int32_t* host(size_t at) { return host_ + at; }
+  const int32_t* device(size_t at) const { return reinterpret_cast<const int32_t*>(device_.data()) + at; }
+  void copy(size_t at, size_t ids, cudaStream_t stream);
+  size_t rows() const { return rows_; }
+  size_t bytes() const { return device_.bytes(); }
+
+ private:
+  size_t rows_ = 0;
+  int32_t* host_ = nullptr;
+  DeviceMemory device_;
+  cudaEvent_t copied_ = nullptr;
+  bool waiting_ = false;
+};
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,200 @@
+#include "backend/cuda/pool.h"
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <string>
+
+#include "base/cuda/launch.h"
+#include "kvmix/error.h"
+
+namespace kvmix::cuda {
+
+struct DriverCalls {
+  decltype(&cuMemAddressReserve) reserve;
+  decltype(&cuMemAddressFree) free_range;
+  decltype(&cuMemCreate) create;
+  decltype(&cuMemRelease) release;
+  decltype(&cuMemMap) map;
+  decltype(&cuMemUnmap) unmap;
+  decltype(&cuMemSetAccess) set_access;
+  decltype(&cuGetErrorName) error_name;
+};
+
+namespace {
+
+constexpr size_t kMostRange = (size_t{1} << 31) * kPageUnit;  // units are int32 in page tables
+
+template <class Call>
+void find_call(Call& call, const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  check_cuda(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+  if (result != cudaDriverEntryPointSuccess || found == nullptr) {
+    throw Error(Status::kUnsupported, std::string("device \"cuda\": the driver has no ") + name +
+                                          "; install one for CUDA 12 or newer, or take the device \"cpu\"");
+  }
+  call = reinterpret_cast<Call>(found);
+}
+
+const DriverCalls& driver_calls() {
+  static const DriverCalls calls = [] {
+    DriverCalls c{};
+    find_call(c.reserve, "cuMemAddressReserve"), find_call(c.free_range, "cuMemAddressFree");
+    find_call(c.create, "cuMemCreate"), find_call(c.release, "cuMemRelease");
+    find_call(c.map, "cuMemMap"), find_call(c.unmap, "cuMemUnmap");
+    find_call(c.set_access, "cuMemSetAccess"), find_call(c.error_name, "cuGetErrorName");
+    return c;
+  }();
+  return calls;
+}
+
+CUmemAllocationProp memory_of(int device) {
+  CUmemAllocationProp p{};
+  p.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  p.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  p.location.id = device;
+  return p;
+}
+
+std::string gibibytes(size_t bytes) {
+  return std::to_string(bytes >> 30) + "." + std::to_string((bytes >> 20) % 1024 * 10 / 1024) + " GiB";
+}
+
+}  // namespace
+
+DevicePool::DevicePool(size_t max_bytes, cudaStream_t stream)
+    : driver_(driver_calls()), stream_(stream), max_bytes_(max_bytes), chunk_bytes_(chunk_bytes(max_bytes)) {
+  check_cuda(cudaGetDevice(&device_), "pool");
+  size_t free = 0, total = 0;
+  check_cuda(cudaMemGetInfo(&free, &total), "pool");
+  const size_t most = std::min(max_bytes == 0 ? total : std::min(max_bytes, total), kMostRange);
+  range_bytes_ = (most + chunk_bytes_ - 1) / chunk_bytes_ * chunk_bytes_;
+  if (driver_.reserve(&base_, range_bytes_, kLargeChunk, 0, 0) != CUDA_SUCCESS) {
+    throw Error(Status::kOutOfMemory, "device \"cuda\": no range of " + gibibytes(range_bytes_) +
+                                          " addresses for pages; set a smaller limit of bytes");
+  }
+  chunks_.resize(range_bytes_ / chunk_bytes_);
+  for (uint32_t i = 0; i < chunks_.size(); ++i) unmapped_.insert(unmapped_.end(), i);
+}
+
+DevicePool::~DevicePool() {
+  static_cast<void>(cudaStreamSynchronize(stream_));
+  for (size_t i = 0; i < chunks_.size(); ++i) {
+    if (chunks_[i].memory == 0) continue;
+    driver_.unmap(base_ + i * chunk_bytes_, chunk_bytes_);
+    driver_.release(chunks_[i].memory);
+  }
+  driver_.free_range(base_, range_bytes_);
+}
+
+// Maps memory to a place of the range.
+uint32_t DevicePool::take_chunk() {
+  const auto limit = [&] {
+    throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
+                                          " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
+  };
+  if (max_bytes_ != 0 && taken_ + chunk_bytes_ > range_bytes_) limit();
+  const CUmemAllocationProp properties = memory_of(device_);
+  CUmemGenericAllocationHandle memory = 0;
+  const auto refused = [&](CUresult status, const char* call) {
+    if (status == CUDA_SUCCESS) return;
+    if (memory != 0) driver_.release(memory);
+    const char* name = nullptr;
+    driver_.error_name(status, &name);
+    if (status == CUDA_ERROR_OUT_OF_MEMORY) {
+      throw Error(Status::kOutOfMemory, "the device has no memory for further pages beyond " + gibibytes(taken_) +
+                                            ": use fewer sequences, a shorter context or a smaller plan");
+    }
+    throw Error(Status::kInternal, std::string("pool: ") + call + ": " + (name == nullptr ? "unknown error" : name));
+  };
+  if (unmapped_.empty()) refused(CUDA_ERROR_OUT_OF_MEMORY, "range");
+  const uint32_t index = *unmapped_.begin();
+  const CUdeviceptr at = base_ + index * chunk_bytes_;
+  refused(driver_.create(&memory, chunk_bytes_, &properties, 0), "cuMemCreate");
+  refused(driver_.map(at, chunk_bytes_, 0, memory, 0), "cuMemMap");
+  CUmemAccessDesc access{};
+  access.location = properties.location;
+  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  if (const CUresult status = driver_.set_access(at, chunk_bytes_, &access, 1); status != CUDA_SUCCESS) {
+    driver_.unmap(at, chunk_bytes_);
+    refused(status, "cuMemSetAccess");
+  }
+  unmapped_.erase(unmapped_.begin());
+  chunks_[index].memory = memory;
+  taken_ += chunk_bytes_;
+  return index;
+}
+
+void DevicePool::give_chunk(uint32_t index) {
+  driver_.unmap(base_ + index * chunk_bytes_, chunk_bytes_);
+  driver_.release(chunks_[index].memory);
+  chunks_[index].memory = 0;
+  unmapped_.insert(index);
+  taken_ -= chunk_bytes_;
+}
+
+uint32_t DevicePool::allocate(size_t bytes) {
+  if (bytes == 0 || bytes % kPageUnit != 0 || bytes > chunk_bytes_)
+    throw Error(Status::kInternal, "pool: a page of " + std::to_string(bytes) + " bytes");
+  if (max_bytes_ != 0 && used_ + bytes > max_bytes_) {
+    throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
+                                          " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
+  }
+  std::set<uint32_t>& open = open_[bytes];
+  if (open.empty()) {
+    uint32_t fresh;
+    if (spare_.empty()) {
+      fresh = take_chunk();
+    } else {
+      fresh = spare_.back();
+      spare_.pop_back();
+    }
+    Chunk& chunk = chunks_[fresh];
+    chunk.bytes = bytes;
+    chunk.carved = chunk.live = 0;
+    chunk.free.clear();
+    open.insert(fresh);
+  }
+  const uint32_t index = *open.begin();
+  Chunk& chunk = chunks_[index];
+  uint32_t slot;
+  if (chunk.free.empty()) {
+    slot = chunk.carved++;
+  } else {
+    slot = chunk.free.back();
+    chunk.free.pop_back();
+  }
+  ++chunk.live;
+  used_ += bytes;
+  if (chunk.free.empty() && (chunk.carved + 1) * bytes > chunk_bytes_) open.erase(open.begin());
+  return static_cast<uint32_t>((index * chunk_bytes_ + slot * bytes) / kPageUnit);
+}
+
+void DevicePool::release(uint32_t unit, size_t bytes) {
+  const size_t offset = unit * kPageUnit;
+  const auto index = static_cast<uint32_t>(offset / chunk_bytes_);
+  Chunk& chunk = chunks_[index];
+  std::set<uint32_t>& open = open_[bytes];
+  used_ -= bytes;
+  if (--chunk.live == 0) {
+    open.erase(index);
+    chunk.bytes = 0;
+    spare_.push_back(index);
+    return;
+  }
+  chunk.free.push_back(static_cast<uint32_t>((offset - index * chunk_bytes_) / bytes));
+  open.insert(index);
+}
+
+void DevicePool::trim() {
+  const size_t keep = used_ == 0 ? 0 : used_ / 16 / chunk_bytes_ + 4;
+  if (spare_.size() <= keep) return;
+  check_cuda(cudaStreamSynchronize(stream_), "pool: what was queued before memory is given back");
+  while (spare_.size() > keep) {
+    give_chunk(spare_.back());
+    spare_.pop_back();
+  }
+}
+
+}  // namespace kvmix::cuda

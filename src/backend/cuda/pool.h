@@ -1,0 +1,62 @@
+// Pages in device memory: one range of addresses, into which memory is mapped chunk by chunk as pages need it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "backend/cuda/layer_format.h"
+#include "backend/cuda/pool_size.h"
+
+namespace kvmix::cuda {
+
+struct DriverCalls;  // of virtual memory, which the runtime does not offer
+
+// Not thread safe. A page is known by its unit: base() + unit * kPageUnit is its address, for as long as it lives.
+class DevicePool {
+ public:
+  // Of the current device. `stream` is the one on which all work with pages is queued: chunks are given back behind it.
+  DevicePool(size_t max_bytes, cudaStream_t stream);
+  ~DevicePool();
+  DevicePool(const DevicePool&) = delete;
+  DevicePool& operator=(const DevicePool&) = delete;
+
+  // Of `bytes`, a multiple of kPageUnit and at most a chunk. Throws kOutOfMemory at the limit, which pages and chunks each
+  // keep to (the limit counts as whole chunks for these), or when the device refuses.
+  uint32_t allocate(size_t bytes);
+  void release(uint32_t unit, size_t bytes);
+  // Gives chunks without a page back, all but a few that decoding takes again at once; all of them where no page is left.
+  void trim();
+
+  size_t used_bytes() const { return used_; }
+  size_t taken_bytes() const { return taken_; }
+  std::byte* base() const { return reinterpret_cast<std::byte*>(base_); }
+
+ private:
+  struct Chunk {
+    unsigned long long memory = 0;  // 0: nothing is mapped here
+    size_t bytes = 0;               // of its pages; 0: it has none
+    uint32_t carved = 0, live = 0;
+    std::vector<uint32_t> free;  // pages to use again
+  };
+
+  uint32_t take_chunk();
+  void give_chunk(uint32_t index);
+
+  const DriverCalls& driver_;
+  cudaStream_t stream_;
+  int device_ = 0;
+  size_t max_bytes_, chunk_bytes_, range_bytes_ = 0;
+  unsigned long long base_ = 0;
+  size_t used_ = 0, taken_ = 0;
+  std::vector<Chunk> chunks_;                  // of the range
+  std::map<size_t, std::set<uint32_t>> open_;  // by page bytes: chunks with room, the first is filled first
+  std::vector<uint32_t> spare_;                // mapped, without a page
+  std::set<uint32_t> unmapped_;
+};
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,200 @@
+// A warp takes a row of one head: lane l holds channels l, l + 32, ... Compiled without fused multiply-adds.
+#include <cuda_fp16.h>
+
+#include <string>
+
+#include "backend/cuda/layer_format.h"
+#include "backend/cuda/rows.h"
+#include "base/cuda/launch.h"
+#include "codec/cuda/format.h"
+
+namespace kvmix::cuda {
+namespace {
+
+constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
+constexpr int64_t kUnitBytes = static_cast<int64_t>(kPageUnit);
+
+__device__ inline int lane_of() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ inline int64_t row_of() { return static_cast<int64_t>(blockIdx.x) * kRowWarps + static_cast<int>(threadIdx.x) / 32; }
+
+// Orthonormal Hadamard over the largest power of two that divides the width, as src/rows/hadamard.cc.
+template <int dim>
+__device__ inline void hadamard(float (&x)[dim / 32]) {
+  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
+  const int lane = lane_of();
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float other = __shfl_xor_sync(~0u, x[i], step);
+      x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kBlock / 32; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if ((i & step) != 0) continue;
+      const float a = x[i], b = x[i + step];
+      x[i] = a + b, x[i + step] = a - b;
+    }
+  }
+  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
+}
+
+// `room`: dim floats of shared memory of this warp.
+template <int dim>
+__device__ inline void apply(const RowOps& ops, int head, float (&x)[dim / 32], float* room) {
+  const int lane = lane_of();
+  const auto each = [&](const float* numbers, auto op) {
+    if (numbers == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < dim / 32; ++i) x[i] = op(x[i], __ldg(numbers + head * dim + 32 * i + lane));
+  };
+  each(ops.subtract, [](float a, float b) { return a - b; });
+  each(ops.multiply, [](float a, float b) { return a * b; });
+  each(ops.divide, [](float a, float b) { return a / b; });
+  if (ops.hadamard) hadamard<dim>(x);
+  each(ops.divide_after, [](float a, float b) { return a / b; });
+  if (ops.matrix == nullptr) return;
+  const float* const matrix = ops.matrix + static_cast<int64_t>(head) * dim * dim;
+#pragma unroll
+  for (int i = 0; i < dim / 32; ++i) room[32 * i + lane] = x[i], x[i] = 0.0f;
+  __syncwarp();
+  for (int from = 0; from < dim; ++from) {
+    const float v = room[from];
+#pragma unroll
+    for (int i = 0; i < dim / 32; ++i) x[i] += v * __ldg(matrix + from * dim + 32 * i + lane);
+  }
+  __syncwarp();
+}
+
+template <int dim>
+__global__ void __launch_bounds__(kRowThreads) append_kernel(const __grid_constant__ AppendRows job) {
+  __shared__ float room[kRowWarps][dim];
+  const int64_t task = row_of(), tasks = static_cast<int64_t>(job.rows) * job.kv_heads * 2;
+  if (task >= tasks) return;
+  const int lane = lane_of(), head = static_cast<int>(task / 2 % job.kv_heads);
+  const bool key = task % 2 == 0;
+  const int64_t row = task / 2 / job.kv_heads;
+  const RowPlace place = job.places[row];
+  const float* const from = (key ? job.k + row * job.k_stride : job.v + row * job.v_stride) + head * dim;
+  float x[dim / 32];
+#pragma unroll
+  for (int i = 0; i < dim / 32; ++i) x[i] = from[32 * i + lane];
+  apply<dim>(key ? job.key : job.value, head, x, room[threadIdx.x / 32]);
+  const PageTable& table = job.table;
+  const bool sink = place.position < table.sinks;
+  const int behind = place.position - table.sinks;
+  const int page = sink ? 0 : behind / kPageTokens + (table.sinks > 0 ? 1 : 0);
+  const int slot = sink ? place.position : behind % kPageTokens, slots = sink ? table.sinks : kPageTokens;
+  const int32_t id = table.ids[(static_cast<int64_t>(place.entry) * job.kv_heads + head) * table.stride + page];
+  auto* const to =
+      reinterpret_cast<__half*>(table.pages + static_cast<int64_t>(~id) * kUnitBytes) + ((key ? 0 : slots) + slot) * dim;
+#pragma unroll
+  for (int i = 0; i < dim / 32; ++i) to[32 * i + lane] = __float2half_rn(x[i]);
+}
+
+// The place of a (row, query head) among the halves, in rows of head_dim.
+__device__ inline int64_t half_row(const HeadRows& job, int64_t row, int head) {
+  const RowPlace place = job.places[row];
+  const int64_t of_head = static_cast<int64_t>(place.before) * job.kv_heads +
+                          static_cast<int64_t>(head / job.heads_per_kv) * place.tokens + place.token;
+  return of_head * job.heads_per_kv + head % job.heads_per_kv;
+}
+
+template <int dim, bool queries>
+__global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant__ HeadRows job) {
+  __shared__ float room[kRowWarps][dim];
+  const int heads = job.kv_heads * job.heads_per_kv;
+  const int64_t task = row_of();
+  if (task >= static_cast<int64_t>(job.rows) * heads) return;
+  const int lane = lane_of(), head = static_cast<int>(task % heads);
+  const int64_t row = task / heads;
+  __half* const half = static_cast<__half*>(job.halves) + half_row(job, row, head) * dim;
+  float x[dim / 32];
+#pragma unroll
+  for (int i = 0; i < dim / 32; ++i) {
+    x[i] = queries ? job.q[row * job.stride + head * dim + 32 * i + lane] : __half2float(half[32 * i + lane]);
+  }
+  apply<dim>(job.ops, head / job.heads_per_kv, x, room[threadIdx.x / 32]);
+#pragma unroll
+  for (int i = 0; i < dim / 32; ++i) {
+    if constexpr (queries) {
+      // What fp16 does not hold is as large as it can be; NaN stays.
+      const float limited = fabsf(x[i]) > 65504.0f ? copysignf(65504.0f, x[i]) : x[i];
+      half[32 * i + lane] = __float2half_rn(limited);
+    } else {
+      job.out[row * job.stride + head * dim + 32 * i + lane] = x[i];
+    }
+  }
+}
+
+// The number of an element of a record's side, as Codec::decode gives it.
+__device__ inline float number_of(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
+  const CodeCell cell = code_cell(key, token, channel);
+  const auto* const halves = reinterpret_cast<const uint16_t*>(part);
+  const auto bit_half = [&](const CodePlace& place) {
+    return halves[(cell.block * block_bytes(side.bits) + word_offset(side.bits, cell.at.lane, place.word)) / 2 + cell.at.half];
+  };
+  const auto float_of = [](uint16_t h) { return __half2float(__ushort_as_half(h)); };
+  if (side.bits == 16) return float_of(bit_half(code_bit_place(16, cell.at.reg, cell.field, 0)));
+  int code = 0;
+  for (int b = 0; b < side.bits; ++b) {
+    const CodePlace place = code_bit_place(side.bits, cell.at.reg, cell.field, b);
+    code |= (bit_half(place) >> place.bit & 1) << b;
+  }
+  const auto* const scales = reinterpret_cast<const uint16_t*>(part + side.meta()) + side.scale_at(token, channel);
+  const float centre = static_cast<float>((1 << side.bits) - 1) * 0.5f;
+  return float_of(scales[kMidStep]) + float_of(scales[0]) * (static_cast<float>(code) - centre);
+}
+
+constexpr int kOpenBlocks = 16;  // of a side
+
+__global__ void open_kernel(const uint8_t* record, RecordShape shape, __half* open) {
+  const bool key = blockIdx.y == 0;
+  const SideShape side = key ? shape.key() : shape.value();
+  const uint8_t* const part = record + (key ? kHeaderBytes : shape.key_bytes());
+  __half* const to = open + (key ? 0 : kPageTokens * shape.head_dim);
+  const int step = static_cast<int>(gridDim.x * blockDim.x);
+  for (int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); at < kPageTokens * shape.head_dim; at += step) {
+    to[at] = __float2half_rn(number_of(side, key, part, at / shape.head_dim, at % shape.head_dim));
+  }
+}
+
+unsigned blocks_of(int64_t warps) { return static_cast<unsigned>((warps + kRowWarps - 1) / kRowWarps); }
+
+template <class Body>
+void with_head_dim(int head_dim, const char* what, const Body& body) {
+  if (HeadDims::visit(head_dim, body)) return check_cuda(cudaGetLastError(), what);
+  throw Error(Status::kUnsupported, std::string(what) + ": head_dim " + std::to_string(head_dim) + " has no kernel");
+}
+
+}  // namespace
+
+void append_rows(const AppendRows& job, cudaStream_t stream) {
+  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * 2);
+  with_head_dim(job.head_dim, "append rows: launch",
+                [&](auto dim) { append_kernel<dim.value><<<blocks, kRowThreads, 0, stream>>>(job); });
+}
+
+void map_queries(const HeadRows& job, cudaStream_t stream) {
+  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv);
+  with_head_dim(job.head_dim, "map queries: launch",
+                [&](auto dim) { head_kernel<dim.value, true><<<blocks, kRowThreads, 0, stream>>>(job); });
+}
+
+void map_outputs(const HeadRows& job, cudaStream_t stream) {
+  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv);
+  with_head_dim(job.head_dim, "map outputs: launch",
+                [&](auto dim) { head_kernel<dim.value, false><<<blocks, kRowThreads, 0, stream>>>(job); });
+}
+
+void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* open, cudaStream_t stream) {
+  open_kernel<<<dim3(kOpenBlocks, 2), 256, 0, stream>>>(record, shape, reinterpret_cast<__half*>(open));
+  check_cuda(cudaGetLastError(), "open a sealed page: launch");
+}
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,66 @@
+// Rows between a model's fp32 and the pages' fp16, with the row maps of a layer: the same operations in the same order as
+// src/rows, so that what is stored equals the CPU's to the bit.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "codec/cuda/tile_layout.h"
+
+namespace kvmix::cuda {
+
+// What is done to a row, in this order; device memory, null where there is nothing: [kv_heads][head_dim], of the matrix
+// [kv_heads][head_dim][head_dim] (row vector times matrix).
+struct RowOps {
+  const float *subtract, *multiply, *divide;
+  const float* divide_after;  // the Hadamard
+  const float* matrix;
+  bool hadamard;
+};
+
+// Where a row of the step belongs.
+struct RowPlace {
+  int32_t entry;     // of the page tables
+  int32_t position;  // in its sequence
+  int32_t before;    // rows of the entries before it
+  int32_t tokens;    // of its entry in this step
+  int32_t token;     // among these
+};
+
+// The page tables of a layer, [entries][kv_heads][stride]: id >= 0 of a sealed page, ~id of an open one.
+struct PageTable {
+  uint8_t* pages;
+  const int32_t* ids;
+  int64_t stride;
+  int sinks;  // slots of page 0 of each head, if there are
+};
+
+struct AppendRows {
+  const float *k, *v;  // [rows][kv_heads][head_dim]
+  int64_t k_stride, v_stride;
+  int rows, kv_heads, head_dim;
+  const RowPlace* places;
+  PageTable table;
+  RowOps key, value;
+};
+// Stores the step's rows in their slots of open pages.
+void append_rows(const AppendRows& job, cudaStream_t stream);
+
+// Queries and outputs in fp16 lie as attention takes them: entry by entry, of each [kv_heads][tokens][heads_per_kv][head_dim].
+struct HeadRows {
+  const float* q;  // [rows][q_heads][head_dim]
+  float* out;
+  int64_t stride;
+  int rows, kv_heads, heads_per_kv, head_dim;
+  const RowPlace* places;
+  void* halves;
+  RowOps ops;
+};
+void map_queries(const HeadRows& job, cudaStream_t stream);
+void map_outputs(const HeadRows& job, cudaStream_t stream);
+
+// The rows of a record as those of an open page.
+void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* open, cudaStream_t stream);
+
+}  // namespace kvmix::cuda

@@ -1,0 +1,324 @@
+// A step on the device: its tables and work lists by one copy, then a few launches a layer.
+#include <algorithm>
+#include <numeric>
+
+#include "attention/cuda/cut.h"
+#include "attention/cuda/shape.h"
+#include "backend/cuda/cuda_backend.h"
+#include "base/cuda/launch.h"
+#include "codec/cuda/seal.h"
+#include "kvmix/error.h"
+
+namespace kvmix::cuda {
+namespace {
+
+constexpr size_t kMostImageBytes = size_t{512} << 20;  // of a prefill launch's dequantised pages, if it has several sequences
+constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+int64_t pages_of(int64_t length, int sinks) {
+  if (sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
+  return 1 + (std::max<int64_t>(length - sinks, 0) + kPageTokens - 1) / kPageTokens;
+}
+
+}  // namespace
+
+// As cut_work takes it: all KV heads of a sequence together.
+kvmix_cuda_attend_params CudaBackend::attend_params(const Shape& shape) const {
+  kvmix_cuda_attend_params p{};
+  p.format = shape.format;
+  p.q_heads = shape.q_heads, p.kv_heads = shape.kv_heads;
+  p.sinks = shape.sinks, p.sliding_window = shape.sliding_window;
+  return p;
+}
+
+void CudaBackend::cut(Shape& shape) {
+  std::vector<int32_t> lengths;
+  shape.launches.clear();
+  int64_t before = 0;
+  for (size_t first = 0; first < order_.size();) {
+    const int tokens = plan_->entries[order_[first]].n_tokens;
+    kvmix_cuda_attend_params p = attend_params(shape);
+    p.q_tokens = tokens;
+    const bool images = uses_images(p);
+    const auto image_bytes = static_cast<size_t>(page_image_bytes(shape.format.head_dim) * shape.kv_heads);
+    lengths.clear();
+    size_t end = first, bytes = 0;
+    for (; end < order_.size(); ++end) {
+      const StepEntry& entry = plan_->entries[order_[end]];
+      if (entry.n_tokens != tokens) break;
+      if (images) bytes += static_cast<size_t>(pages_of(entry.end(), shape.sinks)) * image_bytes;
+      if (end > first && bytes > kMostImageBytes) break;
+      lengths.push_back(static_cast<int32_t>(entry.end()));
+    }
+    p.sequences = static_cast<int32_t>(end - first);
+    check_shape(p);
+    Cut made = cut_work(p, lengths, 0);
+    for (kvmix_cuda_item& item : made.items) {
+      item.sequence = item.sequence * shape.kv_heads + item.kv_head;
+      item.kv_head = 0;
+    }
+    shape.launches.push_back({first, end - first, tokens, before, std::move(made.items), 0, made.workspace_bytes});
+    before += static_cast<int64_t>(end - first) * tokens;
+    first = end;
+  }
+}
+
+// Brings the tables up to what the step's sequences have.
+void CudaBackend::write_tables() {
+  size_t heads = 0;
+  int64_t ids = 0;
+  for (const Layer& layer : layers_) heads += static_cast<size_t>(layer.config.kv_heads);
+  for (const StepEntry& entry : plan_->entries) ids = std::max<int64_t>(ids, entry.end() / kPageTokens + 3);
+  tables_.reserve(order_.size(), heads, ids);
+  size_t at = 0;
+  for (Layer& layer : layers_) {
+    layer.table_at = at;
+    at += tables_.rows() * static_cast<size_t>(layer.config.kv_heads) * static_cast<size_t>(tables_.stride);
+  }
+  const auto stale = [&](size_t row) { return tables_.revisions[row] != plan_->entries[order_[row]].pages->revision; };
+  bool waited = false;  // for the copies of the step before
+  for (size_t first = 0; first < order_.size();) {
+    if (!stale(first)) {
+      ++first;
+      continue;
+    }
+    if (!waited) tables_.wait();
+    waited = true;
+    size_t end = first;  // rows next to each other are copied together
+    while (end < order_.size() && stale(end)) ++end;
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const Layer& layer = layers_[l];
+      const size_t width = static_cast<size_t>(layer.config.kv_heads) * static_cast<size_t>(tables_.stride);
+      for (size_t row = first; row < end; ++row) {
+        write_table(layer, l, plan_->entries[order_[row]], tables_.host(layer.table_at + row * width));
+      }
+      tables_.copy(layer.table_at + first * width, (end - first) * width, stream_.get());
+    }
+    for (; first < end; ++first) tables_.revisions[first] = plan_->entries[order_[first]].pages->revision;
+  }
+}
+
+void CudaBackend::write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const {
+  const int sinks = layer.config.sinks;
+  for (const PageList& list : entry.pages->layers[l].heads) {
+    int64_t at = 0;
+    for (const PageEntry& page : list.pages) {
+      const bool sink = page.format == layer.ids.sinks;
+      const int64_t place = sink ? 0 : (page.first - sinks) / kPageTokens + (sinks > 0 ? 1 : 0);
+      // Pages that a sliding window left are not read.
+      while (at < place) table[at++] = 0;
+      const int32_t id = id_of(page.handle);
+      table[at++] = format(page).role == PageRole::kSealed ? id : ~id;
+    }
+    table += tables_.stride;
+  }
+}
+
+// Any page of a head goes with any of another: [pages][kv_heads].
+void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const {
+  std::vector<int> done(static_cast<size_t>(layer.config.kv_heads), 0);
+  for (const Transcode& job : plan_->transcodes[l]) {
+    const int page = done[static_cast<size_t>(job.kv_head)]++;
+    const int at = page * layer.config.kv_heads + job.kv_head;
+    if (page >= layer.seals) throw Error(Status::kInternal, "heads of a layer seal different numbers of pages");
+    open_ids[at] = id_of(job.from.handle);
+    record_ids[at] = id_of(job.to().handle);
+  }
+}
+
+void CudaBackend::begin(const StepPlan& plan) {
+  use_device();
+  plan_ = &plan;
+  order_.resize(plan.entries.size());
+  std::iota(order_.begin(), order_.end(), size_t{0});
+  std::stable_sort(order_.begin(), order_.end(),
+                   [&](size_t a, size_t b) { return plan.entries[a].n_tokens < plan.entries[b].n_tokens; });
+  rows_ = 0;
+  for (const StepEntry& entry : plan.entries) rows_ += entry.n_tokens;
+  for (Shape& shape : shapes_) cut(shape);
+
+  // What goes where.
+  size_t bytes = 0, most_query = 0, most_kv = 0, workspace = 0;
+  const auto place = [&](size_t count, size_t each) {
+    const size_t at = bytes;
+    bytes += aligned(count * each);
+    return at;
+  };
+  const size_t places_at = place(static_cast<size_t>(rows_), sizeof(RowPlace));
+  for (Shape& shape : shapes_) {
+    for (Launch& launch : shape.launches) {
+      launch.items_at = place(launch.items.size(), sizeof(kvmix_cuda_item));
+      workspace = std::max(workspace, launch.workspace_bytes);
+    }
+  }
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = layers_[l];
+    const auto heads = static_cast<size_t>(layer.config.kv_heads), dim = static_cast<size_t>(layer.config.head_dim);
+    layer.seals = static_cast<int>(plan.transcodes[l].size() / heads);
+    layer.open_ids_at = place(plan.transcodes[l].size(), sizeof(int32_t));
+    layer.record_ids_at = place(plan.transcodes[l].size(), sizeof(int32_t));
+    most_query = std::max(most_query, static_cast<size_t>(layer.config.q_heads) * dim);
+    most_kv = std::max(most_kv, heads * dim);
+  }
+  const auto rows = static_cast<size_t>(rows_);
+  queries_.reserve(rows * most_query * sizeof(uint16_t), "queries of a step");
+  outputs_.reserve(rows * most_query * sizeof(uint16_t), "outputs of a step");
+  if (workspace_.reserve(workspace, "partial results of attention")) clean_bytes_ = 0;
+  if (!device_rows_) {
+    host_q_.reserve(rows * most_query * sizeof(float), "queries from the host");
+    host_out_.reserve(rows * most_query * sizeof(float), "outputs to the host");
+    host_k_.reserve(rows * most_kv * sizeof(float), "keys from the host");
+    host_v_.reserve(rows * most_kv * sizeof(float), "values from the host");
+  }
+
+  std::byte* const to = inputs_.begin(bytes);
+  auto* const places = reinterpret_cast<RowPlace*>(to + places_at);
+  int32_t before = 0;
+  for (size_t i = 0; i < order_.size(); ++i) {
+    const StepEntry& entry = plan.entries[order_[i]];
+    for (int t = 0; t < entry.n_tokens; ++t) {
+      places[entry.row + t] = {static_cast<int32_t>(i), static_cast<int32_t>(entry.start + t), before, entry.n_tokens, t};
+    }
+    before += entry.n_tokens;
+  }
+  for (const Shape& shape : shapes_) {
+    for (const Launch& launch : shape.launches) {
+      std::copy(launch.items.begin(), launch.items.end(), reinterpret_cast<kvmix_cuda_item*>(to + launch.items_at));
+    }
+  }
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = layers_[l];
+    write_seals(layer, l, reinterpret_cast<int32_t*>(to + layer.open_ids_at),
+                reinterpret_cast<int32_t*>(to + layer.record_ids_at));
+  }
+  join();
+  inputs_.upload(bytes, stream_.get());
+  write_tables();
+  seal_all();
+}
+
+// What a layer seals must be there when that layer is attended to.
+void CudaBackend::seal_all() {
+  bool any = false;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (layers_[l].seals == 0) continue;
+    if (!any) {
+      planned_.record(stream_.get());
+      planned_.make_wait(sealing_.get());
+    }
+    any = true;
+    seal(layers_[l]);
+    layer_sealed_[l].record(sealing_.get());
+  }
+  if (any) sealed_.record(sealing_.get());
+}
+
+void CudaBackend::seal(const Layer& layer) {
+  kvmix_cuda_seal_params p{};
+  p.format = layer.format;
+  p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
+  p.open_pages = p.records = pool_.base();
+  p.open_page_stride = p.record_page_stride = kPageUnit;
+  p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
+  p.stream = sealing_.get();
+  p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
+  cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
+}
+
+void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) {
+  if (worker.ith != 0) return;
+  use_device();
+  const auto& layer = layers_[static_cast<size_t>(layer_index)];
+  const int heads = layer.config.kv_heads, dim = layer.config.head_dim;
+  if (!device_rows_) {
+    const auto width = static_cast<size_t>(heads * dim) * sizeof(float);
+    const auto bring = [&](const float*& rows, int64_t& stride, const DeviceMemory& room) {
+      check_cuda(cudaMemcpy2DAsync(room.data(), width, rows, static_cast<size_t>(stride) * sizeof(float), width,
+                                   static_cast<size_t>(rows_), cudaMemcpyHostToDevice, stream_.get()),
+                 "append: copy from the host");
+      rows = reinterpret_cast<const float*>(room.data());
+      stride = heads * dim;
+    };
+    bring(k, k_stride, host_k_);
+    bring(v, v_stride, host_v_);
+  }
+  if (layer.seals > 0) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
+  append_rows(
+      {.k = k,
+       .v = v,
+       .k_stride = k_stride,
+       .v_stride = v_stride,
+       .rows = rows_,
+       .kv_heads = heads,
+       .head_dim = dim,
+       .places = input<RowPlace>(0),
+       .table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at), tables_.stride, layer.config.sinks},
+       .key = layer.key,
+       .value = layer.value},
+      stream_.get());
+}
+
+void CudaBackend::attend(const Layer& layer, const Launch& launch) {
+  const LayerConfig& config = layer.config;
+  kvmix_cuda_attend_params p = attend_params(shapes_[layer.shape]);
+  p.sequences = static_cast<int32_t>(launch.entries) * config.kv_heads;
+  p.q_heads = layer.heads_per_kv(), p.kv_heads = 1;
+  p.q_tokens = launch.tokens;
+  p.scale = config.scale, p.softcap = config.softcap;
+  const auto at = static_cast<size_t>(launch.before) * static_cast<size_t>(config.q_heads * config.head_dim) * sizeof(uint16_t);
+  p.q = queries_.data() + at, p.out = outputs_.data() + at;
+  p.records = pool_.base(), p.record_page_stride = kPageUnit;
+  p.open_pages = pool_.base(), p.open_page_stride = kPageUnit;
+  p.page_table = tables_.device(layer.table_at) + static_cast<int64_t>(launch.first) * config.kv_heads * tables_.stride;
+  p.page_table_stride = tables_.stride;
+  p.items = input<kvmix_cuda_item>(launch.items_at), p.item_count = static_cast<int32_t>(launch.items.size());
+  p.workspace = workspace_.data(), p.workspace_bytes = workspace_.bytes();
+  p.stream = stream_.get();
+  // A launch leaves its tickets zero and may write behind them.
+  const size_t tickets = workspace_layout(p).ticket_bytes;
+  if (tickets > clean_bytes_)
+    check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
+  clean_bytes_ = tickets;
+  cuda::attend(p, config.sinks);
+}
+
+void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {
+  if (worker.ith != 0) return;
+  use_device();
+  const auto& layer = layers_[static_cast<size_t>(layer_index)];
+  const LayerConfig& config = layer.config;
+  const int row = config.q_heads * config.head_dim;
+  const auto width = static_cast<size_t>(row) * sizeof(float);
+  float* to = out;
+  int64_t to_stride = out_stride;
+  if (!device_rows_) {
+    check_cuda(cudaMemcpy2DAsync(host_q_.data(), width, q, static_cast<size_t>(q_stride) * sizeof(float), width,
+                                 static_cast<size_t>(rows_), cudaMemcpyHostToDevice, stream_.get()),
+               "attend: copy from the host");
+    q = reinterpret_cast<const float*>(host_q_.data());
+    to = reinterpret_cast<float*>(host_out_.data());
+    q_stride = to_stride = row;
+  }
+  HeadRows job{.q = q,
+               .out = nullptr,
+               .stride = q_stride,
+               .rows = rows_,
+               .kv_heads = config.kv_heads,
+               .heads_per_kv = layer.heads_per_kv(),
+               .head_dim = config.head_dim,
+               .places = input<RowPlace>(0),
+               .halves = queries_.data(),
+               .ops = layer.query};
+  map_queries(job, stream_.get());
+  for (const Launch& launch : shapes_[layer.shape].launches) attend(layer, launch);
+  job.q = nullptr, job.out = to, job.stride = to_stride;
+  job.halves = outputs_.data(), job.ops = layer.output;
+  map_outputs(job, stream_.get());
+  if (device_rows_) return;
+  check_cuda(cudaMemcpy2DAsync(out, static_cast<size_t>(out_stride) * sizeof(float), host_out_.data(), width, width,
+                               static_cast<size_t>(rows_), cudaMemcpyDeviceToHost, stream_.get()),
+             "attend: copy to the host");
+  check_cuda(cudaStreamSynchronize(stream_.get()), "attend");
+}
+
+}  // namespace kvmix::cuda
