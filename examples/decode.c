@@ -21,7 +21,7 @@ static void fill(float* x, size_t n, float phase) {
 static int step(kvmix_cache* cache, int layers, kvmix_sequence sequence, int n_tokens, float phase, float* q, float* k,
                 float* v, float* out) {
   const int64_t q_row = kQHeads * kHeadDim, kv_row = kKvHeads * kHeadDim;
-  const kvmix_step_item item = {sizeof item, sequence, n_tokens};
+  const kvmix_step_item item = {sizeof item, sequence, n_tokens, 0, 0};
   int bad = failed("begin", kvmix_step_begin(cache, &item, 1));
   for (int l = 0; !bad && l < layers; ++l) {
     fill(q, (size_t)(n_tokens * q_row), phase);

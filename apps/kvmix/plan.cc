@@ -3,6 +3,8 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -12,6 +14,7 @@
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "models.h"
+#include "plan_axes.h"
 #include "plan_view.h"
 #include "svg.h"
 #include "text.h"
@@ -20,13 +23,14 @@ namespace kvmix::app {
 namespace {
 
 struct Arguments {
-  std::string model, planner = "kvmix", profile, out, fit, calibration, tasks;
+  std::string model, planner = "kvmix", profile, out, fit, calibration, tasks, axes = "bits";
   double bits = 0;
   int64_t context = 8192;
   int sequences = 1;
   bool pareto = false;
   int points = 24;
-  int measurements = 0, windows = 2;
+  int measurements = 0, needles = 0;
+  int windows = 0;  // 0: kUsualWindows
   int64_t seed = -1;
   std::map<std::string, std::string> options;  // of planners; only those given
 };
@@ -55,6 +59,28 @@ Budget budget_of(const Arguments& arguments, const PlannerInfo& planner) {
 }
 
 constexpr int kWindowTokens = 2048;  // of the text that plans are measured on
+constexpr int kUsualWindows = 2;
+
+// Text that plans are measured on, and further text that they are checked on: the last third.
+struct MeasuredText {
+  std::vector<std::vector<Token>> searched, held_out;
+};
+MeasuredText measured_text(const Arguments& arguments, int threads, const std::shared_ptr<const Model>& model, uint64_t seed,
+                           const Progress& progress) {
+  CalibrationOptions options;
+  options.file = arguments.calibration;
+  const int searching = arguments.windows > 0 ? arguments.windows : kUsualWindows;
+  options.prompts = searching + (searching + 1) / 2;
+  options.tokens = static_cast<int>(std::min<int64_t>(kWindowTokens, model->shape().context_tokens));
+  options.seed = seed;
+  auto windows = calibration_prompts(model, options, threads, progress);
+  const auto searched = static_cast<ptrdiff_t>(windows.size() * 2 / 3);
+  MeasuredText text;
+  text.held_out.assign(windows.begin() + searched, windows.end());
+  windows.resize(static_cast<size_t>(searched));
+  text.searched = std::move(windows);
+  return text;
+}
 
 // Text of its own, by default from another seed than the profile's: a plan should not be fitted twice to the same words. The
 // last third is held out. Made when it is first needed, so that what is wrong with a request shows before minutes are spent.
@@ -68,16 +94,8 @@ class TextMeter final : public PlanMeter {
  private:
   PlanMeter& meter() {
     if (meter_ == nullptr) {
-      CalibrationOptions options;
-      options.file = arguments_.calibration;
-      options.prompts = arguments_.windows + (arguments_.windows + 1) / 2;
-      options.tokens = static_cast<int>(std::min<int64_t>(kWindowTokens, model_->shape().context_tokens));
-      options.seed = seed_;
-      auto windows = calibration_prompts(model_, options, threads_, progress_);
-      const auto searched = static_cast<ptrdiff_t>(windows.size() * 2 / 3);
-      std::vector<std::vector<Token>> held_out(windows.begin() + searched, windows.end());
-      windows.resize(static_cast<size_t>(searched));
-      meter_ = make_plan_meter(model_, std::move(windows), std::move(held_out), threads_);
+      MeasuredText text = measured_text(arguments_, threads_, model_, seed_, progress_);
+      meter_ = make_plan_meter(model_, std::move(text.searched), std::move(text.held_out), threads_);
     }
     return *meter_;
   }
@@ -92,6 +110,113 @@ class TextMeter final : public PlanMeter {
 
 std::string predicted_text(const Plan& plan) {
   return plan.predicted ? fmt::format("{:.3g}", plan.predicted->cost) : std::string("-");
+}
+
+AxesTask axes_task(const Arguments& arguments, const Common& common, const PlannerRequest& request,
+                   const std::shared_ptr<const Model>& model) {
+  AxesTask task{.planner = arguments.planner, .request = request, .searched = {}, .held_out = {}};
+  const uint64_t usual = request.profile != nullptr ? request.profile->seed + 1 : 1;
+  MeasuredText text =
+      measured_text(arguments, common.threads, model, arguments.seed >= 0 ? static_cast<uint64_t>(arguments.seed) : usual,
+                    progress_reporter(common));
+  task.searched = std::move(text.searched);
+  task.held_out = std::move(text.held_out);
+  task.threads = common.threads;
+  task.needles = arguments.needles;
+  return task;
+}
+
+// The plan of a budget over both axes; prints what the alternatives gave.
+Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRequest& request,
+               const std::shared_ptr<const Model>& model, nlohmann::json& json) {
+  const AxesChoice choice = choose_axes(model, axes_task(arguments, common, request, model), progress_reporter(common));
+  const AxesCandidate& best = choice.candidates[choice.chosen];
+  std::vector<std::string> header = {"tokens", "K bits", "V bits", "of a sequence", "mean KL", "+-", "top-1"};
+  if (arguments.needles > 0) header.emplace_back("passkeys");
+  Table table(std::move(header));
+  json["axes"] = nlohmann::json::array();
+  for (const AxesCandidate& c : choice.candidates) {
+    nlohmann::json row{{"tokens", c.tokens}, {"chosen", &c == &best}};
+    if (!c.lost.empty()) {
+      row["lost"] = c.lost;
+      table.add({c.tokens, "-", "-", "does not fit"});
+    } else {
+      std::vector<std::string> cells = {c.tokens + (&c == &best ? " *" : ""),
+                                        fmt::format("{:.2f}", mean_bits(c.plan, Side::kKey)),
+                                        fmt::format("{:.2f}", mean_bits(c.plan, Side::kValue)),
+                                        human_bytes(c.bytes),
+                                        fmt::format("{:.5f}", c.kl),
+                                        fmt::format("{:.5f}", c.kl_error),
+                                        fmt::format("{:.2f} %", 100 * c.top1)};
+      if (arguments.needles > 0) cells.push_back(fmt::format("{:.0f} %", 100 * c.found));
+      table.add(std::move(cells));
+      row.update({{"bytes", c.bytes}, {"kl_mean", c.kl}, {"kl_stderr", c.kl_error}, {"top1", c.top1}});
+      if (arguments.needles > 0) row["passkeys"] = c.found;
+    }
+    json["axes"].push_back(std::move(row));
+  }
+  json["held_out"] = {{"kl_mean", choice.held_out}};
+  if (!std::isnan(choice.held_out_bits)) json["held_out"]["bits_alone"] = choice.held_out_bits;
+  json["why"] = choice.why;
+  if (!common.json) {
+    table.print();
+    fmt::print("\n* chosen: {}. Held-out text: KL {:.5f}", choice.why, choice.held_out);
+    if (!std::isnan(choice.held_out_bits)) fmt::print(", bits alone {:.5f}", choice.held_out_bits);
+    fmt::print("\n\n");
+  }
+  return best.plan;
+}
+
+// The curves of both axes as files of a folder, and one picture of them.
+int plan_axes_curve(const Arguments& arguments, const Common& common, const PlannerRequest& request,
+                    const std::shared_ptr<const Model>& model) {
+  const ModelShape& shape = *request.model;
+  const std::string folder = arguments.out.empty() ? "plans" : arguments.out;
+  const auto curves =
+      axes_curves(model, axes_task(arguments, common, request, model), arguments.points, progress_reporter(common));
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) throw Error(Status::kIo, folder + ": " + error.message() + "; name a folder that can be written with -o");
+  Table table({"plan", "tokens", "bits", "of a sequence", "mean KL", "+-", "top-1"});
+  table.left(1);
+  Chart chart{"Plans of " + shape.name + " at " + std::to_string(arguments.context) + " tokens",
+              "bits per element of all tokens, all bytes",
+              "mean KL to f16, nats per token",
+              true,
+              true,
+              {}};
+  nlohmann::json list = nlohmann::json::array();
+  for (const auto& line : curves) {
+    Series series{"tokens " + line.front().tokens, {}, true, {}};
+    for (const AxesCandidate& c : line) {
+      const double bits = predict_bits_per_element(cache_config(c.plan, shape), arguments.context);
+      std::string name = c.tokens;
+      std::replace(name.begin(), name.end(), ' ', '-');
+      const std::string file = fmt::format("{}/{}-{}-{:06.3f}.json", folder, c.plan.planner, name, bits);
+      write_plan(c.plan, file);
+      table.add({file, c.tokens, fmt::format("{:.3f}", bits), human_bytes(c.bytes), fmt::format("{:.5f}", c.kl),
+                 fmt::format("{:.5f}", c.kl_error), fmt::format("{:.2f} %", 100 * c.top1)});
+      series.points.emplace_back(bits, c.kl);
+      series.labels.push_back(std::filesystem::path(file).filename());
+      list.push_back({{"plan", file},
+                      {"tokens", c.tokens},
+                      {"bytes", c.bytes},
+                      {"bits_per_element", bits},
+                      {"kl_mean", c.kl},
+                      {"kl_stderr", c.kl_error},
+                      {"top1", c.top1}});
+    }
+    chart.series.push_back(std::move(series));
+  }
+  const std::string picture = folder + "/pareto.svg";
+  write_file_atomically(picture, svg_file(chart));
+  if (common.json) {
+    print_json({{"planner", arguments.planner}, {"context", arguments.context}, {"picture", picture}, {"plans", list}});
+    return kExitOk;
+  }
+  table.print();
+  fmt::print("\nwrote {} plans and {}; sizes at {} tokens, all bytes\n", list.size(), picture, arguments.context);
+  return kExitOk;
 }
 
 // Every plan of a curve as a file of a folder, and a picture of them.
@@ -164,11 +289,22 @@ int plan(const Arguments& arguments, const Common& common) {
     throw UsageError("planner " + planner.name + " does not measure plans: leave --measure out");
   if (arguments.pareto && !planner.needs_budget)
     throw UsageError("planner " + planner.name + " takes no budget, so it has no curve: leave --pareto out");
+  const bool both = arguments.axes != "bits";
+  if (both && !planner.needs_budget)
+    throw UsageError("planner " + planner.name + " takes no budget to share between tokens and bits: leave --axes out");
+  if (both && arguments.measurements > 0)
+    throw UsageError("--axes tokens,bits measures by itself: leave --measure out, or refine the plan's bits afterwards");
+  if (!both && arguments.needles > 0) throw UsageError("--needles decide between tokens and bits: give --axes tokens,bits");
+  const bool text_given = !arguments.calibration.empty() || arguments.seed >= 0 || arguments.windows > 0;
+  if (!both && arguments.measurements == 0 && text_given)
+    throw UsageError("text is for measuring: give --measure or --axes tokens,bits");
   if (!arguments.calibration.empty()) read_text_file(arguments.calibration);  // refuses what is no text
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
-  if (arguments.pareto) return plan_curve(arguments, common, request);
+  if (profile) check_profile(*profile, model->shape(), false, arguments.profile);
+  if (arguments.pareto)
+    return both ? plan_axes_curve(arguments, common, request, model) : plan_curve(arguments, common, request);
   std::vector<Task> tasks;
   if (!arguments.tasks.empty()) tasks = read_tasks(arguments.tasks);
   std::unique_ptr<PlanMeter> meter;
@@ -183,7 +319,8 @@ int plan(const Arguments& arguments, const Common& common) {
     request.meter = meter.get();
     request.measurements = arguments.measurements;
   }
-  const Plan made = make_plan(arguments.planner, request);
+  nlohmann::json json;
+  const Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
   const std::string file = arguments.out.empty() ? "plan.json" : arguments.out;
   write_plan(made, file);
   const CacheConfig config = cache_config(made, model->shape());
@@ -191,15 +328,15 @@ int plan(const Arguments& arguments, const Common& common) {
   const size_t slack = predict_slack_bytes(config, arguments.context, arguments.sequences);
   const double bits = predict_bits_per_element(config, arguments.context);
   if (common.json) {
-    nlohmann::json json{{"plan", file},
-                        {"planner", made.planner},
-                        {"note", made.note},
-                        {"context", arguments.context},
-                        {"bytes", bytes},
-                        {"most_slack_bytes", slack},
-                        {"bits_per_element", bits},
-                        {"mean_key_bits", mean_bits(made, Side::kKey)},
-                        {"mean_value_bits", mean_bits(made, Side::kValue)}};
+    json.update({{"plan", file},
+                 {"planner", made.planner},
+                 {"note", made.note},
+                 {"context", arguments.context},
+                 {"bytes", bytes},
+                 {"most_slack_bytes", slack},
+                 {"bits_per_element", bits},
+                 {"mean_key_bits", mean_bits(made, Side::kKey)},
+                 {"mean_value_bits", mean_bits(made, Side::kValue)}});
     if (made.predicted) json["predicted"] = {{"metric", made.predicted->metric}, {"cost", made.predicted->cost}};
     print_json(json);
     return kExitOk;
@@ -263,15 +400,28 @@ void add_plan(CommandContext& context) {
           "--measure, planner kvtuner: accuracy of greedy answers to this .jsonl of {\"prompt\": ..., \"answer\": ...} "
           "instead of divergence; the last third is held out")
       ->needs(measure);
-  command->add_option("--calib", arguments->calibration, "--measure: text as for kvmix profile; the last third is held out")
-      ->needs(measure);
-  command->add_option("--windows", arguments->windows, "--measure: windows of up to 2048 tokens to search with")
-      ->check(CLI::Range(1, 64))
-      ->capture_default_str()
-      ->needs(measure);
-  command->add_option("--seed", arguments->seed, "--measure: seed of the text that the model writes (the profile's plus 1)")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 62))
-      ->needs(measure);
+  command
+      ->add_option("--axes", arguments->axes,
+                   "What the budget is spent on: bits of all tokens, or tokens,bits: fewer tokens (snapkv, adakv) of more bits "
+                   "where text measured with a running cache says so; with --pareto both axes in one picture")
+      ->check(CLI::IsMember({"bits", "tokens,bits", "bits,tokens"}))
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--needles", arguments->needles,
+          "--axes tokens,bits: passkeys per depth that a plan must find about as often as bits alone (0: text decides)")
+      ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  command->add_option("--calib", arguments->calibration,
+                      "--measure, --axes tokens,bits: text as for kvmix profile; the last third is held out");
+  command
+      ->add_option("--windows", arguments->windows,
+                   "--measure, --axes tokens,bits: windows of up to 2048 tokens to search with (2)")
+      ->check(CLI::Range(1, 64));
+  command
+      ->add_option("--seed", arguments->seed,
+                   "--measure, --axes tokens,bits: seed of the text that the model writes (the profile's plus 1)")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 62));
   command->add_option("-o,--out", arguments->out, "The plan file to write (plan.json); with --pareto the folder (plans)");
   // Every planner's own options, so that a new planner's appear here by themselves.
   std::map<std::string, std::string> helps;

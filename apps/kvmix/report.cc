@@ -8,7 +8,9 @@
 #include <nlohmann/json.hpp>
 
 #include "command.h"
+#include "evaluation.h"
 #include "kvmix/error.h"
+#include "live_tokens.h"
 #include "models.h"
 #include "subjects.h"
 #include "svg.h"
@@ -20,8 +22,12 @@ namespace {
 struct Arguments {
   std::string model, profile, output = "report.html";
   std::vector<std::string> plans, curve, evals;
+  std::string text;  // what token policies are shown on
+  int64_t context = 2048;
   bool force = false;
 };
+
+constexpr int kStripColumns = 64;
 
 struct NamedPlan {
   std::string name;
@@ -118,62 +124,6 @@ std::string memory_chart(const std::vector<NamedPlan>& plans, const ModelShape& 
   return "<figure>" + line_chart(chart) + "</figure>";
 }
 
-// `kvmix eval --json` files: rows with name, bits_per_element, kl_mean and, if measured, kl_by_position.
-struct Evaluation {
-  std::string file;
-  nlohmann::json rows;
-};
-
-Evaluation read_evaluation(const std::string& path) {
-  nlohmann::json root = nlohmann::json::parse(read_text_file(path), nullptr, false);
-  const nlohmann::json* rows = root.is_object() && root.contains("rows") ? &root["rows"] : nullptr;
-  if (rows == nullptr || !rows->is_array()) {
-    throw Error(Status::kCorrupt, path + ": no \"rows\" array; give a file written by kvmix eval --json");
-  }
-  for (const auto& row : *rows) {
-    for (const char* key : {"bits_per_element", "kl_mean", "perplexity", "top1"}) {
-      if (!row.is_object() || !row.contains(key) || !row[key].is_number() || !row.contains("name") ||
-          !row["name"].is_string()) {
-        throw Error(Status::kCorrupt,
-                    path + ": a row lacks \"name\" or \"" + key + "\"; give a file written by kvmix eval --json");
-      }
-    }
-  }
-  return {path, *rows};
-}
-
-std::string quality_charts(const std::vector<Evaluation>& evaluations) {
-  Chart pareto{"Divergence against size", "bits per element, all bytes", "mean KL to f16, nats per token", false, true, {}};
-  Chart position{"Divergence along the window", "position", "mean KL to f16, nats per token", false, true, {}};
-  Series ours{"kvmix", {}, false, {}}, peers{"llama.cpp", {}, false, {}};
-  std::string table =
-      "<table><tr><th>cache</th><th>bits per element</th><th>perplexity</th><th>mean KL</th><th>top-1 agreement</th></tr>";
-  for (const Evaluation& e : evaluations) {
-    for (const auto& row : e.rows) {
-      const std::string name = row["name"];
-      const double bits = row["bits_per_element"], kl = row["kl_mean"];
-      Series& series = name.starts_with("llama.cpp") ? peers : ours;
-      series.points.emplace_back(bits, kl);
-      series.labels.push_back(name);
-      table += fmt::format("<tr><td>{}</td><td>{:.2f}</td><td>{:.3f}</td><td>{:.5f}</td><td>{:.2f} %</td></tr>",
-                           html_escape(name), bits, row["perplexity"].get<double>(), kl, 100 * row["top1"].get<double>());
-      const auto by_position = row.find("kl_by_position");
-      if (by_position == row.end() || !by_position->is_array() || kl <= 0) continue;
-      Series along{name, {}, true, {}};
-      for (const auto& point : *by_position) {
-        if (point.is_array() && point.size() == 2 && point[0].is_number() && point[1].is_number()) {
-          along.points.emplace_back(point[0].get<double>(), point[1].get<double>());
-        }
-      }
-      position.series.push_back(std::move(along));
-    }
-  }
-  pareto.series = {ours, peers};
-  std::string out = table + "</table><div class=\"charts\"><figure>" + line_chart(pareto) + "</figure>";
-  if (!position.series.empty()) out += "<figure>" + line_chart(position) + "</figure>";
-  return out + "</div>";
-}
-
 // What planners expect of their plans, a line for each planner and metric.
 std::string prediction_chart(const std::vector<NamedPlan>& plans, const ModelShape& shape) {
   constexpr int64_t kContext = 8192;
@@ -201,7 +151,7 @@ std::string prediction_chart(const std::vector<NamedPlan>& plans, const ModelSha
 }
 
 std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, const std::vector<NamedPlan>& curve,
-                 const Profile* profile, const std::vector<Evaluation>& evaluations) {
+                 const Profile* profile, const std::vector<Evaluation>& evaluations, const std::vector<LiveTokens>& live) {
   std::string out = "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>KVmix: " + html_escape(shape.name) +
                     "</title><meta name=\"viewport\" content=\"width=device-width\"><style>" + kStyle + chart_style() +
                     "</style></head><body>";
@@ -224,7 +174,12 @@ std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, c
     out += "<h2>Importance of layers</h2><div class=\"charts\">" + importance_chart(*profile) + sensitivity_charts(*profile) +
            "</div>";
   }
-  if (!evaluations.empty()) out += "<h2>Quality</h2>" + quality_charts(evaluations);
+  if (!live.empty())
+    out += "<h2>Tokens that stay</h2><p>A line a KV head, the text from left to right; darker where more stay.</p>";
+  for (const LiveTokens& tokens : live) {
+    out += "<pre style=\"line-height:1.1;overflow-x:auto\">" + html_escape(live_table(tokens, kStripColumns)) + "</pre>";
+  }
+  if (!evaluations.empty()) out += "<h2>Quality</h2>" + quality_section(evaluations);
   return out + "</body></html>\n";
 }
 
@@ -241,6 +196,12 @@ void add_report(CommandContext& context) {
                       "Plans of a curve, as kvmix plan --pareto writes them: predicted loss by size");
   command->add_option("--profile", arguments->profile, "The profile whose scores and sensitivities to show");
   command->add_option("--eval", arguments->evals, "Output of kvmix eval --json (repeatable)");
+  auto* text = command->add_option("--text", arguments->text,
+                                   "Text that plans with a token policy are shown on: which positions stay, by layer and head");
+  command->add_option("--context", arguments->context, "--text: its first so many tokens, as a prompt")
+      ->check(CLI::Range(int64_t{16}, int64_t{1} << 24))
+      ->capture_default_str()
+      ->needs(text);
   command->add_option("-o,--output", arguments->output, "The page to write")->capture_default_str();
   command->add_flag("--force", arguments->force, "Accept plans of another model of the same shape");
   command->callback([&context, arguments] {
@@ -261,18 +222,35 @@ void add_report(CommandContext& context) {
       std::unique_ptr<Profile> profile;
       if (!arguments->profile.empty()) {
         profile = std::make_unique<Profile>(read_profile(arguments->profile));
-        if (profile->fingerprint != model->shape().fingerprint && !arguments->force) {
-          throw Error(Status::kMismatch, arguments->profile + " was measured on another model (" + profile->model +
-                                             "); measure this one with kvmix profile, or pass --force");
-        }
+        check_profile(*profile, model->shape(), arguments->force, arguments->profile);
       }
       std::vector<Evaluation> evaluations;
-      for (const std::string& file : arguments->evals) evaluations.push_back(read_evaluation(file));
-      const std::string html = page(model->shape(), plans, curve, profile.get(), evaluations);
+      for (const std::string& file : arguments->evals) {
+        evaluations.push_back(parse_evaluation(read_text_file(file), file));
+        check_evaluation(evaluations.back(), model->shape(), arguments->force, file);
+      }
+      std::vector<LiveTokens> live;
+      if (!arguments->text.empty()) {
+        std::vector<Token> tokens = model->tokenize(read_text_file(arguments->text), true);
+        const int64_t most = std::min(arguments->context, model->shape().context_tokens);
+        tokens.resize(std::min(tokens.size(), static_cast<size_t>(most)));
+        for (const NamedPlan& p : plans) {
+          if (p.plan.tokens) live.push_back(live_tokens(model, p.name, p.plan, tokens, common.threads, arguments->force));
+        }
+        if (live.empty()) {
+          throw Error(Status::kInvalidArgument,
+                      "--text shows what token policies keep, and no --plan has one; give a plan with "
+                      "\"tokens\", or leave --text out");
+        }
+      }
+      const std::string html = page(model->shape(), plans, curve, profile.get(), evaluations, live);
       write_file_atomically(arguments->output, html);
       if (common.json) {
-        fmt::print("{}\n", nlohmann::json{{"output", arguments->output}, {"bytes", html.size()}}.dump());
+        nlohmann::json json{{"output", arguments->output}, {"bytes", html.size()}};
+        for (const LiveTokens& tokens : live) json["live"].push_back(live_json(tokens));
+        fmt::print("{}\n", json.dump());
       } else if (!common.quiet) {
+        for (const LiveTokens& tokens : live) fmt::print("{}\n", live_table(tokens, kStripColumns));
         fmt::print("wrote {} ({})\n", arguments->output, human_bytes(static_cast<double>(html.size())));
       }
       return kExitOk;

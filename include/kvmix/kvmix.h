@@ -110,8 +110,9 @@ KVMIX_API kvmix_status kvmix_plan_read(const char* path, kvmix_plan** plan);
 KVMIX_API kvmix_status kvmix_plan_parse(const char* json, kvmix_plan** plan);
 /* Null is allowed. Caches made from the plan do not need it. */
 KVMIX_API void kvmix_plan_destroy(kvmix_plan* plan);
-/* The cache that the plan means on this model: codecs, sinks, recent rows, transforms and feedback. KVMIX_MISMATCH where the
- * plan is another model's or its layers do not fit, KVMIX_INVALID_ARGUMENT for a shape or transform that cannot be. */
+/* The cache that the plan means on this model: codecs, sinks, recent rows, transforms and feedback, and the token policy.
+ * KVMIX_MISMATCH where the plan is another model's or its layers do not fit, KVMIX_INVALID_ARGUMENT for a shape, a transform or
+ * a policy's parameter that cannot be, KVMIX_UNSUPPORTED for a policy on a model whose layers all have a sliding window. */
 KVMIX_API kvmix_status kvmix_cache_create_from_plan(const kvmix_plan* plan, const kvmix_model_shape* model,
                                                     const kvmix_cache_options* options, kvmix_cache** cache);
 
@@ -133,10 +134,18 @@ typedef struct kvmix_tail {
 } kvmix_tail;
 KVMIX_API kvmix_status kvmix_sequence_tail(const kvmix_cache* cache, kvmix_sequence sequence, int32_t layer, kvmix_tail* tail);
 
+/* Positions of the tokens that a KV head of a layer still holds, ascending: all of them without a token policy. Writes at most
+ * `capacity` of them, and to *count how many there are; with capacity 0 positions may be null. */
+KVMIX_API kvmix_status kvmix_sequence_kept(const kvmix_cache* cache, kvmix_sequence sequence, int32_t layer, int32_t kv_head,
+                                           int64_t* positions, size_t capacity, size_t* count);
+
 typedef struct kvmix_step_item {
   size_t struct_bytes;
   kvmix_sequence sequence;
   int32_t n_tokens;
+  /* For plans with a token policy, which acts where prompts end and while decoding. A prompt is a step of several tokens. */
+  int32_t more;    /* nonzero: further tokens of the same prompt follow */
+  int32_t decoded; /* nonzero: several tokens that are no prompt but stand for as many decoded one by one */
 } kvmix_step_item;
 
 /* A step: begin; per layer append, a barrier over the threads, attend; end. KVMIX_OUT_OF_MEMORY from begin changes nothing. */

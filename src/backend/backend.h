@@ -22,6 +22,11 @@ struct LayerFormats {
   // are scored.
   bool governed = false;
   int window_queries = 0;
+  FormatId low = 0;  // tokens of the policy's low tier, if it has one
+  bool low_tier = false;
+  // PageList::mass is kept: of each decoded query, and of a prompt's unless that is the window's, the mean, or the largest, of
+  // the softmax weights of a KV head's query heads.
+  bool mass = false, mass_of_prompts = false, mass_of_largest = false;
 };
 
 // A thread's part of a call that several make together.
@@ -64,12 +69,19 @@ class Backend {
   virtual void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) = 0;
 
   // Of a sequence whose prompt the open step ends, once a layer was attended to: the softmax weights of the prompt's last
-  // queries, summed in their order, [heads_per_kv][tokens] in the order of the head's list (attention/scores.h).
+  // queries, summed in their order, [heads_per_kv][tokens], first those of the head's low tier, then its others
+  // (attention/scores.h).
   struct Window {
     std::span<const float> sums;
     int queries;
   };
   virtual Window window(SequenceId id, int layer, int kv_head) const = 0;
+  // What the lists' mass becomes with the open step's queries, once the layer was attended to: of the head's low tier and of
+  // its others. Empty where the step adds none. The caller may exchange the vectors for others.
+  struct Mass {
+    std::vector<float>*low, *tokens;
+  };
+  virtual Mass mass(SequenceId id, int layer, int kv_head) = 0;
   // Closes a step that was not aborted; queries of a prompt that goes on are kept.
   virtual void end() = 0;
   // Such queries follow their sequence: one that is gone, one that shares it, one that was cut to n tokens.

@@ -61,6 +61,8 @@ static_assert(sizeof(PageEntry) == 16);
 struct PageList {
   std::vector<PageEntry> pages;
   std::vector<int32_t> positions;
+  // What queries have paid to each token, where a layer's policy asks for it (LayerFormats::mass).
+  std::vector<float> mass;
 
   int64_t tokens() const {
     int64_t n = 0;
@@ -82,13 +84,33 @@ struct PageList {
     }
   }
 };
+// Numbers that PageList::mass has room for, so that its size is a formula.
+constexpr size_t mass_room(int64_t tokens) {
+  return static_cast<size_t>(tokens + kPageTokens - 1) / static_cast<size_t>(kPageTokens) * static_cast<size_t>(kPageTokens);
+}
 struct LayerPages {
   std::vector<PageList> heads;
+  // Tokens that a policy has moved to its low tier, by KV head: sealed pages, all positions named. Empty without such a tier.
+  std::vector<PageList> low;
+
+  template <class Visit>
+  void for_each_list(const Visit& visit) {
+    for (std::vector<PageList>* lists : {&heads, &low}) {
+      for (PageList& list : *lists) visit(list);
+    }
+  }
+  template <class Visit>
+  void for_each_list(const Visit& visit) const {
+    for (const std::vector<PageList>* lists : {&heads, &low}) {
+      for (const PageList& list : *lists) visit(list);
+    }
+  }
 };
 struct SequencePages {
   int64_t length = 0;
   int64_t prompt_length = 0;  // `length` when the last prompt ended
   int64_t prompt_start = 0;   // of a prompt of which further chunks are to come
+  int64_t counted_from = 0;   // PageList::mass counts the queries from this position on
   bool in_prompt = false;
   uint64_t revision = 0;  // another one whenever a page was added or another stands in a place; no two lists of pages share one
   // Up to this length a step changes no list but by how many slots of its last page are live. `late`: such steps have not been

@@ -90,13 +90,19 @@ Cache::Impl::Impl(CacheConfig c)
     : governed(checked(std::move(c))), config(governed.config), ledger(config.layers, ids, formats) {
   for (size_t l = 0; l < config.layers.size(); ++l) {
     const LayerLayout layout = layer_layout(config.layers[l], on_cuda(config));
-    const bool governs = governed.governs(l);
-    ids.push_back({.sinks = formats.add(layout.sinks),
-                   .recent = formats.add(layout.recent),
-                   .sealed = formats.add(layout.sealed),
-                   .seals = layout.seals,
-                   .governed = governs,
-                   .window_queries = governs ? governed.policy->needs().window_queries : 0});
+    LayerFormats& f = ids.emplace_back(LayerFormats{.sinks = formats.add(layout.sinks),
+                                                    .recent = formats.add(layout.recent),
+                                                    .sealed = formats.add(layout.sealed),
+                                                    .seals = layout.seals});
+    if (!governed.governs(l)) continue;
+    const Needs needs = governed.policy->needs();
+    f.governed = true;
+    f.window_queries = needs.window_queries;
+    f.low_tier = governed.policy->has_low_tier();
+    if (f.low_tier) f.low = formats.add(governed.low[l]);
+    f.mass = needs.mass != MassReduce::kNone;
+    f.mass_of_prompts = f.mass && !needs.mass_from_window;
+    f.mass_of_largest = needs.mass == MassReduce::kMax;
   }
   if (on_cuda(config)) ledger.write_late();
   backend = on_cuda(config) ? make_cuda_backend(config, formats, ids) : make_cpu_backend(config, formats, ids);
@@ -183,6 +189,7 @@ std::vector<SequenceId> Cache::sequences() const {
 
 void Cache::begin_step(std::span<const StepItem> items) {
   Impl& impl = *impl_;
+  impl.check_decoded(items);
   const StepPlan& plan = impl.ledger.open(items);
   impl.allocate_changes();
   try {
@@ -200,8 +207,10 @@ size_t Cache::step_bytes(std::span<const StepItem> items) const {
   if (impl.governed.policy == nullptr || impl.config.max_bytes == 0) return bytes;
   for (const StepItem& item : items) {
     const SequencePages& sequence = impl.ledger.find(item.sequence);
-    if (!Ledger::prompt_part(item, sequence).ends) continue;
-    for (const FormatId id : impl.pages_to_reserve(sequence, sequence.length + item.n_tokens)) bytes += impl.formats[id].bytes;
+    const auto moment = impl.moment(sequence, Ledger::prompt_part(item, sequence), item.n_tokens);
+    if (!moment) continue;
+    const int64_t end = sequence.length + item.n_tokens;
+    for (const FormatId id : impl.pages_to_reserve(sequence, *moment, end)) bytes += impl.formats[id].bytes;
   }
   return bytes;
 }
@@ -218,15 +227,18 @@ void Cache::end_step() {
   Impl& impl = *impl_;
   const StepPlan& plan = impl.ledger.plan();
   const bool decoding = plan.decoding();
-  std::vector<SequenceId> ended;
+  std::vector<std::pair<SequenceId, Moment>> decisions;
   for (const StepEntry& entry : plan.entries) {
-    if (impl.governed.policy != nullptr && entry.ends_prompt) ended.push_back(entry.id);
+    if (impl.governed.policy == nullptr) break;
+    const auto moment = impl.moment(*entry.pages, {entry.prompt, entry.ends_prompt}, entry.n_tokens);
+    if (moment) decisions.emplace_back(entry.id, *moment);
+    impl.take_mass(entry);
   }
   const std::vector<FreedPage> freed = impl.ledger.commit();
   for (const std::vector<Transcode>& layer : plan.transcodes) impl.sealed_pages += static_cast<int64_t>(layer.size());
   impl.release(freed);
   try {
-    for (const SequenceId id : ended) impl.decide(id);
+    for (const auto& [id, moment] : decisions) impl.decide(id, moment);
   } catch (...) {
     impl.release_reserve();
     impl.backend->end();
@@ -236,7 +248,7 @@ void Cache::end_step() {
   impl.backend->end();
   // A prompt's chunks need more open pages than the window; once decoding starts the system gets them back.
   const PoolBytes pool = impl.backend->pool();
-  if (!freed.empty() || !ended.empty() || (decoding && pool.taken - pool.used > pool.used / 16 + kSlackBytes))
+  if (!freed.empty() || !decisions.empty() || (decoding && pool.taken - pool.used > pool.used / 16 + kSlackBytes))
     impl.backend->trim();
 }
 

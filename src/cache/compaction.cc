@@ -6,62 +6,112 @@
 
 namespace kvmix {
 
-std::span<const Gather> Ledger::open_compaction(SequenceId id, size_t layer, std::span<const std::vector<int32_t>> drops) {
+std::span<const Gather> Ledger::open_compaction(SequenceId id, size_t layer, std::span<const Regroup> heads) {
   SequencePages& sequence = find(id);
   if (open_) throw Error(Status::kInternal, "a layer is compacted inside a step; end it first");
   begin_change();
   revise(sequence);
   open_ = true;
-  std::vector<PageList>& heads = sequence.layers[layer].heads;
-  for (size_t h = 0; h < heads.size(); ++h) {
-    if (!drops[h].empty()) compact(layer, static_cast<int>(h), heads[h], drops[h]);
+  LayerPages& pages = sequence.layers[layer];
+  for (size_t h = 0; h < pages.heads.size(); ++h) {
+    PageList& list = pages.heads[h];
+    const Regroup& change = heads[h];
+    std::vector<Kept> moved;
+    std::vector<int32_t> gone = change.drop;
+    if (!change.demote.empty()) {
+      size_t next = 0, token = 0;
+      list.for_each_token([&](const PageEntry& page, int slot, int32_t position) {
+        if (next < change.demote.size() && static_cast<size_t>(change.demote[next]) == token) {
+          moved.push_back({page, slot, position, list.mass.empty() ? 0.0f : list.mass[token]});
+          ++next;
+        }
+        ++token;
+      });
+      gone.insert(gone.end(), change.demote.begin(), change.demote.end());
+      std::sort(gone.begin(), gone.end());
+    }
+    const int head = static_cast<int>(h);
+    if (!gone.empty()) compact({layer, head, false, list, gone, {}});
+    if (!moved.empty() || !change.drop_low.empty()) compact({layer, head, true, pages.low[h], change.drop_low, moved});
   }
   return gathers_;
 }
 
-void Ledger::compact(size_t layer, int kv_head, PageList& list, std::span<const int32_t> drop) {
+// Slots that stay empty if `page` is kept behind so many tokens that move together.
+int64_t Ledger::left_empty(const Compacting& job, size_t tokens, const PageList& next, const PageEntry& page) const {
+  auto n = static_cast<int64_t>(tokens);
+  if (!job.low && next.pages.empty() && page.format != ids_[job.layer].sinks) n -= layers_[job.layer].sinks;
+  const int64_t gap = n <= 0 ? -n : (kPageTokens - n % kPageTokens) % kPageTokens;
+  return gap + formats_[static_cast<FormatId>(page.format)].slots - page.live;
+}
+
+void Ledger::compact(Compacting job) {
+  PageList& list = job.list;
   PageList& next = compactions_.emplace_back(Compaction{&list, {}}).next;
-  next.positions.reserve(static_cast<size_t>(list.tokens()) - drop.size());
-  next.pages.reserve(table_room(list.pages.size()));
+  const size_t left = static_cast<size_t>(list.tokens()) - job.drop.size() + job.added.size();
+  next.positions.reserve(left);
+  if (ids_[job.layer].mass) next.mass.reserve(mass_room(static_cast<int64_t>(left)));
   std::vector<Kept> moving;
+  int64_t empty = kPageTokens;  // slots that may be left
   int32_t token = 0;
   int64_t before = 0;
+  // Tokens from elsewhere that stand before this position; says whether there were any.
+  const auto take_added = [&](int32_t position) {
+    const size_t old = moving.size();
+    while (!job.added.empty() && job.added.front().position < position) {
+      moving.push_back(job.added.front());
+      job.added = job.added.subspan(1);
+    }
+    return moving.size() > old;
+  };
   for (const PageEntry& page : list.pages) {
+    take_added(list.position(page, before, 0));
     const size_t first_moving = moving.size();
+    bool whole = true;
     for (int slot = 0; slot < page.live; ++slot, ++token) {
-      if (!drop.empty() && drop.front() == token) {
-        drop = drop.subspan(1);
+      const int32_t position = list.position(page, before, slot);
+      if (take_added(position)) whole = false;
+      if (!job.drop.empty() && job.drop.front() == token) {
+        job.drop = job.drop.subspan(1);
+        whole = false;
         continue;
       }
-      moving.push_back({page, slot, list.position(page, before, slot)});
+      moving.push_back({page, slot, position, list.mass.empty() ? 0.0f : list.mass[static_cast<size_t>(token)]});
     }
     before += page.live;
     const PageFormat& format = formats_[static_cast<FormatId>(page.format)];
-    const bool whole = moving.size() - first_moving == static_cast<size_t>(page.live);
     const bool settled = format.role == PageRole::kSealed || (format.role == PageRole::kSinks && page.live == format.slots);
-    if (!whole || !settled) continue;
+    const int64_t gap = left_empty(job, first_moving, next, page);
+    if (!whole || !settled || gap > empty) continue;
+    empty -= gap;
     const auto own = static_cast<ptrdiff_t>(first_moving);
-    move_together(layer, kv_head, std::span(moving).first(first_moving), false, next);
+    move_together(job, std::span(moving).first(first_moving), false, next);
     next.pages.push_back(page);
-    std::for_each(moving.begin() + own, moving.end(), [&](const Kept& kept) { next.positions.push_back(kept.position); });
+    std::for_each(moving.begin() + own, moving.end(), [&](const Kept& kept) {
+      next.positions.push_back(kept.position);
+      if (ids_[job.layer].mass) next.mass.push_back(kept.mass);
+    });
     moving.clear();
   }
-  move_together(layer, kv_head, moving, true, next);
+  moving.insert(moving.end(), job.added.begin(), job.added.end());
+  move_together(job, moving, true, next);
   const std::vector<PageEntry> pages = std::move(next.pages);
   next.pages.reserve(table_room(pages.size()));
   next.pages.assign(pages.begin(), pages.end());
 }
 
 // Adds pages of these tokens; `newest`: those behind them are still to come.
-void Ledger::move_together(size_t layer, int kv_head, std::span<const Kept> tokens, bool newest, PageList& next) {
-  const LayerConfig& config = layers_[layer];
+void Ledger::move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, PageList& next) {
+  const LayerConfig& config = layers_[job.layer];
+  const LayerFormats& ids = ids_[job.layer];
   const auto add = [&](FormatId format, int slots) {
     const size_t n = std::min(tokens.size(), static_cast<size_t>(slots));
     if (n == 0) return;
-    Gather gather{static_cast<int>(layer), kv_head, &next, next.pages.size(), {}};
+    Gather gather{static_cast<int>(job.layer), job.kv_head, &next, next.pages.size(), {}};
     for (const Kept& kept : tokens.first(n)) {
       gather.sources.push_back({kept.page, kept.slot});
       next.positions.push_back(kept.position);
+      if (ids.mass) next.mass.push_back(kept.mass);
     }
     const auto live = static_cast<int32_t>(n);
     next.pages.push_back({kNoPage, format, tokens[n - 1].position - live + 1, live});
@@ -69,12 +119,16 @@ void Ledger::move_together(size_t layer, int kv_head, std::span<const Kept> toke
     gathers_.push_back(std::move(gather));
     tokens = tokens.subspan(n);
   };
-  if (next.pages.empty() && config.sinks > 0) add(ids_[layer].sinks, config.sinks);
+  if (job.low) {
+    while (!tokens.empty()) add(ids.low, kPageTokens);
+    return;
+  }
+  if (next.pages.empty() && config.sinks > 0) add(ids.sinks, config.sinks);
   const auto n = static_cast<int64_t>(tokens.size());
   int64_t sealed = newest ? settled_seals(config, n - 1) : (n + kPageTokens - 1) / kPageTokens;
-  if (!ids_[layer].seals) sealed = 0;
-  for (; sealed > 0; --sealed) add(ids_[layer].sealed, kPageTokens);
-  while (!tokens.empty()) add(ids_[layer].recent, kPageTokens);
+  if (!ids.seals) sealed = 0;
+  for (; sealed > 0; --sealed) add(ids.sealed, kPageTokens);
+  while (!tokens.empty()) add(ids.recent, kPageTokens);
 }
 
 }  // namespace kvmix

@@ -22,14 +22,7 @@ CodecSpec with_bits(const CodecSpec& codec, int bits, Side side) {
 Governed::Governed(CacheConfig given) : config(std::move(given)) {
   if (!config.tokens) return;
   policy = make_policy(*config.tokens);
-  const Needs needs = policy->needs();
-  if (needs.every_step || needs.mass != MassReduce::kNone || policy->has_low_tier()) {
-    throw Error(Status::kUnsupported, "token policy " + config.tokens->name +
-                                          " acts on every decoded token or on the attention of all queries, which this cache "
-                                          "does not measure; take one that decides at a prompt's end by its last queries "
-                                          "(snapkv, pyramidkv, adakv, kvcrush, dbudgetkv), or streaming with decode append");
-  }
-  const TierBits bits = policy->tiers()[0];
+  const auto [bits, low_bits] = policy->tiers();
   int ordinals = 0;
   for (size_t l = 0; l < config.layers.size(); ++l) {
     LayerConfig& layer = config.layers[l];
@@ -40,11 +33,17 @@ Governed::Governed(CacheConfig given) : config(std::move(given)) {
     shape.heads_per_kv = layer.q_heads / std::max(1, layer.kv_heads);
     shape.head_dim = layer.head_dim;
     shape.sliding_window = layer.sliding_window;
+    if (policy->has_low_tier()) low.emplace_back();
     if (!Policy::governs(shape)) continue;
     shape.ordinal = ordinals++;
+    if (policy->has_low_tier()) {
+      low.back() = sealed_format(with_bits(layer.key.codec, low_bits.key, Side::kKey),
+                                 with_bits(layer.value.codec, low_bits.value, Side::kValue), layer.head_dim);
+    }
     layer.key.codec = with_bits(layer.key.codec, bits.key, Side::kKey);
     layer.value.codec = with_bits(layer.value.codec, bits.value, Side::kValue);
     shape.token_bytes.fill(static_cast<double>(layer_layout(layer).sealed.bytes) / kPageTokens);
+    if (policy->has_low_tier()) shape.token_bytes[1] = static_cast<double>(low.back().bytes) / kPageTokens;
   }
   if (ordinals == 0) {
     throw Error(Status::kUnsupported,
@@ -58,6 +57,17 @@ int64_t Governed::kept(size_t layer, int64_t prompt) const {
   if (!governs(layer)) return prompt;
   const int64_t heads = shapes[layer].kv_heads, most = policy->most_tokens(shapes[layer], prompt);
   return std::min(prompt, (most + heads - 1) / heads);
+}
+
+Governed::Held Governed::held(size_t layer, int64_t prompt, int64_t n) const {
+  const int64_t behind = kept(layer, prompt), asked = decisions(prompt, n);
+  const Held undecided{behind + n - prompt, behind < prompt ? behind : 0};
+  if (!governs(layer) || !decodes() || asked == 0) return undecided;
+  const int64_t heads = shapes[layer].kv_heads, all = policy->most_decoding(shapes[layer], prompt);
+  if (all == Policy::kUnbounded) return undecided;
+  const int64_t most = (all + heads - 1) / heads, last = prompt + asked * kPageTokens - 1;
+  if (behind + last - prompt <= most) return undecided;
+  return {most + n - last, most};
 }
 
 }  // namespace kvmix

@@ -13,17 +13,28 @@
 
 namespace kvmix {
 
+namespace {
+
+PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_dim, PageRole role) {
+  PageFormat format;
+  format.key = tile_format(key, {kPageTokens, head_dim, Side::kKey});
+  format.value = tile_format(value, {kPageTokens, head_dim, Side::kValue});
+  format.role = role;
+  format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
+  format.value_offset = format.key.bytes;
+  format.bytes = format.key.bytes + format.value.bytes;
+  return format;
+}
+
+}  // namespace
+
+PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim) {
+  return page_format(key, value, head_dim, PageRole::kSealed);
+}
+
 LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
-  const auto tile = [&](const CodecSpec& codec, Side side) { return tile_format(codec, {kPageTokens, layer.head_dim, side}); };
   const auto page = [&](const CodecSpec& key, const CodecSpec& value, PageRole role) {
-    PageFormat format;
-    format.key = tile(key, Side::kKey);
-    format.value = tile(value, Side::kValue);
-    format.role = role;
-    format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
-    format.value_offset = format.key.bytes;
-    format.bytes = format.key.bytes + format.value.bytes;
-    return format;
+    return page_format(key, value, layer.head_dim, role);
   };
   LayerLayout layout{};
   layout.sinks = page({}, {}, PageRole::kSinks);
@@ -102,10 +113,12 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
   for (size_t l = 0; l < config.layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const LayerLayout layout = layer_layout(layer, on_cuda(config));
-    const int64_t kept = governed.kept(l, prompt), length = n_tokens - (prompt - kept);
+    const auto [length, named] = governed.held(l, prompt, n_tokens);
     const PagePrediction p = stored_pages(layer, layout, length);
     size_t head = sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry);
-    if (kept < prompt) head += static_cast<size_t>(kept) * sizeof(int32_t);
+    head += static_cast<size_t>(named) * sizeof(int32_t);
+    if (governed.governs(l) && governed.policy->needs().mass != MassReduce::kNone) head += mass_room(length) * sizeof(float);
+    if (governed.governs(l) && governed.policy->has_low_tier()) head += sizeof(PageList);
     head += length > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0;
     head += static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
     head += static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
@@ -120,7 +133,8 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
   for (size_t l = 0; l < given.layers.size(); ++l) {
     const LayerConfig& layer = governed.config.layers[l];
     const LayerLayout layout = layer_layout(layer, on_cuda(given));
-    const PagePrediction p = stored_pages(layer, layout, governed.kept(l, n_tokens));
+    const int64_t held = governed.kept(l, n_tokens) + (governed.decodes() ? kPageTokens : 0);
+    const PagePrediction p = stored_pages(layer, layout, governed.governs(l) ? held : n_tokens);
     const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
     if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;
     bytes[layout.sealed.bytes] += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;

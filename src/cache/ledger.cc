@@ -68,7 +68,10 @@ int64_t Ledger::quiet_length(const SequencePages& sequence) const {
 SequenceId Ledger::create() {
   SequencePages sequence;
   sequence.layers.resize(layers_.size());
-  for (size_t l = 0; l < layers_.size(); ++l) sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].kv_heads));
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].kv_heads));
+    if (ids_[l].low_tier) sequence.layers[l].low.resize(static_cast<size_t>(layers_[l].kv_heads));
+  }
   revise(sequence);
   sequences_.emplace(next_id_, std::move(sequence));
   return next_id_++;
@@ -78,10 +81,10 @@ SequenceId Ledger::fork(SequenceId id) {
   find(id).quiet_until = 0;  // its last pages are shared from now on
   SequencePages copy = find(id);
   revise(copy);
-  for (LayerPages& layer : copy.layers) {
-    for (PageList& list : layer.heads) {
+  for (const LayerPages& layer : copy.layers) {
+    layer.for_each_list([&](const PageList& list) {
       for (const PageEntry& entry : list.pages) ++extra_references_[entry.handle];
-    }
+    });
   }
   sequences_.emplace(next_id_, std::move(copy));
   return next_id_++;
@@ -91,9 +94,9 @@ std::vector<FreedPage> Ledger::remove(SequenceId id) {
   SequencePages& sequence = find(id);
   std::vector<FreedPage> freed;
   for (const LayerPages& layer : sequence.layers) {
-    for (const PageList& list : layer.heads) {
+    layer.for_each_list([&](const PageList& list) {
       for (const PageEntry& entry : list.pages) drop(entry, freed);
-    }
+    });
   }
   sequences_.erase(id);
   return freed;
@@ -270,8 +273,8 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
                              .prompt = prompt,
                              .ends_prompt = ends,
                              .prompt_start = prompt_start});
-    growth_.push_back({&sequence, end, ends ? end : sequence.prompt_length, prompt_start, prompt && item.more,
-                       sequence.revision, writes_late_ && end <= sequence.quiet_until});
+    growth_.push_back({&sequence, end, ends ? end : sequence.prompt_length, prompt_start, sequence.counted_from,
+                       prompt && item.more, sequence.revision, writes_late_ && end <= sequence.quiet_until});
     row += item.n_tokens;
   }
   open_ = true;
@@ -325,15 +328,16 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
   begin_change();
   open_ = true;
   growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
-                     sequence.in_prompt, sequence.revision, false});
+                     std::min(sequence.counted_from, n_tokens), sequence.in_prompt, sequence.revision, false});
   for (size_t l = 0; l < layers_.size(); ++l) {
-    std::vector<PageList>& heads = sequence.layers[l].heads;
-    for (size_t h = 0; h < heads.size(); ++h) cut(l, static_cast<int>(h), heads[h], n_tokens);
+    LayerPages& layer = sequence.layers[l];
+    for (size_t h = 0; h < layer.heads.size(); ++h) cut(l, static_cast<int>(h), layer.heads[h], false, n_tokens);
+    for (size_t h = 0; h < layer.low.size(); ++h) cut(l, static_cast<int>(h), layer.low[h], true, n_tokens);
   }
   return plan_;
 }
 
-void Ledger::cut(size_t layer, int kv_head, PageList& list, int64_t n_tokens) {
+void Ledger::cut(size_t layer, int kv_head, PageList& list, bool low, int64_t n_tokens) {
   size_t keep = 0;
   int64_t before = 0;  // of the last page that stays
   int live = 0;
@@ -355,7 +359,7 @@ void Ledger::cut(size_t layer, int kv_head, PageList& list, int64_t n_tokens) {
   const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
   const int32_t newest = list.position(last, before, live - 1);
   // A cut page is appended to again, unless its newest token is gone.
-  if (!format.appendable() && live < format.slots && newest + 1 == n_tokens) {
+  if (!low && !format.appendable() && live < format.slots && newest + 1 == n_tokens) {
     replace(list, keep - 1, ids_[layer].recent, false);
     plan_.transcodes[layer].push_back({static_cast<int>(layer), kv_head, last, &list, keep - 1});
   }
@@ -406,11 +410,25 @@ std::vector<FreedPage> Ledger::commit() {
     }
     std::vector<int32_t>& positions = cut.list->positions;
     positions.resize(std::min(positions.size(), static_cast<size_t>(cut.tokens)));
+    if (cut.list->mass.empty() || growth_.front().length == growth_.front().sequence->length) continue;
+    // What queries that are gone have paid cannot be told apart: a token keeps its mean.
+    const SequencePages& sequence = *growth_.front().sequence;
+    std::vector<float> mass;
+    mass.reserve(mass_room(cut.tokens));
+    const std::vector<float>& old = cut.list->mass;
+    cut.list->for_each_token([&](const PageEntry&, int, int32_t position) {
+      if (mass.size() == std::min(old.size(), static_cast<size_t>(cut.tokens))) return;
+      const int64_t from = std::max<int64_t>(position, sequence.counted_from);
+      const int64_t before = sequence.length - from, now = std::max<int64_t>(0, growth_.front().length - from);
+      mass.push_back(before > 0 ? old[mass.size()] * static_cast<float>(now) / static_cast<float>(before) : 0.0f);
+    });
+    cut.list->mass = std::move(mass);
   }
   for (const Growth& growth : growth_) {
     SequencePages& sequence = *growth.sequence;
     if (!cuts_.empty()) revise(sequence);
     sequence.length = growth.length;
+    sequence.counted_from = growth.counted_from;
     sequence.prompt_length = growth.prompt_length;
     sequence.prompt_start = growth.prompt_start;
     sequence.in_prompt = growth.in_prompt;

@@ -70,11 +70,17 @@ class Ledger {
   // Opens a truncation: cuts the sequence to its first n_tokens. A cut through a sealed page makes it a recent one again.
   // Throws kUnsupported where a sliding window has freed what would be needed.
   const StepPlan& open_truncation(SequenceId id, int64_t n_tokens);
-  // Opens a compaction of a layer, outside steps: drops[head] are the tokens that the head loses, ascending indices into its
-  // list. Sealed pages that lose none stay. What is left of the others moves together, in order: the first tokens into the
-  // sinks' page, the newest into recent pages, and what is behind the window into sealed ones, as if the tokens that are left
-  // had come one after the other. (src/cache/compaction.cc)
-  std::span<const Gather> open_compaction(SequenceId id, size_t layer, std::span<const std::vector<int32_t>> drops);
+  // What a KV head's tokens become: ascending indices into its list and into that of its low tier.
+  struct Regroup {
+    std::vector<int32_t> drop, drop_low;
+    std::vector<int32_t> demote;  // to the low tier
+    bool empty() const { return drop.empty() && drop_low.empty() && demote.empty(); }
+  };
+  // Opens a compaction of a layer, outside steps, a Regroup per KV head. Sealed pages that neither lose nor gain a token stay,
+  // as long as no more than a page's slots are left empty in front of those that stay. What is left of the others moves
+  // together, in order: the first tokens into the sinks' page, the newest into recent pages, and what is behind the window into
+  // sealed ones, as if the tokens that are left had come one after the other. (src/cache/compaction.cc)
+  std::span<const Gather> open_compaction(SequenceId id, size_t layer, std::span<const Regroup> heads);
   // The length of Cache::next_seal.
   int64_t next_seal(const SequencePages& sequence) const;
 
@@ -103,7 +109,7 @@ class Ledger {
   };
   struct Growth {  // what a sequence is after the change
     SequencePages* sequence;
-    int64_t length, prompt_length, prompt_start;
+    int64_t length, prompt_length, prompt_start, counted_from;
     bool in_prompt;
     uint64_t revision;  // before it
     bool quiet;         // the lists are written late
@@ -116,13 +122,24 @@ class Ledger {
     PageEntry page;
     int slot;
     int32_t position;
+    float mass;
   };
 
   void open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry);
   void open_list(size_t layer, PageList& list, const StepEntry& entry);
-  void cut(size_t layer, int kv_head, PageList& list, int64_t n_tokens);
-  void compact(size_t layer, int kv_head, PageList& list, std::span<const int32_t> drop);
-  void move_together(size_t layer, int kv_head, std::span<const Kept> tokens, bool newest, PageList& next);
+  void cut(size_t layer, int kv_head, PageList& list, bool low, int64_t n_tokens);
+  // `added` come from another list.
+  struct Compacting {
+    size_t layer;
+    int kv_head;
+    bool low;
+    PageList& list;
+    std::span<const int32_t> drop;
+    std::span<const Kept> added;
+  };
+  void compact(Compacting job);
+  void move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, PageList& next);
+  int64_t left_empty(const Compacting& job, size_t tokens, const PageList& next, const PageEntry& page) const;
   void replace(PageList& list, size_t index, FormatId format, bool copies);
   void set_live(PageList& list, size_t index, int64_t end);
   void seal(size_t layer, int kv_head, PageList& list);

@@ -17,9 +17,10 @@ MemoryReport Cache::memory() const {
     report.tokens += sequence.length;
     report.table_bytes += sizeof(SequencePages) + sequence.layers.capacity() * sizeof(LayerPages);
     for (const LayerPages& layer : sequence.layers) {
-      report.table_bytes += layer.heads.capacity() * sizeof(PageList);
-      for (const PageList& list : layer.heads) {
-        report.table_bytes += list.pages.capacity() * sizeof(PageEntry) + list.positions.capacity() * sizeof(int32_t);
+      report.table_bytes += (layer.heads.capacity() + layer.low.capacity()) * sizeof(PageList);
+      layer.for_each_list([&](const PageList& list) {
+        report.table_bytes += list.pages.capacity() * sizeof(PageEntry) + list.positions.capacity() * sizeof(int32_t) +
+                              list.mass.capacity() * sizeof(float);
         for (const PageEntry& entry : list.pages) {
           if (impl.ledger.shared(entry.handle) && !seen.insert(entry.handle).second) continue;
           const PageFormat& format = impl.format(entry);
@@ -35,7 +36,7 @@ MemoryReport Cache::memory() const {
               break;
           }
         }
-      }
+      });
     }
   }
   const PoolBytes pool = impl.backend->pool();
@@ -66,14 +67,35 @@ Cache::TailReport Cache::tail(SequenceId id, int layer) const {
 
 std::vector<std::vector<int64_t>> Cache::kept(SequenceId id, int layer) const {
   std::vector<std::vector<int64_t>> heads;
-  for (const PageList& list : impl_->ledger.find(id).layers.at(static_cast<size_t>(layer)).heads) {
+  const LayerPages& pages = impl_->ledger.find(id).layers.at(static_cast<size_t>(layer));
+  for (size_t h = 0; h < pages.heads.size(); ++h) {
     std::vector<int64_t>& positions = heads.emplace_back();
-    list.for_each_token([&](const PageEntry&, int, int32_t position) { positions.push_back(position); });
+    const auto add = [&](const PageEntry&, int, int32_t position) { positions.push_back(position); };
+    if (!pages.low.empty()) pages.low[h].for_each_token(add);
+    const auto low = static_cast<ptrdiff_t>(positions.size());
+    pages.heads[h].for_each_token(add);
+    std::inplace_merge(positions.begin(), positions.begin() + low, positions.end());
   }
   return heads;
 }
 
-int64_t Cache::next_seal(SequenceId id) const { return impl_->ledger.next_seal(impl_->ledger.find(id)); }
+std::vector<std::vector<int64_t>> Cache::low_tier(SequenceId id, int layer) const {
+  std::vector<std::vector<int64_t>> heads;
+  for (const PageList& list : impl_->ledger.find(id).layers.at(static_cast<size_t>(layer)).low) {
+    heads.emplace_back(list.positions.begin(), list.positions.end());
+  }
+  return heads;
+}
+
+int64_t Cache::next_seal(SequenceId id) const {
+  const SequencePages& sequence = impl_->ledger.find(id);
+  const Governed& governed = impl_->governed;
+  int64_t next = impl_->ledger.next_seal(sequence);
+  if (!governed.decodes()) return next;
+  const int64_t asked = Governed::decisions(sequence.prompt_length, sequence.length);
+  next = std::min(next, sequence.prompt_length + (asked + 1) * kPageTokens - 1);
+  return governed.policy->needs().mass == MassReduce::kNone ? next : sequence.length + 1;
+}
 
 CacheStats Cache::stats() const {
   CacheStats stats;
@@ -93,18 +115,22 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
   const LayerConfig& layer = impl.config.layers[l];
   const int dim = layer.head_dim;
   std::fill_n(rows, sequence.length * dim, std::numeric_limits<float>::quiet_NaN());
-  const PageList& list = sequence.layers[l].heads[static_cast<size_t>(kv_head)];
   std::vector<float> page_rows;
-  int64_t before = 0;
-  for (const PageEntry& entry : list.pages) {
-    page_rows.resize(static_cast<size_t>(entry.live) * static_cast<size_t>(dim));
-    impl.backend->read(entry, side, page_rows.data());
-    for (int slot = 0; slot < entry.live; ++slot) {
-      std::copy_n(page_rows.data() + static_cast<ptrdiff_t>(slot) * dim, dim,
-                  rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim);
+  const auto read_list = [&](const PageList& list) {
+    int64_t before = 0;
+    for (const PageEntry& entry : list.pages) {
+      page_rows.resize(static_cast<size_t>(entry.live) * static_cast<size_t>(dim));
+      impl.backend->read(entry, side, page_rows.data());
+      for (int slot = 0; slot < entry.live; ++slot) {
+        std::copy_n(page_rows.data() + static_cast<ptrdiff_t>(slot) * dim, dim,
+                    rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim);
+      }
+      before += entry.live;
     }
-    before += entry.live;
-  }
+  };
+  const LayerPages& pages = sequence.layers[l];
+  read_list(pages.heads[static_cast<size_t>(kv_head)]);
+  if (!pages.low.empty()) read_list(pages.low[static_cast<size_t>(kv_head)]);
   if (!original_space) return;
   const RowMapChain maps(side == Side::kKey ? layer.key.transform : layer.value.transform, row_shape(layer, side), "read");
   for (int64_t t = 0; t < sequence.length; ++t) maps.output(kv_head, rows + t * dim);

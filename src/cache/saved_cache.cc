@@ -13,6 +13,7 @@ namespace {
 constexpr char kMagic[8] = {'K', 'V', 'M', 'I', 'X', 'S', 'E', 'Q'};
 constexpr uint32_t kVersion = 2;       // page lists by formula
 constexpr uint32_t kListsVersion = 3;  // page lists in full, of caches with a token policy
+constexpr uint32_t kMassVersion = 4;   // and the mass of their tokens, those of a low tier in lists of their own
 constexpr size_t kLongestText = 4096;
 constexpr size_t kLargestFile = size_t{1} << 40;
 
@@ -110,9 +111,9 @@ Reader open_saved(const std::string& path, const std::string& content) {
   }
   in.bytes(sizeof kMagic, "the magic");
   in.version = in.number<uint32_t>("the version");
-  if (in.version != kVersion && in.version != kListsVersion) {
+  if (in.version < kVersion || in.version > kMassVersion) {
     throw Error(Status::kUnsupported, path + ": saved cache of version " + std::to_string(in.version) + "; this build reads " +
-                                          std::to_string(kVersion) + " and " + std::to_string(kListsVersion));
+                                          std::to_string(kVersion) + " to " + std::to_string(kMassVersion));
   }
   if (content.size() < sizeof kMagic + sizeof kVersion + sizeof(uint64_t)) in.fail("it ends inside the header");
   Checksum sum;
@@ -134,8 +135,9 @@ PageRole read_role(Reader& in) {
   return static_cast<PageRole>(role);
 }
 
-// A head's list as version 3 writes it, checked as far as tokens go: ascending, below the length, `first` as it must be.
-PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& formats, int64_t tokens) {
+// A head's list as version 3 writes it, checked as far as tokens go: ascending, below the length, `first` as it must be. Pages
+// of a low tier are sealed ones, and name all positions.
+PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& formats, int64_t tokens, bool low) {
   PageList list;
   const auto pages = in.number<uint32_t>("a page list");
   constexpr size_t kEntryBytes = sizeof(uint8_t) + 2 * sizeof(int32_t);
@@ -143,14 +145,20 @@ PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& forma
   for (uint32_t i = 0; i < pages; ++i) {
     const PageRole role = read_role(in);
     const auto first = in.number<int32_t>("a page list"), live = in.number<int32_t>("a page list");
-    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !ids.seals))
+    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !ids.seals && !low) ||
+        (role != PageRole::kSealed && low)) {
       in.fail("a page is where none of its role can be");
-    const FormatId format = role == PageRole::kSinks ? ids.sinks : role == PageRole::kRecent ? ids.recent : ids.sealed;
+    }
+    const FormatId format = low                         ? ids.low
+                            : role == PageRole::kSinks  ? ids.sinks
+                            : role == PageRole::kRecent ? ids.recent
+                                                        : ids.sealed;
     if (live < 1 || live > formats[format].slots) in.fail("a page holds " + std::to_string(live) + " tokens");
     list.pages.push_back({kNoPage, format, first, live});
   }
   const auto listed = in.number<uint32_t>("a page list");
-  if (listed > in.left() / sizeof(int32_t) || static_cast<int64_t>(listed) > list.tokens()) {
+  if (listed > in.left() / sizeof(int32_t) || static_cast<int64_t>(listed) > list.tokens() ||
+      (low && static_cast<int64_t>(listed) != list.tokens())) {
     in.fail("a head names " + std::to_string(listed) + " positions");
   }
   for (uint32_t i = 0; i < listed; ++i) list.positions.push_back(in.number<int32_t>("a position"));
@@ -167,13 +175,36 @@ PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& forma
   return list;
 }
 
+// The mass of a list's tokens.
+void read_mass(Reader& in, PageList& list) {
+  const auto tokens = static_cast<size_t>(list.tokens());
+  if (tokens > in.left() / sizeof(float)) in.fail("it ends inside the mass of a head's tokens");
+  list.mass.reserve(mass_room(list.tokens()));
+  for (size_t i = 0; i < tokens; ++i) {
+    const float mass = list.mass.emplace_back(in.number<float>("the mass of a token"));
+    if (!(mass >= 0)) in.fail("a token has the mass " + std::to_string(mass));
+  }
+}
+
+// No token stands in both tiers.
+bool apart(const PageList& list, const PageList& low) {
+  bool apart = true;
+  size_t next = 0;
+  list.for_each_token([&](const PageEntry&, int, int32_t position) {
+    while (next < low.positions.size() && low.positions[next] < position) ++next;
+    if (next < low.positions.size() && low.positions[next] == position) apart = false;
+  });
+  return apart;
+}
+
 // A sliding window frees the pages of all heads together and names no positions; other layers free none, and any layer ends
 // with the newest token or says where it ends.
-void check_window(const Reader& in, const LayerConfig& layer, const PageList& first, const PageList& list, int64_t tokens) {
+void check_window(const Reader& in, const LayerConfig& layer, bool governed, const PageList& first, const PageList& list,
+                  int64_t tokens) {
   if (layer.sliding_window > 0 && (!list.positions.empty() || list.pages != first.pages)) {
     in.fail("heads of a layer with a sliding window differ");
   }
-  if (!list.positions.empty()) return;
+  if (!list.positions.empty() || (governed && list.pages.empty())) return;
   const int64_t end = list.pages.empty() ? 0 : list.pages.back().first + list.pages.back().live;
   if (end != tokens) in.fail("a head ends at position " + std::to_string(end) + " of " + std::to_string(tokens));
 }
@@ -219,6 +250,7 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
                                           "save it when the prompt has ended");
   }
   const bool lists = impl.governed.policy != nullptr;
+  const bool counted = lists && impl.governed.policy->needs().mass != MassReduce::kNone;
   Writer out(path);
   // The body is summed as one stream, so it is collected as one write per record.
   out.bytes(kMagic, sizeof kMagic);
@@ -229,7 +261,7 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     number(static_cast<uint32_t>(s.size()));
     add(s.data(), s.size());
   };
-  number(lists ? kListsVersion : kVersion);
+  number(counted || (lists && impl.governed.policy->has_low_tier()) ? kMassVersion : lists ? kListsVersion : kVersion);
   text(fingerprint);
   number(sequence.length);
   number(static_cast<uint32_t>(sequence.layers.size()));
@@ -246,9 +278,9 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     text(to_string(layer.recent));
   }
   if (lists) number(sequence.prompt_length);
-  for (const LayerPages& layer : sequence.layers) {
-    for (const PageList& list : layer.heads) {
-      if (!lists) break;
+  if (counted) number(sequence.counted_from);
+  for (size_t l = 0; l < sequence.layers.size() && lists; ++l) {
+    sequence.layers[l].for_each_list([&](const PageList& list) {
       number(static_cast<uint32_t>(list.pages.size()));
       for (const PageEntry& page : list.pages) {
         number(static_cast<uint8_t>(impl.format(page).role));
@@ -257,12 +289,15 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
       }
       number(static_cast<uint32_t>(list.positions.size()));
       for (const int32_t position : list.positions) number(position);
-    }
+      if (!impl.ids[l].mass) return;
+      for (int64_t i = 0; i < list.tokens(); ++i)
+        number(static_cast<size_t>(i) < list.mass.size() ? list.mass[static_cast<size_t>(i)] : 0.0f);
+    });
   }
   for (const LayerPages& layer : sequence.layers) {
-    for (const PageList& list : layer.heads) {
+    layer.for_each_list([&](const PageList& list) {
       for (const PageEntry& entry : list.pages) impl.backend->save(entry, body);
-    }
+    });
   }
   out.bytes(body.data(), body.size());
   out.finish();
@@ -292,7 +327,7 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
       throw Error(Status::kMismatch,
                   path + ": " + where + " has another shape or codec than this cache; use the plan it was saved with");
     }
-    if (in.version == kListsVersion) {
+    if (in.version >= kListsVersion) {
       if (saved.sealed != 0 || saved.freed != 0) in.fail(where + " counts pages that are listed");
       continue;
     }
@@ -303,22 +338,46 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     }
   }
   // The page lists; the records must be exactly what is left, before anything is allocated.
-  int64_t prompt_length = 0;
-  if (in.version == kListsVersion) {
+  const bool counted = impl.governed.policy != nullptr && impl.governed.policy->needs().mass != MassReduce::kNone;
+  const bool low_tier = impl.governed.policy != nullptr && impl.governed.policy->has_low_tier();
+  if ((in.version == kMassVersion) != (counted || low_tier)) {
+    throw Error(Status::kMismatch, path +
+                                       (counted || low_tier ? " lacks what this cache's token policy has counted"
+                                                            : " was saved by a token policy that counts attention") +
+                                       "; use the plan it was saved with");
+  }
+  int64_t prompt_length = 0, counted_from = 0;
+  if (in.version >= kListsVersion) {
     prompt_length = in.number<int64_t>("the prompt length");
     if (prompt_length < 0 || prompt_length > header.tokens) in.fail("prompt length " + std::to_string(prompt_length));
+  }
+  if (counted) {
+    counted_from = in.number<int64_t>("where mass is counted from");
+    if (counted_from < 0 || counted_from > header.tokens) in.fail("mass counted from " + std::to_string(counted_from));
   }
   std::vector<LayerPages> layers(header.layers.size());
   size_t expected = sizeof(uint64_t);
   for (size_t l = 0; l < header.layers.size(); ++l) {
     const LayerConfig& layer = impl.config.layers[l];
+    const auto read = [&](std::vector<PageList>& to, bool low) -> PageList& {
+      PageList& list = to.emplace_back(read_list(in, impl.ids[l], impl.formats, header.tokens, low));
+      if (impl.ids[l].mass) read_mass(in, list);
+      return list;
+    };
     for (int h = 0; h < layer.kv_heads; ++h) {
-      PageList& list = layers[l].heads.emplace_back(
-          in.version == kListsVersion ? read_list(in, impl.ids[l], impl.formats, header.tokens)
-                                      : formula_list(header.layers[l], layer, impl.ids[l], impl.formats, header.tokens));
-      check_window(in, layer, layers[l].heads.front(), list, header.tokens);
-      for (const PageEntry& page : list.pages) expected += impl.backend->saved_bytes(impl.format(page), page.live);
+      PageList& list =
+          in.version >= kListsVersion
+              ? read(layers[l].heads, false)
+              : layers[l].heads.emplace_back(formula_list(header.layers[l], layer, impl.ids[l], impl.formats, header.tokens));
+      check_window(in, layer, impl.ids[l].governed, layers[l].heads.front(), list, header.tokens);
     }
+    for (int h = 0; h < layer.kv_heads && impl.ids[l].low_tier; ++h) {
+      const PageList& low = read(layers[l].low, true);
+      if (!apart(layers[l].heads[static_cast<size_t>(h)], low)) in.fail("a token stands in two tiers");
+    }
+    layers[l].for_each_list([&](const PageList& list) {
+      for (const PageEntry& page : list.pages) expected += impl.backend->saved_bytes(impl.format(page), page.live);
+    });
   }
   if (expected != in.left())
     in.fail("its records take " + std::to_string(in.left()) + " bytes instead of " + std::to_string(expected));
@@ -327,12 +386,14 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
   SequencePages& sequence = impl.ledger.find(id);
   try {
     for (size_t l = 0; l < header.layers.size(); ++l) {
-      for (size_t h = 0; h < layers[l].heads.size(); ++h) {
-        PageList& list = sequence.layers[l].heads[h];
-        const PageList& saved = layers[l].heads[h];
+      const size_t heads = layers[l].heads.size();
+      for (size_t h = 0; h < heads + layers[l].low.size(); ++h) {
+        PageList& list = h < heads ? sequence.layers[l].heads[h] : sequence.layers[l].low[h - heads];
+        PageList& saved = h < heads ? layers[l].heads[h] : layers[l].low[h - heads];
         const int64_t tokens = saved.positions.empty() ? header.tokens : saved.tokens();
-        list.pages.reserve(std::max(list_room(impl.config.layers[l], tokens), table_room(saved.pages.size())));
+        list.pages.reserve(std::max(h < heads ? list_room(impl.config.layers[l], tokens) : 0, table_room(saved.pages.size())));
         list.positions = saved.positions;
+        list.mass = std::move(saved.mass);
         for (PageEntry entry : saved.pages) {
           const PageFormat& format = impl.format(entry);
           entry.handle = impl.backend->allocate(format);
@@ -347,6 +408,7 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
   }
   sequence.length = header.tokens;
   sequence.prompt_length = prompt_length;
+  sequence.counted_from = counted_from;
   return id;
 }
 

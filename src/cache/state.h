@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -31,12 +32,16 @@ struct Cache::Impl {
   void allocate_changes();
   PageHandle allocate(FormatId format);
   void abort();
-  // What a prompt that ends is asked for (src/cache/decide.cc): pages that its layers may take at most, and the decision.
-  std::vector<FormatId> pages_to_reserve(const SequencePages& sequence, int64_t end) const;
+  // When the policy is asked (src/cache/decide.cc): what such a step of a sequence is followed by, as it is before the step;
+  // pages that its layers may take at most then; and the decision.
+  std::optional<Moment> moment(const SequencePages& sequence, Ledger::PromptPart part, int n_tokens) const;
+  std::vector<FormatId> pages_to_reserve(const SequencePages& sequence, Moment moment, int64_t end) const;
   void fill_reserve(std::span<const StepItem> items);
   void release_reserve();
-  void decide(SequenceId id);
-  void compact(SequenceId id, size_t layer);
+  void decide(SequenceId id, Moment moment);
+  void compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads);
+  void check_decoded(std::span<const StepItem> items) const;
+  void take_mass(const StepEntry& entry);
 };
 
 }  // namespace kvmix

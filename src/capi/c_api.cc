@@ -43,7 +43,7 @@ constexpr kvmix_layer_config layer_defaults() {
 }
 // What of a struct has no default: its size, and a layer's shape.
 constexpr size_t kLeastOptions = sizeof(size_t), kLeastLayer = offsetof(kvmix_layer_config, softcap),
-                 kLeastModelLayer = offsetof(kvmix_model_layer, scale);
+                 kLeastModelLayer = offsetof(kvmix_model_layer, scale), kLeastItem = offsetof(kvmix_step_item, more);
 
 float usual_scale(float scale, int head_dim) {
   return scale == 0.0f && head_dim > 0 ? 1.0f / std::sqrt(static_cast<float>(head_dim)) : scale;
@@ -264,15 +264,31 @@ kvmix_status kvmix_sequence_tail(const kvmix_cache* cache, kvmix_sequence sequen
   });
 }
 
+kvmix_status kvmix_sequence_kept(const kvmix_cache* cache, kvmix_sequence sequence, int32_t layer, int32_t kv_head,
+                                 int64_t* positions, size_t capacity, size_t* count) {
+  return guarded([&] {
+    const kvmix::LayerConfig& config = kvmix::find_layer(cache, layer);
+    need(count, "count");
+    if (capacity > 0) need(positions, "positions");
+    if (kv_head < 0 || kv_head >= config.kv_heads) {
+      throw kvmix::Error(kvmix::Status::kInvalidArgument, "KV head " + std::to_string(kv_head) + " does not exist; layer " +
+                                                              std::to_string(layer) + " has " +
+                                                              std::to_string(config.kv_heads) + ", counted from 0");
+    }
+    const std::vector<int64_t> kept = cache->cache.kept(sequence, layer)[static_cast<size_t>(kv_head)];
+    std::copy_n(kept.begin(), std::min(capacity, kept.size()), positions);
+    *count = kept.size();
+  });
+}
+
 kvmix_status kvmix_step_begin(kvmix_cache* cache, const kvmix_step_item* items, size_t item_count) {
   return guarded([&] {
     need(cache, "cache");
     need(items, "items");
     std::vector<kvmix::StepItem> list;
-    read_array(items, item_count, kvmix_step_item{}, sizeof(kvmix_step_item), "kvmix_step_item",
-               [&](const kvmix_step_item& item) {
-                 list.push_back({item.sequence, item.n_tokens});
-               });
+    read_array(items, item_count, kvmix_step_item{}, kvmix::kLeastItem, "kvmix_step_item", [&](const kvmix_step_item& item) {
+      list.push_back({item.sequence, item.n_tokens, item.more != 0, item.decoded != 0});
+    });
     cache->cache.begin_step(list);
     cache->in_step = true;
   });

@@ -30,6 +30,9 @@ class H2o final : public Policy {
   int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override {
     return shape.kv_heads * std::min(prompt_length, capacity(shape, prompt_length));
   }
+  int64_t most_decoding(const LayerShape& shape, int64_t prompt_length) const override {
+    return evict_ ? shape.kv_heads * capacity(shape, prompt_length) : kUnbounded;
+  }
 
  protected:
   void decide_prompt(const PolicyView& view, PolicyScratch& scratch, Decision& decision) const override {

@@ -1,6 +1,7 @@
 // LeanKV, now DiffKV (arXiv 2412.03131): each KV head sorts its tokens into high precision, low precision and dropped, by
 // thresholds on their mean attention rather than by a budget. While decoding, each new token may push the least significant
 // older one of the high tier down or out.
+#include <algorithm>
 #include <limits>
 
 #include "policy/parameters.h"
@@ -46,38 +47,76 @@ class LeanKv final : public Policy {
     }
   }
 
-  // The newest `window` tokens, the one to come among them, stay; so does everything until there are as many.
-  void decide_token(const PolicyView& view, PolicyScratch&, Decision& decision) const override {
+  // The newest `window` tokens, the one to come among them, stay; so does everything until there are as many. For each token
+  // that has come, the lightest of the high tier is moved or dropped, as thresholds say.
+  void decide_token(const PolicyView& view, PolicyScratch& scratch, Decision& decision) const override {
     const auto p = static_cast<double>(view.length);
     for (size_t h = 0; h < view.heads.size(); ++h) {
       const HeadView& head = view.heads[h];
       if (static_cast<int64_t>(head.size()) + view.incoming <= kept_.window) continue;
       const Candidates range = candidates(view, h, kept_);
-      constexpr double kNone = std::numeric_limits<double>::infinity();
-      double least[kTiers] = {kNone, kNone};
-      size_t token[kTiers] = {0, 0};
-      for (size_t i = range.first; i < range.last; ++i) {
-        const auto tier = static_cast<size_t>(head.tiers[i]);
-        const double mean = mean_mass(head, i);
-        if (mean < least[tier]) least[tier] = mean, token[tier] = i;
-      }
-      constexpr auto kHighest = static_cast<size_t>(Tier::kHigh), kLowest = static_cast<size_t>(Tier::kLow);
-      const auto lightest = static_cast<int32_t>(token[kHighest]);
+      const Lightest high(head, Tier::kHigh, range, view.since, scratch.order);
+      const Lightest low(head, Tier::kLow, range, view.since, scratch.count);
       HeadDecision& out = decision.heads[h];
-      if (least[kHighest] < low_ / p && least[kHighest] < least[kLowest]) {
-        out.drop.push_back(lightest);
-      } else if (least[kHighest] < high_ / p) {
+      size_t next_high = 0, next_low = 0, next_moved = 0;  // moved tokens are of the low tier from then on
+      for (int64_t token = 0; token < view.since && next_high < high.size(); ++token) {
+        const double least = high.mean(next_high);
+        if (!(least < high_ / p)) break;
+        const double stored = next_low < low.size() ? low.mean(next_low) : kNone;
+        const double moved =
+            next_moved < out.move.size() ? mean_mass(head, static_cast<size_t>(out.move[next_moved].token)) : kNone;
+        const int32_t lightest = high.token(next_high++);
+        if (least < low_ / p && least < std::min(stored, moved)) {
+          out.drop.push_back(lightest);
+          continue;
+        }
+        if (stored <= moved && stored < low_ / p) {
+          out.drop.push_back(low.token(next_low++));
+        } else if (moved < stored && moved < low_ / p) {
+          out.drop.push_back(out.move[next_moved++].token);
+        }
         out.move.push_back({lightest, Tier::kLow});
-        if (least[kLowest] < low_ / p) out.drop.push_back(static_cast<int32_t>(token[kLowest]));
       }
+      out.move.erase(out.move.begin(), out.move.begin() + static_cast<ptrdiff_t>(next_moved));
+      std::sort(out.drop.begin(), out.drop.end());
+      std::sort(out.move.begin(), out.move.end(), [](const Move& a, const Move& b) { return a.token < b.token; });
     }
   }
 
  private:
   // A token that no query has been counted for yet is not known to be light.
   static double mean_mass(const HeadView& head, size_t i) {
-    return head.queries[i] < 1 ? std::numeric_limits<double>::infinity() : finite(head.mass[i]) / head.queries[i];
+    return head.queries[i] < 1 ? kNone : finite(head.mass[i]) / head.queries[i];
   }
+  static constexpr double kNone = std::numeric_limits<double>::infinity();
+
+  // A tier's candidates with the least means, ascending, as many as may be acted on; ties by lower index.
+  class Lightest {
+   public:
+    Lightest(const HeadView& head, Tier tier, Candidates range, int64_t most, std::vector<int32_t>& order)
+        : head_(head), order_(order) {
+      const auto lighter = [&](int32_t a, int32_t b) {
+        const double x = mean(a), y = mean(b);
+        return x < y || (x == y && a < b);
+      };
+      order.clear();
+      if (order.capacity() < head.size()) order.reserve(2 * head.size());  // not at every step
+      for (size_t i = range.first; i < range.last; ++i) {
+        if (head.tiers[i] == tier) order.push_back(static_cast<int32_t>(i));
+      }
+      const auto sorted = order.begin() + static_cast<ptrdiff_t>(std::min<size_t>(order.size(), static_cast<size_t>(most)));
+      std::partial_sort(order.begin(), sorted, order.end(), lighter);
+      order.erase(sorted, order.end());
+    }
+    size_t size() const { return order_.size(); }
+    int32_t token(size_t i) const { return order_[i]; }
+    double mean(size_t i) const { return mean(order_[i]); }
+
+   private:
+    double mean(int32_t token) const { return mean_mass(head_, static_cast<size_t>(token)); }
+    const HeadView& head_;
+    std::vector<int32_t>& order_;
+  };
 
   double high_, low_;
   Protection kept_;

@@ -54,7 +54,7 @@ double Budget::exact(const LayerShape& shape, int64_t prompt_length) const {
 int64_t Budget::capacity(const LayerShape& shape, int64_t prompt_length, const Protection& protection) const {
   // 0.29 * 100 is 28.999...: the sum is meant, not its rounding.
   const auto count = static_cast<int64_t>(std::floor(std::min(exact(shape, prompt_length), 1e15) + 1e-9));
-  return std::max(count, protection.sinks + protection.window);
+  return std::max({count, protection.sinks + protection.window, int64_t{1}});
 }
 
 PolicyValues::PolicyValues(const PolicyInfo& info, const std::map<std::string, PolicyValue>& values) : info_(info) {

@@ -15,7 +15,7 @@ struct Budget {
   // What is spent is the bytes of so many fp16 tokens, on tokens of the high tier (quantised pruning, arXiv 2412.12706).
   bool f16_bytes = false;
 
-  // Never less than the protected tokens.
+  // Never less than the protected tokens, or one.
   int64_t capacity(const LayerShape& shape, int64_t prompt_length, const Protection& protection) const;
   // The same before it is rounded down, without that floor.
   double exact(const LayerShape& shape, int64_t prompt_length) const;

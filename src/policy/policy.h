@@ -6,9 +6,10 @@
 // When a cache asks, for each layer that governs() accepts:
 //   kPromptEnd    once, when the last chunk of a prompt has been attended to; never between chunks, so that chunked and whole
 //                 prompts give the same result. A sequence's second prompt ends like its first.
-//   kBeforeToken  only with needs().every_step: before each token that is decoded, the first after a prompt included, when the
-//                 mass of the token before is in. What the decision frees may serve the new token. If a step brings several
-//                 tokens, once for all of them (`incoming`).
+//   kBeforeToken  only with needs().every_step: before tokens that are decoded, when the mass of the token before is in. A
+//   cache
+//                 may ask before each token, or once for so many (`since`). If a step brings several tokens, once for all of
+//                 them (`incoming`).
 #pragma once
 
 #include <array>
@@ -71,9 +72,11 @@ enum class Moment : uint8_t { kPromptEnd, kBeforeToken };
 struct PolicyView {
   LayerShape shape;
   Moment moment = Moment::kPromptEnd;
-  int64_t length = 0;               // tokens the sequence has seen; the next position
-  int64_t prompt_length = 0;        // `length` when its last prompt ended: what `keep` is a fraction of
-  int incoming = 0;                 // kBeforeToken: tokens about to be appended
+  int64_t length = 0;         // tokens the sequence has seen; the next position
+  int64_t prompt_length = 0;  // `length` when its last prompt ended: what `keep` is a fraction of
+  int incoming = 0;           // kBeforeToken: tokens about to be appended
+  // kBeforeToken: tokens that have come since the policy was asked before. One that acts on a token at a time acts as often.
+  int64_t since = 1;
   int window_rows = 0;              // queries in HeadView::window: window_queries, or fewer if the prompt was shorter
   std::span<const HeadView> heads;  // [kv_heads]
 };
@@ -119,6 +122,9 @@ class Policy {
   // The most tokens that the layer's KV heads hold together after a prompt of this length (of a sequence's first prompt), for
   // size predictions; kv_heads * prompt_length where it depends on what attention sees.
   virtual int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const = 0;
+  // The same after a decision before a token that is decoded; kUnbounded where that depends on what attention sees.
+  static constexpr int64_t kUnbounded = INT64_MAX;
+  virtual int64_t most_decoding(const LayerShape&, int64_t /*prompt_length*/) const { return kUnbounded; }
 
   // The one rule for sliding-window layers: caches do not ask about them.
   static bool governs(const LayerShape& shape) { return shape.sliding_window == 0; }

@@ -44,6 +44,9 @@ class QuantizedPruning final : public Policy {
   int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override {
     return host_->most_tokens(shape, prompt_length);
   }
+  int64_t most_decoding(const LayerShape& shape, int64_t prompt_length) const override {
+    return host_->most_decoding(shape, prompt_length);
+  }
 
  protected:
   void decide_prompt(const PolicyView& view, PolicyScratch& scratch, Decision& decision) const override {

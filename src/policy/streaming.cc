@@ -20,6 +20,9 @@ class Streaming final : public Policy {
   int64_t most_tokens(const LayerShape& shape, int64_t prompt_length) const override {
     return shape.kv_heads * std::min(prompt_length, budget_.capacity(shape, prompt_length, {sinks_, 1}));
   }
+  int64_t most_decoding(const LayerShape& shape, int64_t prompt_length) const override {
+    return evict_ ? shape.kv_heads * (budget_.capacity(shape, prompt_length, {sinks_, 1}) - 1) : kUnbounded;
+  }
 
  protected:
   void decide_prompt(const PolicyView& view, PolicyScratch&, Decision& decision) const override { drop_middle(view, decision); }

@@ -115,7 +115,8 @@ void check(const Case& c, unsigned seed) {
   for (const AttentionKernel* kernel : attention_kernel_registry()) {
     if (!kernel->available()) continue;
     std::vector<float> m(rows), l(rows), acc(rows * static_cast<size_t>(dim)), m2(rows), l2(rows), acc2(acc.size());
-    const AttendJob job = head.job(m.data(), l.data(), acc.data()), again = head.job(m2.data(), l2.data(), acc2.data());
+    const AttendJob job = head.job(m.data(), l.data(), acc.data());
+    AttendJob again = head.job(m2.data(), l2.data(), acc2.data());
     if (!kernel->supports(job)) {
       ASSERT_STRNE(kernel->name, "portable");
       continue;
@@ -123,6 +124,14 @@ void check(const Case& c, unsigned seed) {
     AlignedBytes scratch(kernel->scratch_bytes(dim, c.rows));
     kernel->attend(job, scratch.data());
     std::fill_n(scratch.data(), kernel->scratch_bytes(dim, c.rows), std::byte{0xff});
+    // Handing out weights changes nothing.
+    std::vector<float> weights(head.refs.size() * rows * kPageTokens, NAN), references(head.refs.size() * rows, -INFINITY);
+    std::vector<PageRef> refs = head.refs;
+    for (size_t i = 0; i < refs.size(); ++i) {
+      refs[i].weights = &weights[i * rows * kPageTokens];
+      refs[i].reference = &references[i * rows];
+    }
+    again.pages = refs;
     kernel->attend(again, scratch.data());
     ASSERT_EQ(m, m2) << describe(c, kernel->name);
     ASSERT_EQ(l, l2) << describe(c, kernel->name);
@@ -192,6 +201,19 @@ void check(const Case& c, unsigned seed) {
         if (!c.value.is_f16()) {
           const auto n = static_cast<double>(p.size());
           out_error += 4 * weight_step(value_fine, p_largest, std::sqrt(p_squares / n)) * value_range * d * std::sqrt(n);
+        }
+      }
+      for (size_t i = 0; i < refs.size(); ++i) {
+        const float reference = references[i * rows + static_cast<size_t>(r)];
+        for (int slot = 0; slot < refs[i].live; ++slot) {
+          const int64_t t = refs[i].first_position + slot;
+          const double exact = t >= begin && t < end ? p[static_cast<size_t>(t - begin)] : 0;
+          const auto w = static_cast<double>(refs[i].weights[static_cast<ptrdiff_t>(r) * kPageTokens + slot]);
+          const double scale = std::exp(static_cast<double>(reference - m[static_cast<size_t>(r)])) /
+                               static_cast<double>(l[static_cast<size_t>(r)]);
+          const double given = reference == -INFINITY ? 0 : w * scale;
+          ASSERT_NEAR(given, exact, (std::exp(2 * score_error) - 1) * exact + 1e-6)
+              << describe(c, kernel->name) << " row " << r << " position " << t;
         }
       }
       out_error += (std::exp(2 * score_error) - 1) * spread + 2e-5 * value_range * std::sqrt(static_cast<double>(dim));

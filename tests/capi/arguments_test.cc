@@ -29,7 +29,7 @@ TEST(CApiArguments, EveryFunctionRefusesNullByName) {
   kvmix_sequence other = -1;
   kvmix_plan* plan = nullptr;
   const kvmix_model_shape shape = {sizeof shape, nullptr, nullptr, nullptr, 0};
-  const kvmix_step_item item = {sizeof item, id, 1};
+  const kvmix_step_item item = {sizeof item, id, 1, 0, 0};
   kvmix_tail tail = {sizeof tail, 0, 0, 0};
   int64_t n = 0;
   size_t bytes = 0;
@@ -71,6 +71,12 @@ TEST(CApiArguments, EveryFunctionRefusesNullByName) {
   refused("kvmix_sequence_tail", kvmix_sequence_tail(cache, id, 0, nullptr), "tail is null");
   refused("kvmix_sequence_tail", kvmix_sequence_tail(cache, id, -1, &tail), "layer -1");
   refused("kvmix_sequence_tail", kvmix_sequence_tail(cache, id, 1, &tail), "layer 1");
+  size_t count = 0;
+  refused("kvmix_sequence_kept", kvmix_sequence_kept(nullptr, id, 0, 0, nullptr, 0, &count), "cache is null");
+  refused("kvmix_sequence_kept", kvmix_sequence_kept(cache, id, 0, 0, nullptr, 1, &count), "positions is null");
+  refused("kvmix_sequence_kept", kvmix_sequence_kept(cache, id, 0, 0, nullptr, 0, nullptr), "count is null");
+  refused("kvmix_sequence_kept", kvmix_sequence_kept(cache, id, 1, 0, nullptr, 0, &count), "layer 1");
+  refused("kvmix_sequence_kept", kvmix_sequence_kept(cache, id, 0, -1, nullptr, 0, &count), "KV head -1");
   refused("kvmix_step_begin", kvmix_step_begin(nullptr, &item, 1), "cache is null");
   refused("kvmix_step_begin", kvmix_step_begin(cache, nullptr, 1), "items is null");
   refused("kvmix_step_begin", kvmix_step_begin(cache, &item, 0), "at least one");
@@ -152,16 +158,16 @@ TEST(CApiArguments, StepsAreChecked) {
   ASSERT_EQ(kvmix_sequence_create(cache, &id), KVMIX_OK);
   const float x[kRow] = {};
   float out[kRow];
-  kvmix_step_item item = {sizeof item, id, 1000000};
+  kvmix_step_item item = {sizeof item, id, 1000000, 0, 0};
   EXPECT_EQ(kvmix_step_begin(cache, &item, 1), KVMIX_OUT_OF_MEMORY);
   EXPECT_EQ(kvmix_step_end(cache), KVMIX_INVALID_ARGUMENT);
   item.n_tokens = 0;
   expect_refused(kvmix_step_begin(cache, &item, 1), KVMIX_INVALID_ARGUMENT, "0 tokens");
   item = {sizeof item, 77, 1};
   EXPECT_EQ(kvmix_step_begin(cache, &item, 1), KVMIX_NOT_FOUND);
-  const kvmix_step_item twice[2] = {{sizeof item, id, 1}, {sizeof item, id, 1}};
+  const kvmix_step_item twice[2] = {{sizeof item, id, 1, 0, 0}, {sizeof item, id, 1, 0, 0}};
   expect_refused(kvmix_step_begin(cache, twice, 2), KVMIX_INVALID_ARGUMENT, "twice");
-  item = {sizeof item, id, 1};
+  item = {sizeof item, id, 1, 0, 0};
   ASSERT_EQ(kvmix_step_begin(cache, &item, 1), KVMIX_OK);
   expect_refused(kvmix_step_begin(cache, &item, 1), KVMIX_INVALID_ARGUMENT, "already open");
   const auto append = [&](int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int ith, int nth) {
@@ -283,7 +289,7 @@ TEST(CApiStructs, SizesThatCannotBeAreNamed) {
     refused(kvmix_cache_create_from_plan(plan, &shape, nullptr, &made), "kvmix_model_layer");
     layer.struct_bytes = sizeof layer;
     refused(kvmix_cache_create_from_plan(plan, &shape, &options, &made), "kvmix_cache_options");
-    kvmix_step_item item = {bytes, id, 1};
+    kvmix_step_item item = {bytes, id, 1, 0, 0};
     refused(kvmix_step_begin(owner.get(), &item, 1), "kvmix_step_item");
     kvmix_memory memory = {};
     memory.struct_bytes = bytes;

@@ -185,6 +185,47 @@ TEST(CApiPlan, IsTheCacheOfTheClassToTheBit) {
   EXPECT_EQ(predicted, predict_bytes(cache.config(), 774));
 }
 
+// A plan's token policy acts where a prompt's last chunk ends; a header without the fields means whole prompts.
+TEST(CApiPlan, TokenPoliciesActOnPrompts) {
+  Planned planned;
+  planned.plan.tokens = PolicySpec{"streaming", {{"tokens", 100.0}}};
+  kvmix_cache* cache = nullptr;
+  ASSERT_EQ(planned.create(&cache, to_json(planned.plan)), KVMIX_OK) << kvmix_last_error();
+  const CachePointer owner(cache);
+  kvmix_sequence id = -1, whole = -1;
+  ASSERT_EQ(kvmix_sequence_create(cache, &id), KVMIX_OK);
+  ASSERT_EQ(kvmix_sequence_create(cache, &whole), KVMIX_OK);
+  const auto feed = [&](kvmix_sequence to, int n, int32_t more, int32_t decoded, size_t struct_bytes) {
+    StepRows rows(n, 1);
+    const kvmix_step_item item = {struct_bytes, to, n, more, decoded};
+    EXPECT_EQ(kvmix_step_begin(cache, &item, 1), KVMIX_OK) << kvmix_last_error();
+    for (int l = 0; l < 2; ++l) {
+      EXPECT_EQ(kvmix_cache_append(cache, l, rows.k.data(), rows.kKvRow, rows.v.data(), rows.kKvRow, 0, 1), KVMIX_OK);
+      EXPECT_EQ(kvmix_cache_attend(cache, l, rows.q.data(), rows.kQRow, rows.out.data(), rows.kQRow, 0, 1), KVMIX_OK);
+    }
+    EXPECT_EQ(kvmix_step_end(cache), KVMIX_OK) << kvmix_last_error();
+  };
+  size_t count = 0;
+  const auto kept = [&](kvmix_sequence of) {
+    EXPECT_EQ(kvmix_sequence_kept(cache, of, 0, 1, nullptr, 0, &count), KVMIX_OK) << kvmix_last_error();
+    return count;
+  };
+  feed(id, 150, 1, 0, sizeof(kvmix_step_item));
+  EXPECT_EQ(kept(id), 150u);
+  feed(id, 150, 0, 0, sizeof(kvmix_step_item));
+  EXPECT_EQ(kept(id), 100u);
+  feed(id, 5, 0, 1, sizeof(kvmix_step_item));
+  EXPECT_EQ(kept(id), 105u);
+  // An older header's item; what stands behind it is not read.
+  feed(whole, 300, -1, -1, offsetof(kvmix_step_item, more));
+  EXPECT_EQ(kept(whole), 100u);
+  std::vector<int64_t> positions(6, -1);
+  ASSERT_EQ(kvmix_sequence_kept(cache, whole, 0, 0, positions.data(), 5, &count), KVMIX_OK);
+  EXPECT_EQ(positions, (std::vector<int64_t>{0, 1, 2, 3, 204, -1}));
+  EXPECT_EQ(kvmix_sequence_kept(cache, whole, 0, kKvHeads, nullptr, 0, &count), KVMIX_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(kvmix_last_error()).find("KV head 2"), std::string::npos);
+}
+
 TEST(CApiPlan, WhatDoesNotFitIsRefusedByName) {
   Planned planned;
   kvmix_cache* cache = nullptr;

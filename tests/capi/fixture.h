@@ -61,7 +61,7 @@ struct StepRows {
 // One step of n tokens, the same rows in every layer; the output of the last.
 inline std::vector<float> run(kvmix_cache* cache, kvmix_sequence id, int n, unsigned seed, int layers = 1) {
   StepRows rows(n, seed);
-  const kvmix_step_item item = {sizeof item, id, n};
+  const kvmix_step_item item = {sizeof item, id, n, 0, 0};
   EXPECT_EQ(kvmix_step_begin(cache, &item, 1), KVMIX_OK) << kvmix_last_error();
   for (int l = 0; l < layers; ++l) {
     EXPECT_EQ(kvmix_cache_append(cache, l, rows.k.data(), rows.kKvRow, rows.v.data(), rows.kKvRow, 0, 1), KVMIX_OK);

@@ -167,6 +167,85 @@ TEST_F(CliPlans, PlansAreMeasuredAsAWhole) {
           {"window"});
 }
 
+// A budget over both axes: every choice has its bytes, and what was chosen is written.
+TEST_F(CliPlans, TokensAndBitsShareABudget) {
+  const std::string plan = folder_.file("axes.json");
+  const std::vector<std::string> command = {"plan",      model_, "--profile", profile_,      "--bits",    "5",
+                                            "--context", "1024", "--axes",    "tokens,bits", "--windows", "1",
+                                            "--needles", "1",    "-o",        plan};
+  std::vector<std::string> as_json = command;
+  as_json.emplace_back("--json");
+  const Outcome o = run(as_json);
+  ASSERT_EQ(o.status, 0) << o.err;
+  const json made = json::parse(o.out);
+  int chosen = 0, measured = 0;
+  double budget = 0, best = INFINITY, chosen_kl = INFINITY;
+  for (const auto& row : made["axes"]) {
+    if (row["tokens"] == "all") budget = row["bytes"];
+    if (row.contains("lost")) continue;
+    ++measured;
+    EXPECT_LE(row["bytes"].get<double>(), 1.02 * budget) << row;
+    best = std::min(best, row["kl_mean"].get<double>());
+    if (!row["chosen"]) continue;
+    ++chosen;
+    chosen_kl = row["kl_mean"];
+    const json written = json::parse(testing::read_bytes(plan));
+    EXPECT_EQ(written.contains("tokens"), row["tokens"] != "all") << row;
+  }
+  EXPECT_EQ(chosen, 1);
+  EXPECT_GT(measured, 4);
+  EXPECT_FALSE(made["why"].get<std::string>().empty());
+  EXPECT_TRUE(made["held_out"].contains("kl_mean"));
+  if (made["why"].get<std::string>().find("diverges least") != std::string::npos) {
+    EXPECT_EQ(chosen_kl, best);
+  }
+  const Outcome words = run(command);
+  EXPECT_NE(words.out.find("snapkv keep=0.5"), std::string::npos) << words.out;
+  EXPECT_NE(words.out.find("* chosen"), std::string::npos) << words.out;
+
+  std::vector<std::string> curve = {
+      "plan",   model_,        "--profile", profile_, "--pareto", "--points",           "2",     "--context", "1024",
+      "--axes", "tokens,bits", "--windows", "1",      "-o",       folder_.file("axes"), "--json"};
+  const json curves = json::parse(run(curve).out);
+  EXPECT_GT(curves["plans"].size(), 8u);
+  EXPECT_NE(testing::read_bytes(curves["picture"]).find("snapkv keep=0.25"), std::string::npos);
+
+  refuses(2, {"plan", model_, "--planner", "uniform", "--axes", "tokens,bits"}, {"uniform", "--axes"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "tokens,bits", "--measure", "3"}, {"--measure"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--needles", "3"}, {"--needles", "--axes"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "ranks"}, {"--axes"});
+}
+
+TEST_F(CliPlans, ReportsShowWhichTokensStay) {
+  json plan = json::parse(testing::read_bytes(plan_file()));
+  plan["tokens"] = {{"policy", "leankv"}, {"high", 2.0}, {"low", 0.5}};
+  const std::string file = folder_.file("lean.json"), text = folder_.file("text.txt"), page = folder_.file("live.html");
+  testing::write_bytes(file, plan.dump());
+  std::string words;
+  for (int i = 0; i < 300; ++i) words += "the tide number " + std::to_string(i) + " comes in. ";
+  testing::write_bytes(text, words);
+  const Outcome o = run({"report", model_, "--plan", file, "--text", text, "--context", "400", "-o", page, "--json"});
+  ASSERT_EQ(o.status, 0) << o.err;
+  const json live = json::parse(o.out)["live"][0];
+  EXPECT_EQ(live["tokens"], 400);
+  ASSERT_FALSE(live["heads"].empty());
+  for (const auto& head : live["heads"]) {
+    int64_t n = 0, last = -1;
+    for (const auto& range : head["positions"]) {
+      EXPECT_GT(range[0].get<int64_t>(), last);
+      EXPECT_GE(range[1], range[0]);
+      last = range[1];
+      n += range[1].get<int64_t>() - range[0].get<int64_t>() + 1;
+    }
+    EXPECT_EQ(head["kept"], n);
+    EXPECT_EQ(last, 399);
+  }
+  const Outcome shown = run({"report", model_, "--plan", file, "--text", text, "--context", "400", "-o", page});
+  EXPECT_NE(shown.out.find("a prompt of 400 tokens"), std::string::npos) << shown.out;
+  EXPECT_NE(testing::read_bytes(page).find("Tokens that stay"), std::string::npos);
+  refuses(1, {"report", model_, "--plan", plan_file(), "--text", text, "-o", page}, {"--text", "token policies"});
+}
+
 // What inspect says in words it says as JSON too.
 TEST_F(CliPlans, RanksAndSizesAreShownInBothForms) {
   const std::string words = run({"inspect", profile_}).out;

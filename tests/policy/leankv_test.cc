@@ -112,6 +112,36 @@ TEST(LeanKv, FourCases) {
   EXPECT_TRUE(step(2 * tq, .5 * tp).move.empty());
 }
 
+// Asked once for many tokens it does what it does when it is asked for each.
+TEST(LeanKv, OnceForManyIsOneByOne) {
+  for (const auto& [low, high] : {std::pair{.02, 1.0}, {.5, 1.0}, {.3, .3}, {0.0, 2.0}}) {
+    const auto policy = make_policy({"leankv", {{"low", low}, {"high", high}}});
+    for (uint32_t seed = 1; seed < 20; ++seed) {
+      Lcg random(seed);
+      LayerState single(400, 2);
+      for (LayerState::Head& head : single.heads) {
+        for (int t = 0; t < 400; ++t) {
+          head.queries[t] = 400 - t;
+          head.mass[t] = static_cast<float>(eighth_power(random.uniform()) * 9 / 400 * head.queries[t]);
+          if (random.uniform() < .3) head.tiers[t] = Tier::kLow;
+        }
+      }
+      LayerState many = single;
+      for (int i = 0; i < 60; ++i) single.run(*policy, Moment::kBeforeToken);
+      PolicyView view = many.view(Moment::kBeforeToken);
+      view.since = 60;
+      PolicyScratch scratch;
+      Decision decision;
+      policy->decide(view, scratch, decision);
+      many.apply(decision);
+      for (size_t h = 0; h < 2; ++h) {
+        EXPECT_EQ(many.heads[h].positions, single.heads[h].positions) << low << " " << high << " " << seed;
+        EXPECT_EQ(many.heads[h].tiers, single.heads[h].tiers) << low << " " << high << " " << seed;
+      }
+    }
+  }
+}
+
 // As after a sequence was cut back to where most had been dropped.
 TEST(LeanKv, KeepsAsManyAsTheWindow) {
   const auto policy = make_policy({"leankv", {}});

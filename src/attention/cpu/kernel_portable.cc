@@ -69,9 +69,15 @@ void attend_page(const AttendJob& job, const PageRef& page, const Buffers& buffe
       for (int i = 0; i < value_width; ++i) acc[i] *= shrink;
       job.m[r] = top;
     }
+    float* weights = page.weights == nullptr ? nullptr : page.weights + static_cast<ptrdiff_t>(r) * kPageTokens;
+    if (weights != nullptr) {
+      std::fill_n(weights, kPageTokens, 0.0f);
+      page.reference[r] = job.m[r];
+    }
     for (int t = 0; t < page.live; ++t) {
       if (scores[t] == -INFINITY) continue;
       const float p = std::exp(scores[t] - job.m[r]);
+      if (weights != nullptr) weights[t] = p;
       job.l[r] += p;
       const float* v = buffers.tile + static_cast<ptrdiff_t>(t) * value_width;
       for (int i = 0; i < value_width; ++i) acc[i] += p * v[i];

@@ -192,6 +192,9 @@ class Flow {
     }
     if (!any) return;
     softmax(pages, count, seen, r0, rows);
+    for (int b = 0; b < count; ++b) {
+      if (pages[b].weights != nullptr && seen[b].lo < seen[b].hi) hand_out(pages[b], work_.p[b], r0, rows);
+    }
     float* acc = job_.acc + static_cast<ptrdiff_t>(r0) * d;
     prepared_key_ = nullptr;
     for (int b = 0; b < count; ++b) {
@@ -383,6 +386,15 @@ class Flow {
         }
       }
       S::store(sums, S::add(sum0, sum1));
+    }
+  }
+
+  // A page's probabilities, against the largest score so far.
+  void hand_out(const PageRef& page, const float* p, int r0, int rows) const {
+    for (int r = 0; r < rows; ++r) {
+      page.reference[r0 + r] = job_.m[r0 + r] * (1.0f / kLog2e);
+      float* to = page.weights + static_cast<ptrdiff_t>(r0 + r) * kPageTokens;
+      for (int i = 0; i < kPageTokens; i += kW) S::store(to + i, S::load(p + r * kPageTokens + i));
     }
   }
 

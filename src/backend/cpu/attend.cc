@@ -20,7 +20,7 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
   const LayerConfig& config = layer.config;
   const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
   const auto l = static_cast<size_t>(&layer - layers_.data());
-  const PageList& list = entry.pages->layers[l].heads[static_cast<size_t>(unit.head)];
+  const HeadPages pages(entry.pages->layers[l], unit.head, layer.ids.sinks);
   const int dim = config.head_dim, rows = unit.tokens * layer.heads_per_kv;
   for (int r = 0; r < rows; ++r) {
     const int token = unit.first_token + r / layer.heads_per_kv;
@@ -36,15 +36,14 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
   job.position = scratch.positions.data();
   const int64_t oldest = config.sliding_window > 0 ? entry.start + unit.first_token - config.sliding_window + 1 : 0;
 
-  const size_t body = body_of(list, layer.ids.sinks);
-  const size_t begin = unit.part == 0 ? 0 : body + static_cast<size_t>(unit.page_begin);
-  const size_t end = body + static_cast<size_t>(unit.page_end);
+  const int begin = unit.part == 0 && pages.body > 0 ? -1 : unit.page_begin;  // -1: the sinks
+  const bool counted = counts_mass(layer, entry) && !entry.prompt;
   bool any = false;
   for (const FormatId tiles : layer.tiles) {
     // Tiles of a format have a launch of their own; fp16 rows go with the first.
     scratch.pages.clear();
-    for (size_t i = begin; i < end; ++i) {
-      const PageEntry& page = list.pages[i];
+    for (int i = begin; i < unit.page_end; ++i) {
+      const PageEntry& page = i < 0 ? pages.list.pages[0] : pages[static_cast<size_t>(i)];
       const PageFormat& f = format(page);
       if (f.rows ? tiles != layer.ids.sealed : page.format != tiles) continue;
       if (page.first + f.slots <= oldest) continue;
@@ -54,8 +53,14 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
         const auto offset = [slot](const TileFormat& side) {
           return static_cast<size_t>(slot * side.width) * sizeof(uint16_t);
         };
-        scratch.pages.push_back({key + offset(f.key), value + offset(f.value), page.first + slot,
-                                 std::min(page.live - slot, kPageTokens), !f.rows});
+        PageRef& ref = scratch.pages.emplace_back(PageRef{key + offset(f.key), value + offset(f.value), page.first + slot,
+                                                          std::min(page.live - slot, kPageTokens), !f.rows});
+        if (!counted) continue;
+        const ptrdiff_t row =
+            unit.mass_slot + static_cast<ptrdiff_t>(i < 0 ? slot / kPageTokens : pages.sink_pieces() + i) * rows;
+        ref.weights = weights_.data() + row * kPageTokens;
+        ref.reference = references_.data() + row;
+        std::fill_n(ref.reference, rows, -INFINITY);
       }
     }
     // The last format's launch also stands for none: it leaves what attention over nothing is.
@@ -85,10 +90,10 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
 }
 
 // A row's sum over all parts of a unit's queries, in their order.
-void CpuBackend::merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& sum) const {
+void CpuBackend::merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& top, float& sum) const {
   const int rows = unit.tokens * layer.heads_per_kv, dim = layer.config.head_dim;
   const auto at = [&](int part) { return static_cast<ptrdiff_t>(unit.part_slot) + static_cast<ptrdiff_t>(part) * rows + row; };
-  float top = -INFINITY;
+  top = -INFINITY;
   for (int part = 0; part < unit.parts; ++part) top = std::max(top, parts_.m[static_cast<size_t>(at(part))]);
   std::fill_n(acc, dim, 0.0f);
   sum = 0;
@@ -117,11 +122,22 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
     for (int i = 0; i < dim; ++i) to[i] = acc[i] * norm;
     layer.value_maps.output(unit.head, to);
   };
+  const auto counted = [&](const Unit& unit) {
+    const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
+    return !entry.prompt && counts_mass(layer, entry);
+  };
+  const int windows = static_cast<int>(cut.windows.size()) * layer.config.q_heads;
   for (;;) {
     const int index = next_unit_[l].fetch_add(1, std::memory_order_relaxed);
     if (const int window = index - static_cast<int>(cut.units.size()); window >= 0) {
       const int q_heads = layer.config.q_heads;
-      if (window >= static_cast<int>(cut.windows.size()) * q_heads) break;
+      if (const int mass = window - windows; mass >= 0) {
+        const int kv_heads = layer.config.kv_heads;
+        if (mass >= static_cast<int>(cut.masses.size()) * kv_heads) break;
+        attend_mass(l, static_cast<size_t>(cut.masses[static_cast<size_t>(mass / kv_heads)]), mass % kv_heads, q, q_stride,
+                    scratch);
+        continue;
+      }
       attend_window(l, static_cast<size_t>(cut.windows[static_cast<size_t>(window / q_heads)]), window % q_heads, q, q_stride,
                     scratch);
       continue;
@@ -131,6 +147,7 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
     if (unit.parts == 1) {
       const Partial whole = scratch.whole.at_front();
       attend_unit(layer, unit, q, q_stride, whole, scratch);
+      if (counted(unit)) add_mass(layer, unit, whole);
       for (int r = 0; r < rows; ++r) write_out(unit, r, whole.acc + static_cast<ptrdiff_t>(r) * dim, whole.l[r]);
       continue;
     }
@@ -143,10 +160,11 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
     if (remaining.fetch_add(1, std::memory_order_acq_rel) != unit.parts - 1) continue;
     remaining.store(0, std::memory_order_relaxed);
     for (int r = 0; r < rows; ++r) {
-      float sum = 0;
-      merge_parts(layer, unit, r, scratch.whole.acc.data(), sum);
+      float& sum = scratch.whole.l[static_cast<size_t>(r)];
+      merge_parts(layer, unit, r, scratch.whole.acc.data(), scratch.whole.m[static_cast<size_t>(r)], sum);
       write_out(unit, r, scratch.whole.acc.data(), sum);
     }
+    if (counted(unit)) add_mass(layer, unit, scratch.whole.at_front());
   }
   scratch.attend_seconds += std::chrono::duration<double>(Clock::now() - start).count();
 }

@@ -48,6 +48,7 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
     layer.tiles.push_back(layer.ids.sealed);
     const PageFormat& recent = formats_[layer.ids.recent];
     if (!recent.rows) layer.tiles.push_back(layer.ids.recent);
+    if (layer.ids.low_tier && layer.ids.low != layer.ids.sealed) layer.tiles.push_back(layer.ids.low);
     if (!layer.config.key.transform.feedback.empty() && !recent.key.spec.is_f16()) {
       const int dim = layer.config.head_dim;
       const ptrdiff_t square = static_cast<ptrdiff_t>(dim) * dim;
@@ -90,13 +91,19 @@ void CpuBackend::release(PageHandle page, const PageFormat& format) { pool_.rele
 
 size_t CpuBackend::scratch_bytes() const {
   const auto room = [](const PartialRoom& r) { return (r.m.capacity() + r.l.capacity() + r.acc.capacity()) * sizeof(float); };
-  size_t bytes = room(parts_);
+  size_t bytes = room(parts_) + (weights_.capacity() + references_.capacity()) * sizeof(float);
+  for (const auto& entry : mass_) {
+    for (const auto& layer : entry) {
+      for (const HeadMass& head : layer) bytes += (head.low.capacity() + head.tokens.capacity()) * sizeof(float);
+    }
+  }
   for (const Scratch& t : threads_) {
-    bytes +=
-        t.kernel.capacity() +
-        (t.q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() + t.lanes.capacity()) * sizeof(float) +
-        t.half.capacity() * sizeof(uint16_t) + t.positions.capacity() * sizeof(int64_t) + t.pages.capacity() * sizeof(PageRef) +
-        room(t.whole) + room(t.apart);
+    bytes += t.kernel.capacity() +
+             (t.q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() + t.lanes.capacity() +
+              t.paid.capacity()) *
+                 sizeof(float) +
+             t.half.capacity() * sizeof(uint16_t) + t.positions.capacity() * sizeof(int64_t) +
+             t.pages.capacity() * sizeof(PageRef) + room(t.whole) + room(t.apart);
   }
   return bytes;
 }

@@ -1,5 +1,6 @@
 // Pages in the machine's memory, attended to by the kernels of attention/cpu. append.cc stores and seals, cut.cc splits a
-// step's attention over threads, attend.cc runs it, window.cc scores the last queries of prompts for token policies.
+// step's attention over threads, attend.cc runs it. For token policies window.cc scores the last queries of prompts and mass.cc
+// counts what every query pays.
 #pragma once
 
 #include <map>
@@ -36,6 +37,7 @@ class CpuBackend final : public Backend {
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
   Window window(SequenceId id, int layer, int kv_head) const override;
+  Mass mass(SequenceId id, int layer, int kv_head) override;
   void end() override;
   void forget(SequenceId id) override { queries_.erase(id); }
   void fork(SequenceId from, SequenceId to) override;
@@ -48,14 +50,37 @@ class CpuBackend final : public Backend {
     int entry, head;
     int first_token, tokens;
     int part, parts;
-    int page_begin, page_end;  // part 0 also takes the sinks
+    int page_begin, page_end;  // of HeadPages; part 0 also takes the sinks
     int merge;                 // counter of this (entry, head, query block)
     int part_slot;             // its first row in the partial results
+    ptrdiff_t mass_slot = 0;   // the first row of these queries in weights_, where their mass is counted
   };
   struct LayerCut {
     std::vector<Unit> units;
     std::vector<int> windows;  // entries whose prompts' queries are wanted; units of their query heads follow
+    std::vector<int> masses;   // entries whose prompts' mass is counted; units of their KV heads follow those
     int merges = 0, part_rows = 0;
+    ptrdiff_t mass_rows = 0;
+  };
+  // The pages of a KV head that a query may see: the sinks, then those of the low tier, then the others.
+  struct HeadPages {
+    HeadPages(const LayerPages& layer, int head, FormatId sinks)
+        : list(layer.heads[static_cast<size_t>(head)]),
+          low(layer.low.empty() ? nullptr : &layer.low[static_cast<size_t>(head)]),
+          body(!list.pages.empty() && list.pages[0].format == sinks ? 1 : 0) {}
+
+    const PageList& list;
+    const PageList* low;
+    size_t body;  // index of the first page behind the sinks
+
+    size_t low_size() const { return low == nullptr ? 0 : low->pages.size(); }
+    int size() const { return static_cast<int>(low_size() + list.pages.size() - body); }  // without the sinks
+    const PageEntry& operator[](size_t i) const { return i < low_size() ? low->pages[i] : list.pages[body + i - low_size()]; }
+    int64_t low_tokens() const { return low == nullptr ? 0 : low->tokens(); }
+    int64_t tokens() const { return low_tokens() + list.tokens(); }
+    // Parts of at most kPageTokens slots: of the sinks, of all pages.
+    int sink_pieces() const { return body == 0 ? 0 : (list.pages[0].live + kPageTokens - 1) / kPageTokens; }
+    int pieces() const { return sink_pieces() + size(); }
   };
   // Partial softmax (AttendJob), and room for one: m and l [rows], acc [rows][head_dim].
   struct Partial {
@@ -69,7 +94,8 @@ class CpuBackend final : public Backend {
     std::vector<std::byte> kernel;
     std::vector<float> q, rows;
     PartialRoom whole, apart;                   // of a unit, and of its pages in a further format
-    std::vector<float> queries, scores, lanes;  // of a window
+    std::vector<float> queries, scores, lanes;  // of a window, or of a prompt's mass
+    std::vector<float> paid;                    // mass of a KV head's tokens
     std::vector<uint16_t> half;                 // a page's rows on their way from one format to another
     std::vector<int64_t> positions;
     std::vector<PageRef> pages;
@@ -114,7 +140,18 @@ class CpuBackend final : public Backend {
   void begin_window(size_t layer, size_t entry);
   // A query head of a prompt: keeps its queries, or scores the stored keys with them.
   void attend_window(size_t layer, size_t entry, int q_head, const float* q, int64_t q_stride, Scratch& scratch);
-  void score(const Layer& layer, const PageList& list, std::span<const float> queries, std::span<float> sums, Scratch& scratch);
+  void score(const Layer& layer, const HeadPages& pages, std::span<const float> queries, std::span<float> sums,
+             Scratch& scratch);
+  // scratch.scores[rows][tokens]: dots of the queries and the first `tokens` tokens.
+  void dots(const HeadPages& pages, std::span<const float> queries, size_t dim, size_t tokens, Scratch& scratch);
+  bool counts_mass(const Layer& layer, const StepEntry& entry) const {
+    return layer.ids.mass && (!entry.prompt || layer.ids.mass_of_prompts);
+  }
+  void begin_mass(size_t layer, size_t entry);
+  // A KV head of a prompt: what the step's queries pay to all tokens, query by query.
+  void attend_mass(size_t layer, size_t entry, int kv_head, const float* q, int64_t q_stride, Scratch& scratch);
+  // The same of decoded tokens, from the weights that kernels gave out and the rows' final softmax.
+  void add_mass(const Layer& layer, const Unit& unit, const Partial& softmax);
   void key_lanes(const PageEntry& page, int first, int n, Scratch& scratch) const;
   // Slots [first, first + n) of a page's side as floats [n][width], as stored. `tile`: room for kPageTokens rows, may be `rows`
   // where that holds as many and `first` is 0.
@@ -127,7 +164,7 @@ class CpuBackend final : public Backend {
   void cut(size_t layer);
   void attend_unit(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
                    Scratch& scratch);
-  void merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& sum) const;
+  void merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& top, float& sum) const;
 
   const FormatTable& formats_;
   std::vector<Layer> layers_;
@@ -146,12 +183,13 @@ class CpuBackend final : public Backend {
   AtomicCounters remaining_;    // by merge of the layer in progress
   std::map<SequenceId, PromptStep> prompts_;
   PartialRoom parts_;
+  // Softmax weights of decoded queries, by unit, piece of a page and row, and what they are relative to (PageRef).
+  std::vector<float> weights_, references_;
+  struct HeadMass {
+    std::vector<float> low, tokens;
+  };
+  std::vector<std::vector<std::vector<HeadMass>>> mass_;  // by entry, layer, KV head: the lists' mass after the step
   std::vector<Scratch> threads_;
 };
-
-// Index in a page list of the first page behind the sinks.
-inline size_t body_of(const PageList& list, FormatId sinks) {
-  return !list.pages.empty() && list.pages[0].format == sinks ? 1 : 0;
-}
 
 }  // namespace kvmix

@@ -34,20 +34,19 @@ void CpuBackend::cut(size_t l) {
   LayerCut& cut = cuts_[l];
   cut.units.clear();
   cut.windows.clear();
+  cut.masses.clear();
+  cut.mass_rows = 0;
   cut.merges = 0;
   cut.part_rows = 0;
   const int heads = layer.config.kv_heads;
-  const auto list = [&](const StepEntry& entry, int head) -> const PageList& {
-    return entry.pages->layers[l].heads[static_cast<size_t>(head)];
-  };
-  const auto body_pages = [&](const PageList& pages) {
-    return static_cast<int>(pages.pages.size() - body_of(pages, layer.ids.sinks));
+  const auto pages_of = [&](const StepEntry& entry, int head) {
+    return HeadPages(entry.pages->layers[l], head, layer.ids.sinks);
   };
 
   int64_t decode_pages = 0;
   for (const StepEntry& entry : plan_->entries) {
     if (entry.n_tokens > kDecodeTokens) continue;
-    for (int head = 0; head < heads; ++head) decode_pages += body_pages(list(entry, head));
+    for (int head = 0; head < heads; ++head) decode_pages += pages_of(entry, head).size();
   }
   const auto thread_count = static_cast<int64_t>(threads_.size());
   const int64_t share = std::max(kLeastPagesPerUnit, (decode_pages + thread_count * 3 - 1) / (thread_count * 3));
@@ -55,9 +54,11 @@ void CpuBackend::cut(size_t l) {
   for (size_t e = 0; e < plan_->entries.size(); ++e) {
     const StepEntry& entry = plan_->entries[e];
     if (entry.prompt && layer.ids.window_queries > 0) begin_window(l, e);
+    const bool counted = counts_mass(layer, entry);
+    if (counted) begin_mass(l, e);
     for (int head = 0; head < heads; ++head) {
-      const PageList& pages = list(entry, head);
-      const int count = body_pages(pages);
+      const HeadPages pages = pages_of(entry, head);
+      const int count = pages.size();
       most_pages = std::max(most_pages, count);
       if (entry.n_tokens <= kDecodeTokens) {
         const int rows = entry.n_tokens * layer.heads_per_kv;
@@ -73,18 +74,19 @@ void CpuBackend::cut(size_t l) {
                                .page_begin = count * part / parts,
                                .page_end = count * (part + 1) / parts,
                                .merge = cut.merges,
-                               .part_slot = cut.part_rows});
+                               .part_slot = cut.part_rows,
+                               .mass_slot = cut.mass_rows});
         }
+        if (counted && !entry.prompt) cut.mass_rows += static_cast<ptrdiff_t>(pages.pieces()) * rows;
         if (parts > 1) cut.part_rows += parts * rows;
         ++cut.merges;
         continue;
       }
-      const auto first_page = pages.pages.begin() + static_cast<ptrdiff_t>(body_of(pages, layer.ids.sinks));
       int visible = 0;  // pages that the block's last query can see
       for (int t = 0; t < entry.n_tokens; t += kQueryBlockTokens) {
         const int tokens = std::min(kQueryBlockTokens, entry.n_tokens - t);
         most_rows = std::max(most_rows, tokens * layer.heads_per_kv);
-        while (visible < count && first_page[visible].first < entry.start + t + tokens) ++visible;
+        while (visible < count && pages[static_cast<size_t>(visible)].first < entry.start + t + tokens) ++visible;
         cut.units.push_back({.entry = static_cast<int>(e),
                              .head = head,
                              .first_token = t,
@@ -105,6 +107,8 @@ void CpuBackend::cut(size_t l) {
   grow(parts_.m, static_cast<size_t>(cut.part_rows));
   grow(parts_.l, static_cast<size_t>(cut.part_rows));
   grow(parts_.acc, static_cast<size_t>(cut.part_rows) * dim);
+  grow(references_, static_cast<size_t>(cut.mass_rows));
+  grow(weights_, static_cast<size_t>(cut.mass_rows) * kPageTokens);
   size_t kernel_bytes = 0;
   for (const AttentionKernel* kernel : kernels_) {
     kernel_bytes = std::max(kernel_bytes, kernel->scratch_bytes(layer.config.head_dim, most_rows));

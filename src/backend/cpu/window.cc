@@ -36,8 +36,8 @@ void CpuBackend::begin_window(size_t l, size_t e) {
   step.sums.resize(layers_.size());
   step.tokens.resize(layers_.size());
   size_t most = 0, all = 0;
-  for (const PageList& list : entry.pages->layers[l].heads) {
-    step.tokens[l].push_back(list.tokens());
+  for (int h = 0; h < layer.config.kv_heads; ++h) {
+    step.tokens[l].push_back(HeadPages(entry.pages->layers[l], h, layer.ids.sinks).tokens());
     most = std::max(most, static_cast<size_t>(step.tokens[l].back()));
     all += static_cast<size_t>(step.tokens[l].back()) * static_cast<size_t>(layer.heads_per_kv);
   }
@@ -75,7 +75,7 @@ void CpuBackend::attend_window(size_t l, size_t e, int q_head, const float* q, i
   const auto tokens = static_cast<size_t>(step.tokens[l][static_cast<size_t>(kv_head)]);
   float* sums = step.sums[l].data() + before + static_cast<ptrdiff_t>(tokens) * (q_head % layer.heads_per_kv);
   const auto queries = static_cast<size_t>(step.next.end - step.next.begin) * static_cast<size_t>(dim);
-  score(layer, entry.pages->layers[l].heads[static_cast<size_t>(kv_head)], {scratch.queries.data(), queries}, {sums, tokens},
+  score(layer, HeadPages(entry.pages->layers[l], kv_head, layer.ids.sinks), {scratch.queries.data(), queries}, {sums, tokens},
         scratch);
 }
 
@@ -90,30 +90,39 @@ void CpuBackend::key_lanes(const PageEntry& page, int first, int n, Scratch& scr
   }
 }
 
-void CpuBackend::score(const Layer& layer, const PageList& list, std::span<const float> queries, std::span<float> sums,
-                       Scratch& scratch) {
-  const auto dim = static_cast<size_t>(layer.config.head_dim), rows = queries.size() / dim, tokens = sums.size();
+void CpuBackend::dots(const HeadPages& pages, std::span<const float> queries, size_t dim, size_t tokens, Scratch& scratch) {
+  const size_t rows = queries.size() / dim;
   size_t at = 0;
   const auto score_slots = [&](const PageEntry& page, int slot, size_t n) {
     key_lanes(page, slot, static_cast<int>(n), scratch);
     for (size_t r = 0; r < rows; ++r) {
       for (size_t first = 0; first < n; first += kLanes) {
-        float dots[kLanes] = {};
+        float sums[kLanes] = {};
         for (size_t c = 0; c < dim; ++c) {
           const float x = queries[r * dim + c];
           const float* keys = scratch.lanes.data() + c * kPageTokens + first;
-          for (size_t t = 0; t < kLanes; ++t) dots[t] += x * keys[t];
+          for (size_t t = 0; t < kLanes; ++t) sums[t] += x * keys[t];
         }
-        std::copy_n(dots, std::min(kLanes, n - first), scratch.scores.data() + r * tokens + at + first);
+        std::copy_n(sums, std::min(kLanes, n - first), scratch.scores.data() + r * tokens + at + first);
       }
     }
     at += n;
   };
-  for (const PageEntry& page : list.pages) {
-    for (int slot = 0; slot < page.live; slot += kPageTokens) {
-      score_slots(page, slot, static_cast<size_t>(std::min(page.live - slot, kPageTokens)));
+  const auto score_list = [&](const PageList& list) {
+    for (const PageEntry& page : list.pages) {
+      for (int slot = 0; slot < page.live && at < tokens; slot += kPageTokens) {
+        score_slots(page, slot, std::min(static_cast<size_t>(std::min(page.live - slot, kPageTokens)), tokens - at));
+      }
     }
-  }
+  };
+  if (pages.low != nullptr) score_list(*pages.low);
+  score_list(pages.list);
+}
+
+void CpuBackend::score(const Layer& layer, const HeadPages& pages, std::span<const float> queries, std::span<float> sums,
+                       Scratch& scratch) {
+  const auto dim = static_cast<size_t>(layer.config.head_dim), rows = queries.size() / dim, tokens = sums.size();
+  dots(pages, queries, dim, tokens, scratch);
   // The prompt's tokens are the list's newest: the last query sees all.
   for (size_t r = 0; r < rows; ++r) {
     const std::span<float> seen(scratch.scores.data() + r * tokens, tokens - (rows - 1 - r));

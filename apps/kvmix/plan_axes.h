@@ -1,0 +1,50 @@
+// Budgets over two axes: how many tokens stay, and in how many bits.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "kvmix/engine.h"
+#include "kvmix/plan.h"
+
+namespace kvmix::app {
+
+struct AxesTask {
+  std::string planner;
+  PlannerRequest request;  // without a meter
+  // Windows that candidates are compared on, and others that the choice is checked on; each window's first half is the prompt.
+  std::vector<std::vector<Token>> searched, held_out;
+  int threads = 0;
+  int needles = 0;  // passkeys per depth; 0: text alone decides
+};
+
+// A plan of the budget's bytes with a token policy, or with none, as it was measured.
+struct AxesCandidate {
+  Plan plan;
+  std::string tokens;  // "all", "snapkv keep=0.5"
+  double bytes = 0;
+  double kl = 0, kl_error = 0, top1 = 0;  // on the searched text
+  double found = 0;                       // part of the passkeys
+  std::string lost;                       // why there is no such plan; empty if there is
+};
+
+struct AxesChoice {
+  std::vector<AxesCandidate> candidates;
+  size_t chosen = 0;
+  // On the held-out text: the choice, and the plan of bits alone (the same where that is the choice).
+  double held_out = 0, held_out_bits = 0;
+  std::string why;
+};
+
+// Every candidate takes as many of the budget's bytes as the planner can spend beside its policy. The one with the least
+// divergence is chosen among those that find as many passkeys as bits alone, but for a tenth; if held-out text does not bear it
+// out, bits alone are. Throws as make_plan, and BudgetError if no candidate meets the budget.
+AxesChoice choose_axes(const std::shared_ptr<const Model>& model, const AxesTask& task, const Progress& progress);
+
+// For every choice of tokens the planner's curve, measured: [choice][size].
+std::vector<std::vector<AxesCandidate>> axes_curves(const std::shared_ptr<const Model>& model, const AxesTask& task, int points,
+                                                    const Progress& progress);
+
+}  // namespace kvmix::app

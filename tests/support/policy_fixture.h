@@ -1,0 +1,136 @@
+// Caches with token policies, prompts for them, and attention over what they keep.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <set>
+
+#include "attention/scores.h"
+#include "kvmix/error.h"
+#include "policy/policy.h"
+#include "support/cache_fixture.h"
+
+namespace kvmix::testing {
+
+inline constexpr int kPrompt = 900;
+
+// Specs of every registered policy, as it comes and with choices that need less or more of attention.
+inline std::vector<PolicySpec> running_policies() {
+  std::vector<PolicySpec> specs;
+  for (const PolicyInfo& info : policies()) {
+    for (PolicySpec spec :
+         {PolicySpec{info.name, {}}, PolicySpec{info.name, {{"decode", "append"}}}, PolicySpec{info.name, {{"host", "h2o"}}}}) {
+      if (info.name == "dbudgetkv") spec.values["threshold"] = 0.5;
+      if (info.name == "dbudgetkv") spec.values["frozen"] = 0.0;
+      if (info.name == "quantized-pruning") spec.values["keep"] = 0.1;
+      if (info.name == "leankv") spec.values["low"] = 0.7;
+      CacheConfig config = one_layer(make_layer(4, 2, 32, key_codec(4), value_codec(3, 32)));
+      config.tokens = spec;
+      try {
+        Cache cache(config);
+      } catch (const Error&) {
+        continue;
+      }
+      specs.push_back(spec);
+    }
+  }
+  return specs;
+}
+
+inline CacheConfig two_layers(const PolicySpec& spec, const CodecSpec& recent = {}) {
+  CacheConfig config;
+  LayerConfig sliding = make_layer(4, 2, 32, key_codec(4), value_codec(3, 32));
+  sliding.sliding_window = 200;
+  config.layers = {with_recent(make_layer(4, 2, 32, key_codec(4), value_codec(3, 32), 16, 64), recent),
+                   with_recent(sliding, recent), with_recent(make_layer(4, 2, 32, CodecSpec{}, CodecSpec{}, 0), recent)};
+  config.threads = 2;
+  config.tokens = spec;
+  return config;
+}
+
+inline Rows part(const Rows& rows, const LayerConfig& layer, int first, int n) {
+  const auto cut = [&](const std::vector<float>& from, int heads) {
+    const ptrdiff_t width = heads * layer.head_dim;
+    return std::vector<float>(from.begin() + first * width, from.begin() + (first + n) * width);
+  };
+  Rows out{cut(rows.q, layer.q_heads), cut(rows.k, layer.kv_heads), cut(rows.v, layer.kv_heads), {}};
+  out.out.resize(out.q.size());
+  return out;
+}
+
+// The same rows for every layer, in chunks of at most `chunk`.
+inline Rows feed(Cache& cache, SequenceId id, const Rows& rows, int n, int chunk) {
+  Rows last;
+  for (int done = 0; done < n; done += chunk) {
+    const int now = std::min(chunk, n - done);
+    last = part(rows, cache.config().layers[0], done, now);
+    step(cache, {{id, now, done + now < n}}, last);
+  }
+  return last;
+}
+
+inline std::vector<float> stored_rows(const Cache& cache, SequenceId id, int layer, int head, Side side) {
+  std::vector<float> rows(static_cast<size_t>(cache.length(id)) * static_cast<size_t>(cache.config().layers[0].head_dim));
+  cache.read(id, layer, head, side, false, rows.data());
+  return rows;
+}
+
+// Everything that a sequence holds; dropped rows are 0.
+inline std::vector<float> contents(const Cache& cache, SequenceId id) {
+  std::vector<float> all;
+  for (int l = 0; l < static_cast<int>(cache.config().layers.size()); ++l) {
+    for (int h = 0; h < cache.config().layers[static_cast<size_t>(l)].kv_heads; ++h) {
+      for (const Side side : {Side::kKey, Side::kValue}) {
+        for (const float x : stored_rows(cache, id, l, h, side)) all.push_back(std::isnan(x) ? 0 : x);
+      }
+    }
+  }
+  return all;
+}
+
+inline size_t used_bytes(const Cache& cache) {
+  const MemoryReport m = cache.memory();
+  return m.total_bytes - m.slack_bytes;
+}
+
+// Largest relative error of the last row of layer 0 against double attention over what is kept.
+inline double error_over_kept(const Cache& cache, SequenceId id, const Rows& rows, int layer) {
+  const LayerConfig& config = cache.config().layers[static_cast<size_t>(layer)];
+  const auto dim = static_cast<size_t>(config.head_dim);
+  double worst = 0;
+  for (int h = 0; h < config.q_heads; ++h) {
+    const int kv = h / (config.q_heads / config.kv_heads);
+    const auto keys = stored_rows(cache, id, layer, kv, Side::kKey), values = stored_rows(cache, id, layer, kv, Side::kValue);
+    std::vector<float> k, v;
+    const std::vector<std::vector<int64_t>> kept = cache.kept(id, layer);
+    for (const int64_t p : kept[static_cast<size_t>(kv)]) {
+      const auto at = static_cast<ptrdiff_t>(p) * static_cast<ptrdiff_t>(dim);
+      k.insert(k.end(), keys.begin() + at, keys.begin() + at + static_cast<ptrdiff_t>(dim));
+      v.insert(v.end(), values.begin() + at, values.begin() + at + static_cast<ptrdiff_t>(dim));
+    }
+    LayerConfig full = config;
+    full.sliding_window = 0;
+    const size_t at = rows.q.size() - static_cast<size_t>(config.q_heads - h) * dim;
+    const auto exact = oracle(full, &rows.q[at], k, v, static_cast<int64_t>(k.size() / dim) - 1);
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < dim; ++i) {
+      error += std::pow(static_cast<double>(rows.out[at + i]) - exact[i], 2);
+      norm += exact[i] * exact[i];
+    }
+    worst = std::max(worst, std::sqrt(error / norm));
+  }
+  return worst;
+}
+
+inline std::vector<std::vector<int64_t>> all_positions(const Cache& cache, SequenceId id) {
+  std::vector<std::vector<int64_t>> all;
+  for (int l = 0; l < static_cast<int>(cache.config().layers.size()); ++l) {
+    for (auto& head : cache.kept(id, l)) all.push_back(std::move(head));
+  }
+  return all;
+}
+
+}  // namespace kvmix::testing
