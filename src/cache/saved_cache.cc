@@ -336,6 +336,9 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
         saved.freed > predict_pages(layer, header.tokens).freed || (saved.sealed > saved.freed && !impl.ids[l].seals)) {
       in.fail(where + " says " + std::to_string(saved.sealed) + " sealed and " + std::to_string(saved.freed) + " freed pages");
     }
+    // Every page takes at least a byte: lists are not made for more than the file can hold.
+    if (page_count(layer, header.tokens) - saved.freed > static_cast<int64_t>(in.left()))
+      in.fail("token count " + std::to_string(header.tokens) + " is more than it holds");
   }
   // The page lists; the records must be exactly what is left, before anything is allocated.
   const bool counted = impl.governed.policy != nullptr && impl.governed.policy->needs().mass != MassReduce::kNone;
