@@ -1,6 +1,7 @@
 # Targets `llama` and `ggml::ggml`. An installed llama.cpp is taken if there is one; otherwise the pinned release is obtained
 # from the Python package index (package llama-cpp-python, whose source archive carries llama.cpp), checked by hash, and built
 # once into a cache folder outside the build tree: $KVMIX_CACHE_DIR, or kvmix in $XDG_CACHE_HOME or ~/.cache.
+# Target `kvmix_jinja`: llama.cpp's engine for chat templates, which no installation has, compiled from the same archive.
 set(KVMIX_LLAMA_PACKAGE 0.3.36)
 set(KVMIX_LLAMA_SHA256 832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e)
 option(KVMIX_SYSTEM_LLAMA "Use an installed llama.cpp if find_package(llama) finds one" ON)
@@ -22,9 +23,9 @@ function(kvmix_run what)
   endif()
 endfunction()
 
-function(kvmix_build_llama prefix)
+# Extracts what matches the patterns into llama.cpp's folder below `work`, whose path goes to `source`.
+function(kvmix_extract_llama work source)
   find_package(Python3 REQUIRED COMPONENTS Interpreter)
-  set(work ${kvmix_cache_dir}/llama-work)
   set(archive ${kvmix_cache_dir}/llama_cpp_python-${KVMIX_LLAMA_PACKAGE}.tar.gz)
   if(NOT EXISTS ${archive})
     message(STATUS "llama.cpp: obtaining llama-cpp-python ${KVMIX_LLAMA_PACKAGE} (77 MB)")
@@ -35,12 +36,19 @@ function(kvmix_build_llama prefix)
   if(NOT hash STREQUAL KVMIX_LLAMA_SHA256)
     message(FATAL_ERROR "${archive} has SHA-256 ${hash}, expected ${KVMIX_LLAMA_SHA256}: delete it and configure again")
   endif()
-  message(STATUS "llama.cpp: building once into ${prefix} (a few minutes)")
   file(REMOVE_RECURSE ${work})
-  file(ARCHIVE_EXTRACT INPUT ${archive} DESTINATION ${work} PATTERNS "*/vendor/llama.cpp/*")
-  set(source ${work}/llama_cpp_python-${KVMIX_LLAMA_PACKAGE}/vendor/llama.cpp)
+  set(patterns ${ARGN})
+  list(TRANSFORM patterns PREPEND "*/vendor/llama.cpp/")
+  file(ARCHIVE_EXTRACT INPUT ${archive} DESTINATION ${work} PATTERNS ${patterns})
+  set(${source} ${work}/llama_cpp_python-${KVMIX_LLAMA_PACKAGE}/vendor/llama.cpp PARENT_SCOPE)
+endfunction()
+
+function(kvmix_build_llama prefix)
+  set(work ${kvmix_cache_dir}/llama-work)
+  message(STATUS "llama.cpp: building once into ${prefix} (a few minutes)")
+  kvmix_extract_llama(${work} source "*")
   kvmix_run("configuring llama.cpp" ${CMAKE_COMMAND} -G ${CMAKE_GENERATOR} -S ${source} -B ${work}/build
-            -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=${CMAKE_C_COMPILER} -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}
+            -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=${llama_cc} -DCMAKE_CXX_COMPILER=${llama_cxx}
             -DCMAKE_INSTALL_PREFIX=${prefix}.part -DCMAKE_INSTALL_LIBDIR=lib -DCMAKE_POSITION_INDEPENDENT_CODE=ON
             -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF
             -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF)
@@ -53,9 +61,19 @@ endfunction()
 if(KVMIX_SYSTEM_LLAMA)
   find_package(llama QUIET GLOBAL)
 endif()
+set(llama_cc ${CMAKE_C_COMPILER})
+set(llama_cxx ${CMAKE_CXX_COMPILER})
+set(llama_compiler "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}")
+if(KVMIX_FUZZ)  # clang is for our code: libllama is the one that GCC makes for all other builds
+  set(llama_cc gcc)
+  set(llama_cxx g++)
+  execute_process(COMMAND g++ -dumpfullversion OUTPUT_VARIABLE llama_compiler OUTPUT_STRIP_TRAILING_WHITESPACE
+                  COMMAND_ERROR_IS_FATAL ANY)
+  set(llama_compiler "GNU ${llama_compiler}")
+endif()
 if(NOT llama_FOUND)
   # The build is for this processor and compiler, so the folder's name says which.
-  set(identity "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION} ${CMAKE_SYSTEM_PROCESSOR}")
+  set(identity "${llama_compiler} ${CMAKE_SYSTEM_PROCESSOR}")
   if(EXISTS /proc/cpuinfo)
     file(STRINGS /proc/cpuinfo flags REGEX "^flags" LIMIT_COUNT 1)
     string(APPEND identity "${flags}")
@@ -73,6 +91,24 @@ if(NOT llama_FOUND)
   find_package(ggml REQUIRED GLOBAL PATHS ${llama_prefix} NO_DEFAULT_PATH)
   find_package(llama REQUIRED GLOBAL PATHS ${llama_prefix} NO_DEFAULT_PATH)
 endif()
+
+# Sources that are compiled with ours: the Jinja engine, and the GGUF reader for fuzzing.
+set(kvmix_llama_source ${kvmix_cache_dir}/llama-source-${KVMIX_LLAMA_PACKAGE} CACHE INTERNAL "")
+file(LOCK ${kvmix_cache_dir}/llama.lock GUARD FILE TIMEOUT 1800)
+if(NOT EXISTS ${kvmix_llama_source})
+  kvmix_extract_llama(${kvmix_llama_source}.part source "LICENSE" "common/jinja/*" "common/json.*" "common/unicode.*"
+                      "vendor/nlohmann/json.hpp" "ggml/include/*" "ggml/src/gguf.cpp" "ggml/src/ggml-impl.h")
+  file(RENAME ${source} ${kvmix_llama_source})
+  file(REMOVE_RECURSE ${kvmix_llama_source}.part)
+endif()
+file(LOCK ${kvmix_cache_dir}/llama.lock RELEASE)
+file(GLOB jinja_sources ${kvmix_llama_source}/common/jinja/*.cpp ${kvmix_llama_source}/common/json.cpp
+     ${kvmix_llama_source}/common/unicode.cpp)
+add_library(kvmix_jinja STATIC ${jinja_sources})
+target_include_directories(kvmix_jinja SYSTEM PUBLIC ${kvmix_llama_source}/common PRIVATE ${kvmix_llama_source}/vendor
+                                                                                          ${kvmix_llama_source}/ggml/include)
+target_compile_options(kvmix_jinja PRIVATE -w)
+set_target_properties(kvmix_jinja PROPERTIES CXX_STANDARD 17 CXX_VISIBILITY_PRESET hidden)
 
 # kvmix_team_ggml(target): lets ggml's CPU backend call src/engine/ggml_team.cc, in library `target`, where it calls OpenMP. That
 # takes a static backend that was compiled for GCC's OpenMP library; with any other its own threads stay, which do badly beside

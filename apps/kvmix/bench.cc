@@ -47,7 +47,10 @@ int bench_command(const Arguments& arguments, const Common& common) {
     if (common.json) {
       nlohmann::json json = nlohmann::json::array();
       for (const BenchRow& r : rows) json.push_back(row_json(r));
-      nlohmann::json all = {{"model", model->shape().name}, {"sequences", options.sequences}, {"rows", json}};
+      nlohmann::json all = {{"model", model->shape().name},
+                            {"fingerprint", model->shape().fingerprint},
+                            {"sequences", options.sequences},
+                            {"rows", json}};
       if (interrupted) all["interrupted"] = true;
       print_json(all);
       return;

@@ -85,11 +85,13 @@ class Chat {
         common_(common),
         progress_(progress_reporter(quiet_unless_terminal(common))),
         engine_(open_engine(arguments.session, common)),
+        template_(chat_template(arguments.session, engine_->model())),
         sequence_(engine_->cache().create()) {
-    if (!engine_->model().has_chat_template()) {
-      throw UsageError("this model has no chat template: use kvmix generate, or an instruction-tuned model");
-    }
     clear();
+    // A template that is damaged, or does not know system messages, says so before anything is typed.
+    std::vector<ChatMessage> first = messages_;
+    first.push_back({"user", "a"});
+    engine_->model().chat_tokens(first, template_);
   }
 
   int run() {
@@ -159,7 +161,7 @@ class Chat {
   void answer(const std::string& text) {
     messages_.push_back({"user", text});
     const Model& model = engine_->model();
-    const std::vector<Token> prompt = chat_tokens(model, messages_);
+    const std::vector<Token> prompt = model.chat_tokens(messages_, template_);
     const int64_t context = model.shape().context_tokens;
     if (static_cast<int64_t>(prompt.size()) >= context) {
       throw Error(Status::kInvalidArgument,
@@ -223,6 +225,7 @@ class Chat {
   const Common& common_;
   Progress progress_;
   std::unique_ptr<Engine> engine_;
+  ChatTemplate template_;
   SequenceId sequence_;
   std::vector<ChatMessage> messages_;
   std::vector<Token> cached_;  // the first tokens of what the cache holds

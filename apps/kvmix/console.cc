@@ -38,6 +38,19 @@ void on_interrupt(int signal) {
   _exit(128 + signal);
 }
 
+// What is behind the end of a mapped file that was cut short since: the weights are gone, but not the reason.
+void on_bus_error(int signal_number, siginfo_t* info, void*) {
+  if (info->si_code != BUS_ADRERR) {
+    signal(signal_number, SIG_DFL);
+    return;
+  }
+  constexpr std::string_view kMessage =
+      "kvmix: the model's file was cut short or cannot be read any more while it was in use; keep it as it is, or work on a "
+      "copy\n";
+  [[maybe_unused]] const ssize_t n = write(STDERR_FILENO, kMessage.data(), kMessage.size());
+  _exit(1);
+}
+
 int terminal_columns(int file) {
   winsize size{};
   return ioctl(file, TIOCGWINSZ, &size) == 0 && size.ws_col > 20 ? size.ws_col : 80;
@@ -106,6 +119,10 @@ void Console::install_interrupt_handler() {
   action.sa_handler = on_interrupt;  // no SA_RESTART: a read from the terminal must return
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
+  struct sigaction bus {};
+  bus.sa_sigaction = on_bus_error;
+  bus.sa_flags = SA_SIGINFO;
+  sigaction(SIGBUS, &bus, nullptr);
 }
 
 bool Console::interrupted() { return interrupt_count > 0; }

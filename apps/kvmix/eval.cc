@@ -93,6 +93,7 @@ int eval_text(const Arguments& arguments, const Common& common) {
       nlohmann::json json = nlohmann::json::array();
       for (const EvalRow& r : rows) json.push_back(text_json(r, full));
       nlohmann::json all = {{"model", model->shape().name},
+                            {"fingerprint", model->shape().fingerprint},
                             {"context", options.context},
                             {"float_weights", options.float_weights},
                             {"rows", json}};
@@ -149,7 +150,7 @@ int eval_needle(const Arguments& arguments, const Common& common) {
                         {"answers", c.answers}});
         if (!c.lost.empty()) json.back()["lost"] = c.lost;
       }
-      nlohmann::json all = {{"model", model->shape().name}, {"cells", json}};
+      nlohmann::json all = {{"model", model->shape().name}, {"fingerprint", model->shape().fingerprint}, {"cells", json}};
       if (interrupted) all["interrupted"] = true;
       print_json(all);
       return;
@@ -212,11 +213,9 @@ int eval_generation(const Arguments& arguments, const Common& common) {
                         {"bits_per_element", r.bits_per_element}});
         if (!r.lost.empty()) json.back()["lost"] = r.lost;
       }
-      nlohmann::json all = {{"model", model->shape().name},
-                            {"prompt_tokens", options.prompt_tokens},
-                            {"tokens", options.tokens},
-                            {"float_weights", options.float_weights},
-                            {"rows", json}};
+      nlohmann::json all = {{"model", model->shape().name},           {"fingerprint", model->shape().fingerprint},
+                            {"prompt_tokens", options.prompt_tokens}, {"tokens", options.tokens},
+                            {"float_weights", options.float_weights}, {"rows", json}};
       if (interrupted) all["interrupted"] = true;
       print_json(all);
       return;

@@ -30,14 +30,15 @@ std::string prompt_text(const Arguments& arguments) {
 }
 
 int generate_command(const Arguments& arguments, const Common& common) {
+  if (!arguments.session.chat_template.empty() && !arguments.chat)
+    throw UsageError("--chat-template is for --chat: give both, or neither");
   const std::string text = prompt_text(arguments);
   const auto engine = open_engine(arguments.session, common);
   const Model& model = engine->model();
   std::vector<Token> prompt;
   if (arguments.chat) {
-    if (!model.has_chat_template()) throw UsageError("this model has no chat template: leave out --chat");
     const ChatMessage message{"user", text};
-    prompt = chat_tokens(model, {&message, 1});
+    prompt = model.chat_tokens({&message, 1}, chat_template(arguments.session, model));
   } else {
     prompt = model.tokenize(text, true, arguments.special);
   }

@@ -20,6 +20,7 @@ namespace {
 
 struct Arguments {
   std::string file, model;
+  bool force = false;
 };
 
 enum class Kind { kModel, kPlan, kProfile, kCache };
@@ -105,7 +106,7 @@ void inspect_plan(const Arguments& arguments, bool json) {
   std::shared_ptr<const Model> model;
   if (!arguments.model.empty()) {
     model = load_model(arguments.model);
-    check_plan(plan, model->shape(), false);
+    check_plan(plan, model->shape(), arguments.force, arguments.file);
   }
   if (json) {
     nlohmann::json value{{"kind", "plan"},
@@ -209,6 +210,7 @@ void add_inspect(CommandContext& context) {
                                   "kvmix inspect plan.json --model smollm2");
   command->add_option("file", arguments->file, "The file, or a model's short name")->required();
   command->add_option("--model", arguments->model, "For a plan: the model whose sizes to compute");
+  command->add_flag("--force", arguments->force, "Take a plan that was made for another model of the same shape");
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) {
       const std::string path = model_path(arguments->file);

@@ -21,8 +21,8 @@ constexpr void (*kCommands[])(CommandContext&) = {
 int fail(int status, const std::string& message) {
   Console::clear_line();
   std::string line = message;
-  for (char& c : line) {
-    if (c == '\n' || c == '\r') c = ' ';
+  for (char& c : line) {  // one line, of which a terminal obeys nothing
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
   }
   std::fprintf(stderr, "kvmix: %s\n", line.c_str());
   return status;

@@ -302,6 +302,7 @@ int plan(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
+  if (profile) check_profile(*profile, model->shape(), false, arguments.profile);
   if (arguments.pareto)
     return both ? plan_axes_curve(arguments, common, request, model) : plan_curve(arguments, common, request);
   std::vector<Task> tasks;

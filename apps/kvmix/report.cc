@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "command.h"
+#include "evaluation.h"
 #include "kvmix/error.h"
 #include "live_tokens.h"
 #include "models.h"
@@ -123,62 +124,6 @@ std::string memory_chart(const std::vector<NamedPlan>& plans, const ModelShape& 
   return "<figure>" + line_chart(chart) + "</figure>";
 }
 
-// `kvmix eval --json` files: rows with name, bits_per_element, kl_mean and, if measured, kl_by_position.
-struct Evaluation {
-  std::string file;
-  nlohmann::json rows;
-};
-
-Evaluation read_evaluation(const std::string& path) {
-  nlohmann::json root = nlohmann::json::parse(read_text_file(path), nullptr, false);
-  const nlohmann::json* rows = root.is_object() && root.contains("rows") ? &root["rows"] : nullptr;
-  if (rows == nullptr || !rows->is_array()) {
-    throw Error(Status::kCorrupt, path + ": no \"rows\" array; give a file written by kvmix eval --json");
-  }
-  for (const auto& row : *rows) {
-    for (const char* key : {"bits_per_element", "kl_mean", "perplexity", "top1"}) {
-      if (!row.is_object() || !row.contains(key) || !row[key].is_number() || !row.contains("name") ||
-          !row["name"].is_string()) {
-        throw Error(Status::kCorrupt,
-                    path + ": a row lacks \"name\" or \"" + key + "\"; give a file written by kvmix eval --json");
-      }
-    }
-  }
-  return {path, *rows};
-}
-
-std::string quality_charts(const std::vector<Evaluation>& evaluations) {
-  Chart pareto{"Divergence against size", "bits per element, all bytes", "mean KL to f16, nats per token", false, true, {}};
-  Chart position{"Divergence along the window", "position", "mean KL to f16, nats per token", false, true, {}};
-  Series ours{"kvmix", {}, false, {}}, peers{"llama.cpp", {}, false, {}};
-  std::string table =
-      "<table><tr><th>cache</th><th>bits per element</th><th>perplexity</th><th>mean KL</th><th>top-1 agreement</th></tr>";
-  for (const Evaluation& e : evaluations) {
-    for (const auto& row : e.rows) {
-      const std::string name = row["name"];
-      const double bits = row["bits_per_element"], kl = row["kl_mean"];
-      Series& series = name.starts_with("llama.cpp") ? peers : ours;
-      series.points.emplace_back(bits, kl);
-      series.labels.push_back(name);
-      table += fmt::format("<tr><td>{}</td><td>{:.2f}</td><td>{:.3f}</td><td>{:.5f}</td><td>{:.2f} %</td></tr>",
-                           html_escape(name), bits, row["perplexity"].get<double>(), kl, 100 * row["top1"].get<double>());
-      const auto by_position = row.find("kl_by_position");
-      if (by_position == row.end() || !by_position->is_array() || kl <= 0) continue;
-      Series along{name, {}, true, {}};
-      for (const auto& point : *by_position) {
-        if (point.is_array() && point.size() == 2 && point[0].is_number() && point[1].is_number()) {
-          along.points.emplace_back(point[0].get<double>(), point[1].get<double>());
-        }
-      }
-      position.series.push_back(std::move(along));
-    }
-  }
-  pareto.series = {ours, peers};
-  std::string out = table + "</table><div class=\"charts\"><figure>" + line_chart(pareto) + "</figure>";
-  if (!position.series.empty()) out += "<figure>" + line_chart(position) + "</figure>";
-  return out + "</div>";
-}
-
 // What planners expect of their plans, a line for each planner and metric.
 std::string prediction_chart(const std::vector<NamedPlan>& plans, const ModelShape& shape) {
   constexpr int64_t kContext = 8192;
@@ -234,7 +179,7 @@ std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, c
   for (const LiveTokens& tokens : live) {
     out += "<pre style=\"line-height:1.1;overflow-x:auto\">" + html_escape(live_table(tokens, kStripColumns)) + "</pre>";
   }
-  if (!evaluations.empty()) out += "<h2>Quality</h2>" + quality_charts(evaluations);
+  if (!evaluations.empty()) out += "<h2>Quality</h2>" + quality_section(evaluations);
   return out + "</body></html>\n";
 }
 
@@ -277,13 +222,13 @@ void add_report(CommandContext& context) {
       std::unique_ptr<Profile> profile;
       if (!arguments->profile.empty()) {
         profile = std::make_unique<Profile>(read_profile(arguments->profile));
-        if (profile->fingerprint != model->shape().fingerprint && !arguments->force) {
-          throw Error(Status::kMismatch, arguments->profile + " was measured on another model (" + profile->model +
-                                             "); measure this one with kvmix profile, or pass --force");
-        }
+        check_profile(*profile, model->shape(), arguments->force, arguments->profile);
       }
       std::vector<Evaluation> evaluations;
-      for (const std::string& file : arguments->evals) evaluations.push_back(read_evaluation(file));
+      for (const std::string& file : arguments->evals) {
+        evaluations.push_back(parse_evaluation(read_text_file(file), file));
+        check_evaluation(evaluations.back(), model->shape(), arguments->force, file);
+      }
       std::vector<LiveTokens> live;
       if (!arguments->text.empty()) {
         std::vector<Token> tokens = model->tokenize(read_text_file(arguments->text), true);

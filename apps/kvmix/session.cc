@@ -2,8 +2,9 @@
 
 #include <fmt/core.h>
 
-#include <algorithm>
+#include <filesystem>
 
+#include "kvmix/error.h"
 #include "models.h"
 #include "subjects.h"
 #include "text.h"
@@ -22,6 +23,8 @@ void add_session_options(CLI::App* command, SessionArguments& arguments) {
   command->add_option("--cache,--plan", arguments.cache, "The cache: f16, key/value bits such as 4/4, or a plan file")
       ->capture_default_str();
   command->add_flag("--force", arguments.force, "Take a plan that was made for another model of the same shape");
+  command->add_option("--chat-template", arguments.chat_template,
+                      "In place of the model's own: a file with Jinja, or a name that llama.cpp knows, such as chatml");
   command->add_option("--kernel", arguments.kernel, "Attention kernel by name; without it the best that runs here");
   GenerateOptions& g = arguments.generate;
   command->add_option("-n,--max-tokens", g.max_tokens, "Most new tokens of an answer")
@@ -50,34 +53,17 @@ std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Com
   return std::make_unique<Engine>(model, plan, options);
 }
 
-std::vector<Token> chat_tokens(const Model& model, std::span<const ChatMessage> messages) {
-  const bool has_markers = std::any_of(messages.begin(), messages.end(), [&](const ChatMessage& m) {
-    return model.tokenize(m.content, false, true) != model.tokenize(m.content, false, false);
-  });
-  if (!has_markers) return model.tokenize(model.apply_chat_template(messages), true, true);
-  // Where the template puts what messages say is found by words in their places.
-  const auto place = [](size_t i) { return "kvmix" + std::to_string(7919 * (i + 1)) + "place"; };
-  std::vector<ChatMessage> marked(messages.begin(), messages.end());
-  for (size_t i = 0; i < marked.size(); ++i) marked[i].content = place(i);
-  const std::string frame = model.apply_chat_template(marked);
-  std::vector<Token> tokens;
-  const auto add = [&](const std::string& text, bool special) {
-    if (text.empty()) return;
-    const auto more = model.tokenize(text, tokens.empty(), special);
-    tokens.insert(tokens.end(), more.begin(), more.end());
-  };
-  size_t at = 0;
-  for (size_t i = 0; i < marked.size(); ++i) {
-    const size_t found = frame.find(place(i), at);
-    if (found == std::string::npos)
-      throw UsageError("the chat template does not show message " + std::to_string(i + 1) +
-                       " as it is, and it has words that are special tokens: leave them out");
-    add(frame.substr(at, found - at), true);
-    add(messages[i].content, false);
-    at = found + place(i).size();
+ChatTemplate chat_template(const SessionArguments& arguments, const Model& model) {
+  const std::string& given = arguments.chat_template;
+  if (given.empty()) {
+    ChatTemplate own = model.chat_template();
+    if (own.source.empty())
+      throw UsageError(
+          "this model has no chat template: give one with --chat-template, such as chatml, or use generate without --chat");
+    return own;
   }
-  add(frame.substr(at), true);
-  return tokens;
+  if (given.find_first_of("./") == std::string::npos && !std::filesystem::exists(given)) return {given, ""};
+  return {given, read_text_file(given)};
 }
 
 void print_closing_line(Engine& engine, const GenerateResult& result) {

@@ -12,15 +12,15 @@
 namespace kvmix::app {
 
 struct SessionArguments {
-  std::string model, cache = "f16", kernel;
+  std::string model, cache = "f16", kernel, chat_template;
   GenerateOptions generate;
   bool force = false;
 };
 
 void add_session_options(CLI::App* command, SessionArguments& arguments);
 std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Common& common);
-// The tokens of a conversation in the model's chat template. What messages say is text: markers in them are not special tokens.
-std::vector<Token> chat_tokens(const Model& model, std::span<const ChatMessage> messages);
+// The template that --chat-template names, else the model's own. Throws for a model without one.
+ChatTemplate chat_template(const SessionArguments& arguments, const Model& model);
 // "[36 tokens at 61.2 tokens/s after ..." on standard error.
 void print_closing_line(Engine& engine, const GenerateResult& result);
 nlohmann::json result_json(Engine& engine, const GenerateResult& result);

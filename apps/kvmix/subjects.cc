@@ -60,7 +60,7 @@ Plan resolve_plan(const std::string& text, const Model& model, bool force) {
       throw UsageError("'" + text + "' is no cache: write f16, key/value bits such as 8/8 or 4/4, or the name of a plan file");
   }
   Plan plan = read_plan(text);
-  check_plan(plan, model.shape(), force);
+  check_plan(plan, model.shape(), force, text);
   return plan;
 }
 

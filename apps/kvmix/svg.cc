@@ -25,7 +25,8 @@ class Axis1D {
   void finish(bool from_zero) {
     if (low_ > high_) low_ = 0, high_ = 1;
     if (!log_ && from_zero) low_ = std::min(low_, 0.0);
-    if (high_ - low_ < 1e-9) high_ = low_ + 1;
+    const double least = 1e-9 * std::max(1.0, std::abs(low_));  // of large numbers, what ticks can tell apart
+    if (high_ - low_ < least) high_ = low_ + std::max(1.0, 1e3 * least);
     const double pad = (high_ - low_) * 0.04;
     if (log_ || low_ != 0) low_ -= pad;
     high_ += pad;
@@ -53,8 +54,12 @@ class Axis1D {
       step = m * power;
       if (step >= raw) break;
     }
-    for (double v = std::ceil(low_ / step) * step; v <= high_ + step * 1e-9; v += step)
+    const double first = std::ceil(low_ / step) * step;
+    const int count = static_cast<int>((high_ - first) / step + 1e-9);
+    for (int i = 0; i <= count; ++i) {
+      const double v = first + i * step;
       out.push_back(std::abs(v) < step * 1e-6 ? 0 : v);
+    }
     return out;
   }
 

@@ -146,6 +146,7 @@ std::string read_text_file(const std::string& path) {
   std::array<char, 65536> block;
   while (const size_t n = std::fread(block.data(), 1, block.size(), file)) text.append(block.data(), n);
   if (std::ferror(file) != 0) throw Error(Status::kIo, name + ": " + std::strerror(errno) + " while reading");
+  if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // a mark of the encoding, not of the text
   if (text.find_first_not_of(" \t\r\n") == std::string::npos) {
     throw Error(Status::kInvalidArgument, name + " is empty; give it some text");
   }

@@ -24,6 +24,13 @@ struct ChatMessage {
   std::string role, content;
 };
 
+// How a model writes a conversation.
+struct ChatTemplate {
+  std::string name;    // a name that libllama knows, or what stands for the source in errors, such as its file
+  std::string source;  // Jinja; empty: libllama's of that name
+};
+std::vector<std::string> chat_template_names();  // those that libllama knows
+
 // A loaded GGUF: weights (mapped, quantised as stored), tokenizer and chat template (libllama's). Immutable; thread safe.
 class Model {
  public:
@@ -37,16 +44,20 @@ class Model {
   virtual size_t weight_bytes() const = 0;
   virtual int vocab_size() const = 0;
 
-  // UTF-8 in, tokens out. `special` parses control tokens in the text. Adds BOS where the model wants one and add_bos is set.
+  // UTF-8 in, tokens out. `special` parses control tokens in the text. Adds BOS where the model wants one and add_bos is set,
+  // unless the text begins with it.
   virtual std::vector<Token> tokenize(std::string_view text, bool add_bos, bool special = false) const = 0;
   // Bytes of one token; may be part of a UTF-8 character.
   virtual std::string token_text(Token token) const = 0;
   virtual std::string detokenize(std::span<const Token> tokens) const = 0;
   virtual bool is_end(Token token) const = 0;
   virtual Token bos() const = 0;  // -1 if the model has none
-  // The prompt that the model's chat template makes of the messages, ending where the assistant's answer starts.
-  virtual std::string apply_chat_template(std::span<const ChatMessage> messages) const = 0;
-  virtual bool has_chat_template() const = 0;
+  // The model's own; its source is empty if it has none.
+  virtual ChatTemplate chat_template() const = 0;
+  // The conversation in a template's words, up to where the assistant's answer starts. What messages say is text: special
+  // tokens that they spell out are not taken as such. Throws kUnsupported naming the template and the reason, kInvalidArgument
+  // for a name that libllama does not know.
+  virtual std::vector<Token> chat_tokens(std::span<const ChatMessage> messages, const ChatTemplate& chat_template) const = 0;
 };
 
 struct EngineOptions {

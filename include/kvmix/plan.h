@@ -108,10 +108,16 @@ void write_profile(const Profile& profile, const std::string& path);
 Plan parse_plan(const std::string& json, const std::string& name);
 std::string to_json(const Plan& plan);
 Profile parse_profile(const std::string& json, const std::string& name);
+// Throws kInvalidArgument naming the layer of a number that is not finite, which no reader would take.
 std::string to_json(const Profile& profile);
 
+// How a model that a file names differs from this one: by name, or by fingerprint alone.
+std::string other_model(const std::string& name, const std::string& fingerprint, const ModelShape& model);
 // Throws kMismatch unless the plan was made for this model (same fingerprint, or `force` and the same layer count and shape).
-void check_plan(const Plan& plan, const ModelShape& model, bool force);
+// `name` stands for the file in errors.
+void check_plan(const Plan& plan, const ModelShape& model, bool force, const std::string& name = "the plan");
+// The same for a profile.
+void check_profile(const Profile& profile, const ModelShape& model, bool force, const std::string& name = "the profile");
 // Sinks and a fixed window of a plan, as Fp16Part. Throws kUnsupported for a window that is a ratio.
 Fp16Part fp16_part(const Plan& plan);
 void set_fp16_part(const Fp16Part& part, Plan& plan);

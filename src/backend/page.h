@@ -113,6 +113,10 @@ struct SequencePages {
   int64_t counted_from = 0;   // PageList::mass counts the queries from this position on
   bool in_prompt = false;
   uint64_t revision = 0;  // another one whenever a page was added or another stands in a place; no two lists of pages share one
+  // Up to this length a step changes no list but by how many slots of its last page are live. `late`: such steps have not been
+  // written into the lists (Ledger::write_late).
+  int64_t quiet_until = 0;
+  bool late = false;
   std::vector<LayerPages> layers;
 };
 

@@ -104,6 +104,7 @@ Cache::Impl::Impl(CacheConfig c)
     f.mass_of_prompts = f.mass && !needs.mass_from_window;
     f.mass_of_largest = needs.mass == MassReduce::kMax;
   }
+  if (on_cuda(config)) ledger.write_late();
   backend = on_cuda(config) ? make_cuda_backend(config, formats, ids) : make_cpu_backend(config, formats, ids);
 }
 
@@ -178,7 +179,7 @@ void Cache::truncate(SequenceId id, int64_t n_tokens) {
   impl.backend->trim();
 }
 
-int64_t Cache::length(SequenceId id) const { return impl_->ledger.find(id).length; }
+int64_t Cache::length(SequenceId id) const { return impl_->ledger.length(id); }
 
 std::vector<SequenceId> Cache::sequences() const {
   std::vector<SequenceId> ids;

@@ -25,10 +25,44 @@ int live_below(const PageList& list, const PageEntry& page, int64_t before, int6
 
 }  // namespace
 
-SequencePages& Ledger::find(SequenceId id) {
+SequencePages& Ledger::look_up(SequenceId id) {
   const auto it = sequences_.find(id);
   if (it == sequences_.end()) throw Error(Status::kNotFound, "the cache has no sequence " + std::to_string(id));
   return it->second;
+}
+
+SequencePages& Ledger::find(SequenceId id) {
+  SequencePages& sequence = look_up(id);
+  settle(sequence);
+  return sequence;
+}
+
+// Writes down what late steps have added.
+void Ledger::settle(SequencePages& sequence) {
+  if (!sequence.late) return;
+  sequence.late = false;
+  for (LayerPages& layer : sequence.layers) {
+    for (PageList& list : layer.heads) {
+      PageEntry& last = list.pages.back();
+      last.live = static_cast<int32_t>(sequence.length) - last.first;
+    }
+  }
+}
+
+// The length up to which steps neither begin a page nor seal one nor copy one that is shared; the present one if the next does.
+int64_t Ledger::quiet_length(const SequencePages& sequence) const {
+  int64_t until = next_seal(sequence);
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    for (const PageList& list : sequence.layers[l].heads) {
+      if (list.pages.empty()) return sequence.length;
+      const PageEntry& last = list.pages.back();
+      const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
+      const Due pages = ids_[l].seals ? due(l, list) : Due{0, 0};
+      if (!format.appendable() || shared(last.handle) || pages.end > pages.first) return sequence.length;
+      until = std::min<int64_t>(until, last.first + format.slots);
+    }
+  }
+  return until;
 }
 
 SequenceId Ledger::create() {
@@ -44,6 +78,7 @@ SequenceId Ledger::create() {
 }
 
 SequenceId Ledger::fork(SequenceId id) {
+  find(id).quiet_until = 0;  // its last pages are shared from now on
   SequencePages copy = find(id);
   revise(copy);
   for (const LayerPages& layer : copy.layers) {
@@ -214,7 +249,7 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
   begin_change();
   int64_t row = 0;
   for (const StepItem& item : items) {
-    SequencePages& sequence = find(item.sequence);
+    SequencePages& sequence = look_up(item.sequence);
     if (item.n_tokens < 1) {
       throw Error(Status::kInvalidArgument, "a step of " + std::to_string(item.n_tokens) + " tokens; expected at least 1");
     }
@@ -239,12 +274,16 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
                              .ends_prompt = ends,
                              .prompt_start = prompt_start});
     growth_.push_back({&sequence, end, ends ? end : sequence.prompt_length, prompt_start, sequence.counted_from,
-                       prompt && item.more, sequence.revision});
+                       prompt && item.more, sequence.revision, writes_late_ && end <= sequence.quiet_until});
     row += item.n_tokens;
   }
   open_ = true;
+  for (const Growth& growth : growth_) {
+    if (!growth.quiet) settle(*growth.sequence);
+  }
   for (size_t l = 0; l < layers_.size(); ++l) {
     for (size_t e = 0; e < plan_.entries.size(); ++e) {
+      if (growth_[e].quiet) continue;
       const size_t before = changes_.size();
       open_layer(l, *growth_[e].sequence, plan_.entries[e]);
       if (changes_.size() > before) revise(*growth_[e].sequence);
@@ -289,7 +328,7 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
   begin_change();
   open_ = true;
   growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
-                     std::min(sequence.counted_from, n_tokens), sequence.in_prompt, sequence.revision});
+                     std::min(sequence.counted_from, n_tokens), sequence.in_prompt, sequence.revision, false});
   for (size_t l = 0; l < layers_.size(); ++l) {
     LayerPages& layer = sequence.layers[l];
     for (size_t h = 0; h < layer.heads.size(); ++h) cut(l, static_cast<int>(h), layer.heads[h], false, n_tokens);
@@ -395,6 +434,11 @@ std::vector<FreedPage> Ledger::commit() {
     sequence.in_prompt = growth.in_prompt;
     for (size_t l = 0; l < layers_.size() && cuts_.empty(); ++l) {
       if (layers_[l].sliding_window > 0) leave_window(l, sequence, freed);
+    }
+    if (growth.quiet) {
+      sequence.late = true;
+    } else if (writes_late_) {
+      sequence.quiet_until = cuts_.empty() ? quiet_length(sequence) : 0;
     }
   }
   for (Compaction& compaction : compactions_) {

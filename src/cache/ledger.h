@@ -41,10 +41,16 @@ class Ledger {
   Ledger(const std::vector<LayerConfig>& layers, const std::vector<LayerFormats>& ids, const FormatTable& formats)
       : layers_(layers), ids_(ids), formats_(formats) {}
 
+  // For a backend that does not read PageEntry::live in a step: steps that change nothing else are written into the lists when
+  // `find` is next asked for the sequence, so that they cost no visit to every list. Not for layers that are governed.
+  void write_late() { writes_late_ = true; }
+
   SequenceId create();
   // Both refuse with kNotFound an unknown sequence.
   SequencePages& find(SequenceId id);
   const SequencePages& find(SequenceId id) const { return const_cast<Ledger*>(this)->find(id); }
+  int64_t length(SequenceId id) const { return const_cast<Ledger*>(this)->look_up(id).length; }
+  // Of lists that are written late, `live` of the last page is not up to date.
   const std::map<SequenceId, SequencePages>& sequences() const { return sequences_; }
 
   // A sequence that shares all pages.
@@ -106,6 +112,7 @@ class Ledger {
     int64_t length, prompt_length, prompt_start, counted_from;
     bool in_prompt;
     uint64_t revision;  // before it
+    bool quiet;         // the lists are written late
   };
   struct Compaction {
     PageList* list;
@@ -146,6 +153,9 @@ class Ledger {
   // Index of the first page behind the sinks.
   size_t body(size_t layer, const PageList& list) const;
   void begin_change();
+  SequencePages& look_up(SequenceId id);
+  void settle(SequencePages& sequence);
+  int64_t quiet_length(const SequencePages& sequence) const;
   void revise(SequencePages& sequence) { sequence.revision = next_revision_++; }
 
   const std::vector<LayerConfig>& layers_;
@@ -156,6 +166,7 @@ class Ledger {
   uint64_t next_revision_ = 1;
   std::unordered_map<PageHandle, int> extra_references_;  // only pages with more than one
 
+  bool writes_late_ = false;
   bool open_ = false;
   StepPlan plan_;
   std::vector<PageChange> changes_;

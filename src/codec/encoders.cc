@@ -7,7 +7,7 @@
 
 namespace kvmix {
 
-#if defined(__x86_64__)
+#if defined(KVMIX_SIMD)
 extern const TileEncoder kAvx512TileEncoder, kAvx2TileEncoder;
 extern const HalfEncoder kAvx512HalfEncoder, kAvx2HalfEncoder;
 #endif
@@ -23,7 +23,7 @@ const HalfEncoder kSerialHalfEncoder = {"serial", always, [](const float* x, int
                                         }};
 
 const std::array kTileEncoders = {
-#if defined(__x86_64__)
+#if defined(KVMIX_SIMD)
     &kAvx512TileEncoder,
     &kAvx2TileEncoder,
 #endif
@@ -31,7 +31,7 @@ const std::array kTileEncoders = {
 };
 
 const std::array kHalfEncoders = {
-#if defined(__x86_64__)
+#if defined(KVMIX_SIMD)
     &kAvx512HalfEncoder,
     &kAvx2HalfEncoder,
 #endif

@@ -8,8 +8,10 @@
 #include <exception>
 #include <functional>
 
+#include "engine/chat_template.h"
 #include "engine/gguf_check.h"
 #include "engine/library_call.h"
+#include "engine/special_text.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -158,6 +160,13 @@ std::string GgufModel::not_finite() const {
   return "";
 }
 
+void GgufModel::refuse_not_finite(const std::string& where) const {
+  const std::string tensor = not_finite();
+  throw Error(Status::kCorrupt, path() + ": " + where + " are not finite: " +
+                                    (tensor.empty() ? "its numbers grow beyond fp32 or fp16; take another file of this model"
+                                                    : "tensor " + tensor + " has such values; obtain the file again"));
+}
+
 bool all_finite(std::span<const float> values) {
   float sum = 0;  // x - x is 0 for finite numbers alone
   for (const float x : values) sum += x - x;
@@ -191,7 +200,11 @@ const GgufModel& gguf_model(const Model& model) {
 
 std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool special) const {
   const llama_vocab* vocab = llama_model_get_vocab(vocabulary_.get());
-  const bool bos = add_bos && llama_vocab_get_add_bos(vocab);
+  bool bos = add_bos && llama_vocab_get_add_bos(vocab);
+  if (bos && special) {  // chat templates and copied prompts begin with it themselves
+    const std::string written = token_text(llama_vocab_bos(vocab));
+    bos = written.empty() || !text.starts_with(written);
+  }
   if (text.size() > (size_t{1} << 30))
     throw Error(Status::kInvalidArgument, "a text of more than 1 GiB cannot be tokenised at once");
   std::vector<Token> tokens(text.size() + 8);
@@ -254,24 +267,34 @@ bool GgufModel::is_end(Token token) const { return llama_vocab_is_eog(llama_mode
 
 Token GgufModel::bos() const { return llama_vocab_bos(llama_model_get_vocab(vocabulary_.get())); }
 
-bool GgufModel::has_chat_template() const { return llama_model_chat_template(vocabulary_.get(), nullptr) != nullptr; }
+ChatTemplate GgufModel::chat_template() const {
+  const char* source = llama_model_chat_template(vocabulary_.get(), nullptr);
+  return {file_.path() + ": its chat template", source == nullptr ? "" : source};
+}
 
-std::string GgufModel::apply_chat_template(std::span<const ChatMessage> messages) const {
-  const char* pattern = llama_model_chat_template(vocabulary_.get(), nullptr);
-  if (pattern == nullptr) throw Error(Status::kUnsupported, shape_.name + " has no chat template; use kvmix generate");
-  std::vector<llama_chat_message> chat;
-  for (const ChatMessage& m : messages) chat.push_back({m.role.c_str(), m.content.c_str()});
-  std::string out(1024, '\0');
-  for (;;) {
-    const int n =
-        llama_chat_apply_template(pattern, chat.data(), chat.size(), true, out.data(), static_cast<int32_t>(out.size()));
-    if (n < 0) throw Error(Status::kUnsupported, shape_.name + ": its chat template is of a kind that libllama does not know");
-    if (static_cast<size_t>(n) <= out.size()) {
-      out.resize(static_cast<size_t>(n));
-      return out;
-    }
-    out.resize(static_cast<size_t>(n));
+// What stands for a control token, and only that: other tokens are found in plain text too.
+std::vector<std::string> GgufModel::special_texts() const {
+  const llama_vocab* vocab = llama_model_get_vocab(vocabulary_.get());
+  std::vector<std::string> texts;
+  for (Token t = 0; t < vocab_size(); ++t) {
+    const int kind = llama_vocab_get_attr(vocab, t);
+    if ((kind & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN)) != 0) texts.emplace_back(llama_vocab_get_text(vocab, t));
   }
+  return texts;
+}
+
+std::vector<Token> GgufModel::chat_tokens(std::span<const ChatMessage> messages, const ChatTemplate& chat_template) const {
+  const llama_vocab* vocab = llama_model_get_vocab(vocabulary_.get());
+  const auto text_of = [&](Token t) { return t < 0 ? std::string() : token_text(t); };
+  const SpecialText special(messages, special_texts());
+  const auto rendered =
+      render_chat(chat_template, special.marked(messages), text_of(llama_vocab_bos(vocab)), text_of(llama_vocab_eos(vocab)));
+  std::vector<Token> tokens;
+  for (const ChatPart& part : special.parts(rendered)) {
+    const std::vector<Token> more = tokenize(part.text, tokens.empty(), !part.message);
+    tokens.insert(tokens.end(), more.begin(), more.end());
+  }
+  return tokens;
 }
 
 }  // namespace kvmix

@@ -42,8 +42,8 @@ class GgufModel final : public Model {
   std::string detokenize(std::span<const Token> tokens) const override;
   bool is_end(Token token) const override;
   Token bos() const override;
-  std::string apply_chat_template(std::span<const ChatMessage> messages) const override;
-  bool has_chat_template() const override;
+  ChatTemplate chat_template() const override;
+  std::vector<Token> chat_tokens(std::span<const ChatMessage> messages, const ChatTemplate& chat_template) const override;
 
   const Architecture& architecture() const { return *architecture_; }
   const HyperParameters& parameters() const { return parameters_; }
@@ -52,6 +52,8 @@ class GgufModel final : public Model {
   const ggml_tensor* original(const std::string& name) const;
   // A tensor with a value that is NaN or infinite; empty if none has. Reads all weights.
   std::string not_finite() const;
+  // Throws kCorrupt: `where` in a computation with this model such values came up.
+  [[noreturn]] void refuse_not_finite(const std::string& where) const;
 
  private:
   void load_weights();
@@ -59,6 +61,7 @@ class GgufModel final : public Model {
   void place(const ggml_tensor* type, const std::string& name, int64_t ne0, int64_t ne1, char* data, size_t part);
   void check_weights() const;
   void repack_weights();
+  std::vector<std::string> special_texts() const;
 
   GgufFile file_;
   const Architecture* architecture_ = nullptr;

@@ -135,13 +135,6 @@ struct Engine::Impl {
   }
 
   Graph& graph_for(int64_t tokens_n, int64_t rows_n);
-  [[noreturn]] void refuse(const std::string& where) const {
-    const std::string tensor = inside.not_finite();
-    throw Error(Status::kCorrupt, model->path() + ": " + where + " are not finite: " +
-                                      (tensor.empty() ? "its numbers grow beyond fp32 or fp16; take another file of this model"
-                                                      : "tensor " + tensor + " has such values; obtain the file again"));
-  }
-
   std::shared_ptr<const Model> model;
   const GgufModel& inside;
   Plan plan;
@@ -267,7 +260,7 @@ std::span<const float> Engine::step(std::span<const EngineItem> work) {
     try {
       std::rethrow_exception(impl.failure.error);
     } catch (const NotFinite& found) {
-      impl.refuse(found.where);
+      impl.inside.refuse_not_finite(found.where);
     }
   }
   if (status != GGML_STATUS_SUCCESS) {
@@ -278,7 +271,7 @@ std::span<const float> Engine::step(std::span<const EngineItem> work) {
   if (rows_n > 0) logits = {static_cast<const float*>(g.logits->data), static_cast<size_t>(rows_n * g.logits->ne[0])};
   if (!all_finite(logits)) {
     impl.cache->abort_step();
-    impl.refuse("the logits, behind layer " + std::to_string(impl.calls.size() - 1));
+    impl.inside.refuse_not_finite("the logits, behind layer " + std::to_string(impl.calls.size() - 1));
   }
   impl.cache->end_step();
   return logits;

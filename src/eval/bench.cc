@@ -87,9 +87,10 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
       static_cast<double>(depths.back()) * static_cast<double>(subjects.size() * static_cast<size_t>(options.sequences)) +
       static_cast<double>(depths.size() * subjects.size() * static_cast<size_t>(options.repetitions * options.decode_tokens));
   double done = 0;
-  const auto report = [&](double n, const std::string& what) {
+  const auto report = [&](double n, const std::string& name, int64_t at) {
     done += n;
-    if (progress && !progress(done, total, what)) throw Error(Status::kCancelled, "stopped while benchmarking");
+    if (progress && !progress(done, total, name + " at " + std::to_string(at)))
+      throw Error(Status::kCancelled, "stopped while benchmarking");
   };
 
   std::vector<BenchRow> out;
@@ -108,7 +109,7 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
           rows[s]->fill(text.first(static_cast<size_t>(target)));
           prefill_seconds[s] = now() - start;
           peak = std::max(peak, resident_bytes());
-          report(static_cast<double>((target - depth) * options.sequences), subjects[s].name);
+          report(static_cast<double>((target - depth) * options.sequences), subjects[s].name, target);
         } else {
           constexpr int64_t kChunk = 512;
           rows[s]->set_prompt(target);
@@ -118,7 +119,7 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
             rows[s]->feed(text.subspan(static_cast<size_t>(at), static_cast<size_t>(n)), false);
             prefill_seconds[s] += now() - chunk_start;
             peak = std::max(peak, resident_bytes());
-            report(static_cast<double>(n), subjects[s].name);
+            report(static_cast<double>(n), subjects[s].name, target);
           }
         }
       });
@@ -143,7 +144,7 @@ std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const 
         rows[s]->truncate(depth);
         if (repetition < 0) continue;
         rates[s].push_back(count * options.sequences / seconds);
-        report(count, subjects[s].name);
+        report(count, subjects[s].name, depth);
       }
     }
     for (size_t s = 0; s < subjects.size(); ++s) {

@@ -8,6 +8,7 @@
 namespace kvmix {
 namespace {
 
+constexpr float kLargestHalf = 65504.0f;
 constexpr char kDigits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 }  // namespace
@@ -15,6 +16,9 @@ constexpr char kDigits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 std::string half_text(const std::vector<float>& values) {
   std::string bytes;
   for (const float v : values) {
+    if (!(std::abs(v) <= kLargestHalf))
+      throw Error(Status::kInvalidArgument,
+                  "a transform's number is " + std::to_string(v) + ", which fp16 cannot hold; calibrate it again");
     const uint16_t h = f32_to_f16(v);
     bytes += static_cast<char>(h & 255);
     bytes += static_cast<char>(h >> 8);

@@ -1,5 +1,7 @@
 #include "plan/json_reader.h"
 
+#include <algorithm>
+
 namespace kvmix {
 namespace {
 
@@ -44,6 +46,10 @@ nlohmann::json parse_json(const std::string& text, const std::string& name) {
   }
 }
 
+bool is_number_within(const nlohmann::json& value, double low, double high) {
+  return value.is_number() && std::isfinite(value.get<double>()) && value.get<double>() >= low && value.get<double>() <= high;
+}
+
 JsonObject::JsonObject(const nlohmann::json& value, std::string name, std::string field)
     : value_(value), name_(std::move(name)), field_(std::move(field)) {
   if (!value_.is_object()) {
@@ -56,6 +62,10 @@ void JsonObject::fail(const std::string& key, const std::string& what) const {
   const auto it = value_.find(key);
   throw Error(Status::kCorrupt,
               name_ + ": " + path(key) + (it == value_.end() ? " is missing; " : " is " + shown(*it) + "; ") + what);
+}
+
+void JsonObject::fail_entry(const std::string& entry, const nlohmann::json& value, const std::string& what) const {
+  throw Error(Status::kCorrupt, name_ + ": " + path(entry) + " is " + shown(value) + "; " + what);
 }
 
 void JsonObject::finish() const {
@@ -78,7 +88,10 @@ std::string JsonObject::text(const std::string& key, size_t longest) {
   const nlohmann::json& v = get(key);
   if (!v.is_string() || v.get_ref<const std::string&>().size() > longest)
     fail(key, "expected text of at most " + std::to_string(longest) + " bytes");
-  return v;
+  const std::string& text = v.get_ref<const std::string&>();  // terminals obey control characters
+  if (std::any_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }))
+    fail(key, "expected text without control characters");
+  return text;
 }
 
 bool JsonObject::boolean(const std::string& key) {
@@ -98,7 +111,7 @@ int64_t JsonObject::integer(const std::string& key, int64_t low, int64_t high) {
 
 double JsonObject::number(const std::string& key, double low, double high) {
   const nlohmann::json& v = get(key);
-  if (!v.is_number() || !std::isfinite(v.get<double>()) || v.get<double>() < low || v.get<double>() > high) {
+  if (!is_number_within(v, low, high)) {
     fail(key, "expected a number from " + nlohmann::json(low).dump() + " to " + nlohmann::json(high).dump());
   }
   return v;
@@ -115,11 +128,13 @@ const nlohmann::json& JsonObject::array(const std::string& key, size_t least, si
 
 std::vector<double> JsonObject::numbers(const std::string& key, size_t least, size_t most, double low, double high) {
   std::vector<double> out;
-  for (const nlohmann::json& v : array(key, least, most)) {
-    if (!v.is_number() || !std::isfinite(v.get<double>()) || v.get<double>() < low || v.get<double>() > high) {
-      fail(key, "expected numbers from " + nlohmann::json(low).dump() + " to " + nlohmann::json(high).dump() + " only");
+  const nlohmann::json& values = array(key, least, most);
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (!is_number_within(values[i], low, high)) {
+      fail_entry(key + "[" + std::to_string(i) + "]", values[i],
+                 "expected numbers from " + nlohmann::json(low).dump() + " to " + nlohmann::json(high).dump() + " only");
     }
-    out.push_back(v.get<double>());
+    out.push_back(values[i].get<double>());
   }
   return out;
 }

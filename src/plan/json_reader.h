@@ -14,6 +14,8 @@ namespace kvmix {
 // Parses text of bounded depth. Throws kCorrupt.
 nlohmann::json parse_json(const std::string& text, const std::string& name);
 
+bool is_number_within(const nlohmann::json& value, double low, double high);
+
 class JsonObject {
  public:
   JsonObject(const nlohmann::json& value, std::string name, std::string field);
@@ -33,6 +35,8 @@ class JsonObject {
   const nlohmann::json& array(const std::string& key, size_t least, size_t most);
 
   [[noreturn]] void fail(const std::string& key, const std::string& what) const;
+  // Of one entry of a list, such as "numbers[3]".
+  [[noreturn]] void fail_entry(const std::string& entry, const nlohmann::json& value, const std::string& what) const;
   std::string path(const std::string& key) const { return field_.empty() ? key : field_ + "." + key; }
   const std::string& name() const { return name_; }
 

@@ -1,5 +1,6 @@
 // Plans as JSON (docs/file-formats.md).
 #include <algorithm>
+#include <cmath>
 
 #include "base/file.h"
 #include "codec/row.h"
@@ -55,7 +56,11 @@ ordered_json side_json(const SideConfig& side) {
   if (!t.feedback.empty()) j["feedback"] = half_text(t.feedback);
   for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
     const std::span<const float> values = field.numbers_of(t);
-    if (field.present(t)) j[field.name] = std::vector<float>(values.begin(), values.end());
+    if (!field.present(t)) return;
+    if (!std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); }))
+      throw Error(Status::kInvalidArgument,
+                  "a plan's " + std::string(field.name) + " has numbers that are not finite; make the plan again");
+    j[field.name] = std::vector<float>(values.begin(), values.end());
   });
   return j;
 }
@@ -221,15 +226,22 @@ void write_plan(const Plan& plan, const std::string& path) {
   file.commit();
 }
 
-void check_plan(const Plan& plan, const ModelShape& model, bool force) {
+std::string other_model(const std::string& name, const std::string& fingerprint, const ModelShape& model) {
+  if (name == model.name)
+    return "another model of the same name (" + name + ", fingerprint " + fingerprint + "; this one's is " + model.fingerprint +
+           ")";
+  return "another model (" + name + ", fingerprint " + fingerprint + "; this one is " + model.name + ", " + model.fingerprint +
+         ")";
+}
+
+void check_plan(const Plan& plan, const ModelShape& model, bool force, const std::string& name) {
   if (plan.fingerprint != model.fingerprint && !force) {
-    throw Error(Status::kMismatch, "the plan was made for another model (" + plan.model + ", " + plan.fingerprint +
-                                       "; this one is " + model.name + ", " + model.fingerprint +
-                                       "): make a plan for this one, or force it");
+    throw Error(Status::kMismatch, name + " was made for " + other_model(plan.model, plan.fingerprint, model) +
+                                       ": make a plan for this one with kvmix plan, or force it (--force)");
   }
   if (plan.layers.size() != model.layers.size()) {
-    throw Error(Status::kMismatch, "the plan has " + std::to_string(plan.layers.size()) + " layers, the model " +
-                                       std::to_string(model.layers.size()) + ": make a plan for this model");
+    throw Error(Status::kMismatch, name + " has " + std::to_string(plan.layers.size()) + " layers, the model " +
+                                       std::to_string(model.layers.size()) + ": make a plan for this model with kvmix plan");
   }
 }
 

@@ -73,14 +73,7 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     if (planner->info.needs_profile && request.profile == nullptr) {
       throw Error(Status::kInvalidArgument, "planner " + name + " needs a profile; make one with kvmix profile");
     }
-    if (request.profile != nullptr && request.profile->fingerprint != request.model->fingerprint) {
-      throw Error(Status::kMismatch, "the profile was measured on another model (" + request.profile->model + "); measure " +
-                                         request.model->name + " with kvmix profile");
-    }
-    if (request.profile != nullptr && request.profile->key_score.size() != request.model->layers.size()) {
-      throw Error(Status::kMismatch, "the profile has " + std::to_string(request.profile->key_score.size()) +
-                                         " layers, the model " + std::to_string(request.model->layers.size()));
-    }
+    if (request.profile != nullptr) check_profile(*request.profile, *request.model, false);
     if (planner->info.needs_budget && request.budget.bits <= 0 && request.budget.bytes == 0) {
       throw Error(Status::kInvalidArgument, "planner " + name + " needs a budget: average bits per element, or bytes");
     }

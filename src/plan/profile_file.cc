@@ -13,10 +13,48 @@ constexpr size_t kMostTransforms = 16384, kMostValues = size_t{1} << 22;
 constexpr size_t kMostLayers = 1024, kMostPrompts = 65536, kMostSensitivities = 1 << 20;
 constexpr size_t kLargestFile = size_t{1} << 30;
 constexpr double kHuge = 1e300;
+constexpr float kLargestHalf = 65504.0f;
+
+[[noreturn]] void refuse_number(double value, const std::string& what, size_t layer) {
+  throw Error(Status::kInvalidArgument,
+              "the profile's " + what + " of layer " + std::to_string(layer) + " is " + std::to_string(value) +
+                  ", not a number that it can hold; the model or what measured it is damaged, so nothing is written");
+}
+
+// JSON has no word for numbers that are none.
+void check_numbers(const Profile& profile) {
+  const auto check = [](const std::vector<double>& scores, const char* what) {
+    for (size_t l = 0; l < scores.size(); ++l) {
+      if (!std::isfinite(scores[l])) refuse_number(scores[l], what, l);
+    }
+  };
+  check(profile.key_score, "key score");
+  check(profile.value_score, "value score");
+  for (const auto& row : profile.key_score_by_prompt) check(row, "key score by prompt");
+  for (const auto& row : profile.value_score_by_prompt) check(row, "value score by prompt");
+  for (const Profile::Sensitivity& s : profile.sensitivities) {
+    if (!std::isfinite(s.cost))
+      refuse_number(s.cost,
+                    "sensitivity (" + s.metric + ", " + (s.side == Side::kKey ? "key" : "value") + ", " + s.codec + ", " +
+                        s.transform + ")",
+                    static_cast<size_t>(s.layer));
+  }
+  const auto check_halves = [](const std::vector<float>& values, const std::string& what, size_t layer) {
+    for (const float x : values) {
+      if (!(std::abs(x) <= kLargestHalf)) refuse_number(static_cast<double>(x), what, layer);
+    }
+  };
+  for (const Profile::Transform& t : profile.transforms) {
+    check_halves(t.spec.scales, "transform " + t.name, static_cast<size_t>(t.layer));
+    check_halves(t.spec.feedback, "transform " + t.name, static_cast<size_t>(t.layer));
+  }
+  for (size_t l = 0; l < profile.key_mean.size(); ++l) check_halves(profile.key_mean[l], "mean key", l);
+}
 
 }  // namespace
 
 std::string to_json(const Profile& profile) {
+  check_numbers(profile);
   nlohmann::ordered_json j;
   j["format"] = kFormat;
   j["version"] = kVersion;
@@ -78,9 +116,19 @@ Profile parse_profile(const std::string& json, const std::string& name) {
   profile.fp16.sinks = static_cast<int>(object.integer("sinks", 0, 4096));
   profile.fp16.local_sinks = static_cast<int>(object.integer("local_sinks", 0, 4096));
   profile.fp16.window = static_cast<int>(object.integer("window", 0, 1 << 20));
-  profile.key_score = object.numbers("key_score", 1, kMostLayers, 0, kHuge);
+  const auto scores = [&](const char* key, size_t least, size_t most) {
+    const nlohmann::json& list = object.array(key, least, most);
+    for (size_t l = 0; l < list.size(); ++l) {
+      if (!is_number_within(list[l], 0, kHuge)) {
+        object.fail_entry(std::string(key) + "[" + std::to_string(l) + "]", list[l],
+                          "layer " + std::to_string(l) + " has no score; measure the model again with kvmix profile");
+      }
+    }
+    return list.get<std::vector<double>>();
+  };
+  profile.key_score = scores("key_score", 1, kMostLayers);
   const size_t layers = profile.key_score.size();
-  profile.value_score = object.numbers("value_score", layers, layers, 0, kHuge);
+  profile.value_score = scores("value_score", layers, layers);
   const auto rows = [&](const char* key, double low, double high, size_t least, size_t most) {
     std::vector<std::vector<double>> out;
     for (const nlohmann::json& row : object.array(key, 0, kMostPrompts)) {
@@ -89,11 +137,11 @@ Profile parse_profile(const std::string& json, const std::string& name) {
                              " numbers");
       }
       std::vector<double> values;
-      for (const nlohmann::json& v : row) {
-        if (!v.is_number() || !std::isfinite(v.get<double>()) || v.get<double>() < low || v.get<double>() > high) {
-          object.fail(key, "expected finite numbers");
-        }
-        values.push_back(v.get<double>());
+      for (size_t i = 0; i < row.size(); ++i) {
+        if (!is_number_within(row[i], low, high))
+          object.fail_entry(std::string(key) + "[" + std::to_string(out.size()) + "][" + std::to_string(i) + "]", row[i],
+                            "expected a finite number");
+        values.push_back(row[i].get<double>());
       }
       out.push_back(std::move(values));
     }
@@ -120,6 +168,10 @@ Profile parse_profile(const std::string& json, const std::string& name) {
       s.fail("codec", e.what());
     }
     parsed.transform = s.text("transform", 64);
+    if (!is_number_within(s.get("cost"), -kHuge, kHuge)) {
+      s.fail("cost", "the " + std::string(parsed.side == Side::kKey ? "keys" : "values") + " of layer " +
+                         std::to_string(parsed.layer) + " have no measured cost; measure the model again with kvmix profile");
+    }
     parsed.cost = s.number("cost", -kHuge, kHuge);
     s.finish();
     profile.sensitivities.push_back(std::move(parsed));
@@ -137,11 +189,22 @@ Profile parse_profile(const std::string& json, const std::string& name) {
     t.finish();
     profile.transforms.push_back(std::move(parsed));
   }
-  for (const std::vector<double>& row : rows("key_mean", -65504, 65504, 1, 65536))
+  for (const std::vector<double>& row : rows("key_mean", -kLargestHalf, kLargestHalf, 1, 65536))
     profile.key_mean.emplace_back(row.begin(), row.end());
   if (!profile.key_mean.empty() && profile.key_mean.size() != layers) object.fail("key_mean", "expected a row for each layer");
   object.finish();
   return profile;
+}
+
+void check_profile(const Profile& profile, const ModelShape& model, bool force, const std::string& name) {
+  if (profile.fingerprint != model.fingerprint && !force) {
+    throw Error(Status::kMismatch, name + " was measured on " + other_model(profile.model, profile.fingerprint, model) +
+                                       ": measure this one with kvmix profile");
+  }
+  if (profile.key_score.size() != model.layers.size()) {
+    throw Error(Status::kMismatch, name + " has " + std::to_string(profile.key_score.size()) + " layers, the model " +
+                                       std::to_string(model.layers.size()) + ": measure this model with kvmix profile");
+  }
 }
 
 Profile read_profile(const std::string& path) { return parse_profile(read_file(path, kLargestFile), path); }

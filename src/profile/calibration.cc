@@ -2,13 +2,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "base/checksum.h"
 #include "base/file.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
+#include "profile/json_lines.h"
 
 namespace kvmix {
 namespace {
@@ -133,21 +132,12 @@ std::vector<std::vector<Token>> own_prompts(std::shared_ptr<const Model> model, 
 }
 
 std::vector<std::vector<Token>> file_prompts(const Model& model, const CalibrationOptions& options) {
-  const std::string content = read_file(options.file, size_t{1} << 30);
+  std::string content = read_file(options.file, size_t{1} << 30);
+  if (content.starts_with("\xef\xbb\xbf")) content.erase(0, 3);  // a mark of the encoding, not of the text
   const bool jsonl = options.file.ends_with(".jsonl");
   std::vector<std::string> texts;
   if (jsonl) {
-    std::istringstream lines(content);
-    std::string line;
-    for (size_t number = 1; std::getline(lines, line); ++number) {
-      if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-      const nlohmann::json value = nlohmann::json::parse(line, nullptr, false);
-      if (!value.is_object() || !value.contains("text") || !value["text"].is_string()) {
-        throw Error(Status::kCorrupt, options.file + ": line " + std::to_string(number) +
-                                          " is not an object with a \"text\"; write one per line");
-      }
-      texts.push_back(value["text"]);
-    }
+    texts = parse_texts(content, options.file);
   } else {
     texts.push_back(content);
   }

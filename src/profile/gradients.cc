@@ -125,12 +125,17 @@ PassResult differentiate(const GgufModel& model, const TransposedWeights& weight
 
   PassResult result;
   for (const double l : losses) result.loss += l / static_cast<double>(n - 1);
+  if (!std::isfinite(result.loss)) model.refuse_not_finite("the losses of a calibration prompt");
   for (size_t i = 0; i < norms.size(); i += 2) {
     const auto norm = [&](const ggml_tensor* t) {  // of the mean loss
       return std::sqrt(static_cast<double>(*static_cast<const float*>(t->data))) / static_cast<double>(n - 1);
     };
     result.key_norm.push_back(norm(norms[i]));
     result.value_norm.push_back(norm(norms[i + 1]));
+  }
+  for (size_t l = 0; l < result.key_norm.size(); ++l) {
+    if (!std::isfinite(result.key_norm[l]) || !std::isfinite(result.value_norm[l]))
+      model.refuse_not_finite("the gradients of layer " + std::to_string(l));
   }
   if (options.rows) {
     for (const LayerNodes& layer : hooks.layers) {

@@ -109,7 +109,8 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const GgufModel& inside = gguf_model(*model);
   const ModelShape& shape = model->shape();
   if (profile.fingerprint != shape.fingerprint) {
-    throw Error(Status::kMismatch, "the profile was measured on another model (" + profile.model + "); start a new one");
+    throw Error(Status::kMismatch,
+                "the profile was measured on " + other_model(profile.model, profile.fingerprint, shape) + ": start a new one");
   }
   const size_t layers = shape.layers.size();
   const int threads = thread_count(options.threads);

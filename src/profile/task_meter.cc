@@ -1,25 +1,18 @@
 // Accuracy of plans on tasks: KVTuner's own objective (arXiv 2502.04420; its search runs on exact matches of greedy answers).
 #include <algorithm>
 #include <cctype>
-#include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "base/file.h"
 #include "base/machine.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
+#include "profile/json_lines.h"
 
 namespace kvmix {
 namespace {
 
 constexpr size_t kLargestFile = size_t{1} << 30;
 constexpr int64_t kSpareTokens = 4;  // an answer may be split otherwise than its text alone
-
-std::string trimmed(const std::string& text) {
-  const char* spaces = " \t\r\n";
-  const size_t first = text.find_first_not_of(spaces);
-  return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(spaces) - first + 1);
-}
 
 class TaskMeter final : public PlanMeter {
  public:
@@ -76,30 +69,7 @@ bool is_answer(const std::string& text, const std::string& answer) {
          (said.size() == wanted.size() || std::isalnum(static_cast<unsigned char>(said[wanted.size()])) == 0);
 }
 
-std::vector<Task> read_tasks(const std::string& path) {
-  std::istringstream lines(read_file(path, kLargestFile));
-  std::vector<Task> tasks;
-  std::string line;
-  for (size_t number = 1; std::getline(lines, line); ++number) {
-    if (trimmed(line).empty()) continue;
-    const nlohmann::json value = nlohmann::json::parse(line, nullptr, false);
-    const auto text = [&](const char* key) {
-      const bool there = value.is_object() && value.contains(key) && value[key].is_string();
-      const std::string found = there ? value[key].get<std::string>() : "";
-      if (trimmed(found).empty()) {
-        throw Error(Status::kCorrupt, path + ": line " + std::to_string(number) + " is not an object with a \"" + key +
-                                          "\"; write {\"prompt\": ..., \"answer\": ...}, one a line");
-      }
-      return found;
-    };
-    tasks.push_back({text("prompt"), text("answer")});
-  }
-  if (tasks.size() < 3) {
-    throw Error(Status::kInvalidArgument,
-                path + ": " + std::to_string(tasks.size()) + " tasks; give at least 3, of which the last third is held out");
-  }
-  return tasks;
-}
+std::vector<Task> read_tasks(const std::string& path) { return parse_tasks(read_file(path, kLargestFile), path); }
 
 std::unique_ptr<PlanMeter> make_task_meter(std::shared_ptr<const Model> model, std::vector<Task> tasks, int threads) {
   const auto searched = static_cast<ptrdiff_t>(tasks.size() - tasks.size() / 3);

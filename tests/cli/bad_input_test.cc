@@ -57,7 +57,7 @@ TEST_F(Cli, FilesThatAreNotWhatTheyShouldBeAreRefused) {
   refused(bad, {"plan.json", "surprise"});
   bad = good;
   bad["fingerprint"] = "0123456789abcdef";
-  refused(bad, {"another model"});
+  refused(bad, {"plan.json", "another model of the same name", "0123456789abcdef", "kvmix plan", "--force"});
   EXPECT_EQ(run({"generate", model_, "-p", "a", "-n", "1", "--plan", plan, "--force"}).status, 0);
 }
 
@@ -181,10 +181,81 @@ TEST_F(Cli, ProfilesThatAreDamagedOrSomethingElseAreRefused) {
   refused(testing::read_bytes(model_), {"profile.json"});
   json other = json::parse(good);
   other["fingerprint"] = "0123456789abcdef";
-  refused(other.dump(), {"another model"});
+  refused(other.dump(), {"profile.json", "measured on another model of the same name", "0123456789abcdef", "kvmix profile"});
+  other["model"] = "Other";
+  refused(other.dump(),
+          {"profile.json", "measured on another model (Other, fingerprint 0123456789abcdef; this one is tiny llama"});
   other = json::parse(good);
   other["key_score"][0] = "much";
   refused(other.dump(), {"profile.json", "key_score"});
+  other = json::parse(good);
+  other["value_score"][1] = nullptr;
+  refused(other.dump(), {"profile.json", "value_score[1] is null", "layer 1", "kvmix profile"});
+  other = json::parse(good);
+  other["sensitivities"] = {{{"metric", "kl"},
+                             {"layer", 2},
+                             {"side", "value"},
+                             {"codec", "int2.token.g64.minmax.zero"},
+                             {"transform", "plain"},
+                             {"cost", nullptr}}};
+  refused(other.dump(), {"profile.json", "sensitivities[0].cost is null", "values of layer 2", "kvmix profile"});
+  other = json::parse(good);
+  other["model"] = "\x1b[31mred";
+  refused(other.dump(), {"profile.json", "model", "control characters"});
+}
+
+TEST_F(Cli, EvaluationsThatAreDamagedOrOfAnotherModelAreNotReported) {
+  const std::string file = folder_.file("eval.json"), page = folder_.file("report.html");
+  std::string text;
+  for (int i = 0; i < 400; ++i) text += "the sea is a sea of words ";
+  const Outcome o =
+      run({"eval", model_, "--text", "-", "--context", "256", "--windows", "1", "--uniform", "2/2", "--json", "--quiet"}, text);
+  ASSERT_EQ(o.status, 0) << o.err;
+  const json good = json::parse(o.out);
+  const auto reported = [&](const json& value) {
+    testing::write_bytes(file, value.dump());
+    return run({"report", model_, "--eval", file, "-o", page, "--quiet"});
+  };
+  EXPECT_EQ(reported(good).status, 0);
+  const auto refused = [&](const json& value, const std::vector<std::string>& words) {
+    std::filesystem::remove(page);
+    testing::write_bytes(file, value.dump());
+    refuses(1, {"report", model_, "--eval", file, "-o", page}, words);
+    EXPECT_FALSE(std::filesystem::exists(page));
+  };
+  json bad = good;
+  bad["fingerprint"] = "0123456789abcdef";
+  refused(bad, {"eval.json", "measured on another model of the same name", "0123456789abcdef", "kvmix eval"});
+  bad = good;
+  bad["rows"][1]["kl_mean"] = nullptr;
+  refused(bad, {"eval.json", "rows[1].kl_mean is null"});
+  bad = good;
+  bad["rows"][1].erase("top1");
+  refused(bad, {"eval.json", "rows[1] (uniform 2/2)", "top1"});
+  refused(json::array(), {"eval.json", "kvmix eval --json"});
+  bad = good;  // numbers so close that an axis has no steps between them
+  for (auto& row : bad["rows"]) row["bits_per_element"] = 1e5;
+  EXPECT_EQ(reported(bad).status, 0);
+  bad = good;  // a peer that could not run has no numbers
+  bad["rows"].push_back({{"name", "llama.cpp q4_0"}, {"lost", "block size"}});
+  EXPECT_EQ(reported(bad).status, 0);
+}
+
+TEST_F(Cli, AModelWithNumbersThatAreNoneIsNotProfiled) {
+  const std::string bad = folder_.file("bad.gguf"), calibration = folder_.file("calibration.txt"),
+                    out = folder_.file("profile.json");
+  testing::write_tiny_model({.architecture = "llama", .not_finite = "blk.1.ffn_up.weight"}, bad);
+  std::string text;
+  for (int i = 0; i < 100; ++i) text += "the sea is a sea of words ";
+  testing::write_bytes(calibration, text);
+  for (const std::vector<std::string>& more :
+       {std::vector<std::string>{}, {"--sensitivity", "fisher"}, {"--sensitivity", "kl"}}) {
+    std::vector<std::string> command = {"profile",  bad,   "--calib", calibration, "--prompts", "1",
+                                        "--tokens", "512", "--quiet", "-o",        out};
+    command.insert(command.end(), more.begin(), more.end());
+    refuses(1, command, {"bad.gguf", "blk.1.ffn_up.weight", "not finite"});
+    EXPECT_FALSE(std::filesystem::exists(out));
+  }
 }
 
 TEST_F(Cli, FilesOfNoKindAreSaidToBeSo) {

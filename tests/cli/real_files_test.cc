@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/fixture.h"
+#include "cli/terminal.h"
 
 namespace kvmix {
 namespace {
@@ -43,27 +44,60 @@ TEST_F(Cli, APeerThatCannotRunLosesItsRowOnly) {
   }
 }
 
-TEST_F(Cli, StoppedEvaluationsPrintTheRowsThatAreComplete) {
+// Long commands that are stopped once the terminal shows that some rows are complete.
+TEST_F(Cli, StoppedCommandsPrintTheRowsThatAreComplete) {
   std::string text;
   for (int i = 0; i < 20000; ++i) text += "the sea is a sea of words ";
   testing::write_bytes(folder_.file("text.txt"), text);
-  // Progress comes every ten seconds outside of terminals; windows of 64 tokens are complete long before.
-  Program evaluating(folder_, {"eval", model_, "--text", folder_.file("text.txt"), "--context", "64", "--windows", "0",
-                               "--uniform", "2/2", "--json"});
-  ASSERT_TRUE(evaluating.until([&] { return !evaluating.err().empty(); }));
-  std::this_thread::sleep_for(std::chrono::seconds(4));
-  evaluating.terminate();
-  const Outcome o = evaluating.wait();
-  EXPECT_EQ(o.status, 143) << o.err;
-  const json result = json::parse(o.out);
-  EXPECT_EQ(result["interrupted"], true);
-  ASSERT_EQ(result["rows"].size(), 2u);
-  EXPECT_GT(result["rows"][1]["scored_tokens"], 0);
-
-  Program timing(folder_, {"bench", model_, "--depths", "0,900", "--tokens", "100", "--repetitions", "1000", "--quiet"});
-  std::this_thread::sleep_for(std::chrono::seconds(2));
-  timing.interrupt();
-  EXPECT_EQ(timing.wait().status, 130);
+  struct Command {
+    std::vector<std::string> words;
+    std::string until;
+    size_t least, most;  // rows
+    const char* list;
+  };
+  const std::vector<std::string> eval = {"eval",      model_, "--text",    folder_.file("text.txt"),
+                                         "--uniform", "2/2",  "--windows", "0"};
+  const auto with = [](std::vector<std::string> words, const std::vector<std::string>& more) {
+    words.insert(words.end(), more.begin(), more.end());
+    return words;
+  };
+  const std::vector<Command> commands = {
+      {with(eval, {"--context", "64"}), "after 2 windows", 2, 2, "rows"},
+      {with(eval, {"--generate", "--windows", "12", "--prompt-tokens", "64", "--tokens", "800"}), "uniform 2/2", 1, 1, "rows"},
+      {{"eval", model_, "--needle", "--contexts", "256,900", "--trials", "20", "--uniform", "2/2"},
+       "f16 at 900",
+       5,
+       15,
+       "cells"},
+      {{"bench", model_, "--depths", "0,100,900", "--tokens", "20", "--repetitions", "500", "--uniform", "2/2"},
+       "at 100",
+       2,
+       4,
+       "rows"}};
+  for (const Command& command : commands) {
+    for (const bool as_json : {false, true}) {
+      testing::Terminal running(with(command.words, as_json ? std::vector<std::string>{"--json"} : std::vector<std::string>{}),
+                                120);
+      ASSERT_TRUE(running.shows(command.until)) << running.screen();
+      if (as_json) {
+        running.terminate();
+      } else {
+        running.type("\x03");
+      }
+      EXPECT_EQ(running.wait(), as_json ? 143 : 130) << running.screen();
+      const std::string& screen = running.screen();
+      EXPECT_NE(screen.find("kvmix: interrupted"), std::string::npos) << screen;
+      if (!as_json) {
+        EXPECT_NE(screen.find("stopped before the end"), std::string::npos) << screen;
+        continue;
+      }
+      const size_t begin = screen.rfind("\n{") == std::string::npos ? screen.find('{') : screen.rfind("\n{") + 1;
+      const json result = json::parse(screen.substr(begin, screen.rfind('}') + 1 - begin));
+      EXPECT_EQ(result["interrupted"], true);
+      EXPECT_GE(result[command.list].size(), command.least) << result;
+      EXPECT_LE(result[command.list].size(), command.most) << result;
+    }
+  }
 }
 
 TEST_F(Cli, AModelWithNumbersThatAreNoneIsNotContinued) {
@@ -79,12 +113,102 @@ TEST_F(Cli, ALongWordIsReadOrRefused) {
 }
 
 TEST_F(Cli, SpecialTokensInAPromptAreTakenOnRequest) {
-  const auto tokens = [&](const std::vector<std::string>& more) {
-    std::vector<std::string> command = {"generate", model_, "-p", "a</s>b", "-n", "1", "--json", "--quiet"};
+  const auto tokens = [&](const std::string& prompt, const std::vector<std::string>& more) {
+    std::vector<std::string> command = {"generate", model_, "-p", prompt, "-n", "1", "--json", "--quiet"};
     command.insert(command.end(), more.begin(), more.end());
     return json::parse(run(command).out)["prompt_tokens"].get<int>();
   };
-  EXPECT_LT(tokens({"--special"}), tokens({}));
+  EXPECT_LT(tokens("a</s>b", {"--special"}), tokens("a</s>b", {}));
+  EXPECT_EQ(tokens("<s>a", {"--special"}), tokens("a", {"--special"}));  // a first token that is written out is the only one
+}
+
+TEST_F(Cli, AnEncodingsMarkIsNoText) {
+  const auto tokens = [&](const std::string& prompt) {
+    return json::parse(run({"generate", model_, "-f", "-", "-n", "1", "--json", "--quiet"}, prompt).out)["prompt_tokens"];
+  };
+  EXPECT_EQ(tokens("\xef\xbb\xbf"
+                   "a tide"),
+            tokens("a tide"));
+}
+
+// As when a download overwrites the file of a model that runs.
+TEST_F(Cli, AModelThatIsCutShortWhileItRunsIsSaidToBe) {
+  const std::string copy = folder_.file("copy.gguf");
+  std::filesystem::copy_file(model_, copy);
+  Program generating(folder_, {"generate", copy, "-p", "a", "-n", "100000", "--temperature", "0.5", "--threads", "1"});
+  ASSERT_TRUE(generating.until([&] { return !generating.out().empty(); }));
+  std::filesystem::resize_file(copy, 4096);
+  const Outcome o = generating.wait();
+  EXPECT_EQ(o.status, 1) << o.err;
+  EXPECT_NE(o.err.find("kvmix: the model's file was cut short"), std::string::npos) << o.err;
+}
+
+TEST_F(Cli, ModelsAreFoundThroughLinksAndFromAnyFolder) {
+  testing::write_tiny_model({.architecture = "llama", .parts = 2}, folder_.file("blobs with spaces"));
+  // As in a cache of downloads: names in one folder, links to files of other names.
+  std::filesystem::create_directory(folder_.file("names"));
+  for (int part = 0; part < 2; ++part) {
+    const std::string blob = folder_.file("blob" + std::to_string(part));
+    std::filesystem::rename(testing::tiny_part(folder_.file("blobs with spaces"), part, 2), blob);
+    std::filesystem::create_symlink(blob, testing::tiny_part(folder_.file("names/m\xc3\xb6"
+                                                                          "del"),
+                                                             part, 2));
+  }
+  const Outcome o = run({"inspect",
+                         testing::tiny_part(folder_.file("names/m\xc3\xb6"
+                                                         "del"),
+                                            1, 2),
+                         "--json"});
+  EXPECT_EQ(o.status, 0) << o.err;
+  std::filesystem::create_symlink(folder_.file("nowhere"), folder_.file("dangling.gguf"));
+  refuses(1, {"generate", folder_.file("dangling.gguf"), "-p", "a"}, {"dangling.gguf", "No such file"});
+  refuses(1, {"generate", folder_.file("names"), "-p", "a"}, {"names", "not a regular file"});
+}
+
+// Greedy text does not depend on how many threads there are, nor on what was asked before in the same process.
+TEST_F(Cli, ThreadsDoNotChangeTheText) {
+  const auto text = [&](const std::string& threads) {
+    return json::parse(run({"generate", model_, "-p", "a tide is", "-n", "200", "--temperature", "0", "--cache", "4/4",
+                            "--threads", threads, "--json", "--quiet"})
+                           .out)["text"];
+  };
+  const json one = text("1");
+  EXPECT_FALSE(one.get<std::string>().empty());
+  for (const char* threads : {"2", "3", "5"}) EXPECT_EQ(text(threads), one) << threads;
+}
+
+TEST_F(Cli, ChatTemplatesAreNamedOrFilesOrRefused) {
+  const auto prompt_tokens = [&](const std::string& chat_template) {
+    const Outcome o =
+        run({"generate", model_, "-p", "a", "-n", "1", "--chat", "--chat-template", chat_template, "--json", "--quiet"});
+    EXPECT_EQ(o.status, 0) << o.err;
+    return json::parse(o.out)["prompt_tokens"].get<int>();
+  };
+  EXPECT_GT(prompt_tokens("chatml"), 20);  // the words around the message are bytes to this vocabulary
+  const std::string file = folder_.file("template.jinja");
+  testing::write_bytes(file, "{% for m in messages %}{{ m.content }}{% endfor %}");
+  const int bare = prompt_tokens(file);
+  EXPECT_LT(bare, 5);
+  testing::write_bytes(file, "{% for m in messages %}{{ m.content }}</s>{% endfor %}");
+  EXPECT_EQ(prompt_tokens(file), bare + 1);
+  testing::write_bytes(file, "{% for m in messages %}{{ m.content");
+  const std::vector<std::string> command = {"generate", model_, "-p", "a", "--chat", "--chat-template"};
+  const auto with = [&](const std::string& chat_template) {
+    std::vector<std::string> words = command;
+    words.push_back(chat_template);
+    return words;
+  };
+  refuses(1, with(file), {"template.jinja", "cannot write"});
+  refuses(1, with(folder_.file("none.jinja")), {"none.jinja", "check the path"});
+  refuses(2, with("chatml2"), {"chatml2", "chatml,", "file with Jinja"});
+  refuses(2, {"generate", model_, "-p", "a", "--chat-template", "chatml"}, {"--chat"});
+  refuses(2, {"generate", model_, "-p", "a", "--chat"}, {"no chat template", "--chat-template"});
+  testing::write_bytes(
+      file,
+      "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}{{ messages[0].content }}");
+  refuses(1, {"chat", model_, "--chat-template", file, "--system", "be brief"}, {"template.jinja", "no system messages"});
+  const Outcome o = Program(folder_, {"chat", model_, "--chat-template", file, "-n", "3"}, "hello\n").wait();
+  EXPECT_EQ(o.status, 0) << o.err;
 }
 
 }  // namespace

@@ -47,6 +47,8 @@ class Terminal {
     if (write(master_, keys.data(), keys.size()) != static_cast<ssize_t>(keys.size())) throw std::runtime_error("cannot type");
   }
 
+  void terminate() const { kill(child_, SIGTERM); }
+
   // Waits up to two minutes until `text` is shown after what an earlier call found; false if the program ended before.
   bool shows(const std::string& text) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(2);

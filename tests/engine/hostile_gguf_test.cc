@@ -1,7 +1,6 @@
 // Damaged GGUF files end in kvmix::Error: never in a crash, and never in a model that crashes when it is used.
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <cstring>
 
 #include "kvmix/engine.h"
@@ -11,7 +10,7 @@
 namespace kvmix {
 namespace {
 
-constexpr int kSeconds = 20;
+constexpr int kFiles = 1000;
 
 // Loads the file and, if that works, uses it. Returns whether it was refused.
 bool refused(const std::string& path) {
@@ -85,20 +84,16 @@ TEST_F(HostileGguf, AByteTokenThatIsNoByteIsRefused) { EXPECT_TRUE(refuses(repla
 
 TEST_F(HostileGguf, FlippedBitsAndBytesNeverCrash) {
   std::mt19937 random(11);
-  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(kSeconds);
-  int files = 0, refusals = 0;
-  while (std::chrono::steady_clock::now() < until) {
+  int refusals = 0;
+  for (int file = 0; file < kFiles; ++file) {
     std::string bytes = bytes_;
     for (unsigned changes = 1 + random() % 3; changes > 0; --changes) {
       char& byte = bytes[random() % header_bytes_];
       byte = random() % 2 == 0 ? static_cast<char>(byte ^ (1 << random() % 8)) : static_cast<char>(random());
     }
     refusals += refuses(bytes) ? 1 : 0;
-    ++files;
   }
-  EXPECT_GT(files, 100);
   EXPECT_GT(refusals, 0);
-  RecordProperty("files", files);
   RecordProperty("refused", refusals);
 }
 

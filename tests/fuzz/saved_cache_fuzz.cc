@@ -1,14 +1,16 @@
 // Saved caches from anybody: whatever the bytes, loading ends in a cache that works or in an Error, and leaves nothing behind.
-// LLVMFuzzerTestOneInput is libFuzzer's entry point; the test below drives it with a bounded number of fixed mutations.
-// Checksums are made right again, so that the checks behind them are reached.
-#include <gtest/gtest.h>
+// An input's first byte says how the rest is read: under which token policy (bits 0 and 1, kPolicies), and whether the
+// checksum is made right again, so that the checks behind it are reached (bit 2: it is not).
 #include <unistd.h>
 
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <stdexcept>
 
 #include "base/checksum.h"
+#include "fuzz/memory_file.h"
+#include "fuzz/target.h"
 #include "kvmix/error.h"
 #include "support/cache_fixture.h"
 
@@ -31,11 +33,6 @@ CacheConfig fuzz_config(const std::string& policy) {
   return config;
 }
 
-std::string fuzz_path() {
-  static const std::string path = ::testing::TempDir() + "/kvmix_fuzz_" + std::to_string(getpid());
-  return path;
-}
-
 std::string with_checksum(std::string content) {
   if (content.size() < kMagicBytes + 8) return content;
   Checksum sum;
@@ -48,13 +45,12 @@ std::string with_checksum(std::string content) {
 
 // Loads the bytes; a cache that is accepted must decode a token, be cut and be removed. Returns whether it was accepted.
 bool load_and_use(const std::string& content, const std::string& policy) {
-  std::filesystem::remove(fuzz_path());  // truncating in place would make some file systems flush
-  std::ofstream(fuzz_path(), std::ios::binary) << content;
+  const fuzz::MemoryFile file(content);
   Cache cache(fuzz_config(policy));
   const size_t empty = cache.memory().total_bytes;
   SequenceId id;
   try {
-    id = cache.load(fuzz_path(), kFingerprint);
+    id = cache.load(file.path(), kFingerprint);
   } catch (const Error&) {
     if (!cache.sequences().empty() || cache.memory().total_bytes != empty)
       throw std::logic_error("a refused file left something");
@@ -72,19 +68,6 @@ bool load_and_use(const std::string& content, const std::string& policy) {
   return true;
 }
 
-}  // namespace
-}  // namespace kvmix
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  const std::string content = kvmix::with_checksum(std::string(reinterpret_cast<const char*>(data), size));
-  for (const char* policy : kvmix::kPolicies) kvmix::load_and_use(content, policy);
-  return 0;
-}
-
-namespace kvmix {
-namespace {
-
 std::string saved(int tokens, const std::string& policy) {
   Cache cache(fuzz_config(policy));
   std::mt19937 random(2);
@@ -94,55 +77,38 @@ std::string saved(int tokens, const std::string& policy) {
     testing::Rows rows = testing::random_rows(cache.config().layers[0], n, random);
     testing::step(cache, {{id, n}}, rows);
   }
-  cache.save(id, fuzz_path(), kFingerprint);
-  std::ifstream file(fuzz_path(), std::ios::binary);
-  return std::string(std::istreambuf_iterator<char>(file), {});
+  const auto path = std::filesystem::temp_directory_path() / ("kvmix_fuzz_" + std::to_string(getpid()));
+  cache.save(id, path.string(), kFingerprint);
+  std::ifstream file(path, std::ios::binary);
+  std::string bytes(std::istreambuf_iterator<char>(file), {});
+  std::filesystem::remove(path);
+  return bytes;
 }
 
-void mutate_and_load(const std::string& policy) {
-  std::mt19937 random(3);
-  int accepted = 0;
-  for (const int tokens : {0, 3, 300, 600}) {
-    const std::string good = saved(tokens, policy);
-    ASSERT_TRUE(load_and_use(good, policy)) << tokens;
-    for (int i = 0; i < 1500; ++i) {
-      std::string bad = good;
-      // The header is where sizes are.
-      const size_t reach = random() % 4 == 0 ? bad.size() : std::min<size_t>(bad.size(), policy.empty() ? 220 : 1500);
-      for (unsigned edits = 1 + random() % 3; edits > 0; --edits) {
-        const size_t at = random() % reach;
-        switch (random() % 4) {
-          case 0:
-            bad[at] = static_cast<char>(bad[at] ^ (1 << (random() % 8)));
-            break;
-          case 1: {
-            const int64_t odd[] = {0, -1, 1, INT64_MAX, INT64_MIN, int64_t{1} << 32, int64_t{1} << 39, 127, 128, 129};
-            const int64_t value = odd[random() % std::size(odd)];
-            const size_t width = random() % 2 == 0 ? 4 : 8;
-            if (at + width <= bad.size()) std::memcpy(bad.data() + at, &value, width);
-            break;
-          }
-          case 2:
-            bad.resize(bad.size() - std::min(bad.size() - 1, static_cast<size_t>(random() % 200)));
-            break;
-          default:
-            bad.insert(at, std::string(random() % 64, '\x01'));
-            break;
-        }
-        if (bad.size() < reach) break;
-      }
-      if (random() % 8 != 0) bad = with_checksum(bad);
-      accepted += load_and_use(bad, policy) ? 1 : 0;
+// Of the first byte.
+constexpr unsigned kPolicyBits = 3, kChecksumAsIs = 4;
+
+bool accepts(const std::string& input) {
+  if (input.empty()) return false;
+  const auto how = static_cast<unsigned char>(input[0]);
+  const std::string content = input.substr(1);
+  return load_and_use((how & kChecksumAsIs) != 0 ? content : with_checksum(content), kPolicies[how & kPolicyBits]);
+}
+
+std::vector<fuzz::Seed> seeds() {
+  std::vector<fuzz::Seed> out;
+  for (size_t policy = 0; policy < std::size(kPolicies); ++policy) {
+    // The header is where sizes are; with a policy page lists follow it.
+    for (const int tokens : {0, 3, 300, 600}) {
+      std::string input(1, static_cast<char>(policy));
+      input += saved(tokens, kPolicies[policy]);
+      out.push_back({input, policy > 0 ? size_t{1500} : 220});
     }
   }
-  EXPECT_GT(accepted, 0);  // changed codes are valid codes: some must reach the kernels
-  std::filesystem::remove(fuzz_path());
+  return out;
 }
 
-TEST(SavedCacheFuzz, MutatedFilesAreRefusedOrWork) { mutate_and_load(""); }
-TEST(SavedCacheFuzz, MutatedPageListsAreRefusedOrWork) { mutate_and_load("snapkv"); }
-TEST(SavedCacheFuzz, MutatedMassIsRefusedOrWorks) { mutate_and_load("h2o"); }
-TEST(SavedCacheFuzz, MutatedTiersAreRefusedOrWork) { mutate_and_load("leankv"); }
+const fuzz::Registered registered({"saved_cache", seeds, accepts, 24000});
 
 }  // namespace
 }  // namespace kvmix

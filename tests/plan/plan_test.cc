@@ -487,6 +487,39 @@ TEST(Files, KeepCalibratedTransforms) {
   mutate(text, [&](const std::string& t) { Cache tried(cache_config(parse_plan(t, "fuzz"), model)); });
 }
 
+TEST(Files, NumbersThatAreNoneAreNotWritten) {
+  const ModelShape model = shape(3);
+  const auto refused = [](const Profile& p, const std::vector<std::string>& words) {
+    try {
+      to_json(p);
+      FAIL() << words[0];
+    } catch (const Error& e) {
+      for (const std::string& word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+    }
+  };
+  Profile p = profile(model);
+  p.value_score[2] = NAN;
+  refused(p, {"value score of layer 2", "nan"});
+  p = profile(model);
+  p.key_score_by_prompt = {{1, INFINITY, 1}};
+  refused(p, {"key score by prompt of layer 1", "inf"});
+  p = profile(model);
+  p.sensitivities.push_back({"kl", 1, Side::kKey, "int2.channel.g128.fitted.zero", "hadamard", NAN});
+  refused(p, {"sensitivity (kl, key, int2.channel.g128.fitted.zero, hadamard) of layer 1"});
+  p = profile(model);
+  TransformSpec spec;
+  spec.scales = {1.0f, 70000.0f};
+  p.transforms.push_back({"mine", 2, Side::kKey, spec});
+  refused(p, {"transform mine of layer 2", "70000"});
+  const std::string path = ::testing::TempDir() + "/kvmix_profile.json";
+  EXPECT_THROW(write_profile(p, path), Error);
+  EXPECT_FALSE(std::filesystem::exists(path));
+  Plan plan = f16_plan(model);
+  plan.layers[1].key.codec = {2, Axis::kChannel, 128, Fit::kMinMax, true};
+  plan.layers[1].key.transform.scales = {INFINITY};
+  EXPECT_THROW(to_json(plan), Error);
+}
+
 TEST(Files, AreWrittenWholeOrNotAtAll) {
   const ModelShape model = shape(2);
   EXPECT_THROW(write_plan(f16_plan(model), "/nonexistent/folder/plan.json"), Error);

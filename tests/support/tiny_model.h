@@ -38,6 +38,7 @@ struct TinyModel {
   std::string not_finite = {};                       // tensor with a NaN
   std::string name_ending = {};
   std::string pre = {};  // the pre-tokenizer of a vocabulary of byte pairs
+  std::string chat_template = {};
   static constexpr int kDim = 128, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kFfn = 192, kContext = 1024;
 };
 
@@ -154,6 +155,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
   gguf_set_arr_str(gguf.get(), "tokenizer.ggml.tokens", texts.data(), vocab);
   gguf_set_arr_data(gguf.get(), "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), vocab);
   gguf_set_arr_data(gguf.get(), "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), vocab);
+  if (!m.chat_template.empty()) gguf_set_val_str(gguf.get(), "tokenizer.chat_template", m.chat_template.c_str());
   gguf_set_val_u32(gguf.get(), "tokenizer.ggml.bos_token_id", 1);
   gguf_set_val_u32(gguf.get(), "tokenizer.ggml.eos_token_id", 2);
 

@@ -5,7 +5,7 @@
 
 namespace kvmix {
 
-#if defined(__x86_64__)
+#if defined(KVMIX_SIMD)
 extern const AttentionKernel kAvx512VnniKernel;
 extern const AttentionKernel kAvx512Bf16Kernel;
 extern const AttentionKernel kAvxVnniKernel;
@@ -16,7 +16,7 @@ extern const AttentionKernel kPortableKernel;
 namespace {
 
 const std::array kKernels = {
-#if defined(__x86_64__)
+#if defined(KVMIX_SIMD)
     &kAvx512VnniKernel, &kAvx512Bf16Kernel, &kAvxVnniKernel, &kAvx2Kernel,
 #endif
     &kPortableKernel,

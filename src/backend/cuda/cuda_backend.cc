@@ -45,6 +45,16 @@ Stream::~Stream() {
   if (owned_) static_cast<void>(cudaStreamDestroy(stream_));
 }
 
+Event::Event() { check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "event"); }
+
+Event::~Event() {
+  if (event_ != nullptr) static_cast<void>(cudaEventDestroy(event_));
+}
+
+void Event::record(cudaStream_t on) const { check_cuda(cudaEventRecord(event_, on), "event: record"); }
+
+void Event::make_wait(cudaStream_t stream) const { check_cuda(cudaStreamWaitEvent(stream, event_, 0), "event: wait"); }
+
 bool CudaBackend::Shape::operator==(const Shape& other) const {
   return std::memcmp(&format, &other.format, sizeof format) == 0 && q_heads == other.q_heads && kv_heads == other.kv_heads &&
          sinks == other.sinks && sliding_window == other.sliding_window;
@@ -55,8 +65,10 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
       device_(current_device()),
       device_rows_(config.device_rows),
       stream_(config.stream),
+      sealing_(nullptr),
       pool_(config.max_bytes, stream_.get()) {
   layers_.reserve(layers.size());
+  layer_sealed_.resize(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const kvmix_cuda_format format = layer_format(layer, "layer " + std::to_string(l));
@@ -90,7 +102,11 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
   }
 }
 
-CudaBackend::~CudaBackend() { static_cast<void>(cudaStreamSynchronize(stream_.get())); }
+CudaBackend::~CudaBackend() {
+  for (const Stream* stream : {&sealing_, &stream_}) static_cast<void>(cudaStreamSynchronize(stream->get()));
+}
+
+void CudaBackend::join() const { sealed_.make_wait(stream_.get()); }
 
 void CudaBackend::use_device() const { check_cuda(cudaSetDevice(device_), "device"); }
 
@@ -113,6 +129,12 @@ void CudaBackend::release(PageHandle page, const PageFormat& format) {
   pool_.release(static_cast<uint32_t>(page - 1), format.bytes);
 }
 
+void CudaBackend::trim() {
+  use_device();
+  join();  // the pool waits for the stream
+  pool_.trim();
+}
+
 size_t CudaBackend::scratch_bytes() const {
   size_t bytes = inputs_.bytes() + tables_.bytes() + queries_.bytes() + outputs_.bytes() + workspace_.bytes();
   for (const DeviceMemory* rows : {&host_q_, &host_k_, &host_v_, &host_out_}) bytes += rows->bytes();
@@ -122,6 +144,7 @@ size_t CudaBackend::scratch_bytes() const {
 
 void CudaBackend::copy(PageHandle from, PageHandle to, const PageFormat& format) {
   use_device();
+  join();
   check_cuda(cudaMemcpyAsync(memory(to), memory(from), format.bytes, cudaMemcpyDeviceToDevice, stream_.get()), "copy a page");
 }
 
@@ -130,6 +153,7 @@ void CudaBackend::transcode(const Transcode& job) {
   use_device();
   if (!format(job.to()).appendable() || format(job.from).appendable())
     throw Error(Status::kInternal, "a page is sealed outside a step");
+  join();
   open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)),
               record_shape(layers_[static_cast<size_t>(job.layer)].format), reinterpret_cast<uint8_t*>(memory(job.to().handle)),
               stream_.get());

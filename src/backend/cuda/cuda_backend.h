@@ -1,4 +1,5 @@
-// Pages in device memory, attended to by the kernels of attention/cuda. All work is queued on one stream. cuda_backend.cc holds
+// Pages in device memory, attended to by the kernels of attention/cuda. All work is queued on one stream, but sealing, which a
+// second one does beside the attention of the layers before. cuda_backend.cc holds
 // pages and constants, step.cc makes a step's tables and launches, stored.cc moves pages between the device and files.
 //
 // The kernels' page tables hold one id for all heads of a page; here each head has pages of its own, so a launch takes every
@@ -9,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
@@ -33,6 +35,19 @@ class Stream {
   bool owned_;
 };
 
+class Event {
+ public:
+  Event();
+  Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
+  Event& operator=(Event&&) = delete;
+  ~Event();
+  void record(cudaStream_t on) const;
+  void make_wait(cudaStream_t stream) const;
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers);
@@ -40,7 +55,7 @@ class CudaBackend final : public Backend {
 
   PageHandle allocate(const PageFormat& format) override;
   void release(PageHandle page, const PageFormat& format) override;
-  void trim() override { pool_.trim(); }
+  void trim() override;
   PoolBytes pool() const override { return {pool_.used_bytes(), pool_.taken_bytes()}; }
   size_t scratch_bytes() const override;
   void copy(PageHandle from, PageHandle to, const PageFormat& format) override;
@@ -103,6 +118,9 @@ class CudaBackend final : public Backend {
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const;
   void seal(const Layer& layer);
+  void seal_all();
+  // Makes what is queued from here on wait for sealing, also of a step that was aborted.
+  void join() const;
   void attend(const Layer& layer, const Launch& launch);
   const PageFormat& format(const PageEntry& page) const { return formats_[static_cast<FormatId>(page.format)]; }
   const Layer& layer_of(const PageFormat& format) const;
@@ -117,7 +135,9 @@ class CudaBackend final : public Backend {
   const FormatTable& formats_;
   int device_;
   bool device_rows_;
-  Stream stream_;
+  Stream stream_, sealing_;
+  Event planned_, sealed_;
+  std::vector<Event> layer_sealed_;
   DevicePool pool_;
   std::vector<DeviceMemory> constants_;
   std::vector<Layer> layers_;

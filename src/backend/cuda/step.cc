@@ -86,13 +86,18 @@ void CudaBackend::write_tables() {
     waited = true;
     size_t end = first;  // rows next to each other are copied together
     while (end < order_.size() && stale(end)) ++end;
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      const Layer& layer = layers_[l];
-      const size_t width = static_cast<size_t>(layer.config.kv_heads) * static_cast<size_t>(tables_.stride);
+    const auto width = [&](size_t l) {
+      return static_cast<size_t>(layers_[l].config.kv_heads) * static_cast<size_t>(tables_.stride);
+    };
+    for (size_t l = 0, alike = 0; l < layers_.size(); ++l) {
       for (size_t row = first; row < end; ++row) {
-        write_table(layer, l, plan_->entries[order_[row]], tables_.host(layer.table_at + row * width));
+        write_table(layers_[l], l, plan_->entries[order_[row]], tables_.host(layers_[l].table_at + row * width(l)));
       }
-      tables_.copy(layer.table_at + first * width, (end - first) * width, stream_.get());
+      ++alike;  // layers whose tables are of one size lie as far apart
+      if (l + 1 < layers_.size() && width(l + 1) == width(l)) continue;
+      tables_.copy(layers_[l + 1 - alike].table_at + first * width(l), (end - first) * width(l), alike,
+                   tables_.rows() * width(l), stream_.get());
+      alike = 0;
     }
     for (; first < end; ++first) tables_.revisions[first] = plan_->entries[order_[first]].pages->revision;
   }
@@ -191,8 +196,26 @@ void CudaBackend::begin(const StepPlan& plan) {
     write_seals(layer, l, reinterpret_cast<int32_t*>(to + layer.open_ids_at),
                 reinterpret_cast<int32_t*>(to + layer.record_ids_at));
   }
+  join();
   inputs_.upload(bytes, stream_.get());
   write_tables();
+  seal_all();
+}
+
+// What a layer seals must be there when that layer is attended to.
+void CudaBackend::seal_all() {
+  bool any = false;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    if (layers_[l].seals == 0) continue;
+    if (!any) {
+      planned_.record(stream_.get());
+      planned_.make_wait(sealing_.get());
+    }
+    any = true;
+    seal(layers_[l]);
+    layer_sealed_[l].record(sealing_.get());
+  }
+  if (any) sealed_.record(sealing_.get());
 }
 
 void CudaBackend::seal(const Layer& layer) {
@@ -202,7 +225,7 @@ void CudaBackend::seal(const Layer& layer) {
   p.open_pages = p.records = pool_.base();
   p.open_page_stride = p.record_page_stride = kPageUnit;
   p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
-  p.stream = stream_.get();
+  p.stream = sealing_.get();
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
   cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
 }
@@ -224,7 +247,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
     bring(k, k_stride, host_k_);
     bring(v, v_stride, host_v_);
   }
-  if (layer.seals > 0) seal(layer);
+  if (layer.seals > 0) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
   append_rows(
       {.k = k,
        .v = v,

@@ -49,6 +49,7 @@ const CudaBackend::Layer& CudaBackend::layer_of(const PageFormat& format) const 
 
 std::vector<std::byte> CudaBackend::host_copy(const PageEntry& page) const {
   use_device();
+  join();
   std::vector<std::byte> bytes(format(page).bytes);
   check_cuda(cudaMemcpyAsync(bytes.data(), memory(page.handle), bytes.size(), cudaMemcpyDeviceToHost, stream_.get()),
              "read a page");
@@ -114,6 +115,7 @@ void CudaBackend::save(const PageEntry& page, std::string& to) const {
 
 void CudaBackend::load(const PageEntry& page, const char* from) {
   use_device();
+  join();
   const PageFormat& f = format(page);
   std::vector<std::byte> bytes(f.bytes);
   if (!f.appendable()) {
