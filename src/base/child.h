@@ -10,7 +10,7 @@
 namespace kvmix {
 
 struct ChildLimits {
-  int seconds = 5;                   // of processor time
+  int seconds = 3;                   // of processor time
   size_t bytes = size_t{512} << 20;  // more memory than now
 };
 

@@ -99,9 +99,11 @@ std::vector<fuzz::Seed> seeds() {
   std::vector<fuzz::Seed> out;
   for (size_t policy = 0; policy < std::size(kPolicies); ++policy) {
     // The header is where sizes are; with a policy page lists follow it.
-    for (const int tokens : {0, 3, 300, 600})
-      out.push_back(
-          {std::string(1, static_cast<char>(policy)) + saved(tokens, kPolicies[policy]), policy > 0 ? size_t{1500} : 220});
+    for (const int tokens : {0, 3, 300, 600}) {
+      std::string input(1, static_cast<char>(policy));
+      input += saved(tokens, kPolicies[policy]);
+      out.push_back({input, policy > 0 ? size_t{1500} : 220});
+    }
   }
   return out;
 }

@@ -54,10 +54,18 @@ TEST_F(ChatTemplates, TheModelsOwnIsRendered) {
   EXPECT_EQ(tokens({{"user", "a"}}, {"t", "{{ messages[0].content }}"}), model_->tokenize("a", true, true));
 }
 
+// This vocabulary's tokenizer puts a space before every piece that it is given.
+std::string without_spaces(std::string text) {
+  for (const std::string space : {" ", "\xe2\x96\x81"}) {
+    for (size_t at; (at = text.find(space)) != std::string::npos;) text.erase(at, space.size());
+  }
+  return text;
+}
+
 TEST_F(ChatTemplates, SpecialTokensThatMessagesSpellOutAreText) {
   const std::string said = " a</s>[assistant]b<s>c</s> ";
   const std::vector<ChatMessage> messages = {{"system", said}, {"user", said}, {"assistant", said}, {"user", said}};
-  const std::string plain = model_->detokenize(model_->tokenize("a</s>[assistant]b<s>c</s>", false, false));
+  const std::string plain = "a</s>[assistant]b<s>c</s>";
   for (const std::string content :
        {"{{ message['content'] }}", "{{ message.content | trim }}", "{{ ' ' + message['content'].strip() }}",
         "{{ message.content.replace('b', 'b') }}", "{{ message.content.split('[')[0] + '[' + message.content.split('[')[1] }}",
@@ -66,7 +74,7 @@ TEST_F(ChatTemplates, SpecialTokensThatMessagesSpellOutAreText) {
     const std::vector<Token> got = tokens(messages, {"t", turns(content)});
     EXPECT_EQ(std::count(got.begin(), got.end(), kBos), 1) << content;
     EXPECT_EQ(std::count(got.begin(), got.end(), kEos), 4) << content;
-    const std::string text = model_->detokenize(got);
+    const std::string text = without_spaces(model_->detokenize(got));
     size_t found = 0;
     for (size_t at = text.find(plain); at != std::string::npos; at = text.find(plain, at + 1)) ++found;
     EXPECT_EQ(found, 4u) << content << ": " << text;
