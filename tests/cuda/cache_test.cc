@@ -336,7 +336,7 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
               static_cast<long long>(tokens), forks, cuts, removed, aborted, refused);
   std::printf("  largest error %.3g of the bound, relative error of all outputs %.3g\n", both.worst_share,
               std::sqrt(both.errors / both.sizes));
-  EXPECT_LT(std::sqrt(both.errors / both.sizes), 4e-3);
+  EXPECT_LT(std::sqrt(both.errors / both.sizes), 1e-3);  // two roundings to fp16
   if (steps >= 2000) {
     EXPECT_GT(refused, 0);
     EXPECT_GT(std::min({forks, cuts, removed, aborted}), 10);
