@@ -8,8 +8,7 @@
 
 namespace kvmix::app {
 
-inline constexpr const char* kModelHelp =
-    "GGUF file, or a name that scripts/models obtains: smollm2, gemma3, qwen2.5-coder";
+inline constexpr const char* kModelHelp = "GGUF file, or a name that scripts/models obtains: smollm2, gemma3, qwen2.5-coder";
 
 // A path as it is; a short name as the file in the cache folder. Throws kNotFound saying what to run.
 std::string model_path(const std::string& name);

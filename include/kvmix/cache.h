@@ -217,9 +217,9 @@ std::vector<RowMapListing> row_maps();
 // Bytes that a sequence of n_tokens takes under this config, by formula (pages, sinks, open pages at their worst or
 // expected fill, tables). `expected` averages the window's fill; otherwise the exact value for this n_tokens.
 // With a token policy: after a prompt of prompt_tokens (n_tokens, if negative) and n_tokens in all. Exact where every KV head
-// keeps as many tokens as the policy's budget says and drops them at prompts' ends or the oldest first; within a page per head
-// where heads share a layer's or drop others while decoding; where the text decides how many are kept, as if nothing were
-// dropped.
+// keeps as many tokens as the policy's budget says and drops them at prompts' ends or, after a prompt beyond the budget, the
+// oldest first; within a page per head where heads share a layer's or drop others while decoding; where the text decides how
+// many are kept, as if nothing were dropped.
 size_t predict_bytes(const CacheConfig& config, int64_t n_tokens, int64_t prompt_tokens = -1);
 // What the allocator takes from the system beyond that for `sequences` of n_tokens, fed token by token, at the most: it takes
 // whole system pages for each size of record.
