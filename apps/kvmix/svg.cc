@@ -215,9 +215,14 @@ std::string line_chart(const Chart& chart) {
 }
 
 std::string svg_file(const Chart& chart) {
-  return drawing(chart, " xmlns=\"http://www.w3.org/2000/svg\" font-family=\"sans-serif\"",
-                 fmt::format("<style>{}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>", kChartStyle)) +
-         "\n";
+  std::string head = fmt::format("<style>{}</style><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>", kChartStyle);
+  // A file has no page around it that names its lines.
+  for (size_t i = 0; i < chart.series.size() && chart.series.size() > 1; ++i) {
+    head +=
+        fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"end\" font-size=\"12\" fill=\"{}\">{}</text>", kWidth - kRight - 6,
+                    kTop + 14 + 15 * static_cast<double>(i), series_color(i), html_escape(chart.series[i].name));
+  }
+  return drawing(chart, " xmlns=\"http://www.w3.org/2000/svg\" font-family=\"sans-serif\"", head) + "\n";
 }
 
 }  // namespace kvmix::app

@@ -163,7 +163,7 @@ TEST(CApiArguments, StepsAreChecked) {
   EXPECT_EQ(kvmix_step_end(cache), KVMIX_INVALID_ARGUMENT);
   item.n_tokens = 0;
   expect_refused(kvmix_step_begin(cache, &item, 1), KVMIX_INVALID_ARGUMENT, "0 tokens");
-  item = {sizeof item, 77, 1};
+  item = {sizeof item, 77, 1, 0, 0};
   EXPECT_EQ(kvmix_step_begin(cache, &item, 1), KVMIX_NOT_FOUND);
   const kvmix_step_item twice[2] = {{sizeof item, id, 1, 0, 0}, {sizeof item, id, 1, 0, 0}};
   expect_refused(kvmix_step_begin(cache, twice, 2), KVMIX_INVALID_ARGUMENT, "twice");

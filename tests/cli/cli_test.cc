@@ -243,7 +243,7 @@ TEST_F(CliPlans, ReportsShowWhichTokensStay) {
   const Outcome shown = run({"report", model_, "--plan", file, "--text", text, "--context", "400", "-o", page});
   EXPECT_NE(shown.out.find("a prompt of 400 tokens"), std::string::npos) << shown.out;
   EXPECT_NE(testing::read_bytes(page).find("Tokens that stay"), std::string::npos);
-  refuses(1, {"report", model_, "--plan", plan_file(), "--text", text, "-o", page}, {"--text", "token policies"});
+  refuses(2, {"report", model_, "--plan", plan_file(), "--text", text, "-o", page}, {"--text", "token policies"});
 }
 
 // What inspect says in words it says as JSON too.

@@ -253,7 +253,7 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
   const int steps = asked == nullptr ? 2000 : std::atoi(asked);
   const std::vector<LayerConfig> layers = every_kind();
   constexpr size_t kLimit = size_t{48} << 20;
-  Pair both(layers, kLimit, static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 12u)));
+  Pair both(layers, kLimit, static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 6u)));
   std::mt19937 random(11);
   const auto chance = [&](unsigned of) { return random() % of == 0; };
   int refused = 0, forks = 0, cuts = 0, removed = 0, aborted = 0;
@@ -299,7 +299,7 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
     for (const SequenceId id : ids) {
       if (chance(3)) continue;
       int n = 1;
-      if (both.cpu.length(id) == 0 || chance(12)) n = 1 + static_cast<int>(random() % (chance(4) ? 400 : 60));
+      if (both.cpu.length(id) == 0 || chance(16)) n = 1 + static_cast<int>(random() % (chance(4) ? 400 : 60));
       items.push_back({id, n});
     }
     if (items.empty()) continue;
@@ -336,7 +336,7 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
               static_cast<long long>(tokens), forks, cuts, removed, aborted, refused);
   std::printf("  largest error %.3g of the bound, relative error of all outputs %.3g\n", both.worst_share,
               std::sqrt(both.errors / both.sizes));
-  EXPECT_LT(std::sqrt(both.errors / both.sizes), 4e-3);
+  EXPECT_LT(std::sqrt(both.errors / both.sizes), 1e-3);  // two roundings to fp16
   if (steps >= 2000) {
     EXPECT_GT(refused, 0);
     EXPECT_GT(std::min({forks, cuts, removed, aborted}), 10);
@@ -381,7 +381,7 @@ TEST_F(CudaCache, FilesAreTheCpus) {
 
 TEST_F(CudaCache, PromptsLongEnoughForEveryKernelEqualTheCpu) {
   std::vector<LayerConfig> layers = every_kind();
-  Pair both(layers, 0, static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 12u)));
+  Pair both(layers, 0, static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 6u)));
   std::mt19937 random(6);
   const SequenceId a = both.cpu.create(), b = both.cpu.create(), c = both.cpu.create();
   for (int i = 0; i < 3; ++i) both.cuda.create();

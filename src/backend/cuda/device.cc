@@ -24,7 +24,8 @@ void check_device() {
   } else if (status == cudaErrorNoDevice || devices == 0) {
     what = "this machine shows no GPU";
   }
-  throw Error(Status::kUnsupported, "device \"cuda\": " + what + "; install a driver and a GPU, or take the device \"cpu\"");
+  throw Error(Status::kUnsupported,
+              "device \"cuda\": " + what + "; run on a machine with an NVIDIA GPU and its driver, or take the device \"cpu\"");
 }
 #else
 void check_device() {

@@ -89,10 +89,11 @@ void PageTables::wait() {
   waiting_ = false;
 }
 
-void PageTables::copy(size_t at, size_t ids, cudaStream_t stream) {
-  check_cuda(
-      cudaMemcpyAsync(device_.data() + at * sizeof(int32_t), host_ + at, ids * sizeof(int32_t), cudaMemcpyHostToDevice, stream),
-      "page tables: copy");
+void PageTables::copy(size_t at, size_t ids, size_t times, size_t step, cudaStream_t stream) {
+  constexpr size_t kId = sizeof(int32_t);
+  check_cuda(cudaMemcpy2DAsync(device_.data() + at * kId, step * kId, host_ + at, step * kId, ids * kId, times,
+                               cudaMemcpyHostToDevice, stream),
+             "page tables: copy");
   check_cuda(cudaEventRecord(copied_, stream), "page tables: event");
   waiting_ = true;
 }

@@ -69,7 +69,8 @@ class PageTables {
   void wait();
   int32_t* host(size_t at) { return host_ + at; }
   const int32_t* device(size_t at) const { return reinterpret_cast<const int32_t*>(device_.data()) + at; }
-  void copy(size_t at, size_t ids, cudaStream_t stream);
+  // `ids` from `at` on, and as many in `times` places in all, `step` ids apart.
+  void copy(size_t at, size_t ids, size_t times, size_t step, cudaStream_t stream);
   size_t rows() const { return rows_; }
   size_t bytes() const { return device_.bytes(); }
 

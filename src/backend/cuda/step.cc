@@ -86,13 +86,18 @@ void CudaBackend::write_tables() {
     waited = true;
     size_t end = first;  // rows next to each other are copied together
     while (end < order_.size() && stale(end)) ++end;
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      const Layer& layer = layers_[l];
-      const size_t width = static_cast<size_t>(layer.config.kv_heads) * static_cast<size_t>(tables_.stride);
+    const auto width = [&](size_t l) {
+      return static_cast<size_t>(layers_[l].config.kv_heads) * static_cast<size_t>(tables_.stride);
+    };
+    for (size_t l = 0, alike = 0; l < layers_.size(); ++l) {
       for (size_t row = first; row < end; ++row) {
-        write_table(layer, l, plan_->entries[order_[row]], tables_.host(layer.table_at + row * width));
+        write_table(layers_[l], l, plan_->entries[order_[row]], tables_.host(layers_[l].table_at + row * width(l)));
       }
-      tables_.copy(layer.table_at + first * width, (end - first) * width, stream_.get());
+      ++alike;  // layers whose tables are of one size lie as far apart
+      if (l + 1 < layers_.size() && width(l + 1) == width(l)) continue;
+      tables_.copy(layers_[l + 1 - alike].table_at + first * width(l), (end - first) * width(l), alike,
+                   tables_.rows() * width(l), stream_.get());
+      alike = 0;
     }
     for (; first < end; ++first) tables_.revisions[first] = plan_->entries[order_[first]].pages->revision;
   }
