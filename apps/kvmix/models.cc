@@ -40,7 +40,8 @@ std::string model_path(const std::string& name) {
     return path.string();
   }
   if (name.find('/') == std::string::npos && !name.ends_with(".gguf") && !std::filesystem::exists(name)) {
-    throw Error(Status::kNotFound, name + ": no such file, and scripts/models knows smollm2, gemma3 and qwen2.5-coder only; name a GGUF file");
+    throw Error(Status::kNotFound,
+                name + ": no such file, and scripts/models knows smollm2, gemma3 and qwen2.5-coder only; name a GGUF file");
   }
   return name;
 }
