@@ -55,17 +55,16 @@ TEST_F(Cli, StoppedCommandsPrintTheRowsThatAreComplete) {
     size_t least, most;  // rows
     const char* list;
   };
-  const std::vector<std::string> eval = {"eval",      model_, "--text",    folder_.file("text.txt"),
-                                         "--uniform", "2/2",  "--windows", "0"};
+  const std::vector<std::string> eval = {"eval", model_, "--text", folder_.file("text.txt"), "--uniform", "2/2"};
   const auto with = [](std::vector<std::string> words, const std::vector<std::string>& more) {
     words.insert(words.end(), more.begin(), more.end());
     return words;
   };
   const std::vector<Command> commands = {
-      {with(eval, {"--context", "64"}), "after 2 windows", 2, 2, "rows"},
+      {with(eval, {"--context", "64", "--windows", "0"}), "after 2 windows", 2, 2, "rows"},
       {with(eval, {"--generate", "--windows", "12", "--prompt-tokens", "64", "--tokens", "800"}), "uniform 2/2", 1, 1, "rows"},
-      {{"eval", model_, "--needle", "--contexts", "256,900", "--trials", "20", "--uniform", "2/2"},
-       "f16 at 900",
+      {{"eval", model_, "--needle", "--kinds", "key", "--contexts", "256,900", "--trials", "20", "--uniform", "2/2"},
+       "f16, key at 900",
        5,
        15,
        "cells"},
