@@ -1,10 +1,12 @@
 // kvmix chat: a conversation in the terminal. Ctrl-C stops the answer; twice at the prompt it ends the program.
 #include <fmt/core.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -36,13 +38,15 @@ class Lines {
         buffer_.erase(0, end + 1);
         return Event::kLine;
       }
-      std::array<char, 4096> block;
-      const ssize_t n = ::read(STDIN_FILENO, block.data(), block.size());
-      if (n < 0 && errno == EINTR && !Console::interrupted()) continue;  // another signal, such as a new window size
+      const bool ready = wait_for_input();
       if (Console::interrupted()) {
         buffer_.clear();
         return Event::kInterrupt;
       }
+      if (!ready) continue;  // another signal, such as a new window size
+      std::array<char, 4096> block;
+      const ssize_t n = ::read(STDIN_FILENO, block.data(), block.size());
+      if (n < 0 && errno == EINTR) continue;
       if (n < 0) throw Error(Status::kIo, std::string("standard input: ") + std::strerror(errno));
       if (n == 0) {
         line = std::exchange(buffer_, "");
@@ -53,6 +57,20 @@ class Lines {
   }
 
  private:
+  // Whether there is input; else there was a signal. One that comes just before the wait must not be lost, so signals are only
+  // let in there.
+  static bool wait_for_input() {
+    sigset_t interrupts, before;
+    sigemptyset(&interrupts);
+    sigaddset(&interrupts, SIGINT);
+    sigaddset(&interrupts, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &interrupts, &before);
+    pollfd input{STDIN_FILENO, POLLIN, 0};
+    const int n = Console::interrupted() ? 0 : ppoll(&input, 1, nullptr, &before);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return n > 0;
+  }
+
   std::string buffer_;
 };
 
