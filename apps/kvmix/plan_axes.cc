@@ -71,6 +71,7 @@ Plan fitted(const AxesTask& task, const std::optional<PolicySpec>& tokens) {
 
 std::vector<EvalSubject> subjects_of(const std::vector<AxesCandidate*>& candidates) {
   std::vector<EvalSubject> subjects;
+  subjects.reserve(candidates.size());
   for (const AxesCandidate* c : candidates) subjects.push_back({c->tokens, c->plan, ""});
   return subjects;
 }
@@ -174,6 +175,7 @@ std::vector<std::vector<AxesCandidate>> axes_curves(const std::shared_ptr<const 
   // One choice of tokens at a time: every row keeps a cache.
   for (std::vector<AxesCandidate>& line : curves) {
     std::vector<AxesCandidate*> rows;
+    rows.reserve(line.size());
     for (AxesCandidate& c : line) rows.push_back(&c);
     measure(model, task, rows, progress);
   }
