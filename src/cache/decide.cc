@@ -202,6 +202,7 @@ void Cache::Impl::decide(SequenceId id, Moment when) {
         head.queries.push_back(static_cast<int32_t>(sequence.length - std::max(position, sequence.counted_from)));
       }
     }
+    heads.reserve(tokens.size());
     for (const HeadTokens& head : tokens) {
       heads.push_back({.positions = head.positions,
                        .tiers = head.tiers,
