@@ -13,7 +13,7 @@ namespace kvmix {
 namespace {
 
 const std::array kPolicies = {
-#define KVMIX_POLICY(entry) &entry,
+#define KVMIX_POLICY(entry) &(entry),
 #include "policy/registry.inc"
 #undef KVMIX_POLICY
 };
