@@ -287,7 +287,7 @@ void add_eval(CommandContext& context) {
                    "--needle: what is hidden: key (a number, alone in its haystack); keys, quote, word (numbers of things that "
                    "differ in a word; a sentence; a rare word: one at each depth of one haystack)")
       ->delimiter(',')
-      ->check(CLI::IsMember({"key", "keys", "quote", "word"}))
+      ->check(CLI::IsMember(needle_kinds()))
       ->capture_default_str();
   command->add_option("--depths", needles.depths, "--needle: where it stands, 0 to 1")
       ->delimiter(',')

@@ -67,9 +67,10 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
 
 // Needles: `key`, a number (one in a haystack, which stands at one depth after the other); and, one at each depth of one
 // haystack, `keys`, numbers of things that differ in a word, `quote`, a sentence that somebody said, and `word`, a rare word.
+std::vector<std::string> needle_kinds();
 struct NeedleOptions {
   std::vector<int64_t> contexts = {1024, 2048, 4096, 8192};
-  std::vector<std::string> kinds = {"key", "keys", "quote", "word"};
+  std::vector<std::string> kinds = needle_kinds();
   std::vector<double> depths = {0.1, 0.3, 0.5, 0.7, 0.9};
   int trials = 2;
   uint64_t seed = 0;

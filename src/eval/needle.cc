@@ -97,7 +97,9 @@ constexpr Kind kKinds[] = {
 const Kind& kind_of(const std::string& name) {
   const auto* const found = std::ranges::find_if(kKinds, [&](const Kind& k) { return name == k.name; });
   if (found == std::end(kKinds)) {
-    throw Error(Status::kInvalidArgument, "no needle '" + name + "'; there are key, keys, quote and word");
+    std::string known;
+    for (const Kind& kind : kKinds) known += (known.empty() ? "" : ", ") + std::string(kind.name);
+    throw Error(Status::kInvalidArgument, "no needle '" + name + "'; there are " + known);
   }
   return *found;
 }
@@ -164,6 +166,13 @@ size_t shared_tokens(const std::vector<Token>& a, const std::vector<Token>& b, s
 }
 
 }  // namespace
+
+std::vector<std::string> needle_kinds() {
+  std::vector<std::string> names;
+  names.reserve(std::size(kKinds));
+  for (const Kind& kind : kKinds) names.emplace_back(kind.name);
+  return names;
+}
 
 std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                                         const NeedleOptions& options, const Progress& progress) {
