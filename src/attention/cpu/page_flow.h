@@ -17,15 +17,11 @@
 
 #include "attention/cpu/dots_table.h"
 #include "attention/cpu/kernel.h"
-#include "codec/tile_layout.h"
+#include "attention/cpu/side_plan.h"
 
 namespace kvmix {
 namespace {
 
-inline constexpr int kMaxDim = kMostWidth;
-inline constexpr int kMaxScales = 1024;  // of a tile: 256 x 128 elements in groups of 32
-inline constexpr int kMaxBlockRows = 4;
-inline constexpr int kMaxTerms = 2;
 inline constexpr int kRowsAhead = 16;  // fp16 rows between use and prefetch
 // Pages whose scores are made before one softmax over them: independent work for the processor. Only when other query rows
 // use the pages again: pages that come from memory are best walked in one direction.
@@ -34,53 +30,6 @@ inline constexpr float kLog2e = 1.44269504088896341f;
 // Probabilities are taken against the largest score of earlier pages until one exceeds it by more than this (base 2): what
 // follows need not wait for a page's maximum, and old sums are scaled only a few times.
 inline constexpr float kSlack = 8.0f;
-
-// Per row: x * s ~ scale * (Weights); `sum` is the sum of the rounded x * s, `mid` that of x * mid.
-struct Prepared {
-  alignas(16) float scale[kMaxBlockRows], sum[kMaxBlockRows], mid[kMaxBlockRows];
-};
-
-// Rows x[r * stride ..] and what multiplies them; null scale: nothing (mid is then the sum of x), null mid: no zero point.
-struct Source {
-  const float* x;
-  ptrdiff_t stride;
-  const float *scale, *mid;
-};
-
-// One side of a layer as the kernels walk it (tile_layout.h). Scales vary either along `reduce`, with one set per `group`
-// lanes (they fold into the weights), or per lane, with one segment per `group` of reduce (they apply after the dot).
-struct SidePlan {
-  int bits, terms, lanes, reduce, group, group_shift, sets, segments;
-  bool packed, lane_scaled, zero_point;
-  float centre;
-  size_t scale_bytes, tile_bytes;
-};
-
-inline SidePlan side_plan(const TileFormat& f, int terms) {
-  const TileGeometry g = tile_geometry(f.side, f.width);
-  const bool lane_scaled = (f.side == Side::kKey) == (f.spec.axis == Axis::kToken);
-  const int group = f.spec.group;
-  SidePlan p{};
-  p.bits = f.spec.bits, p.terms = terms, p.lanes = g.lanes, p.reduce = g.reduce, p.group = group;
-  p.group_shift = __builtin_ctz(static_cast<unsigned>(group));
-  p.packed = !f.spec.is_f16(), p.lane_scaled = lane_scaled, p.zero_point = f.spec.zero_point;
-  p.sets = lane_scaled ? 1 : (g.lanes + group - 1) / group;
-  p.segments = lane_scaled ? (g.reduce + group - 1) / group : 1;
-  p.centre = 0.5f * static_cast<float>((1 << f.spec.bits) - 1);
-  p.scale_bytes = f.scale_bytes, p.tile_bytes = f.bytes;
-  return p;
-}
-
-struct TileScales {
-  alignas(64) float scale[kMaxScales], mid[kMaxScales];
-};
-
-// Query rows (or probabilities) ready to meet one tile's codes: per set of scales or segment the factors of dots.
-template <class Weight>
-struct Operand {
-  alignas(64) Weight weights[kMaxBlockRows * kMaxTerms * kMaxScales];
-  alignas(16) float a[8][kMaxBlockRows], b[8][kMaxBlockRows], mid[8][kMaxBlockRows];
-};
 
 template <class K>
 struct Work {

@@ -147,7 +147,7 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
     if (unit.parts == 1) {
       const Partial whole = scratch.whole.at_front();
       attend_unit(layer, unit, q, q_stride, whole, scratch);
-      if (counted(unit)) add_mass(layer, unit, whole);
+      if (counted(unit)) add_mass(layer, unit, whole, scratch);
       for (int r = 0; r < rows; ++r) write_out(unit, r, whole.acc + static_cast<ptrdiff_t>(r) * dim, whole.l[r]);
       continue;
     }
@@ -164,7 +164,7 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
       merge_parts(layer, unit, r, scratch.whole.acc.data(), scratch.whole.m[static_cast<size_t>(r)], sum);
       write_out(unit, r, scratch.whole.acc.data(), sum);
     }
-    if (counted(unit)) add_mass(layer, unit, scratch.whole.at_front());
+    if (counted(unit)) add_mass(layer, unit, scratch.whole.at_front(), scratch);
   }
   scratch.attend_seconds += std::chrono::duration<double>(Clock::now() - start).count();
 }

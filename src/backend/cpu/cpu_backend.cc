@@ -100,7 +100,7 @@ size_t CpuBackend::scratch_bytes() const {
   for (const Scratch& t : threads_) {
     bytes += t.kernel.capacity() +
              (t.q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() + t.lanes.capacity() +
-              t.paid.capacity()) *
+              t.paid.capacity() + t.references.capacity() + t.factors.capacity()) *
                  sizeof(float) +
              t.half.capacity() * sizeof(uint16_t) + t.positions.capacity() * sizeof(int64_t) +
              t.pages.capacity() * sizeof(PageRef) + room(t.whole) + room(t.apart);

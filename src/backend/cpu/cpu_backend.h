@@ -96,6 +96,7 @@ class CpuBackend final : public Backend {
     PartialRoom whole, apart;                   // of a unit, and of its pages in a further format
     std::vector<float> queries, scores, lanes;  // of a window, or of a prompt's mass
     std::vector<float> paid;                    // mass of a KV head's tokens
+    std::vector<float> references, factors;     // of a unit's rows: what weights were taken against, and what scales them
     std::vector<uint16_t> half;                 // a page's rows on their way from one format to another
     std::vector<int64_t> positions;
     std::vector<PageRef> pages;
@@ -151,7 +152,7 @@ class CpuBackend final : public Backend {
   // A KV head of a prompt: what the step's queries pay to all tokens, query by query.
   void attend_mass(size_t layer, size_t entry, int kv_head, const float* q, int64_t q_stride, Scratch& scratch);
   // The same of decoded tokens, from the weights that kernels gave out and the rows' final softmax.
-  void add_mass(const Layer& layer, const Unit& unit, const Partial& softmax);
+  void add_mass(const Layer& layer, const Unit& unit, const Partial& softmax, Scratch& scratch);
   void key_lanes(const PageEntry& page, int first, int n, Scratch& scratch) const;
   // Slots [first, first + n) of a page's side as floats [n][width], as stored. `tile`: room for kPageTokens rows, may be `rows`
   // where that holds as many and `first` is 0.

@@ -5,6 +5,7 @@
 // the order of attention/scores.h, so that the mass is equal to the bit however the prompt was cut into chunks.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "attention/scores.h"
 #include "backend/cpu/cpu_backend.h"
@@ -13,6 +14,41 @@ namespace kvmix {
 namespace {
 
 constexpr int kRowsTogether = 32;  // query rows of a prompt that share a page's decoding
+
+using Lanes [[gnu::vector_size(16)]] = float;
+
+Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+// to[i] = from[i] + the sum, or the largest, of weights[row][i] * factor[row] over the rows.
+template <bool kLargest>
+void pay(const float* weights, const float* factor, int rows, const float* from, float* to) {
+  constexpr int kLanes = sizeof(Lanes) / sizeof(float), kTogether = 4;
+  for (int i = 0; i < kPageTokens; i += kTogether * kLanes) {
+    Lanes sum[kTogether] = {};
+    for (int r = 0; r < rows; ++r) {
+      const float* w = weights + static_cast<ptrdiff_t>(r) * kPageTokens + i;
+      const Lanes f = {factor[r], factor[r], factor[r], factor[r]};
+#pragma GCC unroll 4
+      for (int k = 0; k < kTogether; ++k) {
+        const Lanes paid = load(w + k * kLanes) * f;
+        if constexpr (kLargest) {
+          sum[k] = paid > sum[k] ? paid : sum[k];
+        } else {
+          sum[k] += paid;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kTogether; ++k) {
+      const Lanes after = load(from + i + k * kLanes) + sum[k];
+      std::memcpy(to + i + k * kLanes, &after, sizeof after);
+    }
+  }
+}
 
 void make_room(std::vector<float>& mass, int64_t tokens) {
   if (mass.capacity() != mass_room(tokens)) {
@@ -39,7 +75,14 @@ void CpuBackend::begin_mass(size_t l, size_t e) {
     make_room(mass_[e][l][h].tokens, pages.list.tokens());
     most = std::max(most, static_cast<size_t>(pages.tokens()));
   }
-  if (!entry.prompt) return;
+  if (!entry.prompt) {
+    const auto rows = static_cast<size_t>(entry.n_tokens) * static_cast<size_t>(layer.heads_per_kv);
+    for (Scratch& t : threads_) {
+      t.references.resize(std::max(t.references.size(), rows));
+      t.factors.resize(std::max(t.factors.size(), rows));
+    }
+    return;
+  }
   cuts_[l].masses.push_back(static_cast<int>(e));
   const auto dim = static_cast<size_t>(layer.config.head_dim);
   const auto rows = static_cast<size_t>(std::max(kRowsTogether, layer.heads_per_kv));
@@ -97,37 +140,46 @@ void CpuBackend::attend_mass(size_t l, size_t e, int kv_head, const float* q, in
   std::copy(paid.begin() + static_cast<ptrdiff_t>(low), paid.end(), mass.tokens.begin());
 }
 
-void CpuBackend::add_mass(const Layer& layer, const Unit& unit, const Partial& softmax) {
+void CpuBackend::add_mass(const Layer& layer, const Unit& unit, const Partial& softmax, Scratch& scratch) {
   const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
   const auto l = static_cast<size_t>(&layer - layers_.data());
   const HeadPages pages(entry.pages->layers[l], unit.head, layer.ids.sinks);
   HeadMass& mass = mass_[static_cast<size_t>(unit.entry)][l][static_cast<size_t>(unit.head)];
   const int heads = layer.heads_per_kv, rows = unit.tokens * heads;
-  const bool largest = layer.ids.mass_of_largest;
-  const float part = largest ? 1.0f : 1.0f / static_cast<float>(heads);
-  const float* weights = weights_.data() + unit.mass_slot * kPageTokens;
+  const auto pay_rows = layer.ids.mass_of_largest ? pay<true> : pay<false>;
+  const float part = layer.ids.mass_of_largest ? 1.0f : 1.0f / static_cast<float>(heads);
+  float* weights = weights_.data() + unit.mass_slot * kPageTokens;
   const float* references = references_.data() + unit.mass_slot;
+  // A row's factor stays as it is while its reference does, from page to page nearly always.
+  std::fill_n(scratch.references.begin(), rows, NAN);
+  const auto update_factors = [&] {
+    for (int r = 0; r < rows; ++r) {
+      float &known = scratch.references[static_cast<size_t>(r)], &factor = scratch.factors[static_cast<size_t>(r)];
+      if (references[r] == -INFINITY || !(softmax.l[r] > 0)) {  // saw nothing of the page; its weights may be anything
+        std::fill_n(weights + static_cast<ptrdiff_t>(r) * kPageTokens, kPageTokens, 0.0f);
+        factor = 0, known = NAN;
+      } else if (known != references[r]) {
+        known = references[r];
+        factor = part * std::exp(known - softmax.m[r]) / softmax.l[r];
+      }
+    }
+  };
   const auto add_page = [&](const PageEntry& page, const std::vector<float>& old, std::vector<float>& to, size_t& at) {
     for (int slot = 0; slot < page.live; slot += kPageTokens) {
-      alignas(64) float paid[kPageTokens] = {};
-      for (int t = 0; t < unit.tokens; ++t) {
-        alignas(64) float query[kPageTokens] = {};
-        for (int r = t * heads; r < (t + 1) * heads; ++r) {
-          const float* w = weights + static_cast<ptrdiff_t>(r) * kPageTokens;
-          if (references[r] == -INFINITY || !(softmax.l[r] > 0)) continue;
-          const float scale = part * std::exp(references[r] - softmax.m[r]) / softmax.l[r];
-          if (largest) {
-            for (int i = 0; i < kPageTokens; ++i) query[i] = std::max(query[i], w[i] * scale);
-          } else {
-            for (int i = 0; i < kPageTokens; ++i) query[i] += w[i] * scale;
-          }
-        }
-        for (int i = 0; i < kPageTokens; ++i) paid[i] += query[i];
-      }
+      update_factors();
       const auto n = static_cast<size_t>(std::min(page.live - slot, kPageTokens));
       const size_t known = std::clamp(old.size(), at, at + n) - at;  // new tokens start from their own query
-      for (size_t i = 0; i < known; ++i) to[at + i] = old[at + i] + paid[i];
-      for (size_t i = known; i < n; ++i) to[at + i] = paid[i];
+      if (unit.tokens == 1 && known == kPageTokens) {
+        pay_rows(weights, scratch.factors.data(), heads, old.data() + at, to.data() + at);
+      } else {
+        alignas(64) float paid[kPageTokens] = {};
+        for (int t = 0; t < unit.tokens; ++t) {
+          pay_rows(weights + static_cast<ptrdiff_t>(t) * heads * kPageTokens, scratch.factors.data() + t * heads, heads, paid,
+                   paid);
+        }
+        for (size_t i = 0; i < known; ++i) to[at + i] = old[at + i] + paid[i];
+        for (size_t i = known; i < n; ++i) to[at + i] = paid[i];
+      }
       at += n;
       weights += static_cast<ptrdiff_t>(rows) * kPageTokens;
       references += rows;
