@@ -68,6 +68,7 @@ class DeviceEngine : public ::testing::TestWithParam<testing::TinyModel> {
   std::unique_ptr<Engine> engine(const char* device, int bits) const {
     EngineOptions options;
     options.device = device;
+    options.exact = true;  // the CPU's int8 products would differ by more than all else
     options.threads = 2;
     return std::make_unique<Engine>(model_, plan(bits), options);
   }
@@ -144,6 +145,7 @@ class DeviceErrors : public ::testing::Test {
     const auto model = Model::load(folder_.file("model.gguf"));
     EngineOptions options;
     options.device = device;
+    options.exact = true;  // the CPU's int8 products would differ by more than all else
     try {
       Engine engine(model, f16_plan(model->shape()), options);
       const Token token = 5;
