@@ -56,10 +56,10 @@ TEST_P(CopyOn, HasPagesOfItsOwnAndGoesItsOwnWay) {
 TEST_P(CopyOn, WithoutRoomNothingChanges) {
   std::mt19937 random(6);
   CacheConfig config = here(one_layer(make_layer(2, 2, 64, CodecSpec{}, CodecSpec{})));
-  config.max_bytes = size_t{4} << 20;
+  config.max_bytes = size_t{8} << 20;
   Cache cache(config);
   const SequenceId a = cache.create();
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < 20; ++i) {
     Rows rows = random_rows(config.layers[0], 500, random);
     step(cache, {{a, 500}}, rows);
   }
@@ -75,7 +75,7 @@ TEST_P(CopyOn, WithoutRoomNothingChanges) {
   EXPECT_EQ(cache.sequences(), std::vector<SequenceId>{a});
   Rows rows = random_rows(config.layers[0], 1, random);
   step(cache, {{a, 1}}, rows);
-  EXPECT_EQ(cache.length(a), 5001);
+  EXPECT_EQ(cache.length(a), 10001);
 }
 
 }  // namespace

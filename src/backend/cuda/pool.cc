@@ -84,15 +84,17 @@ DevicePool::~DevicePool() {
   driver_.free_range(base_, range_bytes_);
 }
 
+void DevicePool::throw_limit() const {
+  throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
+                                        " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
+}
+
 void DevicePool::map(uint32_t index, size_t bytes) {
   Chunk& chunk = chunks_[index];
   const CUmemAllocationProp properties = memory_of(device_);
   while (chunk.mapped < bytes) {
     const size_t part = std::min(part_bytes(taken_), chunk_bytes_ - chunk.mapped);
-    if (max_bytes_ != 0 && taken_ + part > range_bytes_) {
-      throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
-                                            " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
-    }
+    if (max_bytes_ != 0 && taken_ + part > range_bytes_) throw_limit();
     CUmemGenericAllocationHandle memory = 0;
     const auto refused = [&](CUresult status, const char* call) {
       if (status == CUDA_SUCCESS) return;
@@ -138,13 +140,11 @@ void DevicePool::unmap(Chunk& chunk, uint32_t index) {
 uint32_t DevicePool::allocate(size_t bytes) {
   if (bytes == 0 || bytes % kPageUnit != 0 || bytes > chunk_bytes_)
     throw Error(Status::kInternal, "pool: a page of " + std::to_string(bytes) + " bytes");
-  if (max_bytes_ != 0 && used_ + bytes > max_bytes_) {
-    throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
-                                          " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
-  }
+  if (max_bytes_ != 0 && used_ + bytes > max_bytes_) throw_limit();
   std::set<uint32_t>& open = open_[bytes];
   if (open.empty()) {
     if (spare_.empty() && unmapped_.empty()) {
+      if (max_bytes_ != 0) throw_limit();
       throw Error(Status::kOutOfMemory, "the device has no memory for further pages beyond " + gibibytes(taken_) +
                                             ": use fewer sequences, a shorter context or a smaller plan");
     }

@@ -52,6 +52,7 @@ class DevicePool {
 
   // Maps memory to a chunk until so many bytes are there.
   void map(uint32_t index, size_t bytes);
+  [[noreturn]] void throw_limit() const;
   void unmap(Chunk& chunk, uint32_t index);
 
   const DriverCalls& driver_;
