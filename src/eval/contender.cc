@@ -45,7 +45,13 @@ class Ours final : public Contender {
       engine_->cache().remove(ids_[s]);
       ids_[s] = engine_->cache().create();  // if there is no room for a copy
     }
+    if (sequences_ == 1) return;
     const int64_t n = engine_->cache().length(ids_[0]);
+    // What the last chunk left to be sealed is sealed by the next step, and need not be copied.
+    const Token token = 0;
+    const EngineItem item{.sequence = ids_[0], .tokens = {&token, 1}, .no_logits = true};
+    engine_->step({&item, 1});
+    engine_->cache().truncate(ids_[0], n);
     for (size_t s = 1; s < ids_.size(); ++s) {
       const SequenceId empty = ids_[s];
       ids_[s] = engine_->cache().copy(ids_[0]);
