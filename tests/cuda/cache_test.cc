@@ -1,4 +1,5 @@
 // The cache on the device against the cache on the CPU: the same rows through both, in whatever order things can happen.
+// One long file: its tests share one pair of caches and one bound on what may differ.
 #include "kvmix/cache.h"
 
 #include <cuda_runtime.h>
