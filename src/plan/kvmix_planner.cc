@@ -50,7 +50,7 @@ struct Allocation {
 Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric) {
   const int64_t context = request.budget.context;
   Allocation made{std::move(plan), {}, {}, 0, 0};
-  made.priced = price(made.plan, *request.model, *request.profile, metric, context);
+  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   made.spend = budget - made.priced.fixed_bytes;
   made.chosen = allocate(made.priced.items, made.spend);

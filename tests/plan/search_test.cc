@@ -287,6 +287,7 @@ struct SmallModel {
     profile.fingerprint = model.fingerprint;
     profile.key_score.assign(8, 1.0);
     profile.value_score.assign(8, 1.0);
+    profile.prompts = 1;
     for (int l = 0; l < 8; ++l) {
       for (const Side side : {Side::kKey, Side::kValue}) {
         for (const char* metric : {"output", "kl"})
