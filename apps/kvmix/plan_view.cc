@@ -28,6 +28,7 @@ std::string letters(size_t i) {
 std::string describe(const SideConfig& side) {
   std::string text = to_string(side.codec);
   if (!side.transform.center.empty()) text += " centred";
+  for (const TransformSpec::Field& field : side.transform.more) text += " " + field.name;
   if (side.transform.hadamard) text += " hadamard";
   if (!side.transform.scales.empty()) text += " scaled";
   if (!side.transform.feedback.empty()) text += " feedback";

@@ -6,9 +6,8 @@
 #include "codec/row.h"
 #include "codec/spelling.h"
 #include "kvmix/plan.h"
-#include "plan/half_text.h"
 #include "plan/json_reader.h"
-#include "rows/row_map.h"
+#include "plan/transform_json.h"
 
 namespace kvmix {
 namespace {
@@ -16,20 +15,9 @@ namespace {
 constexpr const char* kFormat = "kvmix-plan";
 constexpr int kVersion = 1;
 constexpr size_t kMostLayers = 1024;
-constexpr size_t kMostValues = size_t{1} << 22;
 constexpr size_t kLargestFile = size_t{1} << 30;
 
 using ordered_json = nlohmann::ordered_json;
-
-// Visits the fields of all row maps as a side's object has them: short ones first, lists of numbers last.
-template <class Visit>
-void for_fields(FieldKind kind, const Visit& visit) {
-  for (const RowMapInfo* map : row_map_registry()) {
-    for (const RowMapField& field : map->fields) {
-      if (field.kind == kind) visit(field);
-    }
-  }
-}
 
 ordered_json side_json(const SideConfig& side) {
   ordered_json j;
@@ -45,23 +33,7 @@ ordered_json side_json(const SideConfig& side) {
   } else {
     j["codec"] = to_string(c);
   }
-  const TransformSpec& t = side.transform;
-  for_fields(FieldKind::kFlag, [&](const RowMapField& field) {
-    if (field.present(t)) j[field.name] = true;
-  });
-  for_fields(FieldKind::kHalfText, [&](const RowMapField& field) {
-    const std::span<const float> values = field.numbers_of(t);
-    if (field.present(t)) j[field.name] = half_text({values.begin(), values.end()});
-  });
-  if (!t.feedback.empty()) j["feedback"] = half_text(t.feedback);
-  for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
-    const std::span<const float> values = field.numbers_of(t);
-    if (!field.present(t)) return;
-    if (!std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); }))
-      throw Error(Status::kInvalidArgument,
-                  "a plan's " + std::string(field.name) + " has numbers that are not finite; make the plan again");
-    j[field.name] = std::vector<float>(values.begin(), values.end());
-  });
+  write_transform(side.transform, j);
   return j;
 }
 
@@ -96,22 +68,7 @@ CodecSpec parse_spelling(JsonObject& object, const char* key) {
 SideConfig parse_side(JsonObject object) {
   SideConfig side;
   side.codec = object.has("codec") ? parse_spelling(object, "codec") : parse_uniform(object);
-  TransformSpec& t = side.transform;
-  for_fields(FieldKind::kFlag, [&](const RowMapField& field) {
-    if (object.has(field.name) && object.boolean(field.name)) field.set(t, {});
-  });
-  for_fields(FieldKind::kHalfText, [&](const RowMapField& field) {
-    if (object.has(field.name)) field.set(t, read_half_text(object, field.name, kMostValues));
-  });
-  if (object.has("feedback")) t.feedback = read_half_text(object, "feedback", kMostValues);
-  for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
-    if (!object.has(field.beside == nullptr ? field.name : field.beside)) return;
-    size_t least = 1, most = kMostValues;
-    if (field.beside != nullptr) least = most = object.get(field.beside).size();
-    const auto limit = static_cast<double>(field.limit);
-    const std::vector<double> values = object.numbers(field.name, least, most, -limit, limit);
-    field.set(t, {values.begin(), values.end()});
-  });
+  side.transform = read_transform(object);
   object.finish();
   return side;
 }

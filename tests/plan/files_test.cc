@@ -125,15 +125,16 @@ TEST(Files, KeepCalibratedTransforms) {
   TransformSpec spec;
   spec.hadamard = true;
   for (size_t i = 0; i < values; ++i) spec.scales.push_back(i % 2 == 0 ? 0.5f : -3.0f);
+  for (size_t i = 0; i < values; ++i) spec.center.push_back(static_cast<float>(i) / 8.0f);
   for (size_t i = 0; i < values * static_cast<size_t>(layer.head_dim - 1) / 2; ++i)
     spec.feedback.push_back(static_cast<float>(i % 37) / 64.0f - 0.25f);
   Profile p = profile(model);
   p.transforms.push_back({"mine", 0, Side::kKey, spec});
   p.sensitivities.push_back({"kl", 0, Side::kKey, "int2.channel.g128.fitted.zero", "mine", 0.01});
   const Profile again = parse_profile(to_json(p), "memory");
-  EXPECT_EQ(named_transform(again, 0, Side::kKey, "mine"), spec);
-  EXPECT_THROW(named_transform(again, 1, Side::kKey, "mine"), Error);
-  EXPECT_THROW(named_transform(again, 0, Side::kValue, "mine"), Error);
+  EXPECT_EQ(named_transform(model, again, 0, Side::kKey, "mine"), spec);
+  EXPECT_THROW(named_transform(model, again, 1, Side::kKey, "mine"), Error);
+  EXPECT_THROW(named_transform(model, again, 0, Side::kValue, "mine"), Error);
 
   PlannerRequest request;
   request.model = &model;
