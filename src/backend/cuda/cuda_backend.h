@@ -70,6 +70,7 @@ class CudaBackend final : public Backend {
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
   Window window(SequenceId id, int layer, int kv_head) const override;
+  std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
   Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
   void end() override {}
   void forget(SequenceId) override {}
