@@ -94,8 +94,9 @@ struct Plan {
   int sinks = 16;
   std::optional<int> local_sinks;  // of layers with a sliding window; absent: `sinks` too
   WindowRule window;
-  CodecSpec recent;                  // rows that are not sealed yet: f16, or 8-bit codes (LayerConfig::recent)
-  std::optional<PolicySpec> tokens;  // which tokens stay; absent: all
+  CodecSpec recent;                    // rows that are not sealed yet: f16, or 8-bit codes (LayerConfig::recent)
+  std::optional<PolicySpec> tokens;    // which tokens stay; absent: all
+  std::optional<PolicySpec> channels;  // which channels of keys are stored; absent: all
   struct Layer {
     SideConfig key, value;
   };

@@ -73,7 +73,7 @@ SideConfig parse_side(JsonObject object) {
   return side;
 }
 
-ordered_json tokens_json(const PolicySpec& spec) {
+ordered_json policy_json(const PolicySpec& spec) {
   ordered_json j;
   j["policy"] = spec.name;
   for (const auto& [name, value] : spec.values) std::visit([&, key = name](const auto& v) { j[key] = v; }, value);
@@ -81,7 +81,8 @@ ordered_json tokens_json(const PolicySpec& spec) {
 }
 
 // Names and ranges are the policy's to check.
-PolicySpec parse_tokens(JsonObject object, JsonObject& plan) {
+PolicySpec parse_policy(JsonObject& plan, const char* key, void (*check)(const PolicySpec& spec)) {
+  JsonObject object = plan.object(key);
   PolicySpec spec{object.text("policy", 64), {}};
   for (const auto& [name, value] : object.items()) {
     if (name == "policy") continue;
@@ -92,9 +93,9 @@ PolicySpec parse_tokens(JsonObject object, JsonObject& plan) {
     }
   }
   try {
-    check_policy(spec);
+    check(spec);
   } catch (const Error& e) {
-    plan.fail("tokens", e.what());
+    plan.fail(key, e.what());
   }
   return spec;
 }
@@ -115,7 +116,8 @@ std::string to_json(const Plan& plan) {
   j["window"] = {
       {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
   if (!plan.recent.is_f16()) j["recent"] = to_string(plan.recent);
-  if (plan.tokens) j["tokens"] = tokens_json(*plan.tokens);
+  if (plan.tokens) j["tokens"] = policy_json(*plan.tokens);
+  if (plan.channels) j["channels"] = policy_json(*plan.channels);
   // A layer a line, so that a person can read and compare plans.
   const std::string marker = "@layers@";
   j["layers"] = marker;
@@ -160,7 +162,8 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     plan.recent = parse_spelling(object, "recent");
     if (!plan.recent.is_f16() && !takes_rows(plan.recent)) object.fail("recent", "expected " + recent_codecs());
   }
-  if (object.has("tokens")) plan.tokens = parse_tokens(object.object("tokens"), object);
+  if (object.has("tokens")) plan.tokens = parse_policy(object, "tokens", check_policy);
+  if (object.has("channels")) plan.channels = parse_policy(object, "channels", check_channels);
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {
     JsonObject layer(layers[l], name, "layers[" + std::to_string(l) + "]");
@@ -217,6 +220,7 @@ void set_fp16_part(const Fp16Part& part, Plan& plan) {
 CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
   CacheConfig config;
   config.tokens = plan.tokens;
+  config.channels = plan.channels;
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const ModelShape::Layer& shape = model.layers.at(l);
     LayerConfig layer;

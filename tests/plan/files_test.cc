@@ -35,6 +35,28 @@ TEST(Plans, NameATokenPolicyAndHandItToTheCache) {
   EXPECT_LT(predict_bytes(cache_config(plan, model), 8192), predict_bytes(cache_config(f16_plan(model), model), 8192) / 7);
 }
 
+TEST(Plans, NameAChannelPolicyAndHandItToTheCache) {
+  const ModelShape model = shape(2);
+  Plan plan = f16_plan(model);
+  plan.channels = PolicySpec{"think", {{"keep", 0.5}}};
+  const Plan same = parse_plan(to_json(plan), "memory");
+  EXPECT_EQ(same.channels, plan.channels);
+  EXPECT_EQ(cache_config(same, model).channels, plan.channels);
+  const auto bytes = [&](const Plan& p) { return static_cast<double>(predict_bytes(cache_config(p, model), 8192)); };
+  EXPECT_NEAR(bytes(plan), 0.75 * bytes(f16_plan(model)), 0.02 * bytes(f16_plan(model)));
+  std::string bad = to_json(plan);
+  bad.replace(bad.find("0.5"), 3, "1.5");
+  try {
+    parse_plan(bad, "plan.json");
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("channel policy think: keep is 1.5; expected a number from 1e-06 to 1"),
+              std::string::npos)
+        << e.what();
+    EXPECT_NE(std::string(e.what()).find("channels"), std::string::npos) << e.what();
+  }
+}
+
 TEST(Files, WhatIsWrongIsNamed) {
   const ModelShape model = shape(2);
   PlannerRequest request;

@@ -170,6 +170,10 @@ Backend::Window CudaBackend::window(SequenceId, int, int) const {
   throw Error(Status::kUnsupported, "prompts are not scored on the device \"cuda\"; take the device \"cpu\"");
 }
 
+std::span<const float> CudaBackend::query_squares(SequenceId, int, int) const {
+  throw Error(Status::kUnsupported, "channels are not chosen on the device \"cuda\"; take the device \"cpu\"");
+}
+
 void CudaBackend::report(CacheStats& stats) const {
   for (const std::string& name : kernels_used_) {
     if (stats.kernel.find(name) == std::string::npos) stats.kernel += (stats.kernel.empty() ? "" : "+") + name;
