@@ -93,6 +93,9 @@ struct CacheConfig {
   std::optional<PolicySpec> tokens;
 };
 
+// Threads that can compute at once without sharing a core, as affinity and quotas leave them: 1 to 256.
+int default_threads();
+
 using SequenceId = int32_t;
 
 struct StepItem {
@@ -153,6 +156,9 @@ class Cache {
   // Causal attention of the step's queries over everything stored, this step's rows included.
   // q, out: float [n_rows][q_heads][head_dim], row strides in floats; out must not alias q.
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, int ith, int nth);
+  // Both for one layer, by config.threads threads that the cache keeps: for callers who have no threads of their own.
+  void step_layer(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const float* q,
+                  int64_t q_stride, float* out, int64_t out_stride);
   // Closes the step: lengths grow, freed pages return to the pool, and where a prompt ended the token policy's decision is
   // carried out (memory for it was reserved). abort_step undoes a begin_step (rows are discarded).
   void end_step();
