@@ -140,6 +140,8 @@ class Cache {
   void remove(SequenceId sequence);
   // A copy that shares sealed and other full pages (reference-counted); the page being filled is copied on write.
   SequenceId fork(SequenceId sequence);
+  // A copy that shares nothing. Throws kOutOfMemory and leaves the cache as it was.
+  SequenceId copy(SequenceId sequence);
   // Keeps the first n_tokens. Cutting inside a sealed page makes it an open page again (its loss stays).
   void truncate(SequenceId sequence, int64_t n_tokens);
   int64_t length(SequenceId sequence) const;
@@ -159,6 +161,10 @@ class Cache {
   // Both for one layer, by config.threads threads that the cache keeps: for callers who have no threads of their own.
   void step_layer(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const float* q,
                   int64_t q_stride, float* out, int64_t out_stride);
+  // On the device "cuda", between begin_step and the first append: steps with equal keys queue the same launches, so what was
+  // captured of one (cudaStreamBeginCapture, in relaxed mode) may be launched in another in place of append and attend. 0: a
+  // step that must be queued, as those with prompts are.
+  uint64_t launch_key();
   // Closes the step: lengths grow, freed pages return to the pool, and where a prompt ended the token policy's decision is
   // carried out (memory for it was reserved). abort_step undoes a begin_step (rows are discarded).
   void end_step();
@@ -192,6 +198,12 @@ class Cache {
   struct KVMIX_HIDDEN Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+// Of the calling thread's current CUDA device. Throws kUnsupported where there is none.
+struct DeviceSpace {
+  size_t free_bytes, total_bytes;
+};
+DeviceSpace cuda_space();
 
 // What a saved cache says of itself, after its checksum was verified, without a model.
 struct SavedCacheInfo {

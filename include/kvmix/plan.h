@@ -161,6 +161,7 @@ struct PlannerRequest {
   const ModelShape* model = nullptr;
   const Profile* profile = nullptr;  // may be null for planners that need none
   Budget budget;
+  std::string device = "cpu";  // where the plan shall run: what "cuda" has no fast code for is not taken
   // For planners that measure: at most `measurements` plans on the searched text. Without a meter they go by the profile.
   PlanMeter* meter = nullptr;
   int measurements = 0;

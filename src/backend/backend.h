@@ -68,6 +68,9 @@ class Backend {
   virtual void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) = 0;
   virtual void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) = 0;
 
+  // As in Cache; 0 for a backend whose steps cannot be captured.
+  virtual uint64_t launch_key() { return 0; }
+
   // Of a sequence whose prompt the open step ends, once a layer was attended to: the softmax weights of the prompt's last
   // queries, summed in their order, [heads_per_kv][tokens], first those of the head's low tier, then its others
   // (attention/scores.h).

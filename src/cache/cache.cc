@@ -167,6 +167,20 @@ SequenceId Cache::fork(SequenceId id) {
   return copy;
 }
 
+SequenceId Cache::copy(SequenceId id) {
+  Impl& impl = *impl_;
+  const SequenceId made = fork(id);
+  try {
+    impl.ledger.open_unsharing(made);
+    impl.allocate_changes();
+  } catch (...) {
+    remove(made);
+    throw;
+  }
+  impl.release(impl.ledger.commit());
+  return made;
+}
+
 void Cache::truncate(SequenceId id, int64_t n_tokens) {
   Impl& impl = *impl_;
   const StepPlan& plan = impl.ledger.open_truncation(id, n_tokens);
@@ -221,6 +235,11 @@ void Cache::append(int layer, const float* k, int64_t k_stride, const float* v, 
 
 void Cache::attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, int ith, int nth) {
   impl_->backend->attend(layer, q, q_stride, out, out_stride, {ith, nth});
+}
+
+uint64_t Cache::launch_key() {
+  if (!impl_->ledger.is_open()) throw Error(Status::kInvalidArgument, "no step is open");
+  return impl_->backend->launch_key();
 }
 
 void Cache::end_step() {

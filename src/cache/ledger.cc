@@ -337,6 +337,25 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
   return plan_;
 }
 
+void Ledger::open_unsharing(SequenceId id) {
+  SequencePages& sequence = find(id);
+  if (open_) throw Error(Status::kInvalidArgument, "a sequence cannot be copied inside a step; end it first");
+  begin_change();
+  open_ = true;
+  revise(sequence);
+  sequence.quiet_until = 0;
+  for (LayerPages& layer : sequence.layers) {
+    for (auto* lists : {&layer.heads, &layer.low}) {
+      for (PageList& list : *lists) {
+        for (size_t i = 0; i < list.pages.size(); ++i) {
+          const PageEntry& page = list.pages[i];
+          if (shared(page.handle)) replace(list, i, static_cast<FormatId>(page.format), true);
+        }
+      }
+    }
+  }
+}
+
 void Ledger::cut(size_t layer, int kv_head, PageList& list, bool low, int64_t n_tokens) {
   size_t keep = 0;
   int64_t before = 0;  // of the last page that stays

@@ -13,6 +13,7 @@ class Ours final : public Contender {
  public:
   Ours(std::shared_ptr<const Model> model, const Plan& plan, const ContenderOptions& o) : sequences_(o.sequences) {
     EngineOptions options;
+    options.device = o.device;
     options.threads = o.threads;
     options.chunk_tokens = o.chunk_tokens;
     options.kernel = o.kernel;
@@ -39,8 +40,16 @@ class Ours final : public Contender {
     for (size_t s = 0; s < tokens.size(); ++s) items_.push_back({ids_[s], tokens.subspan(s, 1)});
     return engine_->step(items_);
   }
-  void fill(std::span<const Token> tokens) override {
-    for (const SequenceId id : ids_) engine_->prefill(id, tokens);
+  void spread() override {
+    for (size_t s = 1; s < ids_.size(); ++s) {
+      engine_->cache().remove(ids_[s]);
+      ids_[s] = engine_->cache().create();  // if there is no room for a copy
+    }
+    for (size_t s = 1; s < ids_.size(); ++s) {
+      const SequenceId empty = ids_[s];
+      ids_[s] = engine_->cache().copy(ids_[0]);
+      engine_->cache().remove(empty);
+    }
   }
   void truncate(int64_t n) override {
     for (const SequenceId id : ids_) engine_->cache().truncate(id, n);
@@ -95,7 +104,10 @@ class Ours final : public Contender {
 class Theirs final : public Contender {
  public:
   Theirs(std::shared_ptr<const Model> model, const std::string& type, const ContenderOptions& o)
-      : model_(std::move(model)), sequences_(o.sequences), peer_(model_->path(), type, o.context, o.threads, o.sequences) {}
+      : model_(std::move(model)),
+        type_(type),
+        sequences_(o.sequences),
+        peer_(model_->path(), type, o.context, o.threads, o.sequences, o.device) {}
 
   std::span<const float> feed(std::span<const Token> tokens, bool all_logits) override {
     length_ += static_cast<int64_t>(tokens.size());
@@ -105,14 +117,7 @@ class Theirs final : public Contender {
     ++length_;
     return peer_.step_batch(tokens);
   }
-  void fill(std::span<const Token> tokens) override {
-    length_ += static_cast<int64_t>(tokens.size());
-    if (sequences_ == 1) {
-      peer_.step(tokens, false, true);
-    } else {
-      peer_.fill_batch(tokens, sequences_);
-    }
-  }
+  void spread() override { peer_.spread(sequences_); }
   void truncate(int64_t n) override {
     peer_.truncate(n);
     length_ = n;
@@ -127,11 +132,12 @@ class Theirs final : public Contender {
   void set_prompt(int64_t) override {}
   int64_t chunk_end(int64_t from) const override { return from + kPageTokens; }
   double kept(int64_t) const override { return 1; }
-  size_t cache_bytes(int64_t tokens) const override { return peer_.cache_bytes(model_->shape(), tokens); }
+  size_t cache_bytes(int64_t tokens) const override { return Peer::cache_bytes(type_, model_->shape(), tokens); }
   std::string kernel() const override { return "ggml"; }
 
  private:
   std::shared_ptr<const Model> model_;
+  std::string type_;
   int sequences_;
   int64_t length_ = 0, marked_ = 0;
   Peer peer_;

@@ -12,7 +12,7 @@ namespace kvmix {
 struct ContenderOptions {
   int64_t context = 0;
   int threads = 0, sequences = 1, chunk_tokens = 512;
-  std::string kernel;
+  std::string device = "cpu", kernel = {};
   bool exact = false, force_plan = false;
 };
 
@@ -23,8 +23,8 @@ class Contender {
   virtual std::span<const float> feed(std::span<const Token> tokens, bool all_logits) = 0;
   // One token for every sequence; logits row by row.
   virtual std::span<const float> decode(std::span<const Token> tokens) = 0;
-  // The same prompt in every sequence, each with memory of its own.
-  virtual void fill(std::span<const Token> tokens) = 0;
+  // Makes every sequence a copy of sequence 0, with memory of its own.
+  virtual void spread() = 0;
   // Sequences go back to n tokens.
   virtual void truncate(int64_t n) = 0;
   virtual void clear() = 0;

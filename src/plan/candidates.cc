@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <map>
 
+#include "backend/cuda/layer_format.h"
 #include "cache/layout.h"
 #include "kvmix/error.h"
 #include "plan/planner.h"
@@ -70,13 +71,23 @@ std::vector<Candidate> candidates(const Profile& profile, const std::string& met
 }
 
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context) {
+                    int64_t context, const std::string& device) {
   PricedChoices priced;
   const CacheConfig base = cache_config(plan, model);
   priced.fixed_bytes = static_cast<int64_t>(predict_bytes(base, context));
   priced.elements = live_elements(base, context);
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const LayerConfig& layer = base.layers[l];
+    const auto takes = [&](Side side, const Candidate& c) {
+      LayerConfig with = layer;
+      (side == Side::kKey ? with.key : with.value) = c.config;
+      try {
+        cuda::layer_format(with, "");
+        return true;
+      } catch (const Error&) {
+        return false;
+      }
+    };
     const PagePrediction pages = predict_pages(layer, context);
     const int64_t sealed = (pages.sealed - pages.freed) * layer.kv_heads;
     const int64_t open = (pages.pages - pages.sealed) * layer.kv_heads;
@@ -84,6 +95,7 @@ PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& pr
       const auto bytes = [&](const CodecSpec& codec) { return static_cast<int64_t>(tile_bytes(codec, layer.head_dim)); };
       priced.fixed_bytes -= (sealed + open) * bytes(CodecSpec{});
       priced.sides.push_back(candidates(profile, metric, static_cast<int>(l), side));
+      if (device == "cuda") std::erase_if(priced.sides.back(), [&](const Candidate& c) { return !takes(side, c); });
       std::vector<Choice> choices;
       for (const Candidate& c : priced.sides.back())
         choices.push_back({sealed * bytes(c.config.codec) + open * bytes(open_codec(plan.recent, c.config.codec)), c.cost});

@@ -31,9 +31,9 @@ struct PricedChoices {
   // Writes the chosen codecs into the plan; returns the sum of their costs.
   double apply(const std::vector<size_t>& chosen, Plan& plan) const;
 };
-// For the plan's sinks, window and recent rows.
+// For the plan's sinks, window and recent rows; without what the device has no code for.
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context);
+                    int64_t context, const std::string& device);
 
 [[noreturn]] void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context);
 

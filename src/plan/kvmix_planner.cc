@@ -55,7 +55,7 @@ Plan make(const PlannerRequest& request) {
         "planner kvmix moves bytes by divergence, not by answered tasks; use --planner kvtuner, or measure without tasks");
   }
   const int64_t context = request.budget.context;
-  const PricedChoices priced = price(plan, *request.model, *request.profile, metric, context);
+  const PricedChoices priced = price(plan, *request.model, *request.profile, metric, context, request.device);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   const int64_t spend = budget - priced.fixed_bytes;
   std::vector<size_t> chosen = allocate(priced.items, spend);

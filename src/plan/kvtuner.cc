@@ -86,7 +86,9 @@ class Tuner {
  public:
   Tuner(const PlannerRequest& request, const Plan& plan, const std::string& metric, const std::vector<int>& widths,
         double threshold)
-      : request_(request), plan_(plan), priced_(price(plan, *request.model, *request.profile, metric, request.budget.context)) {
+      : request_(request),
+        plan_(plan),
+        priced_(price(plan, *request.model, *request.profile, metric, request.budget.context, request.device)) {
     pick_metric(*request.profile, "output");
     const size_t layers = plan.layers.size();
     for (size_t l = 0; l < layers; ++l) {

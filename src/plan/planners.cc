@@ -3,6 +3,7 @@
 #include <array>
 #include <charconv>
 
+#include "backend/cuda/layer_format.h"
 #include "codec/spelling.h"
 #include "plan/planner.h"
 
@@ -18,6 +19,12 @@ const std::array kPlanners = {
     &kKvtunerPlanner,
     &kUniformPlanner,
 };
+
+// Throws kUnsupported naming the layer that the device has no code for.
+void check_on_cuda(const Plan& plan, const ModelShape& model) {
+  const CacheConfig config = cache_config(plan, model);
+  for (size_t l = 0; l < config.layers.size(); ++l) cuda::layer_format(config.layers[l], "layer " + std::to_string(l));
+}
 
 }  // namespace
 
@@ -39,7 +46,8 @@ Plan fitted_plan(const Planner& planner, PlannerRequest request) {
   for (int tries = 0;; ++tries) {
     Plan plan = planner.make(request);
     if (promised == 0 || !request.budget.slack || !planner.info.needs_budget) return plan;
-    const CacheConfig config = cache_config(plan, *request.model);
+    CacheConfig config = cache_config(plan, *request.model);
+    config.device = request.device;
     const auto sequences = static_cast<size_t>(request.budget.sequences);
     const size_t bytes = predict_bytes(config, request.budget.context) * sequences +
                          predict_slack_bytes(config, request.budget.context, request.budget.sequences);
@@ -80,7 +88,11 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     if (request.meter != nullptr && !planner->info.measures) {
       throw Error(Status::kInvalidArgument, "planner " + name + " does not measure plans");
     }
-    return fitted_plan(*planner, request);
+    if (request.device != "cpu" && request.device != "cuda")
+      throw Error(Status::kInvalidArgument, "device \"" + request.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
+    Plan plan = fitted_plan(*planner, request);
+    if (request.device == "cuda") check_on_cuda(plan, *request.model);
+    return plan;
   }
   throw Error(Status::kInvalidArgument, "planner \"" + name + "\" is unknown; expected one of " + names);
 }

@@ -69,6 +69,7 @@ class CudaBackend final : public Backend {
   // The first of the threads queues everything.
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
+  uint64_t launch_key() override;
   Window window(SequenceId id, int layer, int kv_head) const override;
   Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
   void end() override {}
@@ -148,6 +149,7 @@ class CudaBackend final : public Backend {
   const StepPlan* plan_ = nullptr;
   std::vector<size_t> order_;  // entries of the plan, by new tokens
   int rows_ = 0;
+  bool sealing_joined_ = false;  // what is queued waits for all of the step's sealing
   StepInputs inputs_;
   // Page tables stay on the device from step to step: of each layer [entries of a step][kv_heads][stride]. A row is written
   // again where another sequence comes to stand in it or its pages have changed.

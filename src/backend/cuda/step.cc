@@ -1,10 +1,12 @@
 // A step on the device: its tables and work lists by one copy, then a few launches a layer.
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 #include "attention/cuda/cut.h"
 #include "attention/cuda/shape.h"
 #include "backend/cuda/cuda_backend.h"
+#include "base/checksum.h"
 #include "base/cuda/launch.h"
 #include "codec/cuda/seal.h"
 #include "kvmix/error.h"
@@ -14,6 +16,12 @@ namespace {
 
 constexpr size_t kMostImageBytes = size_t{512} << 20;  // of a prefill launch's dequantised pages, if it has several sequences
 constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Work lists of decoding are filled up to a length that steps have in common.
+size_t common_length(size_t items) {
+  const size_t step = std::max<size_t>(std::bit_floor(items) / 8, 8);
+  return (items + step - 1) / step * step;
+}
 
 int64_t pages_of(int64_t length, int sinks) {
   if (sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
@@ -56,6 +64,12 @@ void CudaBackend::cut(Shape& shape) {
     for (kvmix_cuda_item& item : made.items) {
       item.sequence = item.sequence * shape.kv_heads + item.kv_head;
       item.kv_head = 0;
+    }
+    if (tokens == 1) {
+      kvmix_cuda_item none{};
+      none.sequence = -1;
+      made.items.resize(common_length(made.items.size()), none);
+      made.workspace_bytes = workspace_layout(p).bytes(static_cast<int32_t>(made.items.size()));
     }
     shape.launches.push_back({first, end - first, tokens, before, std::move(made.items), 0, made.workspace_bytes});
     before += static_cast<int64_t>(end - first) * tokens;
@@ -134,6 +148,7 @@ void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, i
 void CudaBackend::begin(const StepPlan& plan) {
   use_device();
   plan_ = &plan;
+  sealing_joined_ = false;
   order_.resize(plan.entries.size());
   std::iota(order_.begin(), order_.end(), size_t{0});
   std::stable_sort(order_.begin(), order_.end(),
@@ -230,6 +245,30 @@ void CudaBackend::seal(const Layer& layer) {
   cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
 }
 
+uint64_t CudaBackend::launch_key() {
+  Checksum sum;
+  const auto add = [&](const auto& number) { sum.update(&number, sizeof number); };
+  for (const Shape& shape : shapes_) {
+    if (shape.launches.size() != 1 || shape.launches.front().tokens != 1) return 0;
+    add(shape.launches.front().items.size());
+    add(shape.launches.front().items_at);
+  }
+  for (const void* memory : {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
+                             static_cast<const void*>(queries_.data()), static_cast<const void*>(outputs_.data()),
+                             static_cast<const void*>(workspace_.data())}) {
+    add(memory);
+  }
+  add(rows_);
+  add(tables_.rows());
+  add(tables_.stride);
+  add(workspace_.bytes());
+  // A captured step has no waits for single layers, and what state it finds the workspace in is not known.
+  join();
+  sealing_joined_ = true;
+  clean_bytes_ = 0;
+  return std::max<uint64_t>(sum.value(), 1);
+}
+
 void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) {
   if (worker.ith != 0) return;
   use_device();
@@ -247,7 +286,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
     bring(k, k_stride, host_k_);
     bring(v, v_stride, host_v_);
   }
-  if (layer.seals > 0) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
+  if (layer.seals > 0 && !sealing_joined_) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
   append_rows(
       {.k = k,
        .v = v,
