@@ -40,6 +40,36 @@ std::vector<std::pair<std::string, std::string>> layer_codecs(const Plan& plan) 
 
 void check_layers(const Plan& plan, const ModelShape& shape) { check_plan(plan, shape, true); }
 
+// Of gradient norms that another program measured, [prompt][layer].
+Profile profile_of_scores(const ModelShape& shape, std::vector<std::vector<double>> keys,
+                          std::vector<std::vector<double>> values, int64_t tokens, uint64_t seed) {
+  if (keys.empty() || keys.size() != values.size())
+    refuse("scores of " + std::to_string(keys.size()) + " and " + std::to_string(values.size()) +
+           " prompts; expected as many of keys as of values, at least 1");
+  const size_t layers = shape.layers.size();
+  Profile profile;
+  profile.fingerprint = shape.fingerprint;
+  profile.model = shape.name;
+  profile.seed = seed;
+  profile.prompts = static_cast<int>(keys.size());
+  profile.tokens = tokens;
+  profile.fp16 = usual_fp16_part(shape);
+  const auto mean = [&](const std::vector<std::vector<double>>& rows) {
+    std::vector<double> sums(layers, 0);
+    for (const auto& row : rows) {
+      if (row.size() != layers)
+        refuse("a prompt has scores of " + std::to_string(row.size()) + " layers, the model " + std::to_string(layers));
+      for (size_t l = 0; l < layers; ++l) sums[l] += row[l] / static_cast<double>(rows.size());
+    }
+    return sums;
+  };
+  profile.key_score = mean(keys);
+  profile.value_score = mean(values);
+  profile.key_score_by_prompt = std::move(keys);
+  profile.value_score_by_prompt = std::move(values);
+  return parse_profile(to_json(profile), "the scores");  // checked as a file's are
+}
+
 void bind_shape(nb::module_& m) {
   nb::class_<ModelShape::Layer>(m, "LayerShape", "Attention of one layer, as plans and caches need to know it.")
       .def(
@@ -147,6 +177,8 @@ void bind_profile(nb::module_& m) {
           "read", [](const nb::object& path) { return read_profile(path_text(path)); }, "path"_a,
           "A profile file, checked. Raises NotFoundError, or CorruptError naming file, field, value and remedy.")
       .def_static("from_json", &parse_profile, "text"_a, "name"_a = "the profile")
+      .def_static("from_scores", &profile_of_scores, "shape"_a, "key_scores"_a, "value_scores"_a, "tokens"_a, "seed"_a = 0,
+                  "Of gradient norms that were measured elsewhere, [prompts][layers]; `tokens` of all prompts together.")
       .def("to_json", [](const Profile& p) { return to_json(p); })
       .def(
           "write", [](const Profile& p, const nb::object& path) { write_profile(p, path_text(path)); }, "path"_a)

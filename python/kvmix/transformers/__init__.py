@@ -28,6 +28,7 @@ if not (5, 10) <= _version < (6, 0):
 
 from ._attention import use_kvmix
 from ._cache import KVmixCache
+from ._profile import profile
 from ._shape import model_shape
 
-__all__ = ["KVmixCache", "model_shape", "use_kvmix"]
+__all__ = ["KVmixCache", "model_shape", "profile", "use_kvmix"]
