@@ -36,7 +36,8 @@ class Step:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._cache.abort_step()
+            if self._cache.in_step:
+                self._cache.abort_step()
             return
         try:
             self._cache.end_step()

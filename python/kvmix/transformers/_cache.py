@@ -129,6 +129,7 @@ class KVmixCache(Cache):
         self.seen = 0  # tokens of a row, padding included
         self._next_layer = 0
         self._rows: torch.Tensor | None = None  # of the open step, among batch x tokens: those that are no padding
+        self._pad: list[int] = []  # of each row, in front of its first token
         self._known_masks: list[tuple[torch.Tensor, int]] = []
         super().__init__(layers=[KVmixLayer(self, i) for i in range(len(self.shape.layers))])
 
