@@ -33,6 +33,7 @@ nlohmann::json row_json(const BenchRow& r) {
           {"cache_bytes", r.cache_bytes},
           {"sequences", r.sequences},
           {"peak_bytes", r.peak_bytes},
+          {"host_seconds", r.host_seconds},
           {"kernel", r.kernel}};
 }
 
@@ -59,21 +60,23 @@ int bench_command(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    Table table(
-        {"cache", "depth", "sequences", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak", "kernel"});
-    table.left(9);
+    Table table({"cache", "depth", "sequences", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak",
+                 "host ms", "kernel"});
+    table.left(10);
     for (const BenchRow& r : rows) {
       if (!r.lost.empty()) continue;
       table.add({r.name, std::to_string(r.depth), std::to_string(r.sequences), fmt::format("{:.1f}", r.decode_tokens_per_s),
                  fmt::format("{:.1f}", r.decode_min), fmt::format("{:.1f}", r.decode_max),
                  r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
-                 human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_bytes)), r.kernel});
+                 human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_bytes)),
+                 r.host_seconds > 0 ? fmt::format("{:.2f}", 1e3 * r.host_seconds) : "-", r.kernel});
     }
     table.print();
     fmt::print(
-        "\n{}: tokens/s of all sequences together, median of {} {} repetitions; prefill of one sequence; memory peak is {}\n",
-        model->shape().name, options.repetitions, options.device == "cpu" ? "interleaved" : "",
-        options.device == "cpu" ? "the anonymous memory that the row added" : "what the device had in use, weights and all");
+        "\n{}: tokens/s of all sequences together, median of {}{} repetitions; prefill of one sequence; memory peak is {}\n",
+        model->shape().name, options.repetitions, options.device == "cpu" ? " interleaved" : "",
+        options.device == "cpu" ? "the anonymous memory that the row added"
+                                : "what the device had in use, weights and all; host ms of a decode step");
     if (interrupted) fmt::print("stopped before the end: these are the depths that are complete\n");
   };
   try {

@@ -80,6 +80,13 @@ struct EngineItem {
   bool more = false, decoded = false;
 };
 
+// Of all steps of an engine.
+struct EngineStats {
+  int64_t steps = 0;
+  double seconds = 0;       // in all
+  double wait_seconds = 0;  // of these on the device "cuda", when the host had nothing to do but to wait for it
+};
+
 // A model with a cache. Not thread safe; several engines may share a Model.
 class Engine {
  public:
@@ -100,6 +107,7 @@ class Engine {
   std::span<const float> prefill(SequenceId sequence, std::span<const Token> tokens,
                                  const std::function<bool(int64_t, int64_t)>& progress = {});
 
+  EngineStats stats() const;
   // fingerprint of (model, plan) for saved caches
   std::string cache_fingerprint() const;
 

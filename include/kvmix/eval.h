@@ -148,6 +148,7 @@ struct BenchRow {
   size_t cache_bytes = 0;                                          // of all sequences
   size_t peak_bytes = 0;  // what the row added to the process, at the most: anonymous memory, on "cuda" the device's in all
   std::string kernel;
+  double host_seconds = 0;  // of a decode step, on "cuda": what it does not wait for the device; 0 for peers
   std::string lost;
 };
 std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,

@@ -35,6 +35,8 @@ class Runner {
   // Runs the step that is open in the cache and was prepared; logits of the wanted rows [wanted][vocab], valid until the next
   // step. Throws NotFinite.
   virtual std::span<const float> run(Cache& cache, const StepRows& rows) = 0;
+  // How long the host waited for the device, of all runs.
+  virtual double wait_seconds() const { return 0; }
 };
 
 std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads);

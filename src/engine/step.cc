@@ -9,6 +9,7 @@
 //
 // All of it is one ggml graph, which a Runner (runner.h) runs on its device.
 #include <algorithm>
+#include <chrono>
 
 #include "base/checksum.h"
 #include "base/machine.h"
@@ -48,6 +49,7 @@ struct Engine::Impl {
   EngineOptions options;
   std::unique_ptr<Runner> runner;
   std::unique_ptr<Cache> cache;
+  EngineStats stats;
   std::vector<StepItem> items;
   std::vector<Token> tokens, positions, rows;
 };
@@ -67,8 +69,15 @@ std::string Engine::cache_fingerprint() const {
   return impl_->model->shape().fingerprint + "+" + std::to_string(sum.value());
 }
 
+EngineStats Engine::stats() const {
+  EngineStats stats = impl_->stats;
+  stats.wait_seconds = impl_->runner->wait_seconds();
+  return stats;
+}
+
 std::span<const float> Engine::step(std::span<const EngineItem> work) {
   Impl& impl = *impl_;
+  const auto began = std::chrono::steady_clock::now();
   const int64_t context = impl.model->shape().context_tokens;
   impl.items.clear();
   impl.tokens.clear();
@@ -111,6 +120,8 @@ std::span<const float> Engine::step(std::span<const EngineItem> work) {
     throw;
   }
   impl.cache->end_step();
+  ++impl.stats.steps;
+  impl.stats.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   return logits;
 }
 

@@ -45,14 +45,16 @@ class Ours final : public Contender {
       engine_->cache().remove(ids_[s]);
       ids_[s] = engine_->cache().create();  // if there is no room for a copy
     }
+    const int64_t n = engine_->cache().length(ids_[0]);
     for (size_t s = 1; s < ids_.size(); ++s) {
       const SequenceId empty = ids_[s];
       ids_[s] = engine_->cache().copy(ids_[0]);
       engine_->cache().remove(empty);
+      engine_->cache().truncate(ids_[s], shorter(n, s));
     }
   }
   void truncate(int64_t n) override {
-    for (const SequenceId id : ids_) engine_->cache().truncate(id, n);
+    for (size_t s = 0; s < ids_.size(); ++s) engine_->cache().truncate(ids_[s], shorter(n, s));
   }
   void clear() override {
     for (const SequenceId id : ids_) engine_->cache().remove(id);
@@ -90,8 +92,15 @@ class Ours final : public Contender {
     return memory.total_bytes / ids_.size();
   }
   std::string kernel() const override { return engine_->cache().stats().kernel; }
+  std::pair<int64_t, double> host_seconds() const override {
+    const EngineStats stats = engine_->stats();
+    return {stats.steps, stats.seconds - stats.wait_seconds};
+  }
 
  private:
+  // Tokens of sequence s where sequence 0 has n.
+  static int64_t shorter(int64_t n, size_t s) { return n - std::min<int64_t>(n / 2, static_cast<int64_t>(s) % kPageTokens); }
+
   int sequences_;
   std::unique_ptr<Engine> engine_;
   std::vector<SequenceId> ids_;
@@ -134,6 +143,7 @@ class Theirs final : public Contender {
   double kept(int64_t) const override { return 1; }
   size_t cache_bytes(int64_t tokens) const override { return Peer::cache_bytes(type_, model_->shape(), tokens); }
   std::string kernel() const override { return "ggml"; }
+  std::pair<int64_t, double> host_seconds() const override { return {0, 0}; }
 
  private:
   std::shared_ptr<const Model> model_;

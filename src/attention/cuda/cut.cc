@@ -29,6 +29,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     int begin, end;
   };
   std::vector<Run> runs;
+  std::vector<int64_t> runs_of;  // by pages: many sequences have few different numbers of them
   int64_t pages = 0;
   int longest = 1;
   for (const int32_t length : lengths) {
@@ -37,6 +38,12 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     const int count = runs.back().end - runs.back().begin;
     pages += static_cast<int64_t>(count) * p.kv_heads;
     longest = std::max(longest, count);
+    if (runs_of.size() <= static_cast<size_t>(count)) runs_of.resize(static_cast<size_t>(count) + 1);
+    ++runs_of[static_cast<size_t>(count)];
+  }
+  std::vector<std::pair<int64_t, int64_t>> counts;  // pages, and how many runs have as many
+  for (size_t count = 0; count < runs_of.size(); ++count) {
+    if (runs_of[count] > 0) counts.emplace_back(static_cast<int64_t>(count), runs_of[count]);
   }
   // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
   // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
@@ -52,7 +59,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     int candidate = (longest + splits - 1) / splits;
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
-    for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
+    for (const auto& [count, n] : counts) blocks += (count + candidate - 1) / candidate * n * p.kv_heads;
     blocks = std::max<int64_t>(fast ? blocks * row_blocks(p) : blocks, 1);
     // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
     if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;

@@ -53,7 +53,9 @@ Event::~Event() {
 
 void Event::record(cudaStream_t on) const { check_cuda(cudaEventRecord(event_, on), "event: record"); }
 
-void Event::make_wait(cudaStream_t stream) const { check_cuda(cudaStreamWaitEvent(stream, event_, 0), "event: wait"); }
+void Event::make_wait(cudaStream_t stream, unsigned flags) const {
+  check_cuda(cudaStreamWaitEvent(stream, event_, flags), "event: wait");
+}
 
 bool CudaBackend::Shape::operator==(const Shape& other) const {
   return std::memcmp(&format, &other.format, sizeof format) == 0 && q_heads == other.q_heads && kv_heads == other.kv_heads &&
@@ -65,7 +67,6 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
       device_(current_device()),
       device_rows_(config.device_rows),
       stream_(config.stream),
-      sealing_(nullptr),
       pool_(config.max_bytes, stream_.get()) {
   layers_.reserve(layers.size());
   layer_sealed_.resize(layers.size());
@@ -103,7 +104,8 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
 }
 
 CudaBackend::~CudaBackend() {
-  for (const Stream* stream : {&sealing_, &stream_}) static_cast<void>(cudaStreamSynchronize(stream->get()));
+  for (const Stream& stream : sealing_) static_cast<void>(cudaStreamSynchronize(stream.get()));
+  static_cast<void>(cudaStreamSynchronize(stream_.get()));
 }
 
 void CudaBackend::join() const { sealed_.make_wait(stream_.get()); }

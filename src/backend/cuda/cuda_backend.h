@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,7 +25,7 @@ namespace kvmix::cuda {
 // The caller's stream, or one of its own.
 class Stream {
  public:
-  explicit Stream(void* given);
+  explicit Stream(void* given = nullptr);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   ~Stream();
@@ -42,7 +43,8 @@ class Event {
   Event& operator=(Event&&) = delete;
   ~Event();
   void record(cudaStream_t on) const;
-  void make_wait(cudaStream_t stream) const;
+  // `flags` as of cudaStreamWaitEvent.
+  void make_wait(cudaStream_t stream, unsigned flags = 0) const;
 
  private:
   cudaEvent_t event_ = nullptr;
@@ -118,7 +120,7 @@ class CudaBackend final : public Backend {
   void write_tables();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const;
-  void seal(const Layer& layer);
+  void seal(const Layer& layer, cudaStream_t stream);
   void seal_all();
   // Makes what is queued from here on wait for sealing, also of a step that was aborted.
   void join() const;
@@ -136,7 +138,11 @@ class CudaBackend final : public Backend {
   const FormatTable& formats_;
   int device_;
   bool device_rows_;
-  Stream stream_, sealing_;
+  Stream stream_;
+  // Sealing a few pages takes long for what it does, so that of several layers runs side by side.
+  static constexpr size_t kSealStreams = 8;
+  std::array<Stream, kSealStreams> sealing_;
+  std::array<Event, kSealStreams> stream_sealed_;
   Event planned_, sealed_;
   std::vector<Event> layer_sealed_;
   DevicePool pool_;
@@ -149,7 +155,7 @@ class CudaBackend final : public Backend {
   const StepPlan* plan_ = nullptr;
   std::vector<size_t> order_;  // entries of the plan, by new tokens
   int rows_ = 0;
-  bool sealing_joined_ = false;  // what is queued waits for all of the step's sealing
+  bool keyed_ = false;  // launch_key was called: append and attend may be captured
   StepInputs inputs_;
   // Page tables stay on the device from step to step: of each layer [entries of a step][kv_heads][stride]. A row is written
   // again where another sequence comes to stand in it or its pages have changed.

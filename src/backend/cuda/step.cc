@@ -148,7 +148,7 @@ void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, i
 void CudaBackend::begin(const StepPlan& plan) {
   use_device();
   plan_ = &plan;
-  sealing_joined_ = false;
+  keyed_ = false;
   order_.resize(plan.entries.size());
   std::iota(order_.begin(), order_.end(), size_t{0});
   std::stable_sort(order_.begin(), order_.end(),
@@ -219,28 +219,32 @@ void CudaBackend::begin(const StepPlan& plan) {
 
 // What a layer seals must be there when that layer is attended to.
 void CudaBackend::seal_all() {
-  bool any = false;
+  size_t used = 0;
   for (size_t l = 0; l < layers_.size(); ++l) {
     if (layers_[l].seals == 0) continue;
-    if (!any) {
-      planned_.record(stream_.get());
-      planned_.make_wait(sealing_.get());
-    }
-    any = true;
-    seal(layers_[l]);
-    layer_sealed_[l].record(sealing_.get());
+    const cudaStream_t stream = sealing_[used % kSealStreams].get();
+    if (used == 0) planned_.record(stream_.get());
+    if (used < kSealStreams) planned_.make_wait(stream);
+    seal(layers_[l], stream);
+    layer_sealed_[l].record(stream);
+    ++used;
   }
-  if (any) sealed_.record(sealing_.get());
+  if (used == 0) return;
+  for (size_t i = 1; i < std::min(used, kSealStreams); ++i) {
+    stream_sealed_[i].record(sealing_[i].get());
+    stream_sealed_[i].make_wait(sealing_[0].get());
+  }
+  sealed_.record(sealing_[0].get());
 }
 
-void CudaBackend::seal(const Layer& layer) {
+void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
   kvmix_cuda_seal_params p{};
   p.format = layer.format;
   p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
   p.open_pages = p.records = pool_.base();
   p.open_page_stride = p.record_page_stride = kPageUnit;
   p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
-  p.stream = sealing_.get();
+  p.stream = stream;
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
   cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
 }
@@ -262,10 +266,8 @@ uint64_t CudaBackend::launch_key() {
   add(tables_.rows());
   add(tables_.stride);
   add(workspace_.bytes());
-  // A captured step has no waits for single layers, and what state it finds the workspace in is not known.
-  join();
-  sealing_joined_ = true;
-  clean_bytes_ = 0;
+  keyed_ = true;
+  clean_bytes_ = 0;  // what state a step that is launched again finds the workspace in is not known
   return std::max<uint64_t>(sum.value(), 1);
 }
 
@@ -286,7 +288,15 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
     bring(k, k_stride, host_k_);
     bring(v, v_stride, host_v_);
   }
-  if (layer.seals > 0 && !sealing_joined_) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
+  const Event& sealed = layer_sealed_[static_cast<size_t>(layer_index)];
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (keyed_) check_cuda(cudaStreamIsCapturing(stream_.get(), &capture), "append");
+  if (capture == cudaStreamCaptureStatusActive) {
+    // In whatever step it is launched, it waits for the sealing of that one.
+    if (layer.ids.seals) sealed.make_wait(stream_.get(), cudaEventWaitExternal);
+  } else if (layer.seals > 0) {
+    sealed.make_wait(stream_.get());
+  }
   append_rows(
       {.k = k,
        .v = v,

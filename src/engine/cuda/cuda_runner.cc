@@ -6,6 +6,7 @@
 #include <ggml-cuda.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "backend/cuda/device.h"
@@ -164,13 +165,17 @@ class CudaRunner final : public Runner {
     } else {
       captured(cache, key).launch(stream_);
     }
+    const auto queued = std::chrono::steady_clock::now();
     check_cuda(cudaStreamSynchronize(stream_), "a step on the device");
+    wait_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - queued).count();
     if (const int mark = *results_.data<int>(); mark != 0) {
       throw NotFinite{mark == 1 ? "the keys of layer " + std::to_string(model_.parameters().layers - 1) : "the logits"};
     }
     if (graph_->logits == nullptr) return {};
     return {results_.data<float>() + 1, logit_bytes(*graph_) / sizeof(float)};
   }
+
+  double wait_seconds() const override { return wait_seconds_; }
 
  private:
   static GgmlBackend make_backend(int device) {
@@ -280,6 +285,7 @@ class CudaRunner final : public Runner {
   PinnedMemory inputs_, results_;  // results: the flag, then logits
   std::list<CudaGraph> graphs_;
   CudaGraph* graph_ = nullptr;  // the prepared one
+  double wait_seconds_ = 0;
 };
 
 }  // namespace
