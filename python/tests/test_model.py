@@ -66,11 +66,11 @@ def test_models_that_are_none_are_refused(tmp_path):
 def test_evaluation_gives_the_command_lines_numbers(smollm2, smollm2_path, prose, command, tmp_path):
     (tmp_path / "text.txt").write_text(prose)
     arguments = [command, "eval", smollm2_path, "--json", "--text", tmp_path / "text.txt", "--uniform", "4/2"]
-    arguments += ["--context", "512", "--windows", "2", "--threads", "2"]
+    arguments += ["--context", "320", "--windows", "1", "--threads", "2"]
     run = subprocess.run(arguments, capture_output=True, text=True, check=True)
     want = json.loads(run.stdout)["rows"]
     plan = kvmix.Plan.uniform(smollm2.shape, 4, 2)
-    rows = kvmix.evaluate(smollm2, prose, {"uniform 4/2": plan}, context=512, windows=2, threads=2)
+    rows = kvmix.evaluate(smollm2, prose, {"uniform 4/2": plan}, context=320, windows=1, threads=2)
     assert [r.name for r in rows] == [r["name"] for r in want]
     for row, other in zip(rows, want):
         for field in ("cache_bytes", "scored_tokens", "bits_per_element"):

@@ -148,7 +148,9 @@ class KVmixCache(Cache):
             )
         for name, tensor in (("keys", key), ("values", value)):
             if tensor.device.type != "cpu":
-                raise UnsupportedError(f"layer {layer}: {name} are on {tensor.device}; this KVmixCache is on the CPU: move the model there")
+                raise UnsupportedError(
+                    f"layer {layer}: {name} are on {tensor.device}; a KVmixCache is on the CPU: move the model there"
+                )
             if not tensor.is_floating_point():
                 raise InvalidArgumentError(f"layer {layer}: {name} are {tensor.dtype}; expected a floating type")
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):

@@ -56,7 +56,7 @@ def profile(
         raise InvalidArgumentError("profile: no prompts; give at least one")
     wanted = {id(w) for w in weights}
     state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    training, checkpointing = model.training, bool(getattr(model, "is_gradient_checkpointing", False))
+    training, checkpointing = model.training, _checkpoints(model, "is_{}_checkpointing")
     keys: list[list[float]] = []
     values: list[list[float]] = []
     norms = _Norms(weights)
@@ -66,7 +66,7 @@ def profile(
             p.grad = None
         model.eval()
         if not checkpointing and model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoints(model, "{}_checkpointing_enable")({"use_reentrant": False})
         for module in model.modules():  # checkpoints are for training alone, as is dropout, which stays off
             if getattr(module, "gradient_checkpointing", None) is not None:
                 module.training = True
@@ -78,7 +78,10 @@ def profile(
                 ids = ids.to(device)[None]
                 loss = model(ids, labels=ids, use_cache=False).loss
                 if not bool(torch.isfinite(loss)):
-                    raise InvalidArgumentError(f"profile: the loss of prompt {done} is {float(loss)}: the model or its type of numbers is damaged")
+                    raise InvalidArgumentError(
+                        f"profile: the loss of prompt {done} is {float(loss)}: the model is damaged, or its type of numbers "
+                        "too narrow"
+                    )
                 loss.backward()
                 keys.append(norms.of[: len(modules)])
                 values.append(norms.of[len(modules) :])
@@ -86,12 +89,18 @@ def profile(
     finally:
         norms.close()
         if not checkpointing and model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpoints(model, "{}_checkpointing_disable")()
         model.train(training)
         for p, required, grad in state:
             p.requires_grad_(required)
             p.grad = grad
     return Profile.from_scores(shape, keys, values, sum(len(r) for r in rows))
+
+
+def _checkpoints(model: PreTrainedModel, name: str) -> Any:
+    """What a model has of that name, which 5.24 changed."""
+    new = name.format("activation")
+    return getattr(model, new if hasattr(model, new) else name.format("gradient"))
 
 
 def _ids(prompt: Any, tokenizer: Any, tokens: int, index: int) -> torch.Tensor:
