@@ -96,6 +96,9 @@ struct CacheConfig {
   std::optional<PolicySpec> channels;
 };
 
+// Threads that can compute at once without sharing a core, as affinity and quotas leave them: 1 to 256.
+int default_threads();
+
 using SequenceId = int32_t;
 
 struct StepItem {
@@ -158,6 +161,9 @@ class Cache {
   // Causal attention of the step's queries over everything stored, this step's rows included.
   // q, out: float [n_rows][q_heads][head_dim], row strides in floats; out must not alias q.
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, int ith, int nth);
+  // Both for one layer, by config.threads threads that the cache keeps: for callers who have no threads of their own.
+  void step_layer(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const float* q,
+                  int64_t q_stride, float* out, int64_t out_stride);
   // On the device "cuda", between begin_step and the first append: steps with equal keys queue the same launches, so what was
   // captured of one (cudaStreamBeginCapture, in relaxed mode) may be launched in another in place of append and attend. 0: a
   // step that must be queued, as those with prompts are.

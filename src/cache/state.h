@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "base/team.h"
 #include "cache/governed.h"
 #include "cache/ledger.h"
 #include "kvmix/cache.h"
@@ -26,6 +27,7 @@ struct Cache::Impl {
   PolicyScratch policy_scratch;
   Decision decision;
   std::vector<FreedPage> reserve;  // for what the prompts that end in the open step will keep
+  std::unique_ptr<Team> team;      // of step_layer
 
   const PageFormat& format(const PageEntry& entry) const { return formats[static_cast<FormatId>(entry.format)]; }
   void release(std::span<const FreedPage> pages);
