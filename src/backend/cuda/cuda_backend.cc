@@ -63,6 +63,11 @@ bool CudaBackend::Shape::operator==(const Shape& other) const {
          sinks == other.sinks && sliding_window == other.sliding_window;
 }
 
+bool CudaBackend::Shape::cut_alike(const Shape& other) const {
+  return q_heads == other.q_heads && kv_heads == other.kv_heads && sinks == other.sinks &&
+         sliding_window == other.sliding_window;
+}
+
 CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers)
     : formats_(formats),
       device_(current_device()),

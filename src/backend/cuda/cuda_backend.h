@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/cuda/cut.h"
 #include "backend/backend.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/pool.h"
@@ -87,8 +88,12 @@ class CudaBackend final : public Backend {
     size_t first, entries;  // of the step's, by `order_`
     int tokens;
     int64_t before;  // rows of the entries before
-    std::vector<kvmix_cuda_item> items;
-    size_t items_at, workspace_bytes;
+    Pieces pieces{};
+    size_t items = 0;       // of the work list, with those that are no work
+    size_t work_items = 0;  // without
+    size_t workspace_bytes = 0;
+    size_t items_at = 0;
+    bool shares_items = false;  // with a launch before
   };
   // What layers that are cut alike have in common.
   struct Shape {
@@ -96,6 +101,7 @@ class CudaBackend final : public Backend {
     int q_heads, kv_heads, sinks, sliding_window;
     std::vector<Launch> launches;
 
+    bool cut_alike(const Shape& other) const;  // where a launch of both is cut into the same pieces
     bool operator==(const Shape& other) const;
   };
   struct Layer {
@@ -118,6 +124,8 @@ class CudaBackend final : public Backend {
   const float* constant(std::span<const float> numbers);
   kvmix_cuda_attend_params attend_params(const Shape& shape) const;
   void cut(Shape& shape);
+  std::span<const int32_t> lengths(const Launch& launch);
+  void write_work(const Shape& shape, const Launch& launch, std::byte* to);
   void write_tables();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const;
@@ -154,7 +162,8 @@ class CudaBackend final : public Backend {
 
   // The step in progress.
   const StepPlan* plan_ = nullptr;
-  std::vector<size_t> order_;  // entries of the plan, by new tokens
+  std::vector<size_t> order_;     // entries of the plan, by new tokens
+  std::vector<int32_t> lengths_;  // of its entries in that order
   int rows_ = 0;
   bool keyed_ = false;  // launch_key was called: append and attend may be captured
   StepInputs inputs_;

@@ -30,7 +30,7 @@ int64_t pages_of(int64_t length, int sinks) {
 
 }  // namespace
 
-// As cut_work takes it: all KV heads of a sequence together.
+// As choose_pieces takes it: all KV heads of a sequence together.
 kvmix_cuda_attend_params CudaBackend::attend_params(const Shape& shape) const {
   kvmix_cuda_attend_params p{};
   p.format = shape.format;
@@ -39,8 +39,11 @@ kvmix_cuda_attend_params CudaBackend::attend_params(const Shape& shape) const {
   return p;
 }
 
+std::span<const int32_t> CudaBackend::lengths(const Launch& launch) {
+  return std::span(lengths_).subspan(launch.first, launch.entries);
+}
+
 void CudaBackend::cut(Shape& shape) {
-  std::vector<int32_t> lengths;
   shape.launches.clear();
   int64_t before = 0;
   for (size_t first = 0; first < order_.size();) {
@@ -49,32 +52,38 @@ void CudaBackend::cut(Shape& shape) {
     p.q_tokens = tokens;
     const bool images = uses_images(p);
     const auto image_bytes = static_cast<size_t>(page_image_bytes(shape.format.head_dim) * shape.kv_heads);
-    lengths.clear();
     size_t end = first, bytes = 0;
     for (; end < order_.size(); ++end) {
-      const StepEntry& entry = plan_->entries[order_[end]];
-      if (entry.n_tokens != tokens) break;
-      if (images) bytes += static_cast<size_t>(pages_of(entry.end(), shape.sinks)) * image_bytes;
+      if (plan_->entries[order_[end]].n_tokens != tokens) break;
+      if (images) bytes += static_cast<size_t>(pages_of(lengths_[end], shape.sinks)) * image_bytes;
       if (end > first && bytes > kMostImageBytes) break;
-      lengths.push_back(static_cast<int32_t>(entry.end()));
     }
     p.sequences = static_cast<int32_t>(end - first);
     check_shape(p);
-    Cut made = cut_work(p, lengths, 0);
-    for (kvmix_cuda_item& item : made.items) {
-      item.sequence = item.sequence * shape.kv_heads + item.kv_head;
-      item.kv_head = 0;
-    }
-    if (tokens == 1) {
-      kvmix_cuda_item none{};
-      none.sequence = -1;
-      made.items.resize(common_length(made.items.size()), none);
-      made.workspace_bytes = workspace_layout(p).bytes(static_cast<int32_t>(made.items.size()));
-    }
-    shape.launches.push_back({first, end - first, tokens, before, std::move(made.items), 0, made.workspace_bytes});
+    Launch launch{.first = first, .entries = end - first, .tokens = tokens, .before = before};
+    launch.pieces = choose_pieces(p, lengths(launch), 0);
+    launch.work_items = count_items(p, lengths(launch), launch.pieces);
+    launch.items = tokens == 1 ? common_length(launch.work_items) : launch.work_items;
+    launch.workspace_bytes = workspace_bytes(p, lengths(launch), launch.items);
+    shape.launches.push_back(launch);
     before += static_cast<int64_t>(end - first) * tokens;
     first = end;
   }
+}
+
+void CudaBackend::write_work(const Shape& shape, const Launch& launch, std::byte* to) {
+  kvmix_cuda_attend_params p = attend_params(shape);
+  p.q_tokens = launch.tokens;
+  const std::span list(reinterpret_cast<kvmix_cuda_item*>(to + launch.items_at), launch.items);
+  const std::span work = list.first(launch.work_items);
+  write_items(p, lengths(launch), launch.pieces, work);
+  for (kvmix_cuda_item& item : work) {
+    item.sequence = item.sequence * shape.kv_heads + item.kv_head;
+    item.kv_head = 0;
+  }
+  kvmix_cuda_item none{};
+  none.sequence = -1;
+  std::fill(list.begin() + static_cast<ptrdiff_t>(launch.work_items), list.end(), none);
 }
 
 // Brings the tables up to what the step's sequences have.
@@ -155,6 +164,8 @@ void CudaBackend::begin(const StepPlan& plan) {
                    [&](size_t a, size_t b) { return plan.entries[a].n_tokens < plan.entries[b].n_tokens; });
   rows_ = 0;
   for (const StepEntry& entry : plan.entries) rows_ += entry.n_tokens;
+  lengths_.clear();
+  for (const size_t entry : order_) lengths_.push_back(static_cast<int32_t>(plan.entries[entry].end()));
   for (Shape& shape : shapes_) cut(shape);
 
   // What goes where.
@@ -165,10 +176,19 @@ void CudaBackend::begin(const StepPlan& plan) {
     return at;
   };
   const size_t places_at = place(static_cast<size_t>(rows_), sizeof(RowPlace));
-  for (Shape& shape : shapes_) {
-    for (Launch& launch : shape.launches) {
-      launch.items_at = place(launch.items.size(), sizeof(kvmix_cuda_item));
+  // Formats that are cut into the same pieces have one list.
+  for (size_t i = 0; i < shapes_.size(); ++i) {
+    for (Launch& launch : shapes_[i].launches) {
       workspace = std::max(workspace, launch.workspace_bytes);
+      for (size_t j = 0; j < i && !launch.shares_items; ++j) {
+        if (!shapes_[j].cut_alike(shapes_[i])) continue;
+        for (const Launch& other : shapes_[j].launches) {
+          if (other.first != launch.first || other.entries != launch.entries || other.pieces != launch.pieces) continue;
+          launch.items_at = other.items_at;
+          launch.shares_items = true;
+        }
+      }
+      if (!launch.shares_items) launch.items_at = place(launch.items, sizeof(kvmix_cuda_item));
     }
   }
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -203,7 +223,7 @@ void CudaBackend::begin(const StepPlan& plan) {
   }
   for (const Shape& shape : shapes_) {
     for (const Launch& launch : shape.launches) {
-      std::copy(launch.items.begin(), launch.items.end(), reinterpret_cast<kvmix_cuda_item*>(to + launch.items_at));
+      if (!launch.shares_items) write_work(shape, launch, to);
     }
   }
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -254,7 +274,7 @@ uint64_t CudaBackend::launch_key() {
   const auto add = [&](const auto& number) { sum.update(&number, sizeof number); };
   for (const Shape& shape : shapes_) {
     if (shape.launches.size() != 1 || shape.launches.front().tokens != 1) return 0;
-    add(shape.launches.front().items.size());
+    add(shape.launches.front().items);
     add(shape.launches.front().items_at);
   }
   for (const void* memory : {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
@@ -325,7 +345,7 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   p.open_pages = pool_.base(), p.open_page_stride = kPageUnit;
   p.page_table = tables_.device(layer.table_at) + static_cast<int64_t>(launch.first) * config.kv_heads * tables_.stride;
   p.page_table_stride = tables_.stride;
-  p.items = input<kvmix_cuda_item>(launch.items_at), p.item_count = static_cast<int32_t>(launch.items.size());
+  p.items = input<kvmix_cuda_item>(launch.items_at), p.item_count = static_cast<int32_t>(launch.items);
   p.workspace = workspace_.data(), p.workspace_bytes = workspace_.bytes();
   p.stream = stream_.get();
   // A launch leaves its tickets zero and may write behind them.
