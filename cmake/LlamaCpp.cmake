@@ -1,9 +1,12 @@
 # Targets `llama` and `ggml::ggml`. An installed llama.cpp is taken if there is one; otherwise the pinned release is obtained
 # from the Python package index (package llama-cpp-python, whose source archive carries llama.cpp), checked by hash, and built
-# once into a cache folder outside the build tree: $KVMIX_CACHE_DIR, or kvmix in $XDG_CACHE_HOME or ~/.cache.
+# once into a cache folder outside the build tree: $KVMIX_CACHE_DIR, or kvmix in $XDG_CACHE_HOME or ~/.cache. With KVMIX_CUDA it is
+# always the pinned release, with its CUDA backend (about 30 minutes of one core for each architecture): the engine reaches behind
+# its headers.
 # Target `kvmix_jinja`: llama.cpp's engine for chat templates, which no installation has, compiled from the same archive.
 set(KVMIX_LLAMA_PACKAGE 0.3.36)
 set(KVMIX_LLAMA_SHA256 832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e)
+set(KVMIX_LLAMA_PREFIX "" CACHE PATH "Where the pinned release is installed already, for machines without a network")
 option(KVMIX_SYSTEM_LLAMA "Use an installed llama.cpp if find_package(llama) finds one" ON)
 
 if(DEFINED ENV{KVMIX_CACHE_DIR})
@@ -14,19 +17,21 @@ else()
   set(kvmix_cache_dir $ENV{HOME}/.cache/kvmix)
 endif()
 
+# Runs a command; what it says goes to files beside `prefix`, the caller's.
 function(kvmix_run what)
-  execute_process(COMMAND ${ARGN} RESULT_VARIABLE status OUTPUT_FILE ${kvmix_cache_dir}/llama-build.log
-                  ERROR_FILE ${kvmix_cache_dir}/llama-build.err)
+  execute_process(COMMAND ${ARGN} RESULT_VARIABLE status OUTPUT_FILE ${prefix}.log ERROR_FILE ${prefix}.err)
   if(NOT status EQUAL 0)
-    file(READ ${kvmix_cache_dir}/llama-build.err tail)
-    message(FATAL_ERROR "${what} failed (${status}); logs in ${kvmix_cache_dir}/llama-build.{log,err}\n${tail}")
+    file(READ ${prefix}.err tail)
+    message(FATAL_ERROR "${what} failed (${status}); logs in ${prefix}.{log,err}\n${tail}")
   endif()
 endfunction()
 
 # Extracts what matches the patterns into llama.cpp's folder below `work`, whose path goes to `source`.
 function(kvmix_extract_llama work source)
   find_package(Python3 REQUIRED COMPONENTS Interpreter)
+  set(prefix ${work})
   set(archive ${kvmix_cache_dir}/llama_cpp_python-${KVMIX_LLAMA_PACKAGE}.tar.gz)
+  file(LOCK ${archive}.lock GUARD FUNCTION TIMEOUT 1800)
   if(NOT EXISTS ${archive})
     message(STATUS "llama.cpp: obtaining llama-cpp-python ${KVMIX_LLAMA_PACKAGE} (77 MB)")
     kvmix_run("pip download" ${Python3_EXECUTABLE} -m pip download --quiet --no-deps --no-binary :all:
@@ -44,21 +49,21 @@ function(kvmix_extract_llama work source)
 endfunction()
 
 function(kvmix_build_llama prefix)
-  set(work ${kvmix_cache_dir}/llama-work)
-  message(STATUS "llama.cpp: building once into ${prefix} (a few minutes)")
+  set(work ${prefix}-work)
+  message(STATUS "llama.cpp: building once into ${prefix} (${llama_duration})")
   kvmix_extract_llama(${work} source "*")
   kvmix_run("configuring llama.cpp" ${CMAKE_COMMAND} -G ${CMAKE_GENERATOR} -S ${source} -B ${work}/build
             -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=${llama_cc} -DCMAKE_CXX_COMPILER=${llama_cxx}
             -DCMAKE_INSTALL_PREFIX=${prefix}.part -DCMAKE_INSTALL_LIBDIR=lib -DCMAKE_POSITION_INDEPENDENT_CODE=ON
             -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF
-            -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF)
+            -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF ${llama_options})
   kvmix_run("building llama.cpp" ${CMAKE_COMMAND} --build ${work}/build --parallel)
   kvmix_run("installing llama.cpp" ${CMAKE_COMMAND} --install ${work}/build)
   file(RENAME ${prefix}.part ${prefix})
   file(REMOVE_RECURSE ${work})
 endfunction()
 
-if(KVMIX_SYSTEM_LLAMA)
+if(KVMIX_SYSTEM_LLAMA AND NOT KVMIX_CUDA)
   find_package(llama QUIET GLOBAL)
 endif()
 set(llama_cc ${CMAKE_C_COMPILER})
@@ -71,6 +76,15 @@ if(KVMIX_FUZZ)  # clang is for our code: libllama is the one that GCC makes for 
                   COMMAND_ERROR_IS_FATAL ANY)
   set(llama_compiler "GNU ${llama_compiler}")
 endif()
+set(llama_options "")
+set(llama_duration "a few minutes")
+if(KVMIX_CUDA)
+  set(llama_compiler "${llama_compiler} CUDA ${CMAKE_CUDA_COMPILER_VERSION} ${CMAKE_CUDA_ARCHITECTURES}")
+  string(REPLACE ";" "\\;" architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  set(llama_options -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_COMPILER=${CMAKE_CUDA_COMPILER}
+                    -DCMAKE_CUDA_ARCHITECTURES=${architectures})
+  set(llama_duration "with CUDA, a quarter of an hour on two cores for each architecture")
+endif()
 if(NOT llama_FOUND)
   # The build is for this processor and compiler, so the folder's name says which.
   set(identity "${llama_compiler} ${CMAKE_SYSTEM_PROCESSOR}")
@@ -81,27 +95,33 @@ if(NOT llama_FOUND)
   string(MD5 identity "${identity}")
   string(SUBSTRING ${identity} 0 8 identity)
   set(llama_prefix ${kvmix_cache_dir}/llama-${KVMIX_LLAMA_PACKAGE}-${identity})
+  if(KVMIX_LLAMA_PREFIX)
+    set(llama_prefix ${KVMIX_LLAMA_PREFIX})
+  endif()
   file(MAKE_DIRECTORY ${kvmix_cache_dir})
-  file(LOCK ${kvmix_cache_dir}/llama.lock GUARD FILE TIMEOUT 1800)
+  file(LOCK ${llama_prefix}.lock GUARD FILE TIMEOUT 3600)
   if(NOT EXISTS ${llama_prefix})
     kvmix_build_llama(${llama_prefix})
   endif()
-  file(LOCK ${kvmix_cache_dir}/llama.lock RELEASE)
+  file(LOCK ${llama_prefix}.lock RELEASE)
   # The package files are relocatable; they find the prefix they stand in.
   find_package(ggml REQUIRED GLOBAL PATHS ${llama_prefix} NO_DEFAULT_PATH)
   find_package(llama REQUIRED GLOBAL PATHS ${llama_prefix} NO_DEFAULT_PATH)
 endif()
 
-# Sources that are compiled with ours: the Jinja engine, and the GGUF reader for fuzzing.
-set(kvmix_llama_source ${kvmix_cache_dir}/llama-source-${KVMIX_LLAMA_PACKAGE} CACHE INTERNAL "")
-file(LOCK ${kvmix_cache_dir}/llama.lock GUARD FILE TIMEOUT 1800)
+# Sources that are compiled with ours: the Jinja engine, the GGUF reader for fuzzing, what the CUDA backend's stream stands in.
+set(llama_sources "LICENSE" "common/jinja/*" "common/json.*" "common/unicode.*" "vendor/nlohmann/json.hpp" "ggml/include/*"
+                  "ggml/src/gguf.cpp" "ggml/src/*.h" "ggml/src/ggml-cuda/common.cuh" "ggml/src/ggml-cuda/vendors/cuda.h")
+string(MD5 identity "${llama_sources}")
+string(SUBSTRING ${identity} 0 8 identity)
+set(kvmix_llama_source ${kvmix_cache_dir}/llama-source-${KVMIX_LLAMA_PACKAGE}-${identity} CACHE INTERNAL "")
+file(LOCK ${kvmix_llama_source}.lock GUARD FILE TIMEOUT 1800)
 if(NOT EXISTS ${kvmix_llama_source})
-  kvmix_extract_llama(${kvmix_llama_source}.part source "LICENSE" "common/jinja/*" "common/json.*" "common/unicode.*"
-                      "vendor/nlohmann/json.hpp" "ggml/include/*" "ggml/src/gguf.cpp" "ggml/src/ggml-impl.h")
+  kvmix_extract_llama(${kvmix_llama_source}.part source ${llama_sources})
   file(RENAME ${source} ${kvmix_llama_source})
   file(REMOVE_RECURSE ${kvmix_llama_source}.part)
 endif()
-file(LOCK ${kvmix_cache_dir}/llama.lock RELEASE)
+file(LOCK ${kvmix_llama_source}.lock RELEASE)
 file(GLOB jinja_sources ${kvmix_llama_source}/common/jinja/*.cpp ${kvmix_llama_source}/common/json.cpp
      ${kvmix_llama_source}/common/unicode.cpp)
 add_library(kvmix_jinja STATIC ${jinja_sources})

@@ -19,6 +19,7 @@ struct Arguments {
   std::string model;
   SubjectArguments subjects;
   BenchOptions options;
+  std::string memory;
 };
 
 nlohmann::json row_json(const BenchRow& r) {
@@ -30,7 +31,9 @@ nlohmann::json row_json(const BenchRow& r) {
           {"decode_max", r.decode_max},
           {"prefill_tokens_per_s", r.prefill_tokens_per_s},
           {"cache_bytes", r.cache_bytes},
-          {"peak_rss_bytes", r.peak_rss_bytes},
+          {"sequences", r.sequences},
+          {"peak_bytes", r.peak_bytes},
+          {"host_seconds", r.host_seconds},
           {"kernel", r.kernel}};
 }
 
@@ -38,6 +41,8 @@ int bench_command(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   BenchOptions options = arguments.options;
   options.threads = common.threads;
+  options.device = arguments.subjects.device;
+  if (!arguments.memory.empty()) options.memory = parse_bytes(arguments.memory);
   options.force_plan = arguments.subjects.force;
   std::vector<EvalSubject> subjects = make_subjects(arguments.subjects, *model);
   subjects.insert(subjects.begin(), EvalSubject{"f16", f16_plan(model->shape()), ""});
@@ -49,26 +54,29 @@ int bench_command(const Arguments& arguments, const Common& common) {
       for (const BenchRow& r : rows) json.push_back(row_json(r));
       nlohmann::json all = {{"model", model->shape().name},
                             {"fingerprint", model->shape().fingerprint},
-                            {"sequences", options.sequences},
+                            {"device", options.device},
                             {"rows", json}};
       if (interrupted) all["interrupted"] = true;
       print_json(all);
       return;
     }
-    Table table({"cache", "depth", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak", "kernel"});
-    table.left(8);
+    Table table({"cache", "depth", "sequences", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak",
+                 "host ms", "kernel"});
+    table.left(10);
     for (const BenchRow& r : rows) {
       if (!r.lost.empty()) continue;
-      table.add({r.name, std::to_string(r.depth), fmt::format("{:.1f}", r.decode_tokens_per_s),
+      table.add({r.name, std::to_string(r.depth), std::to_string(r.sequences), fmt::format("{:.1f}", r.decode_tokens_per_s),
                  fmt::format("{:.1f}", r.decode_min), fmt::format("{:.1f}", r.decode_max),
                  r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
-                 human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_rss_bytes)),
-                 r.kernel});
+                 human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_bytes)),
+                 r.host_seconds > 0 ? fmt::format("{:.2f}", 1e3 * r.host_seconds) : "-", r.kernel});
     }
     table.print();
     fmt::print(
-        "\n{}: median of {} interleaved repetitions, {} sequence{}; memory peak is the anonymous memory that the row added\n",
-        model->shape().name, options.repetitions, options.sequences, options.sequences == 1 ? "" : "s together");
+        "\n{}: tokens/s of all sequences together, median of {}{} repetitions; prefill of one sequence; memory peak is {}\n",
+        model->shape().name, options.repetitions, options.device == "cpu" ? " interleaved" : "",
+        options.device == "cpu" ? "the anonymous memory that the row added"
+                                : "what the device had in use, weights and all; host ms of a decode step");
     if (interrupted) fmt::print("stopped before the end: these are the depths that are complete\n");
   };
   try {
@@ -104,9 +112,13 @@ void add_bench(CommandContext& context) {
   command->add_option("--repetitions", options.repetitions, "Repetitions, interleaved over the rows")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
-  command->add_option("--sequences", options.sequences, "Sequences decoded together")
-      ->check(CLI::Range(1, 256))
-      ->capture_default_str();
+  auto* sequences = command->add_option("--sequences", options.sequences, "Sequences decoded together")
+                        ->check(CLI::Range(1, 4096))
+                        ->capture_default_str();
+  command
+      ->add_option("--memory", arguments->memory,
+                   "--device cuda: as many sequences as fit so many bytes of its memory, e.g. 75GiB, all included")
+      ->excludes(sequences);
   command->add_option("--kernel", options.kernel, "Attention kernel by name");
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) { return bench_command(*arguments, common); };

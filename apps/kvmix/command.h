@@ -36,6 +36,9 @@ struct CommandContext {
 CLI::App* add_command(CommandContext& context, const std::string& name, const std::string& description,
                       const std::string& example);
 
+// --device, of commands that run a model.
+void add_device_option(CLI::App* command, std::string& device);
+
 void add_list(CommandContext& context);
 void add_inspect(CommandContext& context);
 void add_profile(CommandContext& context);

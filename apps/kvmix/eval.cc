@@ -75,6 +75,7 @@ int eval_text(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   EvalOptions options = arguments.options;
   options.threads = common.threads;
+  options.device = arguments.subjects.device;
   options.force_plan = arguments.subjects.force;
   const auto subjects = make_subjects(arguments.subjects, *model);
   std::vector<EvalRow> rows;
@@ -128,6 +129,7 @@ int eval_needle(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   NeedleOptions options = arguments.needles;
   options.threads = common.threads;
+  options.device = arguments.subjects.device;
   options.kernel = arguments.options.kernel;
   options.exact = arguments.options.exact;
   options.force_plan = arguments.subjects.force;
@@ -198,6 +200,7 @@ int eval_generation(const Arguments& arguments, const Common& common) {
   GenerationOptions options = arguments.generation;
   options.prompts = arguments.options.windows;
   options.threads = common.threads;
+  options.device = arguments.subjects.device;
   options.force_plan = arguments.subjects.force;
   options.float_weights = arguments.options.float_weights;
   const auto subjects = make_subjects(arguments.subjects, *model);

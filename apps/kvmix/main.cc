@@ -82,6 +82,12 @@ CLI::App* add_command(CommandContext& context, const std::string& name, const st
   return command;
 }
 
+void add_device_option(CLI::App* command, std::string& device) {
+  command->add_option("--device", device, "Where model and cache are: cpu, or cuda for an NVIDIA GPU")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+}
+
 }  // namespace kvmix::app
 
 int main(int argc, char** argv) {

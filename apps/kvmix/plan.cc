@@ -23,6 +23,7 @@ namespace kvmix::app {
 namespace {
 
 struct Arguments {
+  std::string device = "cpu";
   std::string model, planner = "kvmix", profile, out, fit, calibration, tasks, axes = "bits";
   double bits = 0;
   int64_t context = 8192;
@@ -49,13 +50,27 @@ Budget budget_of(const Arguments& arguments, const PlannerInfo& planner) {
   budget.context = arguments.context;
   budget.sequences = arguments.sequences;
   budget.bits = arguments.bits;
-  if (!arguments.fit.empty()) budget.bytes = parse_bytes(arguments.fit), budget.slack = true;
+  // "free" is known once the model is.
+  if (!arguments.fit.empty()) budget.bytes = arguments.fit == "free" ? 1 : parse_bytes(arguments.fit), budget.slack = true;
   if (arguments.sequences > 1 && budget.bytes == 0)
     throw UsageError("--sequences divides the bytes of --fit: give --fit, e.g. --fit 2GiB");
   if (planner.needs_budget && !arguments.pareto && budget.bits == 0 && budget.bytes == 0) {
     throw UsageError("planner " + planner.name + " needs a budget: --bits 3 or --fit 64MiB, both at --context tokens");
   }
   return budget;
+}
+
+// What the device has left once the model's weights are there, less what a step takes.
+size_t free_bytes(const Model& model) {
+  constexpr size_t kStep = size_t{1} << 30;
+  const size_t taken = model.weight_bytes() + kStep;
+  const DeviceSpace space = cuda_space();
+  if (space.free_bytes <= taken) {
+    throw Error(Status::kOutOfMemory,
+                fmt::format("the GPU has {} free, the model's weights and a step take {}: take a smaller model",
+                            human_bytes(static_cast<double>(space.free_bytes)), human_bytes(static_cast<double>(taken))));
+  }
+  return space.free_bytes - taken;
 }
 
 constexpr int kWindowTokens = 2048;  // of the text that plans are measured on
@@ -280,6 +295,18 @@ int plan(const Arguments& arguments, const Common& common) {
   PlannerRequest request;
   request.budget = budget_of(arguments, planner);
   request.options = arguments.options;
+  request.device = arguments.device;
+  if (arguments.fit == "free" && arguments.device != "cuda")
+    throw UsageError("--fit free asks a GPU for its memory: give --device cuda too, or a number of bytes");
+  if (arguments.device == "cuda") {
+    // What the device keeps, whatever a plan says: so sizes are its own.
+    const auto recent = request.options.find("recent");
+    if (recent != request.options.end() && recent->second != "f16")
+      throw UsageError("recent rows are f16 on --device cuda: leave --recent out");
+    if (std::any_of(planner.options.begin(), planner.options.end(),
+                    [](const auto& option) { return option.first == "recent"; }))
+      request.options["recent"] = "f16";
+  }
   std::unique_ptr<Profile> profile;
   if (!arguments.profile.empty()) profile = std::make_unique<Profile>(read_profile(arguments.profile));
   if (planner.needs_profile && !profile) {
@@ -302,6 +329,7 @@ int plan(const Arguments& arguments, const Common& common) {
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
+  if (arguments.fit == "free") request.budget.bytes = free_bytes(*model);
   if (profile) check_profile(*profile, model->shape(), false, arguments.profile);
   if (arguments.pareto)
     return both ? plan_axes_curve(arguments, common, request, model) : plan_curve(arguments, common, request);
@@ -369,7 +397,11 @@ void add_plan(CommandContext& context) {
   auto* bits =
       command->add_option("--bits", arguments->bits, "Budget: average bits per element, all bytes, at --context tokens")
           ->check(CLI::Range(0.1, 16.5));
-  auto* fit = command->add_option("--fit", arguments->fit, "Budget: bytes, e.g. 64MiB, for --sequences of --context tokens")
+  add_device_option(command, arguments->device);
+  auto* fit = command
+                  ->add_option("--fit", arguments->fit,
+                               "Budget: bytes, e.g. 64MiB, for --sequences of --context tokens; with --device cuda also free: "
+                               "what its memory has left beside the model")
                   ->excludes(bits);
   command->add_option("--context", arguments->context, "Tokens per sequence that the budget is for")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))

@@ -22,6 +22,7 @@ void add_session_options(CLI::App* command, SessionArguments& arguments) {
   command->add_option("model", arguments.model, kModelHelp)->required();
   command->add_option("--cache,--plan", arguments.cache, "The cache: f16, key/value bits such as 4/4, or a plan file")
       ->capture_default_str();
+  add_device_option(command, arguments.device);
   command->add_flag("--force", arguments.force, "Take a plan that was made for another model of the same shape");
   command->add_option("--chat-template", arguments.chat_template,
                       "In place of the model's own: a file with Jinja, or a name that llama.cpp knows, such as chatml");
@@ -47,6 +48,7 @@ std::unique_ptr<Engine> open_engine(const SessionArguments& arguments, const Com
   const auto model = load_model(arguments.model);
   const Plan plan = resolve_plan(arguments.cache, *model, arguments.force);
   EngineOptions options;
+  options.device = arguments.device;
   options.threads = common.threads;
   options.kernel = arguments.kernel;
   options.force_plan = arguments.force;

@@ -12,6 +12,7 @@
 namespace kvmix::app {
 
 struct SessionArguments {
+  std::string device = "cpu";
   std::string model, cache = "f16", kernel, chat_template;
   GenerateOptions generate;
   bool force = false;

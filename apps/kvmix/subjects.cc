@@ -40,6 +40,7 @@ void add_subject_options(CLI::App* command, SubjectArguments& arguments) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command->add_flag("--peer", arguments.peer, "Rows of llama.cpp's own caches, in this process");
   command->add_option("--peer-types", arguments.peer_types, "Which of them")->delimiter(',')->capture_default_str();
+  add_device_option(command, arguments.device);
   command->add_flag("--force", arguments.force, "Take plans that were made for another model of the same shape");
 }
 

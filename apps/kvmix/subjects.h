@@ -15,6 +15,7 @@ struct SubjectArguments {
   bool peer = false;
   std::vector<std::string> peer_types = {"f16", "q8_0", "q4_0"};
   bool force = false;
+  std::string device = "cpu";
 };
 
 void add_subject_options(CLI::App* command, SubjectArguments& arguments);

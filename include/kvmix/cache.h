@@ -91,7 +91,13 @@ struct CacheConfig {
   bool device_rows = false;
   // Which tokens stay; all of them without one. Widths that the policy asks for replace those of `layers`.
   std::optional<PolicySpec> tokens;
+  // Which channels of keys sealed pages hold; all of them without one, in layers with a sliding window, and in pages that were
+  // sealed before a prompt had ended.
+  std::optional<PolicySpec> channels;
 };
+
+// Threads that can compute at once without sharing a core, as affinity and quotas leave them: 1 to 256.
+int default_threads();
 
 using SequenceId = int32_t;
 
@@ -137,6 +143,8 @@ class Cache {
   void remove(SequenceId sequence);
   // A copy that shares sealed and other full pages (reference-counted); the page being filled is copied on write.
   SequenceId fork(SequenceId sequence);
+  // A copy that shares nothing. Throws kOutOfMemory and leaves the cache as it was.
+  SequenceId copy(SequenceId sequence);
   // Keeps the first n_tokens. Cutting inside a sealed page makes it an open page again (its loss stays).
   void truncate(SequenceId sequence, int64_t n_tokens);
   int64_t length(SequenceId sequence) const;
@@ -153,6 +161,13 @@ class Cache {
   // Causal attention of the step's queries over everything stored, this step's rows included.
   // q, out: float [n_rows][q_heads][head_dim], row strides in floats; out must not alias q.
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, int ith, int nth);
+  // Both for one layer, by config.threads threads that the cache keeps: for callers who have no threads of their own.
+  void step_layer(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, const float* q,
+                  int64_t q_stride, float* out, int64_t out_stride);
+  // On the device "cuda", between begin_step and the first append: steps with equal keys queue the same launches, so what was
+  // captured of one (cudaStreamBeginCapture, in relaxed mode) may be launched in another in place of append and attend. 0: a
+  // step that must be queued, as those with prompts are.
+  uint64_t launch_key();
   // Closes the step: lengths grow, freed pages return to the pool, and where a prompt ended the token policy's decision is
   // carried out (memory for it was reserved). abort_step undoes a begin_step (rows are discarded).
   void end_step();
@@ -169,6 +184,8 @@ class Cache {
   std::vector<std::vector<int64_t>> kept(SequenceId sequence, int layer) const;
   // Those of them that a policy has moved to its low tier; empty for a policy without one.
   std::vector<std::vector<int64_t>> low_tier(SequenceId sequence, int layer) const;
+  // Of the stored channels of a layer's keys those that pages sealed from now on hold, by KV head, ascending; all where empty.
+  std::vector<std::vector<int>> channels(SequenceId sequence, int layer) const;
   // The length at which the next step seals a page, if only single tokens come: up to there chunks of decoded tokens store and
   // see what one by one would. INT64_MAX if none is near.
   int64_t next_seal(SequenceId sequence) const;
@@ -186,6 +203,12 @@ class Cache {
   struct KVMIX_HIDDEN Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+// Of the calling thread's current CUDA device. Throws kUnsupported where there is none.
+struct DeviceSpace {
+  size_t free_bytes, total_bytes;
+};
+DeviceSpace cuda_space();
 
 // What a saved cache says of itself, after its checksum was verified, without a model.
 struct SavedCacheInfo {

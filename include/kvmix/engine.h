@@ -61,8 +61,9 @@ class Model {
 };
 
 struct EngineOptions {
-  int threads = 0;         // 0: the cores that affinity and quotas leave
-  int chunk_tokens = 512;  // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
+  std::string device = "cpu";  // or "cuda", the calling thread's current one: weights, cache and all arithmetic are there
+  int threads = 0;             // of "cpu". 0: the cores that affinity and quotas leave
+  int chunk_tokens = 512;      // prefill chunk; evaluation uses kPageTokens so that it equals decoding one by one
   size_t max_cache_bytes = 0;
   std::string kernel = {};  // see CacheConfig::kernel
   bool exact = false;
@@ -77,6 +78,13 @@ struct EngineItem {
   bool no_logits = false;
   // For token policies, as in StepItem: more of the same prompt follows; tokens that stand for decoded ones.
   bool more = false, decoded = false;
+};
+
+// Of all steps of an engine.
+struct EngineStats {
+  int64_t steps = 0;
+  double seconds = 0;       // in all
+  double wait_seconds = 0;  // of these on the device "cuda", when the host had nothing to do but to wait for it
 };
 
 // A model with a cache. Not thread safe; several engines may share a Model.
@@ -99,6 +107,7 @@ class Engine {
   std::span<const float> prefill(SequenceId sequence, std::span<const Token> tokens,
                                  const std::function<bool(int64_t, int64_t)>& progress = {});
 
+  EngineStats stats() const;
   // fingerprint of (model, plan) for saved caches
   std::string cache_fingerprint() const;
 
@@ -154,21 +163,23 @@ std::vector<ArchitectureInfo> architectures();
 class Peer {
  public:
   // cache_type: "f16", "q8_0", "q5_1", "q4_0" (quantised V needs flash attention, which is then on; llama.cpp rotates as it
-  // does).
-  Peer(const std::string& model_path, const std::string& cache_type, int64_t context, int threads, int sequences = 1);
+  // does). `context` is each sequence's. On the device "cuda" weights and cache are in its memory, on "cpu" neither, nor are
+  // products computed there. Throws kUnsupported, with libllama's reason, for what it cannot run.
+  Peer(const std::string& model_path, const std::string& cache_type, int64_t context, int threads, int sequences = 1,
+       const std::string& device = "cpu");
   ~Peer();
   Peer(Peer&&) noexcept;
   // Same contract as Engine::step for one sequence; llama.cpp splits into its own micro-batches of `chunk` tokens.
   std::span<const float> step(std::span<const Token> tokens, bool all_logits, bool no_logits = false);
-  // One token for each of the first n sequences in one batch (continuous batching).
+  // One token for each of the first n sequences in one batch (continuous batching); logits row by row, valid until the next.
   std::span<const float> step_batch(std::span<const Token> tokens);
   void clear();
   // Keeps the first n tokens of every sequence.
   void truncate(int64_t n);
-  // Fills the first `sequences` sequences with the same tokens.
-  void fill_batch(std::span<const Token> tokens, int sequences);
+  // Makes the first `sequences` sequences copies of the first.
+  void spread(int sequences);
   // K and V buffers for a context of this many tokens, as libllama lays them out.
-  size_t cache_bytes(const ModelShape& shape, int64_t tokens) const;
+  static size_t cache_bytes(const std::string& cache_type, const ModelShape& shape, int64_t tokens);
   double bits_per_element() const;  // of its cache type
   const std::string& name() const;  // "llama.cpp q4_0"
 

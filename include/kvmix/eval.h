@@ -34,6 +34,7 @@ struct EvalOptions {
   int64_t context = 2048;
   int windows = 8;  // 0: as many as the text has
   int threads = 0;
+  std::string device = "cpu";  // as in EngineOptions, of all rows
   bool exact = false;
   std::string kernel;
   bool force_plan = false;
@@ -75,7 +76,8 @@ struct NeedleOptions {
   int trials = 2;
   uint64_t seed = 0;
   int threads = 0;
-  std::string kernel;
+  std::string device = "cpu";
+  std::string kernel = {};
   bool exact = false;
   bool force_plan = false;
   std::function<void(std::span<const NeedleCell>)> on_cells = {};  // those of one row, context and kind
@@ -104,6 +106,7 @@ struct GenerationOptions {
   int prompt_tokens = 512;  // of each
   int tokens = 512;         // continued greedily; tokens that end a text are left out, so that all have this length
   int threads = 0;
+  std::string device = "cpu";
   bool force_plan = false;
   bool float_weights = false;  // as in EvalOptions
   std::function<void(const GenerationRow&)> on_row = {};
@@ -127,21 +130,25 @@ double repetition_rate(std::span<const Token> tokens, int n);
 struct BenchOptions {
   std::vector<int64_t> depths = {0, 1024, 4096, 8160};
   int decode_tokens = 16;  // per repetition and depth
-  int repetitions = 3;     // interleaved over subjects
-  int sequences = 1;       // batch of sequences decoded together
-  bool prefill = true;
+  int repetitions = 3;     // interleaved over subjects, on "cuda" one subject after the other
+  int sequences = 1;       // decoded together, each with memory of its own
+  size_t memory = 0;       // of "cuda": as many sequences as fit this many bytes with weights and all else; 0: `sequences`
   int threads = 0;
-  std::string kernel;
+  std::string device = "cpu";
+  std::string kernel = {};
   bool force_plan = false;
   std::function<void(const BenchRow&)> on_row = {};
 };
 struct BenchRow {
   std::string name;
   int64_t depth = 0;
-  double decode_tokens_per_s = 0, decode_min = 0, decode_max = 0;  // median and spread
-  double prefill_tokens_per_s = 0;                                 // of the first `depth` tokens
-  size_t cache_bytes = 0, peak_rss_bytes = 0;
+  int sequences = 1;
+  double decode_tokens_per_s = 0, decode_min = 0, decode_max = 0;  // of all sequences, median and spread
+  double prefill_tokens_per_s = 0;                                 // of the first `depth` tokens of one sequence
+  size_t cache_bytes = 0;                                          // of all sequences
+  size_t peak_bytes = 0;  // what the row added to the process, at the most: anonymous memory, on "cuda" the device's in all
   std::string kernel;
+  double host_seconds = 0;  // of a decode step, on "cuda": what it does not wait for the device; 0 for peers
   std::string lost;
 };
 std::vector<BenchRow> bench(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,

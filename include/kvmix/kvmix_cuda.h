@@ -35,7 +35,8 @@ KVMIX_API kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* for
 KVMIX_API kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const void* record, void* key_tile,
                                                     void* value_tile);
 
-/* A piece of work: pages [page_begin, page_end) of one sequence and KV head. */
+/* A piece of work: pages [page_begin, page_end) of one sequence and KV head. A sequence below 0 is no work: lists of one length
+ * can be had so, which a captured launch needs. */
 typedef struct kvmix_cuda_item {
   int32_t sequence, kv_head;
   int32_t page_begin, page_end;

@@ -70,6 +70,8 @@ class Ledger {
   // Opens a truncation: cuts the sequence to its first n_tokens. A cut through a sealed page makes it a recent one again.
   // Throws kUnsupported where a sliding window has freed what would be needed.
   const StepPlan& open_truncation(SequenceId id, int64_t n_tokens);
+  // Gives a sequence pages of its own in place of those that it shares.
+  void open_unsharing(SequenceId id);
   // What a KV head's tokens become: ascending indices into its list and into that of its low tier.
   struct Regroup {
     std::vector<int32_t> drop, drop_low;

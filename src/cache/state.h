@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "base/team.h"
 #include "cache/governed.h"
 #include "cache/ledger.h"
 #include "kvmix/cache.h"
@@ -26,6 +27,7 @@ struct Cache::Impl {
   PolicyScratch policy_scratch;
   Decision decision;
   std::vector<FreedPage> reserve;  // for what the prompts that end in the open step will keep
+  std::unique_ptr<Team> team;      // of step_layer
 
   const PageFormat& format(const PageEntry& entry) const { return formats[static_cast<FormatId>(entry.format)]; }
   void release(std::span<const FreedPage> pages);
@@ -42,6 +44,9 @@ struct Cache::Impl {
   void compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads);
   void check_decoded(std::span<const StepItem> items) const;
   void take_mass(const StepEntry& entry);
+  // Chooses channels for the layer's heads that hold no page of chosen ones yet; tokens that `dropped` names by head do not
+  // count. (src/cache/choose.cc)
+  void choose_channels(SequenceId id, size_t layer, std::span<const Ledger::Regroup> dropped);
 };
 
 }  // namespace kvmix

@@ -62,15 +62,16 @@ kvmix_status kvmix_cuda_cut(const kvmix_cuda_attend_params* params, const int32_
   return guarded([&] {
     need(params, "params"), need(lengths, "lengths"), need(item_count, "item_count"), need(workspace_bytes, "workspace_bytes");
     check_shape(*params);
-    const Cut cut = cut_work(*params, {lengths, static_cast<size_t>(params->sequences)}, slots);
-    const auto count = static_cast<int32_t>(cut.items.size());
+    const std::span of_sequences(lengths, static_cast<size_t>(params->sequences));
+    const Pieces pieces = choose_pieces(*params, of_sequences, slots);
+    const auto count = static_cast<int32_t>(count_items(*params, of_sequences, pieces));
     if (items != nullptr) {
       require(capacity >= count,
               "cut: " + std::to_string(count) + " items do not fit a capacity of " + std::to_string(capacity));
-      std::copy(cut.items.begin(), cut.items.end(), items);
+      write_items(*params, of_sequences, pieces, {items, static_cast<size_t>(count)});
     }
     *item_count = count;
-    *workspace_bytes = cut.workspace_bytes;
+    *workspace_bytes = cuda::workspace_bytes(*params, of_sequences, static_cast<size_t>(count));
   });
 }
 

@@ -83,6 +83,8 @@ GgufModel::GgufModel(const std::string& path) : file_(path) {
 
   llama_model_params params = llama_model_default_params();
   params.vocab_only = true;
+  ggml_backend_dev_t no_devices[] = {nullptr};
+  params.devices = no_devices;
   vocabulary_.reset(llama_model_load_from_file(file_.path().c_str(), params));
   if (vocabulary_ == nullptr) {
     throw Error(Status::kUnsupported, file_.path() + ": libllama cannot read its tokenizer: " +
@@ -102,20 +104,33 @@ GgufModel::GgufModel(const std::string& path) : file_(path) {
     shape_.layers.push_back(
         {static_cast<int>(parameters_.q_heads), static_cast<int>(parameters_.kv_heads), static_cast<int>(parameters_.head_dim),
          parameters_.is_local(l) ? static_cast<int>(parameters_.sliding_window) : 0, parameters_.attention_scale, 0.0f});
+    set_key_offsets(l, shape_.layers.back());
   }
-  repack_weights();
+}
+
+const Weights& GgufModel::weights() const {
+  std::call_once(repacked_once_, [this] { repack_weights(); });
+  return weights_;
+}
+
+std::shared_ptr<void> GgufModel::shared_on_device(const std::function<std::shared_ptr<void>()>& make) const {
+  const std::lock_guard lock(device_mutex_);
+  std::shared_ptr<void> shared = on_device_.lock();
+  if (shared == nullptr) on_device_ = shared = make();
+  return shared;
 }
 
 // Matrices that ggml's CPU backend multiplies faster in an order of its own are copied into that order, as llama.cpp does.
-void GgufModel::repack_weights() {
+void GgufModel::repack_weights() const {
+  weights_ = stored_;
   ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
   const auto extra_types = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
       ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
   if (extra_types == nullptr) return;
   std::vector<std::pair<std::string, ggml_tensor*>> matrices;
-  for (const auto& [name, tensor] : weights_.all()) {
+  for (const auto& [name, tensor] : stored_.all()) {
     const bool embedding = name == "token_embd.weight";
-    if (ggml_n_dims(tensor) == 2 && (!embedding || weights_.find("output.weight") == nullptr)) {
+    if (ggml_n_dims(tensor) == 2 && (!embedding || stored_.find("output.weight") == nullptr)) {
       // A tied embedding is copied for the output head; the lookup keeps the rows as they are.
       matrices.emplace_back(embedding ? "output.weight" : name, tensor);
     }

@@ -6,7 +6,9 @@
 #include <gguf.h>
 #include <llama.h>
 
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -47,7 +49,12 @@ class GgufModel final : public Model {
 
   const Architecture& architecture() const { return *architecture_; }
   const HyperParameters& parameters() const { return parameters_; }
-  const Weights& weights() const { return weights_; }
+  // For the CPU: those that it multiplies faster in an order of its own are copied into that order by the first call.
+  const Weights& weights() const;
+  // Every tensor as the file has it.
+  const Weights& stored_weights() const { return stored_; }
+  // What engines share on a device: made for the first, gone with the last.
+  std::shared_ptr<void> shared_on_device(const std::function<std::shared_ptr<void>()>& make) const;
   // The tensor as the file has it, also where weights() holds a repacked copy.
   const ggml_tensor* original(const std::string& name) const;
   // A tensor with a value that is NaN or infinite; empty if none has. Reads all weights.
@@ -60,7 +67,8 @@ class GgufModel final : public Model {
   void add_fused(const GgufFile::Tensor& tensor, const std::string& prefix, const std::string& kind);
   void place(const ggml_tensor* type, const std::string& name, int64_t ne0, int64_t ne1, char* data, size_t part);
   void check_weights() const;
-  void repack_weights();
+  void repack_weights() const;
+  void set_key_offsets(int64_t layer, ModelShape::Layer& shape) const;
   std::vector<std::string> special_texts() const;
 
   GgufFile file_;
@@ -68,10 +76,15 @@ class GgufModel final : public Model {
   HyperParameters parameters_;
   ModelShape shape_;
   size_t weight_bytes_ = 0;
-  GgmlContext tensors_, repacked_;
+  GgmlContext tensors_;
   std::vector<BackendBuffer> mapped_buffers_;
-  std::vector<BackendBuffer> repacked_buffers_;
-  Weights weights_;
+  Weights stored_;
+  mutable std::once_flag repacked_once_;
+  mutable GgmlContext repacked_;
+  mutable std::vector<BackendBuffer> repacked_buffers_;
+  mutable Weights weights_;
+  mutable std::mutex device_mutex_;
+  mutable std::weak_ptr<void> on_device_;
   LlamaModel vocabulary_;
 };
 

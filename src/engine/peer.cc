@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "backend/cuda/device.h"
 #include "engine/library_call.h"
 #include "engine/model.h"
 #include "kvmix/error.h"
@@ -32,6 +33,7 @@ struct Peer::Impl {
 namespace {
 
 constexpr int kChunk = 512;
+constexpr int kAllLayers = 1 << 20;
 
 ggml_type cache_type(const std::string& name) {
   if (name == "f16") return GGML_TYPE_F16;
@@ -44,27 +46,45 @@ ggml_type cache_type(const std::string& name) {
               "peer cache type \"" + name + "\" is unknown; expected f16, q8_0, q5_1, q5_0, q4_1 or q4_0");
 }
 
+double bits_of(ggml_type type) {
+  return 8.0 * static_cast<double>(ggml_type_size(type)) / static_cast<double>(ggml_blck_size(type));
+}
+
 }  // namespace
 
-Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t context, int threads, int sequences)
+Peer::Peer(const std::string& model_path, const std::string& type_name, int64_t context, int threads, int sequences,
+           const std::string& device)
     : impl_(std::make_unique<Impl>()) {
   const LibraryCall call;
   Impl& impl = *impl_;
   impl.name = "llama.cpp " + type_name;
   impl.type = cache_type(type_name);
-  impl.model.reset(llama_model_load_from_file(model_path.c_str(), llama_model_default_params()));
+  llama_model_params weights = llama_model_default_params();
+  ggml_backend_dev_t no_devices[] = {nullptr};
+  if (device == "cuda") {
+    cuda::check_device();
+    if (!llama_supports_gpu_offload())
+      throw Error(Status::kUnsupported, impl.name + ": libllama was built without CUDA; configure with -DKVMIX_CUDA=ON");
+    weights.n_gpu_layers = kAllLayers;
+  } else {
+    weights.devices = no_devices;
+    weights.n_gpu_layers = 0;
+  }
+  impl.model.reset(llama_model_load_from_file(model_path.c_str(), weights));
   if (impl.model == nullptr)
     throw Error(Status::kUnsupported,
                 model_path + ": libllama cannot load it: " + call.reason("it gives no reason; free memory"));
   impl.vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl.model.get()));
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(context * sequences);
-  params.n_batch = kChunk;
+  params.n_batch = static_cast<uint32_t>(std::max(kChunk, sequences));
   params.n_ubatch = kChunk;
   params.n_seq_max = static_cast<uint32_t>(sequences);
   params.n_threads = threads;
   params.n_threads_batch = threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  params.kv_unified = false;
+  params.offload_kqv = params.op_offload = device == "cuda";
   params.type_k = params.type_v = impl.type;
   params.no_perf = true;
   impl.context.reset(llama_init_from_model(impl.model.get(), params));
@@ -117,9 +137,7 @@ std::span<const float> Peer::step(std::span<const Token> tokens, bool all_logits
 
 std::span<const float> Peer::step_batch(std::span<const Token> tokens) {
   Impl& impl = *impl_;
-  impl.logits.clear();
   impl.batch.n_tokens = 0;
-  std::vector<int64_t> positions;
   for (size_t s = 0; s < tokens.size(); ++s) {
     const int64_t at = llama_memory_seq_pos_max(llama_get_memory(impl.context.get()), static_cast<llama_seq_id>(s)) + 1;
     add(impl.batch, tokens[s], at, static_cast<llama_seq_id>(s), true);
@@ -127,17 +145,11 @@ std::span<const float> Peer::step_batch(std::span<const Token> tokens) {
   const int status = llama_decode(impl.context.get(), impl.batch);
   if (status != 0) throw Error(Status::kInternal, impl.name + ": llama_decode failed with " + std::to_string(status));
   llama_synchronize(impl.context.get());
-  for (size_t s = 0; s < tokens.size(); ++s) {
-    const float* row = llama_get_logits_ith(impl.context.get(), static_cast<int32_t>(s));
-    impl.logits.insert(impl.logits.end(), row, row + impl.vocab);
-  }
-  return impl.logits;
+  return {llama_get_logits(impl.context.get()), tokens.size() * static_cast<size_t>(impl.vocab)};
 }
 
-void Peer::fill_batch(std::span<const Token> tokens, int sequences) {
+void Peer::spread(int sequences) {
   Impl& impl = *impl_;
-  clear();
-  step(tokens, false, true);
   for (int s = 1; s < sequences; ++s) llama_memory_seq_cp(llama_get_memory(impl.context.get()), 0, s, -1, -1);
 }
 
@@ -153,11 +165,9 @@ void Peer::truncate(int64_t n) {
   impl_->positions = n;
 }
 
-double Peer::bits_per_element() const {
-  return 8.0 * static_cast<double>(ggml_type_size(impl_->type)) / static_cast<double>(ggml_blck_size(impl_->type));
-}
+double Peer::bits_per_element() const { return bits_of(impl_->type); }
 
-size_t Peer::cache_bytes(const ModelShape& shape, int64_t tokens) const {
+size_t Peer::cache_bytes(const std::string& type_name, const ModelShape& shape, int64_t tokens) {
   // Full-context buffers as libllama lays them out, sliding-window layers at their window; cells are padded to 256.
   double elements = 0;
   for (const auto& layer : shape.layers) {
@@ -166,7 +176,7 @@ size_t Peer::cache_bytes(const ModelShape& shape, int64_t tokens) const {
     cells = (cells + 255) / 256 * 256;
     elements += 2.0 * layer.kv_heads * layer.head_dim * static_cast<double>(cells);
   }
-  return static_cast<size_t>(elements * bits_per_element() / 8);
+  return static_cast<size_t>(elements * bits_of(cache_type(type_name)) / 8);
 }
 
 const std::string& Peer::name() const { return impl_->name; }

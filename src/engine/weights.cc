@@ -28,7 +28,7 @@ void GgufModel::place(const ggml_tensor* type, const std::string& name, int64_t 
   ggml_set_name(tensor, name.c_str());
   if (ggml_backend_tensor_alloc(mapped_buffers_[part].get(), tensor, data) != GGML_STATUS_SUCCESS)
     throw Error(Status::kInternal, file_.path() + ": tensor " + name + " cannot be placed");
-  weights_.add(name, tensor);
+  stored_.add(name, tensor);
 }
 
 // The rows of the query, key and value projections in one tensor are theirs one after the other.
@@ -48,7 +48,7 @@ void GgufModel::add_fused(const GgufFile::Tensor& tensor, const std::string& pre
   const size_t row_bytes = tensor.bytes / static_cast<size_t>(rows);
   int64_t row = 0;
   for (const auto& [name, n] : {std::pair<const char*, int64_t>{"attn_q.", q}, {"attn_k.", kv}, {"attn_v.", kv}}) {
-    if (weights_.find(prefix + name + kind) != nullptr) {
+    if (stored_.find(prefix + name + kind) != nullptr) {
       throw Error(Status::kUnsupported, file_.path() + ": tensors " + tensor.name + " and " + prefix + name + kind +
                                             " both give a projection; obtain the file again");
     }
@@ -93,7 +93,7 @@ void GgufModel::load_weights() {
   fingerprint.update(&p.sliding_window, sizeof p.sliding_window);
   shape_.fingerprint = hex(fingerprint.value());
 
-  const ggml_tensor* embedding = weights_.find("token_embd.weight");
+  const ggml_tensor* embedding = stored_.find("token_embd.weight");
   parameters_.vocab = embedding == nullptr ? 2 : embedding->ne[1];
   if (parameters_.vocab < 2 || parameters_.vocab > (1 << 24)) {
     throw Error(Status::kCorrupt, file_.path() + ": a vocabulary of " + std::to_string(parameters_.vocab) +
@@ -105,7 +105,7 @@ void GgufModel::load_weights() {
 void GgufModel::check_weights() const {
   std::map<std::string, TensorSpec> specs;
   for (TensorSpec& spec : architecture_->tensors(parameters_)) specs.emplace(spec.name, spec);
-  for (const auto& [name, tensor] : weights_.all()) {
+  for (const auto& [name, tensor] : stored_.all()) {
     const auto found = specs.find(name);
     if (found == specs.end()) {
       throw Error(Status::kUnsupported, file_.path() + ": nothing reads tensor " + name + " in models of kind " +
@@ -125,7 +125,7 @@ void GgufModel::check_weights() const {
     }
   }
   for (const auto& [name, spec] : specs) {
-    if (spec.required && weights_.find(name) == nullptr)
+    if (spec.required && stored_.find(name) == nullptr)
       throw Error(Status::kCorrupt, file_.path() + ": tensor " + name + " is missing; obtain the file again");
   }
 }

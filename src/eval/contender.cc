@@ -13,12 +13,13 @@ class Ours final : public Contender {
  public:
   Ours(std::shared_ptr<const Model> model, const Plan& plan, const ContenderOptions& o) : sequences_(o.sequences) {
     EngineOptions options;
+    options.device = o.device;
     options.threads = o.threads;
     options.chunk_tokens = o.chunk_tokens;
     options.kernel = o.kernel;
     options.exact = o.exact;
     options.force_plan = o.force_plan;
-    drops_ = plan.tokens.has_value();
+    chooses_ = plan.tokens.has_value() || plan.channels.has_value();
     engine_ = std::make_unique<Engine>(std::move(model), plan, options);
     clear();
   }
@@ -39,11 +40,27 @@ class Ours final : public Contender {
     for (size_t s = 0; s < tokens.size(); ++s) items_.push_back({ids_[s], tokens.subspan(s, 1)});
     return engine_->step(items_);
   }
-  void fill(std::span<const Token> tokens) override {
-    for (const SequenceId id : ids_) engine_->prefill(id, tokens);
+  void spread() override {
+    for (size_t s = 1; s < ids_.size(); ++s) {
+      engine_->cache().remove(ids_[s]);
+      ids_[s] = engine_->cache().create();  // if there is no room for a copy
+    }
+    if (sequences_ == 1) return;
+    const int64_t n = engine_->cache().length(ids_[0]);
+    // What the last chunk left to be sealed is sealed by the next step, and need not be copied.
+    const Token token = 0;
+    const EngineItem item{.sequence = ids_[0], .tokens = {&token, 1}, .no_logits = true};
+    engine_->step({&item, 1});
+    engine_->cache().truncate(ids_[0], n);
+    for (size_t s = 1; s < ids_.size(); ++s) {
+      const SequenceId empty = ids_[s];
+      ids_[s] = engine_->cache().copy(ids_[0]);
+      engine_->cache().remove(empty);
+      engine_->cache().truncate(ids_[s], shorter(n, s));
+    }
   }
   void truncate(int64_t n) override {
-    for (const SequenceId id : ids_) engine_->cache().truncate(id, n);
+    for (size_t s = 0; s < ids_.size(); ++s) engine_->cache().truncate(ids_[s], shorter(n, s));
   }
   void clear() override {
     for (const SequenceId id : ids_) engine_->cache().remove(id);
@@ -60,7 +77,7 @@ class Ours final : public Contender {
     engine_->cache().remove(ids_[0]);
     ids_[0] = engine_->cache().fork(*marked_);
   }
-  void set_prompt(int64_t tokens) override { prompt_ = drops_ ? tokens : 0; }
+  void set_prompt(int64_t tokens) override { prompt_ = chooses_ ? tokens : 0; }
   int64_t chunk_end(int64_t from) const override {
     if (from < prompt_) return std::min(prompt_, from + kPageTokens);
     return std::min(engine_->cache().next_seal(ids_[0]), from + kPageTokens);
@@ -81,21 +98,31 @@ class Ours final : public Contender {
     return memory.total_bytes / ids_.size();
   }
   std::string kernel() const override { return engine_->cache().stats().kernel; }
+  std::pair<int64_t, double> host_seconds() const override {
+    const EngineStats stats = engine_->stats();
+    return {stats.steps, stats.seconds - stats.wait_seconds};
+  }
 
  private:
+  // Tokens of sequence s where sequence 0 has n.
+  static int64_t shorter(int64_t n, size_t s) { return n - std::min<int64_t>(n / 2, static_cast<int64_t>(s) % kPageTokens); }
+
   int sequences_;
   std::unique_ptr<Engine> engine_;
   std::vector<SequenceId> ids_;
   std::optional<SequenceId> marked_;
   std::vector<EngineItem> items_;
-  bool drops_ = false;  // a token policy runs
+  bool chooses_ = false;  // what it keeps depends on where prompts end
   int64_t prompt_ = 0;
 };
 
 class Theirs final : public Contender {
  public:
   Theirs(std::shared_ptr<const Model> model, const std::string& type, const ContenderOptions& o)
-      : model_(std::move(model)), sequences_(o.sequences), peer_(model_->path(), type, o.context, o.threads, o.sequences) {}
+      : model_(std::move(model)),
+        type_(type),
+        sequences_(o.sequences),
+        peer_(model_->path(), type, o.context, o.threads, o.sequences, o.device) {}
 
   std::span<const float> feed(std::span<const Token> tokens, bool all_logits) override {
     length_ += static_cast<int64_t>(tokens.size());
@@ -105,14 +132,7 @@ class Theirs final : public Contender {
     ++length_;
     return peer_.step_batch(tokens);
   }
-  void fill(std::span<const Token> tokens) override {
-    length_ += static_cast<int64_t>(tokens.size());
-    if (sequences_ == 1) {
-      peer_.step(tokens, false, true);
-    } else {
-      peer_.fill_batch(tokens, sequences_);
-    }
-  }
+  void spread() override { peer_.spread(sequences_); }
   void truncate(int64_t n) override {
     peer_.truncate(n);
     length_ = n;
@@ -127,11 +147,13 @@ class Theirs final : public Contender {
   void set_prompt(int64_t) override {}
   int64_t chunk_end(int64_t from) const override { return from + kPageTokens; }
   double kept(int64_t) const override { return 1; }
-  size_t cache_bytes(int64_t tokens) const override { return peer_.cache_bytes(model_->shape(), tokens); }
+  size_t cache_bytes(int64_t tokens) const override { return Peer::cache_bytes(type_, model_->shape(), tokens); }
   std::string kernel() const override { return "ggml"; }
+  std::pair<int64_t, double> host_seconds() const override { return {0, 0}; }
 
  private:
   std::shared_ptr<const Model> model_;
+  std::string type_;
   int sequences_;
   int64_t length_ = 0, marked_ = 0;
   Peer peer_;

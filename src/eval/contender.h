@@ -12,7 +12,7 @@ namespace kvmix {
 struct ContenderOptions {
   int64_t context = 0;
   int threads = 0, sequences = 1, chunk_tokens = 512;
-  std::string kernel;
+  std::string device = "cpu", kernel = {};
   bool exact = false, force_plan = false;
 };
 
@@ -23,9 +23,10 @@ class Contender {
   virtual std::span<const float> feed(std::span<const Token> tokens, bool all_logits) = 0;
   // One token for every sequence; logits row by row.
   virtual std::span<const float> decode(std::span<const Token> tokens) = 0;
-  // The same prompt in every sequence, each with memory of its own.
-  virtual void fill(std::span<const Token> tokens) = 0;
-  // Sequences go back to n tokens.
+  // Makes every sequence a copy of sequence 0, with memory of its own. Ours are up to a page shorter, each by another number of
+  // tokens, as sequences that came at different times are: so they don't seal all at once.
+  virtual void spread() = 0;
+  // Sequences go back to n tokens, or as many fewer as spread() left them.
   virtual void truncate(int64_t n) = 0;
   virtual void clear() = 0;
   // Remembers sequence 0 as it is, pages sealed and open; rewind() goes back to it as often as wanted, until clear().
@@ -41,6 +42,8 @@ class Contender {
   virtual double kept(int64_t tokens) const = 0;
   virtual size_t cache_bytes(int64_t tokens) const = 0;  // of one sequence now
   virtual std::string kernel() const = 0;
+  // Of the steps so far: their number, and seconds in which the host did something.
+  virtual std::pair<int64_t, double> host_seconds() const = 0;
 };
 
 std::unique_ptr<Contender> make_contender(std::shared_ptr<const Model> model, const EvalSubject& subject,

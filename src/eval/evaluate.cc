@@ -34,6 +34,7 @@ class Evaluation {
     ContenderOptions contender;
     contender.context = options.context;
     contender.threads = threads_;
+    contender.device = options.device;
     contender.chunk_tokens = kPageTokens;
     contender.kernel = options.kernel;
     contender.exact = options.exact;

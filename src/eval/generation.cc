@@ -56,6 +56,7 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
     ContenderOptions contender;
     contender.context = context;
     contender.threads = options.threads;
+    contender.device = options.device;
     contender.force_plan = true;  // checked above; a copy of the weights has another fingerprint
     GenerationRow row;
     row.name = subject.name;

@@ -213,6 +213,7 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
       ContenderOptions contender;
       contender.context = options.contexts[c / options.kinds.size()];
       contender.threads = options.threads;
+      contender.device = options.device;
       contender.kernel = options.kernel;
       contender.exact = options.exact;
       contender.force_plan = options.force_plan;

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <map>
 
+#include "backend/cuda/layer_format.h"
 #include "cache/layout.h"
 #include "kvmix/error.h"
 #include "plan/planner.h"
@@ -45,45 +46,70 @@ std::string pick_metric(const Profile& profile, const std::string& wanted) {
   return "";
 }
 
-std::vector<Candidate> candidates(const Profile& profile, const std::string& metric, int layer, Side side) {
+std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
+                                  Side side, const CodecSpec& recent) {
   std::vector<Candidate> out;
   if (metric.empty()) {
+    check_scores(profile);
     const double score = (side == Side::kKey ? profile.key_score : profile.value_score)[static_cast<size_t>(layer)];
     for (const int bits : kRecipeBits) {
       out.push_back({side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits), score * relative_error(bits)});
+      if (side == Side::kKey) take_off_bias(model.layers[static_cast<size_t>(layer)], out.back().config.transform);
     }
   } else {
+    const auto incomplete = [&](const std::string& what) {
+      throw Error(Status::kMismatch, "the profile has no \"" + metric + "\" sensitivity of layer " + std::to_string(layer) +
+                                         (side == Side::kKey ? " keys" : " values") + what +
+                                         "; the measurement is incomplete, run kvmix profile again");
+    };
+    std::map<std::string, double> recent_costs;  // by transform
     for (const auto& s : profile.sensitivities) {
-      if (s.metric != metric || s.layer != layer || s.side != side) continue;
+      if (s.recent && s.metric == metric && s.layer == layer && s.side == side && parse_codec(s.codec) == recent)
+        recent_costs[s.transform] = std::max(s.cost, 0.0);
+    }
+    for (const auto& s : profile.sensitivities) {
+      if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
       Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
-      c.config.transform = named_transform(profile, layer, side, s.transform);
+      if (!recent.is_f16()) {
+        const auto cost = recent_costs.find(s.transform);
+        if (cost == recent_costs.end()) incomplete(" in recent rows (" + to_string(recent) + ", " + s.transform + ")");
+        c.cost += cost->second;
+      }
+      c.config.transform = named_transform(model, profile, layer, side, s.transform);
       out.push_back(std::move(c));
     }
-    if (out.empty()) {
-      throw Error(Status::kMismatch, "the profile has no \"" + metric + "\" sensitivity of layer " + std::to_string(layer) +
-                                         (side == Side::kKey ? " keys" : " values") +
-                                         "; the measurement is incomplete, run kvmix profile again");
-    }
+    if (out.empty()) incomplete("");
   }
-  out.push_back({SideConfig{}, 0.0});  // fp16
+  out.push_back({SideConfig{}, 0.0});  // fp16, whose recent rows are too
   return out;
 }
 
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context) {
+                    int64_t context, const std::string& device) {
   PricedChoices priced;
   const CacheConfig base = cache_config(plan, model);
   priced.fixed_bytes = static_cast<int64_t>(predict_bytes(base, context));
   priced.elements = live_elements(base, context);
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const LayerConfig& layer = base.layers[l];
+    const auto takes = [&](Side side, const Candidate& c) {
+      LayerConfig with = layer;
+      (side == Side::kKey ? with.key : with.value) = c.config;
+      try {
+        cuda::layer_format(with, "");
+        return true;
+      } catch (const Error&) {
+        return false;
+      }
+    };
     const PagePrediction pages = predict_pages(layer, context);
     const int64_t sealed = (pages.sealed - pages.freed) * layer.kv_heads;
     const int64_t open = (pages.pages - pages.sealed) * layer.kv_heads;
     for (const Side side : {Side::kKey, Side::kValue}) {
       const auto bytes = [&](const CodecSpec& codec) { return static_cast<int64_t>(tile_bytes(codec, layer.head_dim)); };
       priced.fixed_bytes -= (sealed + open) * bytes(CodecSpec{});
-      priced.sides.push_back(candidates(profile, metric, static_cast<int>(l), side));
+      priced.sides.push_back(candidates(model, profile, metric, static_cast<int>(l), side, plan.recent));
+      if (device == "cuda") std::erase_if(priced.sides.back(), [&](const Candidate& c) { return !takes(side, c); });
       std::vector<Choice> choices;
       for (const Candidate& c : priced.sides.back())
         choices.push_back({sealed * bytes(c.config.codec) + open * bytes(open_codec(plan.recent, c.config.codec)), c.cost});

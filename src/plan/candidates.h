@@ -18,8 +18,10 @@ struct Candidate {
 // The metric to go by: `wanted`, or with "best" the best that the profile has; empty for the gradient scores. Throws
 // kInvalidArgument for one that the profile lacks.
 std::string pick_metric(const Profile& profile, const std::string& wanted);
-// The measured codecs of a side, and fp16 last. Throws kMismatch if the measurement is incomplete.
-std::vector<Candidate> candidates(const Profile& profile, const std::string& metric, int layer, Side side);
+// The measured codecs of a side, each with the cost of `recent` rows under its transform beside its own, and fp16 last. Throws
+// kMismatch if the measurement is incomplete.
+std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
+                                  Side side, const CodecSpec& recent);
 
 // Every side of a model, keys of a layer before its values.
 struct PricedChoices {
@@ -31,9 +33,9 @@ struct PricedChoices {
   // Writes the chosen codecs into the plan; returns the sum of their costs.
   double apply(const std::vector<size_t>& chosen, Plan& plan) const;
 };
-// For the plan's sinks, window and recent rows.
+// For the plan's sinks, window and recent rows; without what the device has no code for.
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context);
+                    int64_t context, const std::string& device);
 
 [[noreturn]] void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context);
 

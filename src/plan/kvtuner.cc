@@ -86,14 +86,17 @@ class Tuner {
  public:
   Tuner(const PlannerRequest& request, const Plan& plan, const std::string& metric, const std::vector<int>& widths,
         double threshold)
-      : request_(request), plan_(plan), priced_(price(plan, *request.model, *request.profile, metric, request.budget.context)) {
+      : request_(request),
+        plan_(plan),
+        priced_(price(plan, *request.model, *request.profile, metric, request.budget.context, request.device)) {
     pick_metric(*request.profile, "output");
     const size_t layers = plan.layers.size();
     for (size_t l = 0; l < layers; ++l) {
       std::vector<Candidate> output[2];
       std::vector<std::pair<int, size_t>> chosen[2];
       for (const size_t side : {0, 1}) {
-        output[side] = candidates(*request.profile, "output", static_cast<int>(l), side == 0 ? Side::kKey : Side::kValue);
+        output[side] = candidates(*request.model, *request.profile, "output", static_cast<int>(l),
+                                  side == 0 ? Side::kKey : Side::kValue, plan.recent);
         chosen[side] = by_width(output[side], widths);
         auto& index = config_.emplace_back();
         for (const auto& [bits, c] : chosen[side])

@@ -2,9 +2,13 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 
+#include "backend/cuda/layer_format.h"
+#include "base/fp16.h"
 #include "codec/spelling.h"
 #include "plan/planner.h"
+#include "rows/scale.h"
 
 namespace kvmix {
 
@@ -18,6 +22,12 @@ const std::array kPlanners = {
     &kKvtunerPlanner,
     &kUniformPlanner,
 };
+
+// Throws kUnsupported naming the layer that the device has no code for.
+void check_on_cuda(const Plan& plan, const ModelShape& model) {
+  const CacheConfig config = cache_config(plan, model);
+  for (size_t l = 0; l < config.layers.size(); ++l) cuda::layer_format(config.layers[l], "layer " + std::to_string(l));
+}
 
 }  // namespace
 
@@ -39,7 +49,8 @@ Plan fitted_plan(const Planner& planner, PlannerRequest request) {
   for (int tries = 0;; ++tries) {
     Plan plan = planner.make(request);
     if (promised == 0 || !request.budget.slack || !planner.info.needs_budget) return plan;
-    const CacheConfig config = cache_config(plan, *request.model);
+    CacheConfig config = cache_config(plan, *request.model);
+    config.device = request.device;
     const auto sequences = static_cast<size_t>(request.budget.sequences);
     const size_t bytes = predict_bytes(config, request.budget.context) * sequences +
                          predict_slack_bytes(config, request.budget.context, request.budget.sequences);
@@ -80,7 +91,11 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     if (request.meter != nullptr && !planner->info.measures) {
       throw Error(Status::kInvalidArgument, "planner " + name + " does not measure plans");
     }
-    return fitted_plan(*planner, request);
+    if (request.device != "cpu" && request.device != "cuda")
+      throw Error(Status::kInvalidArgument, "device \"" + request.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
+    Plan plan = fitted_plan(*planner, request);
+    if (request.device == "cuda") check_on_cuda(plan, *request.model);
+    return plan;
   }
   throw Error(Status::kInvalidArgument, "planner \"" + name + "\" is unknown; expected one of " + names);
 }
@@ -157,11 +172,38 @@ SideConfig recipe_value(int bits) {
   return side;
 }
 
-TransformSpec named_transform(const Profile& profile, int layer, Side side, const std::string& name) {
+void check_scores(const Profile& profile) {
+  if (profile.prompts > 0) return;
+  throw Error(Status::kMismatch,
+              "the profile has no gradient scores yet; its measurement was stopped, run kvmix profile again");
+}
+
+void take_off_bias(const ModelShape::Layer& layer, TransformSpec& transform) {
+  const auto as_stored = [](double x) { return f16_to_f32(f32_to_f16(static_cast<float>(x))); };
+  // Softmax does not see what all keys share, unless its scores are capped.
+  if (layer.softcap == 0 && !layer.key_center.empty()) {
+    transform.center.clear();
+    for (const float x : layer.key_center) transform.center.push_back(as_stored(static_cast<double>(x)));
+  }
+  const std::vector<float>& sizes = layer.key_sizes;
+  if (sizes.empty()) return;
+  const auto dim = static_cast<size_t>(layer.head_dim);
+  std::vector<float> scale;
+  for (size_t head = 0; head < sizes.size(); head += dim) {
+    double logs = 0;  // sizes are known up to a factor: around 1, fp16 holds what they scale
+    for (size_t c = 0; c < dim; ++c) logs += std::log(static_cast<double>(sizes[head + c]));
+    const double mean = std::exp(logs / static_cast<double>(dim));
+    for (size_t c = 0; c < dim; ++c)
+      scale.push_back(as_stored(std::clamp(mean / static_cast<double>(sizes[head + c]), 1e-3, 1e3)));
+  }
+  set_scale(transform, std::move(scale));
+}
+
+TransformSpec named_transform(const ModelShape& model, const Profile& profile, int layer, Side side, const std::string& name) {
   TransformSpec spec;
-  if (name == "plain") return spec;
-  if (name == "hadamard") {
-    spec.hadamard = true;
+  if (name == "plain" || name == "hadamard") {
+    spec.hadamard = name == "hadamard";
+    if (side == Side::kKey) take_off_bias(model.layers.at(static_cast<size_t>(layer)), spec);
     return spec;
   }
   for (const Profile::Transform& t : profile.transforms) {
@@ -188,7 +230,7 @@ void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& 
 }
 
 void read_recent(const PlannerOptions& options, Plan& plan) {
-  if (options.choice("recent", "8", {"8", "f16"}) == "8") plan.recent = {8, Axis::kToken, 64, Fit::kMinMax, true};
+  if (options.choice("recent", "8", {"8", "f16"}) == "8") plan.recent = kRecentRows;
 }
 
 double budget_bytes(const Budget& budget, const ModelShape& model) {

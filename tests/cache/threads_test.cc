@@ -41,6 +41,25 @@ Outputs run(const LayerConfig& layer, int threads, const std::string& kernel) {
   return result;
 }
 
+TEST(Threads, OfTheCacheGiveTheCallersBits) {
+  for (const int threads : {1, 3}) {
+    const LayerConfig layer = make_layer(9, 3, 64, key_codec(2), value_codec(2));
+    Cache callers(testing::one_layer(layer, threads)), own(testing::one_layer(layer, threads));
+    const SequenceId a = callers.create(), b = own.create();
+    std::mt19937 random(6);
+    for (const int n : {300, 1, 7}) {
+      Rows rows = random_rows(layer, n, random);
+      step(callers, {{a, n}}, rows);
+      std::vector<float> out(rows.out.size());
+      const StepItem item = {b, n};
+      own.begin_step({&item, 1});
+      own.step_layer(0, rows.k.data(), 3 * 64, rows.v.data(), 3 * 64, rows.q.data(), 9 * 64, out.data(), 9 * 64);
+      own.end_step();
+      EXPECT_EQ(out, rows.out) << threads << " threads, " << n << " tokens";
+    }
+  }
+}
+
 TEST(Threads, AnyCountGivesTheSameWithinSummationOrder) {
   for (const bool codes : {false, true}) {
     for (const AttentionKernelInfo& kernel : attention_kernels()) {

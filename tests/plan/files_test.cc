@@ -35,6 +35,28 @@ TEST(Plans, NameATokenPolicyAndHandItToTheCache) {
   EXPECT_LT(predict_bytes(cache_config(plan, model), 8192), predict_bytes(cache_config(f16_plan(model), model), 8192) / 7);
 }
 
+TEST(Plans, NameAChannelPolicyAndHandItToTheCache) {
+  const ModelShape model = shape(2);
+  Plan plan = f16_plan(model);
+  plan.channels = PolicySpec{"think", {{"keep", 0.5}}};
+  const Plan same = parse_plan(to_json(plan), "memory");
+  EXPECT_EQ(same.channels, plan.channels);
+  EXPECT_EQ(cache_config(same, model).channels, plan.channels);
+  const auto bytes = [&](const Plan& p) { return static_cast<double>(predict_bytes(cache_config(p, model), 8192)); };
+  EXPECT_NEAR(bytes(plan), 0.75 * bytes(f16_plan(model)), 0.02 * bytes(f16_plan(model)));
+  std::string bad = to_json(plan);
+  bad.replace(bad.find("0.5"), 3, "1.5");
+  try {
+    parse_plan(bad, "plan.json");
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("channel policy think: keep is 1.5; expected a number from 1e-06 to 1"),
+              std::string::npos)
+        << e.what();
+    EXPECT_NE(std::string(e.what()).find("channels"), std::string::npos) << e.what();
+  }
+}
+
 TEST(Files, WhatIsWrongIsNamed) {
   const ModelShape model = shape(2);
   PlannerRequest request;
@@ -125,15 +147,16 @@ TEST(Files, KeepCalibratedTransforms) {
   TransformSpec spec;
   spec.hadamard = true;
   for (size_t i = 0; i < values; ++i) spec.scales.push_back(i % 2 == 0 ? 0.5f : -3.0f);
+  for (size_t i = 0; i < values; ++i) spec.center.push_back(static_cast<float>(i) / 8.0f);
   for (size_t i = 0; i < values * static_cast<size_t>(layer.head_dim - 1) / 2; ++i)
     spec.feedback.push_back(static_cast<float>(i % 37) / 64.0f - 0.25f);
   Profile p = profile(model);
   p.transforms.push_back({"mine", 0, Side::kKey, spec});
   p.sensitivities.push_back({"kl", 0, Side::kKey, "int2.channel.g128.fitted.zero", "mine", 0.01});
   const Profile again = parse_profile(to_json(p), "memory");
-  EXPECT_EQ(named_transform(again, 0, Side::kKey, "mine"), spec);
-  EXPECT_THROW(named_transform(again, 1, Side::kKey, "mine"), Error);
-  EXPECT_THROW(named_transform(again, 0, Side::kValue, "mine"), Error);
+  EXPECT_EQ(named_transform(model, again, 0, Side::kKey, "mine"), spec);
+  EXPECT_THROW(named_transform(model, again, 1, Side::kKey, "mine"), Error);
+  EXPECT_THROW(named_transform(model, again, 0, Side::kValue, "mine"), Error);
 
   PlannerRequest request;
   request.model = &model;

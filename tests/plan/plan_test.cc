@@ -7,6 +7,7 @@
 
 #include "kvmix/error.h"
 #include "plan/allocate.h"
+#include "rows/scale.h"
 #include "support/plan_fixture.h"
 
 namespace kvmix {
@@ -15,8 +16,8 @@ namespace {
 using testing::profile;
 using testing::shape;
 
-// With errors and divergences of the recipe's codecs.
-Profile measured_profile(const ModelShape& model) {
+// With errors and divergences of the recipe's codecs, recent rows among them.
+Profile measured_profile(const ModelShape& model, double recent_cost = 1e-7) {
   Profile p = profile(model);
   p.fp16.window = 128;
   for (size_t l = 0; l < model.layers.size(); ++l) {
@@ -29,6 +30,9 @@ Profile measured_profile(const ModelShape& model) {
         p.sensitivities.push_back({"output", static_cast<int>(l), side, to_string(codec), "plain", 0.1 * error});
         p.sensitivities.push_back({"kl", static_cast<int>(l), side, to_string(codec), "plain", 0.01 * error * weight});
       }
+      for (const char* metric : {"output", "kl"})
+        p.sensitivities.push_back(
+            {metric, static_cast<int>(l), side, "int8.token.g64.minmax.zero", "plain", recent_cost, true});
     }
   }
   return p;
@@ -179,6 +183,74 @@ TEST(Planners, KeepRecentRowsIn8BitsUnlessAsked) {
     } catch (const Error& e) {
       EXPECT_EQ(e.status(), Status::kCorrupt);
       EXPECT_NE(std::string(e.what()).find("recent"), std::string::npos) << e.what();
+    }
+  }
+}
+
+// What recent rows of 8 bits cost is part of what a plan does, and fp16 is taken where it loses less at the same bytes.
+TEST(Planners, PriceRecentRows) {
+  const ModelShape model = shape(30);
+  Profile scores = measured_profile(model, 0.001);
+  PlannerRequest request = request_for(model, scores);
+  request.budget.bits = 4;
+  const Plan best = make_plan("kvmix", request);
+  EXPECT_TRUE(best.recent.is_f16());
+  EXPECT_LE(predict_bits_per_element(cache_config(best, model), 8192), 4);
+  request.options = {{"recent", "8"}};
+  const Plan eight = make_plan("kvmix", request);
+  EXPECT_EQ(eight.recent, best.recent.is_f16() ? parse_codec("int8.token.g64.minmax.zero") : CodecSpec{});
+  EXPECT_GT(eight.predicted->cost, 60 * 0.001);
+  EXPECT_LT(best.predicted->cost, eight.predicted->cost);
+  request.options = {{"recent", "f16"}};
+  EXPECT_EQ(to_json(make_plan("kvmix", request)), to_json(best));
+
+  // One that does not know the cost is not taken for one that knows it to be nothing.
+  std::erase_if(scores.sensitivities, [](const auto& s) { return s.recent && s.layer == 3; });
+  request.options = {};
+  for (const char* planner : {"kvmix", "kvtuner"}) {
+    try {
+      make_plan(planner, request);
+      FAIL() << planner;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.status(), Status::kMismatch);
+      EXPECT_NE(std::string(e.what()).find("layer 3 keys in recent rows (int8.token.g64.minmax.zero"), std::string::npos)
+          << e.what();
+    }
+  }
+  request.options = {{"recent", "f16"}};
+  EXPECT_EQ(to_json(make_plan("kvmix", request)), to_json(best));
+}
+
+// Where weights say what biases do to keys, every planner takes that off them, and files keep it.
+TEST(Planners, TakeBiasesOffKeys) {
+  ModelShape model = shape(6);
+  const auto numbers = static_cast<size_t>(model.layers[0].kv_heads * model.layers[0].head_dim);
+  for (size_t i = 0; i < numbers; ++i) model.layers[2].key_sizes.push_back(i % 64 == 5 ? 400.0f : 4.0f);
+  for (size_t i = 0; i < numbers; ++i) model.layers[3].key_center.push_back(static_cast<float>(i));
+  for (size_t i = 0; i < numbers; ++i) model.layers[4].key_center.push_back(static_cast<float>(i));
+  model.layers[4].softcap = 30;
+  for (const char* transform : {"plain", "gradient"}) {
+    const bool measured = std::string(transform) == "plain";
+    const Profile scores = measured ? measured_profile(model) : profile(model);
+    PlannerRequest request = request_for(model, scores);
+    request.budget.bits = 4;
+    for (const PlannerInfo& planner : planners()) {
+      if (!measured && planner.name == "kvtuner") continue;  // goes by measured errors alone
+      const Plan plan = parse_plan(to_json(make_plan(planner.name, request)), "memory");
+      // The paper's plan keeps recent rows in fp16, and scales per channel.
+      const bool scaled = planner.name != "kvmix-paper";
+      for (size_t l = 0; l < plan.layers.size(); ++l) {
+        const std::span<const float> scale = scale_of(plan.layers[l].key.transform);
+        EXPECT_EQ(scale.size(), scaled && l == 2 ? numbers : 0) << planner.name << ", layer " << l;
+        EXPECT_EQ(plan.layers[l].key.transform.center, scaled && l == 3 ? model.layers[l].key_center : std::vector<float>())
+            << planner.name << ", layer " << l;  // capped scores see what all keys share
+        EXPECT_TRUE(plan.layers[l].value.transform.center.empty()) << planner.name;
+        EXPECT_TRUE(scale_of(plan.layers[l].value.transform).empty()) << planner.name;
+        if (scale.empty()) continue;
+        EXPECT_NEAR(scale[4], std::pow(100.0, 1.0 / 64), 1e-3);
+        EXPECT_NEAR(scale[4] / scale[5], 100, 0.1);
+      }
+      Cache cache(cache_config(plan, model));
     }
   }
 }

@@ -34,6 +34,7 @@ struct TinyModel {
   std::vector<int> pattern = {};  // attention.sliding_window_pattern: one number, or one a layer
   int parts = 1;                  // files: path is NAME.gguf or, with more, the prefix NAME of NAME-00001-of-0000N.gguf
   int head_dim = kHeadDim;
+  bool half = false;                                 // matrices in fp16
   std::string extra_tensor = {}, extra_number = {};  // names of a vector, and of a key that is set to 1
   std::string not_finite = {};                       // tensor with a NaN
   std::string name_ending = {};
@@ -70,7 +71,7 @@ inline std::string tiny_name(const TinyModel& m) {
          (m.pattern.empty()       ? ""
           : m.pattern.size() == 1 ? "_pattern"
                                   : "_patterns") +
-         (m.rope_factors ? "_factors" : "") + (m.rope_scaling.empty() ? "" : "_" + m.rope_scaling);
+         (m.half ? "_half" : "") + (m.rope_factors ? "_factors" : "") + (m.rope_scaling.empty() ? "" : "_" + m.rope_scaling);
 }
 
 inline void PrintTo(const TinyModel& m, std::ostream* out) { *out << tiny_name(m); }
@@ -87,7 +88,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
   using Gguf = std::unique_ptr<gguf_context, decltype(&gguf_free)>;
   using Ggml = std::unique_ptr<ggml_context, decltype(&ggml_free)>;
   const Gguf gguf(gguf_init_empty(), gguf_free);
-  const Ggml ctx(ggml_init({size_t{8} << 20, nullptr, false}), ggml_free);
+  const Ggml ctx(ggml_init({size_t{16} << 20, nullptr, false}), ggml_free);
   const std::string& a = m.architecture;
   const auto number = [&](const std::string& key, int value) {
     gguf_set_val_u32(gguf.get(), (a + "." + key).c_str(), static_cast<uint32_t>(value));
@@ -170,6 +171,12 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
     auto* values = static_cast<float*>(t->data);
     for (int64_t i = 0; i < ne0 * ne1; ++i) values[i] = mean + deviation * normal(random);
     if (name == m.not_finite) values[ne0 * ne1 / 2] = NAN;
+    if (m.half && ne1 > 1) {
+      ggml_tensor* rounded = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, ne0, ne1);
+      ggml_set_name(rounded, name.c_str());
+      ggml_fp32_to_fp16_row(values, static_cast<ggml_fp16_t*>(rounded->data), ne0 * ne1);
+      t = rounded;
+    }
     tensors.push_back(t);
   };
   const auto matrix = [&](const std::string& name, int64_t in, int64_t out) {

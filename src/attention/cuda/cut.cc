@@ -23,20 +23,33 @@ int first_page(const kvmix_cuda_attend_params& p, int length) {
   return first < p.sinks ? 0 : 1 + (first - p.sinks) / kPageTokens;
 }
 
-std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths,
-                                        const Residency& device) {
-  struct Run {
-    int begin, end;
-  };
-  std::vector<Run> runs;
+struct Run {
+  int begin, end;
+};
+
+Run run_of(const kvmix_cuda_attend_params& p, int length) {
+  if (length < 0) throw Error(Status::kInvalidArgument, "cut: length " + std::to_string(length) + " is negative");
+  return {first_page(p, length), page_count(p, length)};
+}
+
+// An empty sequence still gets a piece, which writes zeros and -inf.
+int pieces_of(const Run& r, const Pieces& pieces) { return std::max(1, (r.end - r.begin + pieces.pages - 1) / pieces.pages); }
+
+Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, const Residency& device) {
+  std::vector<int64_t> runs_of;  // by pages: many sequences have few different numbers of them
   int64_t pages = 0;
   int longest = 1;
   for (const int32_t length : lengths) {
-    if (length < 0) throw Error(Status::kInvalidArgument, "cut: length " + std::to_string(length) + " is negative");
-    runs.push_back({first_page(p, length), page_count(p, length)});
-    const int count = runs.back().end - runs.back().begin;
+    const Run r = run_of(p, length);
+    const int count = r.end - r.begin;
     pages += static_cast<int64_t>(count) * p.kv_heads;
     longest = std::max(longest, count);
+    if (runs_of.size() <= static_cast<size_t>(count)) runs_of.resize(static_cast<size_t>(count) + 1);
+    ++runs_of[static_cast<size_t>(count)];
+  }
+  std::vector<std::pair<int64_t, int64_t>> counts;  // pages, and how many runs have as many
+  for (size_t count = 0; count < runs_of.size(); ++count) {
+    if (runs_of[count] > 0) counts.emplace_back(static_cast<int64_t>(count), runs_of[count]);
   }
   // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
   // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
@@ -52,7 +65,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
     int candidate = (longest + splits - 1) / splits;
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
-    for (const Run& r : runs) blocks += static_cast<int64_t>((r.end - r.begin + candidate - 1) / candidate) * p.kv_heads;
+    for (const auto& [count, n] : counts) blocks += (count + candidate - 1) / candidate * n * p.kv_heads;
     blocks = std::max<int64_t>(fast ? blocks * row_blocks(p) : blocks, 1);
     // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
     if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;
@@ -69,30 +82,7 @@ std::vector<kvmix_cuda_item> make_items(const kvmix_cuda_attend_params& p, std::
   }
   // What is little beside the L2 shall leave it as it was, unless another block reads it again.
   const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
-  std::vector<kvmix_cuda_item> items;
-  const bool images = uses_images(p);
-  int ticket = 0, image = 0;
-  for (size_t sequence = 0; sequence < runs.size(); ++sequence) {
-    const Run& r = runs[sequence];
-    // An empty sequence still gets a block, which writes zeros and -inf.
-    const int splits = std::max(1, (r.end - r.begin + chunk - 1) / chunk);
-    for (int head = 0; head < p.kv_heads; ++head) {
-      const int partial = static_cast<int>(items.size());
-      for (int split = 0; split < splits; ++split) {
-        kvmix_cuda_item item{};
-        item.sequence = static_cast<int32_t>(sequence), item.kv_head = head;
-        item.page_begin = r.begin + split * chunk;
-        item.page_end = std::min(item.page_begin + chunk, r.end);
-        item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
-        item.length = lengths[sequence];
-        if (images) item.partial = image, image += item.page_end - item.page_begin;
-        item.evict_first = bytes <= kSparingBytes && (!fast || row_blocks(p) == 1);
-        items.push_back(item);
-      }
-      ++ticket;
-    }
-  }
-  return items;
+  return {chunk, bytes <= kSparingBytes && (!fast || row_blocks(p) == 1)};
 }
 
 // Of a device that holds `slots` thread blocks.
@@ -103,16 +93,50 @@ Residency residency_of_slots(const kvmix_cuda_attend_params& p, int slots) {
 
 }  // namespace
 
-Cut cut_work(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
-  Cut cut{make_items(p, lengths, slots > 0 ? residency_of_slots(p, slots) : residency(p)), 0};
-  cut.workspace_bytes = workspace_layout(p).bytes(static_cast<int32_t>(cut.items.size()));
-  if (uses_images(p)) {
-    for (const kvmix_cuda_item& item : cut.items) {
-      cut.workspace_bytes +=
-          static_cast<size_t>(item.page_end - item.page_begin) * static_cast<size_t>(page_image_bytes(p.format.head_dim));
+Pieces choose_pieces(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
+  return choose(p, lengths, slots > 0 ? residency_of_slots(p, slots) : residency(p));
+}
+
+size_t count_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, const Pieces& pieces) {
+  size_t items = 0;
+  for (const int32_t length : lengths) items += static_cast<size_t>(pieces_of(run_of(p, length), pieces) * p.kv_heads);
+  return items;
+}
+
+void write_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, const Pieces& pieces,
+                 std::span<kvmix_cuda_item> to) {
+  const bool images = uses_images(p);
+  int ticket = 0, image = 0;
+  size_t at = 0;
+  for (size_t sequence = 0; sequence < lengths.size(); ++sequence) {
+    const Run r = run_of(p, lengths[sequence]);
+    const int splits = pieces_of(r, pieces);
+    for (int head = 0; head < p.kv_heads; ++head) {
+      const int partial = static_cast<int>(at);
+      for (int split = 0; split < splits; ++split) {
+        kvmix_cuda_item item{};
+        item.sequence = static_cast<int32_t>(sequence), item.kv_head = head;
+        item.page_begin = r.begin + split * pieces.pages;
+        item.page_end = std::min(item.page_begin + pieces.pages, r.end);
+        item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
+        item.length = lengths[sequence];
+        if (images) item.partial = image, image += item.page_end - item.page_begin;
+        item.evict_first = pieces.evict_first;
+        to[at++] = item;
+      }
+      ++ticket;
     }
   }
-  return cut;
+}
+
+size_t workspace_bytes(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, size_t items) {
+  size_t bytes = workspace_layout(p).bytes(static_cast<int32_t>(items));
+  if (!uses_images(p)) return bytes;
+  for (const int32_t length : lengths) {
+    const Run r = run_of(p, length);
+    bytes += static_cast<size_t>((r.end - r.begin) * p.kv_heads) * static_cast<size_t>(page_image_bytes(p.format.head_dim));
+  }
+  return bytes;
 }
 
 }  // namespace kvmix::cuda

@@ -332,6 +332,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   constexpr int kTiles = dim / 16, kMergeRow = merge_row(dim);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const kvmix_cuda_item mine = args.items[blockIdx.x / arguments.row_blocks];
+  if (mine.sequence < 0) return;
   // Rows are dealt out to the blocks of an item evenly, whole.
   const int all_rows = args.group * args.q_tokens, block = static_cast<int>(blockIdx.x) % arguments.row_blocks;
   const int row0 = all_rows * block / arguments.row_blocks, rows = all_rows * (block + 1) / arguments.row_blocks - row0;

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
   const AttendArguments& args = arguments.attend;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const kvmix_cuda_item item = args.items[blockIdx.x];
+  if (item.sequence < 0) return;
   const int all_rows = args.group * args.q_tokens, q_heads = args.kv_heads * args.group;
   const int row0 = static_cast<int>(blockIdx.y) * kTileRows, rows = min(all_rows - row0, kTileRows);
   const auto row_offset = [&](int row) {

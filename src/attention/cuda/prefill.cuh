@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(kImageThreads, 3) image_kernel(const __grid_co
   uint8_t* const shared = space + (1024 - shared_address(space) % 1024) % 1024;
   const AttendArguments& args = arguments.attend;
   const kvmix_cuda_item item = args.items[blockIdx.x];
+  if (item.sequence < 0) return;
   const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
   for (int page = item.page_begin + static_cast<int>(blockIdx.y); page < item.page_end; page += static_cast<int>(gridDim.y)) {
     const int first = args.sinks > 0 && page > 0 ? args.sinks + (page - 1) * kPageTokens : page * kPageTokens;
@@ -443,6 +444,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   uint8_t* const shared = space + (1024 - shared_address(space) % 1024) % 1024;
   const AttendArguments& args = arguments.attend;
   const kvmix_cuda_item item = args.items[blockIdx.x];
+  if (item.sequence < 0) return;
   // The longest tiles first: the last ones fill the gaps.
   const int row0 = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kPrefillRows;
   const TileRows tile_rows{

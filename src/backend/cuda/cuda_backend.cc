@@ -7,6 +7,7 @@
 #include "backend/cuda/device.h"
 #include "base/cuda/launch.h"
 #include "kvmix/error.h"
+#include "rows/scale.h"
 
 namespace kvmix {
 
@@ -53,11 +54,18 @@ Event::~Event() {
 
 void Event::record(cudaStream_t on) const { check_cuda(cudaEventRecord(event_, on), "event: record"); }
 
-void Event::make_wait(cudaStream_t stream) const { check_cuda(cudaStreamWaitEvent(stream, event_, 0), "event: wait"); }
+void Event::make_wait(cudaStream_t stream, unsigned flags) const {
+  check_cuda(cudaStreamWaitEvent(stream, event_, flags), "event: wait");
+}
 
 bool CudaBackend::Shape::operator==(const Shape& other) const {
   return std::memcmp(&format, &other.format, sizeof format) == 0 && q_heads == other.q_heads && kv_heads == other.kv_heads &&
          sinks == other.sinks && sliding_window == other.sliding_window;
+}
+
+bool CudaBackend::Shape::cut_alike(const Shape& other) const {
+  return q_heads == other.q_heads && kv_heads == other.kv_heads && sinks == other.sinks &&
+         sliding_window == other.sliding_window;
 }
 
 CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers)
@@ -65,7 +73,6 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
       device_(current_device()),
       device_rows_(config.device_rows),
       stream_(config.stream),
-      sealing_(nullptr),
       pool_(config.max_bytes, stream_.get()) {
   layers_.reserve(layers.size());
   layer_sealed_.resize(layers.size());
@@ -78,7 +85,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     if (known == shapes_.end()) shapes_.push_back(shape);
     const TransformSpec &k = layer.key.transform, &v = layer.value.transform;
     const auto dim = static_cast<size_t>(layer.head_dim);
-    const float* const key_scales = constant(k.scales);
+    const float* const key_scales = constant(k.scales.empty() ? scale_of(k) : k.scales);  // one of them at most
     const float* const value_scales = constant(v.scales);
     Layer made{.config = layer,
                .ids = layers[l],
@@ -103,7 +110,8 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
 }
 
 CudaBackend::~CudaBackend() {
-  for (const Stream* stream : {&sealing_, &stream_}) static_cast<void>(cudaStreamSynchronize(stream->get()));
+  for (const Stream& stream : sealing_) static_cast<void>(cudaStreamSynchronize(stream.get()));
+  static_cast<void>(cudaStreamSynchronize(stream_.get()));
 }
 
 void CudaBackend::join() const { sealed_.make_wait(stream_.get()); }
@@ -165,6 +173,10 @@ void CudaBackend::gather(const Gather&, int) {
 
 Backend::Window CudaBackend::window(SequenceId, int, int) const {
   throw Error(Status::kUnsupported, "prompts are not scored on the device \"cuda\"; take the device \"cpu\"");
+}
+
+std::span<const float> CudaBackend::query_squares(SequenceId, int, int) const {
+  throw Error(Status::kUnsupported, "channels are not chosen on the device \"cuda\"; take the device \"cpu\"");
 }
 
 void CudaBackend::report(CacheStats& stats) const {

@@ -9,10 +9,12 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "attention/cuda/cut.h"
 #include "backend/backend.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/pool.h"
@@ -24,7 +26,7 @@ namespace kvmix::cuda {
 // The caller's stream, or one of its own.
 class Stream {
  public:
-  explicit Stream(void* given);
+  explicit Stream(void* given = nullptr);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   ~Stream();
@@ -42,7 +44,8 @@ class Event {
   Event& operator=(Event&&) = delete;
   ~Event();
   void record(cudaStream_t on) const;
-  void make_wait(cudaStream_t stream) const;
+  // `flags` as of cudaStreamWaitEvent.
+  void make_wait(cudaStream_t stream, unsigned flags = 0) const;
 
  private:
   cudaEvent_t event_ = nullptr;
@@ -69,7 +72,9 @@ class CudaBackend final : public Backend {
   // The first of the threads queues everything.
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
+  uint64_t launch_key() override;
   Window window(SequenceId id, int layer, int kv_head) const override;
+  std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
   Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
   void end() override {}
   void forget(SequenceId) override {}
@@ -83,8 +88,12 @@ class CudaBackend final : public Backend {
     size_t first, entries;  // of the step's, by `order_`
     int tokens;
     int64_t before;  // rows of the entries before
-    std::vector<kvmix_cuda_item> items;
-    size_t items_at, workspace_bytes;
+    Pieces pieces{};
+    size_t items = 0;       // of the work list, with those that are no work
+    size_t work_items = 0;  // without
+    size_t workspace_bytes = 0;
+    size_t items_at = 0;
+    bool shares_items = false;  // with a launch before
   };
   // What layers that are cut alike have in common.
   struct Shape {
@@ -92,6 +101,7 @@ class CudaBackend final : public Backend {
     int q_heads, kv_heads, sinks, sliding_window;
     std::vector<Launch> launches;
 
+    bool cut_alike(const Shape& other) const;  // where a launch of both is cut into the same pieces
     bool operator==(const Shape& other) const;
   };
   struct Layer {
@@ -114,10 +124,12 @@ class CudaBackend final : public Backend {
   const float* constant(std::span<const float> numbers);
   kvmix_cuda_attend_params attend_params(const Shape& shape) const;
   void cut(Shape& shape);
+  std::span<const int32_t> lengths(const Launch& launch);
+  void write_work(const Shape& shape, const Launch& launch, std::byte* to);
   void write_tables();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const;
-  void seal(const Layer& layer);
+  void seal(const Layer& layer, cudaStream_t stream);
   void seal_all();
   // Makes what is queued from here on wait for sealing, also of a step that was aborted.
   void join() const;
@@ -135,7 +147,11 @@ class CudaBackend final : public Backend {
   const FormatTable& formats_;
   int device_;
   bool device_rows_;
-  Stream stream_, sealing_;
+  Stream stream_;
+  // Sealing a few pages takes long for what it does, so that of several layers runs side by side.
+  static constexpr size_t kSealStreams = 8;
+  std::array<Stream, kSealStreams> sealing_;
+  std::array<Event, kSealStreams> stream_sealed_;
   Event planned_, sealed_;
   std::vector<Event> layer_sealed_;
   DevicePool pool_;
@@ -146,8 +162,10 @@ class CudaBackend final : public Backend {
 
   // The step in progress.
   const StepPlan* plan_ = nullptr;
-  std::vector<size_t> order_;  // entries of the plan, by new tokens
+  std::vector<size_t> order_;     // entries of the plan, by new tokens
+  std::vector<int32_t> lengths_;  // of its entries in that order
   int rows_ = 0;
+  bool keyed_ = false;  // launch_key was called: append and attend may be captured
   StepInputs inputs_;
   // Page tables stay on the device from step to step: of each layer [entries of a step][kv_heads][stride]. A row is written
   // again where another sequence comes to stand in it or its pages have changed.

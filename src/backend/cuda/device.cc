@@ -6,6 +6,7 @@
 #include "backend/backend.h"
 #endif
 
+#include "kvmix/cache.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -35,6 +36,17 @@ void check_device() {
 #endif
 
 }  // namespace cuda
+
+DeviceSpace cuda_space() {
+  cuda::check_device();
+  DeviceSpace space{};
+#ifdef KVMIX_CUDA
+  if (const cudaError_t status = cudaMemGetInfo(&space.free_bytes, &space.total_bytes); status != cudaSuccess)
+    throw Error(Status::kUnsupported,
+                std::string("device \"cuda\": its memory cannot be asked: ") + cudaGetErrorString(status));
+#endif
+  return space;
+}
 
 #ifndef KVMIX_CUDA
 std::unique_ptr<Backend> make_cuda_backend(const CacheConfig&, const FormatTable&, std::vector<LayerFormats>) {

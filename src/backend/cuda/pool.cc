@@ -80,77 +80,79 @@ DevicePool::DevicePool(size_t max_bytes, cudaStream_t stream)
 
 DevicePool::~DevicePool() {
   static_cast<void>(cudaStreamSynchronize(stream_));
-  for (size_t i = 0; i < chunks_.size(); ++i) {
-    if (chunks_[i].memory == 0) continue;
-    driver_.unmap(base_ + i * chunk_bytes_, chunk_bytes_);
-    driver_.release(chunks_[i].memory);
-  }
+  for (uint32_t i = 0; i < chunks_.size(); ++i) unmap(chunks_[i], i);
   driver_.free_range(base_, range_bytes_);
 }
 
-// Maps memory to a place of the range.
-uint32_t DevicePool::take_chunk() {
-  const auto limit = [&] {
-    throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
-                                          " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
-  };
-  if (max_bytes_ != 0 && taken_ + chunk_bytes_ > range_bytes_) limit();
-  const CUmemAllocationProp properties = memory_of(device_);
-  CUmemGenericAllocationHandle memory = 0;
-  const auto refused = [&](CUresult status, const char* call) {
-    if (status == CUDA_SUCCESS) return;
-    if (memory != 0) driver_.release(memory);
-    const char* name = nullptr;
-    driver_.error_name(status, &name);
-    if (status == CUDA_ERROR_OUT_OF_MEMORY) {
-      throw Error(Status::kOutOfMemory, "the device has no memory for further pages beyond " + gibibytes(taken_) +
-                                            ": use fewer sequences, a shorter context or a smaller plan");
-    }
-    throw Error(Status::kInternal, std::string("pool: ") + call + ": " + (name == nullptr ? "unknown error" : name));
-  };
-  if (unmapped_.empty()) refused(CUDA_ERROR_OUT_OF_MEMORY, "range");
-  const uint32_t index = *unmapped_.begin();
-  const CUdeviceptr at = base_ + index * chunk_bytes_;
-  refused(driver_.create(&memory, chunk_bytes_, &properties, 0), "cuMemCreate");
-  refused(driver_.map(at, chunk_bytes_, 0, memory, 0), "cuMemMap");
-  CUmemAccessDesc access{};
-  access.location = properties.location;
-  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  if (const CUresult status = driver_.set_access(at, chunk_bytes_, &access, 1); status != CUDA_SUCCESS) {
-    driver_.unmap(at, chunk_bytes_);
-    refused(status, "cuMemSetAccess");
-  }
-  unmapped_.erase(unmapped_.begin());
-  chunks_[index].memory = memory;
-  taken_ += chunk_bytes_;
-  return index;
+void DevicePool::throw_limit() const {
+  throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
+                                        " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
 }
 
-void DevicePool::give_chunk(uint32_t index) {
-  driver_.unmap(base_ + index * chunk_bytes_, chunk_bytes_);
-  driver_.release(chunks_[index].memory);
-  chunks_[index].memory = 0;
-  unmapped_.insert(index);
-  taken_ -= chunk_bytes_;
+void DevicePool::map(uint32_t index, size_t bytes) {
+  Chunk& chunk = chunks_[index];
+  const CUmemAllocationProp properties = memory_of(device_);
+  while (chunk.mapped < bytes) {
+    const size_t part = std::min(part_bytes(taken_), chunk_bytes_ - chunk.mapped);
+    if (max_bytes_ != 0 && taken_ + part > range_bytes_) throw_limit();
+    CUmemGenericAllocationHandle memory = 0;
+    const auto refused = [&](CUresult status, const char* call) {
+      if (status == CUDA_SUCCESS) return;
+      if (memory != 0) driver_.release(memory);
+      const char* name = nullptr;
+      driver_.error_name(status, &name);
+      if (status == CUDA_ERROR_OUT_OF_MEMORY) {
+        throw Error(Status::kOutOfMemory, "the device has no memory for further pages beyond " + gibibytes(taken_) +
+                                              ": use fewer sequences, a shorter context or a smaller plan");
+      }
+      throw Error(Status::kInternal, std::string("pool: ") + call + ": " + (name == nullptr ? "unknown error" : name));
+    };
+    const CUdeviceptr at = base_ + index * chunk_bytes_ + chunk.mapped;
+    refused(driver_.create(&memory, part, &properties, 0), "cuMemCreate");
+    refused(driver_.map(at, part, 0, memory, 0), "cuMemMap");
+    CUmemAccessDesc access{};
+    access.location = properties.location;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    if (const CUresult status = driver_.set_access(at, part, &access, 1); status != CUDA_SUCCESS) {
+      driver_.unmap(at, part);
+      refused(status, "cuMemSetAccess");
+    }
+    chunk.memory.push_back({memory, part});
+    chunk.mapped += part;
+    taken_ += part;
+  }
+}
+
+void DevicePool::unmap(Chunk& chunk, uint32_t index) {
+  for (const Memory& part : chunk.memory) {
+    chunk.mapped -= part.bytes;
+    taken_ -= part.bytes;
+  }
+  CUdeviceptr at = base_ + index * chunk_bytes_;
+  for (const Memory& part : chunk.memory) {
+    driver_.unmap(at, part.bytes);
+    driver_.release(part.handle);
+    at += part.bytes;
+  }
+  chunk.memory.clear();
 }
 
 uint32_t DevicePool::allocate(size_t bytes) {
   if (bytes == 0 || bytes % kPageUnit != 0 || bytes > chunk_bytes_)
     throw Error(Status::kInternal, "pool: a page of " + std::to_string(bytes) + " bytes");
-  if (max_bytes_ != 0 && used_ + bytes > max_bytes_) {
-    throw Error(Status::kOutOfMemory, "the cache limit of " + std::to_string(max_bytes_) +
-                                          " bytes is reached: remove a sequence, raise the limit or use a smaller plan");
-  }
+  if (max_bytes_ != 0 && used_ + bytes > max_bytes_) throw_limit();
   std::set<uint32_t>& open = open_[bytes];
   if (open.empty()) {
-    uint32_t fresh;
-    if (spare_.empty()) {
-      fresh = take_chunk();
-    } else {
-      fresh = spare_.back();
-      spare_.pop_back();
+    if (spare_.empty() && unmapped_.empty()) {
+      if (max_bytes_ != 0) throw_limit();
+      throw Error(Status::kOutOfMemory, "the device has no memory for further pages beyond " + gibibytes(taken_) +
+                                            ": use fewer sequences, a shorter context or a smaller plan");
     }
+    const bool used = !spare_.empty();
+    const uint32_t fresh = used ? spare_.back() : *unmapped_.begin();
     Chunk& chunk = chunks_[fresh];
+    map(fresh, bytes);
+    used ? spare_.pop_back() : static_cast<void>(unmapped_.erase(unmapped_.begin()));
     chunk.bytes = bytes;
     chunk.carved = chunk.live = 0;
     chunk.free.clear();
@@ -160,6 +162,7 @@ uint32_t DevicePool::allocate(size_t bytes) {
   Chunk& chunk = chunks_[index];
   uint32_t slot;
   if (chunk.free.empty()) {
+    map(index, (chunk.carved + 1) * bytes);
     slot = chunk.carved++;
   } else {
     slot = chunk.free.back();
@@ -188,11 +191,12 @@ void DevicePool::release(uint32_t unit, size_t bytes) {
 }
 
 void DevicePool::trim() {
-  const size_t keep = used_ == 0 ? 0 : used_ / 16 / chunk_bytes_ + 4;
+  const size_t keep = used_ == 0 ? 0 : used_ / 16 / chunk_bytes_ + (part_bytes(taken_) < chunk_bytes_ ? 1 : 4);
   if (spare_.size() <= keep) return;
   check_cuda(cudaStreamSynchronize(stream_), "pool: what was queued before memory is given back");
   while (spare_.size() > keep) {
-    give_chunk(spare_.back());
+    unmap(chunks_[spare_.back()], spare_.back());
+    unmapped_.insert(spare_.back());
     spare_.pop_back();
   }
 }

@@ -1,4 +1,5 @@
-// Pages in device memory: one range of addresses, into which memory is mapped chunk by chunk as pages need it.
+// Pages in device memory: one range of addresses, cut into chunks for pages of one size each, into which memory is mapped as
+// pages need it: a part of a chunk at a time while there is little, so that small caches take little, then whole chunks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,15 +38,22 @@ class DevicePool {
   std::byte* base() const { return reinterpret_cast<std::byte*>(base_); }
 
  private:
+  struct Memory {
+    unsigned long long handle;
+    size_t bytes;
+  };
   struct Chunk {
-    unsigned long long memory = 0;  // 0: nothing is mapped here
-    size_t bytes = 0;               // of its pages; 0: it has none
+    std::vector<Memory> memory;  // mapped from the chunk's beginning on
+    size_t mapped = 0;
+    size_t bytes = 0;  // of its pages; 0: it has none
     uint32_t carved = 0, live = 0;
     std::vector<uint32_t> free;  // pages to use again
   };
 
-  uint32_t take_chunk();
-  void give_chunk(uint32_t index);
+  // Maps memory to a chunk until so many bytes are there.
+  void map(uint32_t index, size_t bytes);
+  [[noreturn]] void throw_limit() const;
+  void unmap(Chunk& chunk, uint32_t index);
 
   const DriverCalls& driver_;
   cudaStream_t stream_;

@@ -7,6 +7,8 @@ namespace kvmix::cuda {
 
 inline constexpr size_t kSmallChunk = size_t{2} << 20, kLargeChunk = size_t{16} << 20;
 
+// What is mapped at once if so much is mapped already; at most a chunk.
+constexpr size_t part_bytes(size_t taken) { return taken < (size_t{1} << 30) ? kSmallChunk : kLargeChunk; }
 // Memory is taken in chunks of this size, each for pages of one size: small ones where the limit is.
 constexpr size_t chunk_bytes(size_t max_bytes) {
   return max_bytes == 0 || max_bytes >= (size_t{1} << 30) ? kLargeChunk : kSmallChunk;

@@ -1,10 +1,12 @@
 // A step on the device: its tables and work lists by one copy, then a few launches a layer.
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 #include "attention/cuda/cut.h"
 #include "attention/cuda/shape.h"
 #include "backend/cuda/cuda_backend.h"
+#include "base/checksum.h"
 #include "base/cuda/launch.h"
 #include "codec/cuda/seal.h"
 #include "kvmix/error.h"
@@ -15,6 +17,12 @@ namespace {
 constexpr size_t kMostImageBytes = size_t{512} << 20;  // of a prefill launch's dequantised pages, if it has several sequences
 constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
+// Work lists of decoding are filled up to a length that steps have in common.
+size_t common_length(size_t items) {
+  const size_t step = std::max<size_t>(std::bit_floor(items) / 8, 8);
+  return (items + step - 1) / step * step;
+}
+
 int64_t pages_of(int64_t length, int sinks) {
   if (sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
   return 1 + (std::max<int64_t>(length - sinks, 0) + kPageTokens - 1) / kPageTokens;
@@ -22,7 +30,7 @@ int64_t pages_of(int64_t length, int sinks) {
 
 }  // namespace
 
-// As cut_work takes it: all KV heads of a sequence together.
+// As choose_pieces takes it: all KV heads of a sequence together.
 kvmix_cuda_attend_params CudaBackend::attend_params(const Shape& shape) const {
   kvmix_cuda_attend_params p{};
   p.format = shape.format;
@@ -31,8 +39,11 @@ kvmix_cuda_attend_params CudaBackend::attend_params(const Shape& shape) const {
   return p;
 }
 
+std::span<const int32_t> CudaBackend::lengths(const Launch& launch) {
+  return std::span(lengths_).subspan(launch.first, launch.entries);
+}
+
 void CudaBackend::cut(Shape& shape) {
-  std::vector<int32_t> lengths;
   shape.launches.clear();
   int64_t before = 0;
   for (size_t first = 0; first < order_.size();) {
@@ -41,26 +52,38 @@ void CudaBackend::cut(Shape& shape) {
     p.q_tokens = tokens;
     const bool images = uses_images(p);
     const auto image_bytes = static_cast<size_t>(page_image_bytes(shape.format.head_dim) * shape.kv_heads);
-    lengths.clear();
     size_t end = first, bytes = 0;
     for (; end < order_.size(); ++end) {
-      const StepEntry& entry = plan_->entries[order_[end]];
-      if (entry.n_tokens != tokens) break;
-      if (images) bytes += static_cast<size_t>(pages_of(entry.end(), shape.sinks)) * image_bytes;
+      if (plan_->entries[order_[end]].n_tokens != tokens) break;
+      if (images) bytes += static_cast<size_t>(pages_of(lengths_[end], shape.sinks)) * image_bytes;
       if (end > first && bytes > kMostImageBytes) break;
-      lengths.push_back(static_cast<int32_t>(entry.end()));
     }
     p.sequences = static_cast<int32_t>(end - first);
     check_shape(p);
-    Cut made = cut_work(p, lengths, 0);
-    for (kvmix_cuda_item& item : made.items) {
-      item.sequence = item.sequence * shape.kv_heads + item.kv_head;
-      item.kv_head = 0;
-    }
-    shape.launches.push_back({first, end - first, tokens, before, std::move(made.items), 0, made.workspace_bytes});
+    Launch launch{.first = first, .entries = end - first, .tokens = tokens, .before = before};
+    launch.pieces = choose_pieces(p, lengths(launch), 0);
+    launch.work_items = count_items(p, lengths(launch), launch.pieces);
+    launch.items = tokens == 1 ? common_length(launch.work_items) : launch.work_items;
+    launch.workspace_bytes = workspace_bytes(p, lengths(launch), launch.items);
+    shape.launches.push_back(launch);
     before += static_cast<int64_t>(end - first) * tokens;
     first = end;
   }
+}
+
+void CudaBackend::write_work(const Shape& shape, const Launch& launch, std::byte* to) {
+  kvmix_cuda_attend_params p = attend_params(shape);
+  p.q_tokens = launch.tokens;
+  const std::span list(reinterpret_cast<kvmix_cuda_item*>(to + launch.items_at), launch.items);
+  const std::span work = list.first(launch.work_items);
+  write_items(p, lengths(launch), launch.pieces, work);
+  for (kvmix_cuda_item& item : work) {
+    item.sequence = item.sequence * shape.kv_heads + item.kv_head;
+    item.kv_head = 0;
+  }
+  kvmix_cuda_item none{};
+  none.sequence = -1;
+  std::fill(list.begin() + static_cast<ptrdiff_t>(launch.work_items), list.end(), none);
 }
 
 // Brings the tables up to what the step's sequences have.
@@ -134,12 +157,15 @@ void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, i
 void CudaBackend::begin(const StepPlan& plan) {
   use_device();
   plan_ = &plan;
+  keyed_ = false;
   order_.resize(plan.entries.size());
   std::iota(order_.begin(), order_.end(), size_t{0});
   std::stable_sort(order_.begin(), order_.end(),
                    [&](size_t a, size_t b) { return plan.entries[a].n_tokens < plan.entries[b].n_tokens; });
   rows_ = 0;
   for (const StepEntry& entry : plan.entries) rows_ += entry.n_tokens;
+  lengths_.clear();
+  for (const size_t entry : order_) lengths_.push_back(static_cast<int32_t>(plan.entries[entry].end()));
   for (Shape& shape : shapes_) cut(shape);
 
   // What goes where.
@@ -150,10 +176,19 @@ void CudaBackend::begin(const StepPlan& plan) {
     return at;
   };
   const size_t places_at = place(static_cast<size_t>(rows_), sizeof(RowPlace));
-  for (Shape& shape : shapes_) {
-    for (Launch& launch : shape.launches) {
-      launch.items_at = place(launch.items.size(), sizeof(kvmix_cuda_item));
+  // Formats that are cut into the same pieces have one list.
+  for (size_t i = 0; i < shapes_.size(); ++i) {
+    for (Launch& launch : shapes_[i].launches) {
       workspace = std::max(workspace, launch.workspace_bytes);
+      for (size_t j = 0; j < i && !launch.shares_items; ++j) {
+        if (!shapes_[j].cut_alike(shapes_[i])) continue;
+        for (const Launch& other : shapes_[j].launches) {
+          if (other.first != launch.first || other.entries != launch.entries || other.pieces != launch.pieces) continue;
+          launch.items_at = other.items_at;
+          launch.shares_items = true;
+        }
+      }
+      if (!launch.shares_items) launch.items_at = place(launch.items, sizeof(kvmix_cuda_item));
     }
   }
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -188,7 +223,7 @@ void CudaBackend::begin(const StepPlan& plan) {
   }
   for (const Shape& shape : shapes_) {
     for (const Launch& launch : shape.launches) {
-      std::copy(launch.items.begin(), launch.items.end(), reinterpret_cast<kvmix_cuda_item*>(to + launch.items_at));
+      if (!launch.shares_items) write_work(shape, launch, to);
     }
   }
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -204,30 +239,56 @@ void CudaBackend::begin(const StepPlan& plan) {
 
 // What a layer seals must be there when that layer is attended to.
 void CudaBackend::seal_all() {
-  bool any = false;
+  size_t used = 0;
   for (size_t l = 0; l < layers_.size(); ++l) {
     if (layers_[l].seals == 0) continue;
-    if (!any) {
-      planned_.record(stream_.get());
-      planned_.make_wait(sealing_.get());
-    }
-    any = true;
-    seal(layers_[l]);
-    layer_sealed_[l].record(sealing_.get());
+    const cudaStream_t stream = sealing_[used % kSealStreams].get();
+    if (used == 0) planned_.record(stream_.get());
+    if (used < kSealStreams) planned_.make_wait(stream);
+    seal(layers_[l], stream);
+    layer_sealed_[l].record(stream);
+    ++used;
   }
-  if (any) sealed_.record(sealing_.get());
+  if (used == 0) return;
+  for (size_t i = 1; i < std::min(used, kSealStreams); ++i) {
+    stream_sealed_[i].record(sealing_[i].get());
+    stream_sealed_[i].make_wait(sealing_[0].get());
+  }
+  sealed_.record(sealing_[0].get());
 }
 
-void CudaBackend::seal(const Layer& layer) {
+void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
   kvmix_cuda_seal_params p{};
   p.format = layer.format;
   p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
   p.open_pages = p.records = pool_.base();
   p.open_page_stride = p.record_page_stride = kPageUnit;
   p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
-  p.stream = sealing_.get();
+  p.stream = stream;
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
   cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
+}
+
+uint64_t CudaBackend::launch_key() {
+  Checksum sum;
+  const auto add = [&](const auto& number) { sum.update(&number, sizeof number); };
+  for (const Shape& shape : shapes_) {
+    if (shape.launches.size() != 1 || shape.launches.front().tokens != 1) return 0;
+    add(shape.launches.front().items);
+    add(shape.launches.front().items_at);
+  }
+  for (const void* memory : {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
+                             static_cast<const void*>(queries_.data()), static_cast<const void*>(outputs_.data()),
+                             static_cast<const void*>(workspace_.data())}) {
+    add(memory);
+  }
+  add(rows_);
+  add(tables_.rows());
+  add(tables_.stride);
+  add(workspace_.bytes());
+  keyed_ = true;
+  clean_bytes_ = 0;  // what state a step that is launched again finds the workspace in is not known
+  return std::max<uint64_t>(sum.value(), 1);
 }
 
 void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) {
@@ -247,7 +308,15 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
     bring(k, k_stride, host_k_);
     bring(v, v_stride, host_v_);
   }
-  if (layer.seals > 0) layer_sealed_[static_cast<size_t>(layer_index)].make_wait(stream_.get());
+  const Event& sealed = layer_sealed_[static_cast<size_t>(layer_index)];
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (keyed_) check_cuda(cudaStreamIsCapturing(stream_.get(), &capture), "append");
+  if (capture == cudaStreamCaptureStatusActive) {
+    // In whatever step it is launched, it waits for the sealing of that one.
+    if (layer.ids.seals) sealed.make_wait(stream_.get(), cudaEventWaitExternal);
+  } else if (layer.seals > 0) {
+    sealed.make_wait(stream_.get());
+  }
   append_rows(
       {.k = k,
        .v = v,
@@ -276,7 +345,7 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   p.open_pages = pool_.base(), p.open_page_stride = kPageUnit;
   p.page_table = tables_.device(layer.table_at) + static_cast<int64_t>(launch.first) * config.kv_heads * tables_.stride;
   p.page_table_stride = tables_.stride;
-  p.items = input<kvmix_cuda_item>(launch.items_at), p.item_count = static_cast<int32_t>(launch.items.size());
+  p.items = input<kvmix_cuda_item>(launch.items_at), p.item_count = static_cast<int32_t>(launch.items);
   p.workspace = workspace_.data(), p.workspace_bytes = workspace_.bytes();
   p.stream = stream_.get();
   // A launch leaves its tickets zero and may write behind them.

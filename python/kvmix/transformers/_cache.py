@@ -1,0 +1,321 @@
+"""A transformers cache that holds packed pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .._cache import Cache as PageCache
+from .._errors import InvalidArgumentError, MismatchError, UnsupportedError
+from .._native import Plan
+from ._attention import HANDLE, NAME
+from ._shape import model_shape
+
+
+class KVmixLayer(CacheLayerMixin):
+    """One layer's part. The rows are in the pages of the whole cache; this only hands them on to the attention function."""
+
+    supports_early_init = False
+
+    def __init__(self, owner: KVmixCache, index: int) -> None:
+        super().__init__()
+        self.owner = owner
+        self.index = index
+        self.shape = owner.shape.layers[index]
+        self.is_sliding = self.shape.sliding_window > 0
+
+    # Sliding layers free what their window leaves behind, so that going back may be impossible: truncate says so then.
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return not self.is_sliding
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.owner.sequences)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.owner.expect(self.index, key_states, value_states)
+        self.is_initialized = True
+        key = key_states.view(key_states.shape)  # a tensor of our own for the attribute
+        setattr(key, HANDLE, self)
+        return key, value_states
+
+    def check(self, module: Any, scaling: float | None, window: int | None, softcap: float | None) -> None:
+        """The module must compute what the cache was made for."""
+        shape = self.shape
+        if scaling is not None and abs(scaling - shape.scale) > 1e-5 * shape.scale:
+            raise MismatchError(
+                f"layer {self.index}: the model scales scores by {scaling:g}, the cache by {shape.scale:g}: "
+                "make the cache from this model"
+            )
+        if window and window != shape.sliding_window:
+            raise MismatchError(
+                f"layer {self.index}: the model's sliding window is {window}, the cache's {shape.sliding_window}: "
+                "make the cache from this model"
+            )
+        if (softcap or 0.0) != shape.softcap:
+            raise MismatchError(
+                f"layer {self.index}: the model's softcap is {softcap or 0.0:g}, the cache's {shape.softcap:g}: "
+                "make the cache from this model"
+            )
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.owner.attend(self.index, query, key, value, mask)
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        # Earlier 5.x hands over the positions instead of their number.
+        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.owner.seen + new, 0
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.owner.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.owner.reset()
+
+    def offload(self) -> None:
+        raise UnsupportedError("a KVmixCache is not offloaded: it lies in the CPU's memory")
+
+    prefetch = offload
+
+    # The owner does these for all layers at once.
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise UnsupportedError("reorder_cache is the whole KVmixCache's, not a layer's")
+
+    crop = batch_repeat_interleave = batch_select_indices = reorder_cache  # type: ignore[assignment]
+
+
+class KVmixCache(Cache):
+    """`model.generate(..., past_key_values=KVmixCache(plan, model))`, or any forward pass with it.
+
+    One cache serves one batch; `reset()` makes it empty. Rows of the batch may be padded on the left, which takes no memory.
+    Tensors are on the CPU; keys and values of any floating type are stored as the plan says. `pages` is the kvmix.Cache
+    with the bytes that it takes.
+    """
+
+    def __init__(
+        self, plan: Plan, model: PreTrainedModel, *, force: bool = False, threads: int = 0, max_bytes: int = 0,
+        kernel: str = "", exact: bool = False,
+    ) -> None:  # fmt: skip
+        """`force`: take another model's plan of as many layers; the rest as kvmix.Cache.
+
+        Raises MismatchError for another model's plan, UnsupportedError for models and plans that cannot run so.
+        """
+        if getattr(plan, "tokens", None) is not None:
+            raise UnsupportedError(
+                f"the plan has the token policy {plan.tokens}: transformers does not say where prompts end; take a plan without"
+            )
+        self.shape = model_shape(model)
+        self._config = model.config.get_text_config(decoder=True)
+        self.pages = PageCache(
+            plan, self.shape, force=force, threads=threads, max_bytes=max_bytes, kernel=kernel, exact=exact
+        )
+        self.sequences: list[int] = []
+        self.seen = 0  # tokens of a row, padding included
+        self._next_layer = 0
+        self._rows: torch.Tensor | None = None  # of the open step, among batch x tokens: those that are no padding
+        self._pad: list[int] = []  # of each row, in front of its first token
+        self._known_masks: list[tuple[torch.Tensor, int]] = []
+        super().__init__(layers=[KVmixLayer(self, i) for i in range(len(self.shape.layers))])
+
+    def expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Checks what update is given, before anything is stored."""
+        if self._config._attn_implementation != NAME:
+            raise InvalidArgumentError(
+                f"the model attends with '{self._config._attn_implementation}', which cannot read a KVmixCache: "
+                "call kvmix.transformers.use_kvmix(model) first"
+            )
+        if layer == 0:
+            self._abort()
+        if layer != self._next_layer:
+            raise InvalidArgumentError(
+                f"layer {layer} came where layer {self._next_layer} is next: a KVmixCache takes a model's layers in order"
+            )
+        for name, tensor in (("keys", key), ("values", value)):
+            if tensor.device.type != "cpu":
+                raise UnsupportedError(
+                    f"layer {layer}: {name} are on {tensor.device}; a KVmixCache is on the CPU: move the model there"
+                )
+            if not tensor.is_floating_point():
+                raise InvalidArgumentError(f"layer {layer}: {name} are {tensor.dtype}; expected a floating type")
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise UnsupportedError(f"layer {layer}: a KVmixCache passes no gradients: run the model under torch.no_grad()")
+        shape = self.shape.layers[layer]
+        batch, heads, _, head_dim = key.shape
+        if (heads, head_dim) != (shape.kv_heads, shape.head_dim) or value.shape != key.shape:
+            raise MismatchError(
+                f"layer {layer}: keys {tuple(key.shape)} and values {tuple(value.shape)} where the cache has "
+                f"{shape.kv_heads} heads of {shape.head_dim}: make the cache from this model"
+            )
+        if self.sequences and len(self.sequences) != batch:
+            raise InvalidArgumentError(
+                f"the cache holds {len(self.sequences)} rows, the batch has {batch}: make a cache for it, or reset()"
+            )
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, heads, tokens, head_dim = query.shape
+        if layer == 0:
+            self._begin(batch, tokens, mask)
+        self._check_mask(layer, mask, batch, tokens)
+        rows = [x.detach().transpose(1, 2).reshape(batch * tokens, -1, head_dim).float() for x in (query, key, value)]
+        if self._rows is not None:
+            rows = [x[self._rows] for x in rows]
+        # After transposing a batch of single tokens has strides of its own.
+        q, k, v = (x.contiguous() for x in rows)
+        if self.pages.in_step:
+            out = self.pages.attend(layer, q, k, v)
+        else:
+            out = q  # nothing but padding
+        if self._rows is not None:
+            padded = torch.zeros(batch * tokens, heads, head_dim)
+            padded[self._rows] = out
+            out = padded
+        self._next_layer = layer + 1
+        if self._next_layer == len(self.layers):
+            if self.pages.in_step:
+                self.pages.end_step()
+            self._next_layer = 0
+            self._known_masks.clear()
+            self.seen += tokens
+        return out.reshape(batch, tokens, heads, head_dim).to(query.dtype)
+
+    def _begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:
+        if not self.sequences:
+            self.sequences = [self.pages.create() for _ in range(batch)]
+        lengths = [self.pages.length(s) for s in self.sequences]
+        self._rows = None
+        if mask is None:
+            for row, length in enumerate(lengths):
+                if length != self.seen:
+                    raise InvalidArgumentError(
+                        f"row {row} was padded by {self.seen - length} tokens and now comes without an attention_mask: "
+                        "pass the one of the whole row"
+                    )
+            counts = [tokens] * batch
+        else:
+            # Whether a token sees itself says whether it is one.
+            if mask.ndim != 4 or mask.dtype != torch.bool or mask.shape[-2:] != (tokens, self.seen + tokens):
+                raise UnsupportedError(
+                    f"an attention_mask of shape {tuple(mask.shape)} and {mask.dtype} for {tokens} tokens after {self.seen}; "
+                    "pass the two-dimensional one of zeros for padding, or none"
+                )
+            new = mask[:, 0].diagonal(self.seen, 1, 2).expand(batch, tokens)
+            counts = [int(n) for n in new.sum(1)]
+            for row, (length, count) in enumerate(zip(lengths, counts)):
+                if length and count != tokens or not bool(new[row, tokens - count :].all()):
+                    raise UnsupportedError(
+                        f"row {row} is padded behind its first token: pad on the left (tokenizer.padding_side = 'left')"
+                    )
+            if sum(counts) < batch * tokens:
+                self._rows = new.reshape(-1).nonzero().flatten()
+        items = [(s, n) for s, n in zip(self.sequences, counts) if n]
+        self._pad = [self.seen + tokens - length - n for length, n in zip(lengths, counts)]
+        if items:
+            self.pages.begin_step(items)
+
+    def _check_mask(self, layer: int, mask: torch.Tensor | None, batch: int, tokens: int) -> None:
+        """The cache computes causal attention without padding, within the layer's window: a mask must ask for just that."""
+        if mask is None:
+            return
+        window = self.shape.layers[layer].sliding_window
+        if any(known is mask and w == window for known, w in self._known_masks):
+            return
+        keys = torch.arange(self.seen + tokens)
+        queries = torch.arange(self.seen, self.seen + tokens)[:, None]
+        expected = (keys <= queries)[None] & (keys >= torch.tensor(self._pad)[:, None])[:, None]
+        if window:
+            expected &= (keys > queries - window)[None]
+        given = mask[:, 0].expand(batch, -1, -1)
+        real = queries[:, 0] >= torch.tensor(self._pad)[:, None]  # what padding sees is of no interest
+        if mask.shape[1] != 1 or not bool(((given == expected) | ~real[:, :, None]).all()):
+            raise UnsupportedError(
+                f"layer {layer}: an attention_mask that is not causal with padding on the left"
+                + (f" in a window of {window}" if window else "")
+                + ": KVmix computes no other"
+            )
+        self._known_masks.append((mask, window))
+
+    def _abort(self) -> None:
+        """What a forward pass that failed has left."""
+        if self.pages.in_step:
+            self.pages.abort_step()
+        self._next_layer = 0
+        self._known_masks.clear()
+
+    def _replace(self, indices: list[int]) -> None:
+        """Rows of the batch become copies of others; pages are shared."""
+        self._abort()
+        if indices == list(range(len(self.sequences))):
+            return
+        for index in indices:
+            if not 0 <= index < len(self.sequences):
+                raise InvalidArgumentError(f"row {index} of a cache of {len(self.sequences)} rows")
+        copies = [self.pages.fork(self.sequences[i]) for i in indices]
+        for sequence in self.sequences:
+            self.pages.remove(sequence)
+        self.sequences = copies
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._replace([int(i) for i in beam_idx])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = torch.arange(len(self.sequences))[indices.cpu()]
+        self._replace([int(i) for i in rows])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace([i for i in range(len(self.sequences)) for _ in range(repeats)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest -tokens_to_remove tokens; a positive number is the length to keep. What packing has lost stays
+        lost, but tokens of the last step were not packed yet. Raises UnsupportedError where a sliding window has freed them.
+        """
+        self._abort()
+        keep = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
+        if keep < 0:
+            raise InvalidArgumentError(f"crop({tokens_to_remove}) of a cache of {self.seen} tokens")
+        if keep == self.seen:
+            return
+        # All rows or none: one may be refused.
+        copies = [self.pages.fork(s) for s in self.sequences]
+        try:
+            for copy in copies:
+                length = self.pages.length(copy)
+                self.pages.truncate(copy, max(0, length - (self.seen - keep)))
+        except BaseException:
+            for copy in copies:
+                self.pages.remove(copy)
+            raise
+        for sequence in self.sequences:
+            self.pages.remove(sequence)
+        self.sequences = copies
+        self.seen = keep
+
+    def reset(self) -> None:
+        self._abort()
+        for sequence in self.sequences:
+            self.pages.remove(sequence)
+        self.sequences = []
+        self.seen = 0
+
+    def activate_past_recording(self) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"KVmixCache({self.pages.plan!r}, {len(self.sequences)} rows of {self.seen} tokens)"

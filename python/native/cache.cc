@@ -1,0 +1,227 @@
+// The cache, for engines and studies in Python.
+#include "kvmix/cache.h"
+
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "arrays.h"
+#include "kvmix/plan.h"
+#include "module.h"
+
+namespace kvmix::python {
+namespace {
+
+using namespace nb::literals;
+
+CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int threads, size_t max_bytes,
+                      const std::string& kernel, bool exact, const std::string& device) {
+  check_plan(plan, shape, force);
+  CacheConfig config = cache_config(plan, shape);
+  config.threads = threads == 0 ? default_threads() : threads;
+  config.max_bytes = max_bytes;
+  config.kernel = kernel;
+  config.exact = exact;
+  config.device = device;
+  return config;
+}
+
+// Calls from several Python threads come one after the other; a step's layers are attended to in order.
+class PythonCache {
+ public:
+  PythonCache(const Plan& plan, const ModelShape& shape, bool force, int threads, size_t max_bytes, const std::string& kernel,
+              bool exact, const std::string& device, const std::string& fingerprint)
+      : fingerprint_(fingerprint), cache_(config_of(plan, shape, force, threads, max_bytes, kernel, exact, device)) {}
+
+  // Without the interpreter's lock.
+  template <typename Body>
+  auto call(const Body& body) {
+    const nb::gil_scoped_release unlocked;
+    const std::lock_guard lock(mutex_);
+    return body(cache_);
+  }
+
+  void begin_step(const std::vector<std::tuple<SequenceId, int>>& items, bool more, bool decoded) {
+    std::vector<StepItem> list;
+    int64_t rows = 0;
+    for (const auto& [sequence, tokens] : items) {
+      list.push_back({sequence, tokens, more, decoded});
+      rows += tokens;
+    }
+    if (list.empty()) refuse("a step has no sequences; name at least one with its number of new tokens");
+    call([&](Cache& cache) { cache.begin_step(list); });
+    rows_ = rows;
+    next_layer_ = 0;
+  }
+
+  void attend(int layer, nb::handle q, nb::handle k, nb::handle v, nb::handle out) {
+    const auto layers = static_cast<int>(cache_.config().layers.size());
+    if (!rows_) refuse("no step is open; call begin_step first, or use `with cache.step(...)`");
+    if (layer < 0 || layer >= layers)
+      refuse("layer is " + std::to_string(layer) + "; expected 0 to " + std::to_string(layers - 1));
+    if (layer != next_layer_)
+      refuse("layer " + std::to_string(layer) + " came where layer " + std::to_string(next_layer_) +
+             " is next: each layer of a step is attended to once, in order");
+    const LayerConfig& config = cache_.config().layers[static_cast<size_t>(layer)];
+    const Rows key = take_rows(k, "key", *rows_, config.kv_heads, config.head_dim, false);
+    const Rows value = take_rows(v, "value", *rows_, config.kv_heads, config.head_dim, false);
+    const Rows query = take_rows(q, "query", *rows_, config.q_heads, config.head_dim, false);
+    const Rows result = take_rows(out, "out", *rows_, config.q_heads, config.head_dim, true);
+    const int64_t last = (*rows_ - 1) * query.stride + int64_t{config.q_heads} * config.head_dim;
+    const int64_t end = (*rows_ - 1) * result.stride + int64_t{config.q_heads} * config.head_dim;
+    if (result.data < query.data + last && query.data < result.data + end)
+      refuse("out shares memory with query: give it an array of its own");
+    call([&](Cache& cache) {
+      cache.step_layer(layer, key.data, key.stride, value.data, value.stride, query.data, query.stride, result.data,
+                       result.stride);
+    });
+    ++next_layer_;
+  }
+
+  void end_step() {
+    if (!rows_) refuse("no step is open; call begin_step first");
+    const auto layers = static_cast<int>(cache_.config().layers.size());
+    if (next_layer_ != layers) {
+      refuse("the step has attended to " + std::to_string(next_layer_) + " of " + std::to_string(layers) +
+             " layers; attend to all of them, or abort_step");
+    }
+    rows_.reset();
+    call([](Cache& cache) { cache.end_step(); });
+  }
+
+  void abort_step() {
+    rows_.reset();
+    call([](Cache& cache) { cache.abort_step(); });
+  }
+
+  bool in_step() const { return rows_.has_value(); }
+  const Cache& cache() const { return cache_; }
+  const std::string& fingerprint() const { return fingerprint_; }
+
+ private:
+  std::string fingerprint_;
+  Cache cache_;
+  std::mutex mutex_;
+  std::optional<int64_t> rows_;  // of the open step
+  int next_layer_ = 0;
+};
+
+nb::dict memory_of(PythonCache& c) {
+  const MemoryReport r = c.call([](Cache& cache) { return cache.memory(); });
+  nb::dict d;
+  d["sealed_bytes"] = r.sealed_bytes;
+  d["open_bytes"] = r.open_bytes;
+  d["sink_bytes"] = r.sink_bytes;
+  d["table_bytes"] = r.table_bytes;
+  d["slack_bytes"] = r.slack_bytes;
+  d["scratch_bytes"] = r.scratch_bytes;
+  d["total_bytes"] = r.total_bytes;
+  d["tokens"] = r.tokens;
+  return d;
+}
+
+nb::ndarray<nb::numpy, float> read_rows(PythonCache& c, SequenceId sequence, int layer, int kv_head, const std::string& side,
+                                        bool original_space) {
+  if (side != "key" && side != "value") refuse("side is '" + side + "'; expected 'key' or 'value'");
+  const auto& layers = c.cache().config().layers;
+  if (layer < 0 || layer >= static_cast<int>(layers.size()))
+    refuse("layer is " + std::to_string(layer) + "; expected 0 to " + std::to_string(layers.size() - 1));
+  const LayerConfig& config = layers[static_cast<size_t>(layer)];
+  if (kv_head < 0 || kv_head >= config.kv_heads)
+    refuse("kv_head is " + std::to_string(kv_head) + "; expected 0 to " + std::to_string(config.kv_heads - 1));
+  std::vector<float> rows;
+  size_t length = 0;
+  c.call([&](Cache& cache) {
+    length = static_cast<size_t>(cache.length(sequence));
+    rows.resize(length * static_cast<size_t>(config.head_dim));
+    cache.read(sequence, layer, kv_head, side == "key" ? Side::kKey : Side::kValue, original_space, rows.data());
+  });
+  return as_numpy(std::move(rows), {length, static_cast<size_t>(config.head_dim)});
+}
+
+void need_layer(PythonCache& c, int layer) {
+  const size_t layers = c.cache().config().layers.size();
+  if (layer < 0 || static_cast<size_t>(layer) >= layers)
+    refuse("layer is " + std::to_string(layer) + "; expected 0 to " + std::to_string(layers - 1));
+}
+
+}  // namespace
+
+void bind_cache(nb::module_& m) {
+  nb::class_<PythonCache>(m, "NativeCache")
+      .def(nb::init<const Plan&, const ModelShape&, bool, int, size_t, const std::string&, bool, const std::string&,
+                    const std::string&>(),
+           "plan"_a, "shape"_a, "force"_a, "threads"_a, "max_bytes"_a, "kernel"_a, "exact"_a, "device"_a, "fingerprint"_a)
+      .def("create", [](PythonCache& c) { return c.call([](Cache& cache) { return cache.create(); }); })
+      .def(
+          "remove", [](PythonCache& c, SequenceId s) { c.call([s](Cache& cache) { cache.remove(s); }); }, "sequence"_a)
+      .def(
+          "fork", [](PythonCache& c, SequenceId s) { return c.call([s](Cache& cache) { return cache.fork(s); }); },
+          "sequence"_a)
+      .def(
+          "truncate", [](PythonCache& c, SequenceId s, int64_t n) { c.call([s, n](Cache& cache) { cache.truncate(s, n); }); },
+          "sequence"_a, "tokens"_a)
+      .def(
+          "length", [](PythonCache& c, SequenceId s) { return c.call([s](Cache& cache) { return cache.length(s); }); },
+          "sequence"_a)
+      .def_prop_ro("sequences", [](PythonCache& c) { return c.call([](Cache& cache) { return cache.sequences(); }); })
+      .def("begin_step", &PythonCache::begin_step, "items"_a, "more"_a, "decoded"_a)
+      .def("attend", &PythonCache::attend, "layer"_a, "query"_a, "key"_a, "value"_a, "out"_a)
+      .def("end_step", &PythonCache::end_step)
+      .def("abort_step", &PythonCache::abort_step)
+      .def_prop_ro("in_step", &PythonCache::in_step)
+      .def("memory", &memory_of)
+      .def(
+          "tail",
+          [](PythonCache& c, SequenceId s, int layer) {
+            need_layer(c, layer);
+            const Cache::TailReport t = c.call([&](Cache& cache) { return cache.tail(s, layer); });
+            return std::tuple(t.sinks, t.sealed, t.window);
+          },
+          "sequence"_a, "layer"_a)
+      .def(
+          "kept",
+          [](PythonCache& c, SequenceId s, int layer) {
+            need_layer(c, layer);
+            return c.call([&](Cache& cache) { return cache.kept(s, layer); });
+          },
+          "sequence"_a, "layer"_a)
+      .def(
+          "next_seal", [](PythonCache& c, SequenceId s) { return c.call([s](Cache& cache) { return cache.next_seal(s); }); },
+          "sequence"_a)
+      .def_prop_ro("kernel", [](PythonCache& c) { return c.call([](Cache& cache) { return cache.stats().kernel; }); })
+      .def_prop_ro("sealed_pages",
+                   [](PythonCache& c) { return c.call([](Cache& cache) { return cache.stats().sealed_pages; }); })
+      .def_prop_ro("threads", [](PythonCache& c) { return c.cache().config().threads; })
+      .def("read", &read_rows, "sequence"_a, "layer"_a, "kv_head"_a, "side"_a, "original_space"_a)
+      .def(
+          "save",
+          [](PythonCache& c, SequenceId s, const std::string& path) {
+            c.call([&](Cache& cache) { cache.save(s, path, c.fingerprint()); });
+          },
+          "sequence"_a, "path"_a)
+      .def(
+          "load",
+          [](PythonCache& c, const std::string& path) {
+            return c.call([&](Cache& cache) { return cache.load(path, c.fingerprint()); });
+          },
+          "path"_a);
+  m.def(
+      "attention_kernels",
+      [] {
+        std::vector<std::tuple<std::string, std::string, bool>> list;
+        for (const AttentionKernelInfo& info : attention_kernels())
+          list.emplace_back(info.name, info.description, info.available);
+        return list;
+      },
+      "Attention kernels of the CPU: name, description, whether this machine runs it.");
+}
+
+}  // namespace kvmix::python

@@ -1,0 +1,23 @@
+// The parts of kvmix._native, one file each.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <functional>
+
+#include "kvmix/plan.h"
+
+namespace kvmix::python {
+
+namespace nb = nanobind;
+
+void bind_plan(nb::module_& m);
+void bind_cache(nb::module_& m);
+void bind_model(nb::module_& m);
+void bind_measure(nb::module_& m);
+
+// Runs `work`, which may take long, without the interpreter's lock. `progress` is None or a function (done, total, what) that
+// is called with it; what it raises, or Ctrl-C, stops the work and is raised.
+void run_long(const nb::object& progress, const std::function<void(const Progress&)>& work);
+
+}  // namespace kvmix::python

@@ -1,0 +1,142 @@
+// A step on the CPU: one graph, run by one team of threads; the cache's operations are nodes of that graph.
+#include <ggml-backend.h>
+#include <ggml-cpu.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "engine/runner.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+namespace {
+
+constexpr size_t kCachedGraphs = 4;
+
+using Backend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
+
+// The first exception of any thread: graphs know no exceptions.
+struct Failure {
+  std::mutex mutex;
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+
+  void catch_current() {
+    const std::lock_guard lock(mutex);
+    if (!error) error = std::current_exception();
+    failed = true;
+  }
+};
+
+// What the cache operations of one layer need at run time.
+struct LayerCall {
+  Cache** cache;  // of the step
+  int layer;
+  Failure* failure;
+};
+
+void append_op(ggml_tensor* out, int ith, int nth, void* data) {
+  const auto& call = *static_cast<LayerCall*>(data);
+  if (call.failure->failed) return;
+  const ggml_tensor *k = out->src[0], *v = out->src[1];
+  try {
+    // Once a layer and step: what is not finite here makes all that follows so.
+    for (const auto& [t, side] : {std::pair{k, "keys"}, std::pair{v, "values"}}) {
+      if (ith == 0 && !all_finite({static_cast<const float*>(t->data), static_cast<size_t>(ggml_nelements(t))}))
+        throw NotFinite{"the " + std::string(side) + " of layer " + std::to_string(call.layer)};
+    }
+    (*call.cache)
+        ->append(call.layer, static_cast<const float*>(k->data), k->ne[0] * k->ne[1], static_cast<const float*>(v->data),
+                 v->ne[0] * v->ne[1], ith, nth);
+  } catch (...) {
+    call.failure->catch_current();
+  }
+}
+
+void attend_op(ggml_tensor* out, int ith, int nth, void* data) {
+  const auto& call = *static_cast<LayerCall*>(data);
+  if (call.failure->failed) return;
+  const ggml_tensor* q = out->src[0];
+  try {
+    (*call.cache)
+        ->attend(call.layer, static_cast<const float*>(q->data), q->ne[0] * q->ne[1], static_cast<float*>(out->data),
+                 out->ne[0], ith, nth);
+  } catch (...) {
+    call.failure->catch_current();
+  }
+}
+
+class CacheHooks final : public GraphHooks {
+ public:
+  explicit CacheHooks(std::vector<LayerCall>& calls) : calls_(calls) {}
+
+  ggml_tensor* attention(ggml_context* ctx, int64_t layer, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
+    LayerCall* call = &calls_[static_cast<size_t>(layer)];
+    ggml_tensor* stored[] = {k, v};
+    ggml_tensor* appended = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, stored, 2, append_op, GGML_N_TASKS_MAX, call);
+    ggml_tensor* queries[] = {q, appended};
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, queries, 2, attend_op, GGML_N_TASKS_MAX,
+                          call);
+  }
+
+ private:
+  std::vector<LayerCall>& calls_;
+};
+
+class CpuRunner final : public Runner {
+ public:
+  CpuRunner(const GgufModel& model, int threads) : model_(model), threads_(threads), backend_(ggml_backend_cpu_init()) {
+    for (size_t l = 0; l < model.shape().layers.size(); ++l) calls_.push_back({&cache_, static_cast<int>(l), &failure_});
+    ggml_backend_cpu_set_n_threads(backend_.get(), threads);
+  }
+
+  void configure(CacheConfig& config) const override { config.threads = threads_; }
+
+  void prepare(int64_t tokens, int64_t wanted) override {
+    graph_ = &recent_graph(graphs_, kCachedGraphs, tokens, wanted, [&](std::list<StepGraph>& graphs) {
+      CacheHooks hooks(calls_);
+      graphs.emplace_front(model_, model_.weights(), tokens, wanted, hooks, ggml_backend_cpu_buffer_type());
+    });
+  }
+
+  std::span<const float> run(Cache& cache, const StepRows& rows) override {
+    const auto set = [](ggml_tensor* t, std::span<const Token> values) {
+      std::copy(values.begin(), values.end(), static_cast<Token*>(t->data));
+    };
+    set(graph_->inputs.tokens, rows.tokens);
+    set(graph_->inputs.positions, rows.positions);
+    if (graph_->inputs.rows != nullptr) set(graph_->inputs.rows, rows.wanted);
+    cache_ = &cache;
+    failure_.error = nullptr;
+    failure_.failed = false;
+    const ggml_status status = ggml_backend_graph_compute(backend_.get(), graph_->graph);
+    if (failure_.error) std::rethrow_exception(failure_.error);
+    if (status != GGML_STATUS_SUCCESS)
+      throw Error(Status::kInternal, std::string("the graph failed: ") + ggml_status_to_string(status));
+    if (graph_->logits == nullptr) return {};
+    const std::span<const float> logits{static_cast<const float*>(graph_->logits->data),
+                                        static_cast<size_t>(ggml_nelements(graph_->logits))};
+    if (!all_finite(logits)) throw NotFinite{"the logits, behind layer " + std::to_string(calls_.size() - 1)};
+    return logits;
+  }
+
+ private:
+  const GgufModel& model_;
+  int threads_;
+  Backend backend_;
+  Failure failure_;
+  Cache* cache_ = nullptr;  // of the step that runs
+  std::vector<LayerCall> calls_;
+  std::list<StepGraph> graphs_;
+  StepGraph* graph_ = nullptr;  // the prepared one
+};
+
+}  // namespace
+
+std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads) {
+  return std::make_unique<CpuRunner>(model, threads);
+}
+
+}  // namespace kvmix

@@ -1,0 +1,298 @@
+// A step on a CUDA device. The graph is cut at the nodes that stand for attention: ggml queues the runs of nodes between them,
+// the cache its own launches, all on ggml's stream; products with 16-bit weights go to cuBLAS (products.h). Of a decode step
+// all of it is captured in a CUDA graph, with the copies of tokens to the device and of logits from it, and launched again by
+// each later step that launches the same (Cache::launch_key). The host waits once a step, for the logits.
+#include <cuda_runtime.h>
+#include <ggml-cuda.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "backend/cuda/device.h"
+#include "base/cuda/launch.h"
+#include "engine/cuda/device_weights.h"
+#include "engine/cuda/finite.h"
+#include "engine/cuda/ggml_inside.h"
+#include "engine/cuda/products.h"
+#include "engine/library_call.h"
+#include "engine/runner.h"
+#include "kvmix/error.h"
+
+namespace kvmix::cuda {
+namespace {
+
+constexpr size_t kCachedGraphs = 4;
+constexpr size_t kCapturedSteps = 4;  // of a graph: work lists of other lengths, mostly
+
+using GgmlBackend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
+
+void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that stands for attention was computed"); }
+
+// Attention is a node that ggml leaves alone.
+class Markers final : public GraphHooks {
+ public:
+  ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
+    ggml_tensor* rows[] = {q, k, v};
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
+  }
+};
+
+class Captured {
+ public:
+  Captured(uint64_t key, cudaGraphExec_t graph) : key_(key), graph_(graph) {}
+  Captured(Captured&& other) noexcept : key_(other.key_), graph_(std::exchange(other.graph_, nullptr)) {}
+  Captured& operator=(Captured&& other) noexcept {
+    std::swap(key_, other.key_);
+    std::swap(graph_, other.graph_);
+    return *this;
+  }
+  ~Captured() {
+    if (graph_ != nullptr) static_cast<void>(cudaGraphExecDestroy(graph_));
+  }
+  uint64_t key() const { return key_; }
+  void launch(cudaStream_t stream) const { check_cuda(cudaGraphLaunch(graph_, stream), "launch of a captured step"); }
+  // Becomes what was captured now; false where the two differ in more than numbers.
+  bool update(uint64_t key, cudaGraph_t captured) {
+    cudaGraphExecUpdateResultInfo info{};
+    if (cudaGraphExecUpdate(graph_, captured, &info) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      return false;
+    }
+    key_ = key;
+    return true;
+  }
+
+ private:
+  uint64_t key_;
+  cudaGraphExec_t graph_;
+};
+
+struct CudaGraph : StepGraph {
+  using StepGraph::StepGraph;
+  bool ran = false;                   // queued once: libraries have what they allocate at first
+  std::list<Captured> captured = {};  // most recently used first
+};
+
+// Memory that copies to and from the device need not stop at.
+class PinnedMemory {
+ public:
+  PinnedMemory() = default;
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+  ~PinnedMemory() { static_cast<void>(cudaFreeHost(data_)); }
+  // True where it is new.
+  bool reserve(size_t bytes) {
+    if (bytes <= bytes_) return false;
+    check_cuda(cudaFreeHost(std::exchange(data_, nullptr)), "pinned memory");
+    bytes_ = 0;
+    if (cudaMallocHost(&data_, bytes) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      throw Error(Status::kOutOfMemory, "no " + std::to_string(bytes >> 20) +
+                                            " MiB of pinned memory are left for logits; ask for fewer rows at once");
+    }
+    bytes_ = bytes;
+    return true;
+  }
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+int current_device() {
+  check_device();
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  return device;
+}
+
+class CudaRunner final : public Runner {
+ public:
+  explicit CudaRunner(const GgufModel& model)
+      : model_(model),
+        device_(current_device()),
+        backend_(make_backend(device_)),
+        stream_(stream_of(backend_.get())),
+        products_(stream_),
+        weights_(DeviceWeights::of(model)) {
+    check_cuda(cudaMalloc(&flag_, sizeof(int)), "flag of a step");
+  }
+  ~CudaRunner() override {
+    static_cast<void>(cudaStreamSynchronize(stream_));
+    static_cast<void>(cudaFree(flag_));
+  }
+
+  void configure(CacheConfig& config) const override {
+    config.stream = stream_;
+    config.device_rows = true;
+  }
+
+  void prepare(int64_t tokens, int64_t wanted) override {
+    const LibraryCall call;
+    check_cuda(cudaSetDevice(device_), "device");
+    graph_ = &recent_graph(graphs_, kCachedGraphs, tokens, wanted, [&](std::list<CudaGraph>& graphs) {
+      Markers markers;
+      graphs.emplace_front(model_, weights_->weights(), tokens, wanted, markers, ggml_backend_cuda_buffer_type(device_));
+      check_nodes(graphs.front());
+    });
+    size_t most = 0;
+    for (int i = 0; i < ggml_graph_n_nodes(graph_->graph); ++i) {
+      most = std::max(most, Products::input_bytes(ggml_graph_node(graph_->graph, i)));
+    }
+    const bool moved = inputs_.reserve(static_cast<size_t>(2 * tokens + wanted) * sizeof(Token)) |
+                       results_.reserve(sizeof(int) + logit_bytes(*graph_)) | products_.reserve(most);
+    if (moved) {  // captured copies are of the memory before
+      for (CudaGraph& graph : graphs_) graph.captured.clear();
+    }
+  }
+
+  std::span<const float> run(Cache& cache, const StepRows& rows) override {
+    const LibraryCall call;
+    check_cuda(cudaSetDevice(device_), "device");
+    Token* to = std::copy(rows.tokens.begin(), rows.tokens.end(), inputs_.data<Token>());
+    to = std::copy(rows.positions.begin(), rows.positions.end(), to);
+    std::copy(rows.wanted.begin(), rows.wanted.end(), to);
+
+    const uint64_t key = graph_->ran ? cache.launch_key() : 0;
+    if (key == 0) {
+      queue(cache);
+      graph_->ran = true;
+    } else {
+      captured(cache, key).launch(stream_);
+    }
+    const auto queued = std::chrono::steady_clock::now();
+    check_cuda(cudaStreamSynchronize(stream_), "a step on the device");
+    wait_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - queued).count();
+    if (const int mark = *results_.data<int>(); mark != 0) {
+      throw NotFinite{mark == 1 ? "the keys of layer " + std::to_string(model_.parameters().layers - 1) : "the logits"};
+    }
+    if (graph_->logits == nullptr) return {};
+    return {results_.data<float>() + 1, logit_bytes(*graph_) / sizeof(float)};
+  }
+
+  double wait_seconds() const override { return wait_seconds_; }
+
+ private:
+  static GgmlBackend make_backend(int device) {
+    const LibraryCall call;
+    GgmlBackend backend(ggml_backend_cuda_init(device));
+    if (backend == nullptr)
+      throw Error(Status::kUnsupported, "device \"cuda\": " + call.reason("ggml gives no reason; free device memory"));
+    return backend;
+  }
+
+  static size_t logit_bytes(const StepGraph& graph) { return graph.logits == nullptr ? 0 : ggml_nbytes(graph.logits); }
+
+  void check_nodes(const CudaGraph& graph) const {
+    ggml_backend_dev_t device = ggml_backend_get_device(backend_.get());
+    for (int i = 0; i < ggml_graph_n_nodes(graph.graph); ++i) {
+      const ggml_tensor* node = ggml_graph_node(graph.graph, i);
+      if (node->op == GGML_OP_CUSTOM || ggml_backend_dev_supports_op(device, node)) continue;
+      std::string weight;
+      if (node->src[0] != nullptr)
+        weight = std::string(" with ") + ggml_get_name(node->src[0]) + " of type " + ggml_type_name(node->src[0]->type);
+      throw Error(Status::kUnsupported, model_.path() + ": ggml has no CUDA code for " + ggml_op_desc(node) + weight +
+                                            "; convert the model to another type, or take the device \"cpu\"");
+    }
+  }
+
+  // Everything of a step, on the stream.
+  void queue(Cache& cache) {
+    const CudaGraph& g = *graph_;
+    const Token* from = inputs_.data<Token>();
+    for (ggml_tensor* input : {g.inputs.tokens, g.inputs.positions, g.inputs.rows}) {
+      if (input == nullptr) continue;
+      check_cuda(cudaMemcpyAsync(input->data, from, ggml_nbytes(input), cudaMemcpyHostToDevice, stream_), "tokens of a step");
+      from += ggml_nelements(input);
+    }
+    check_cuda(cudaMemsetAsync(flag_, 0, sizeof(int), stream_), "flag of a step");
+    const int nodes = ggml_graph_n_nodes(g.graph);
+    products_.begin();
+    int begin = 0, layer = 0;
+    for (int i = 0; i < nodes; ++i) {
+      const ggml_tensor* node = ggml_graph_node(g.graph, i);
+      const bool product = Products::input_bytes(node) > 0;
+      if (node->op != GGML_OP_CUSTOM && !product) continue;
+      queue_nodes(backend_.get(), g.graph, begin, i);
+      begin = i + 1;
+      if (product) {
+        products_.queue(node);
+        continue;
+      }
+      const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
+      const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };
+      cache.append(layer, numbers(k), k->ne[0] * k->ne[1], numbers(v), v->ne[0] * v->ne[1], 0, 1);
+      cache.attend(layer, numbers(q), q->ne[0] * q->ne[1], static_cast<float*>(node->data), node->ne[0], 0, 1);
+      // What is not finite in a layer makes all that follows so: the last one shows it.
+      if (++layer == model_.parameters().layers)
+        mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag_, stream_);
+    }
+    queue_nodes(backend_.get(), g.graph, begin, nodes);
+    if (g.logits != nullptr) {
+      const auto n = static_cast<size_t>(ggml_nelements(g.logits));
+      mark_not_finite(static_cast<const float*>(g.logits->data), n, 2, flag_, stream_);
+      check_cuda(
+          cudaMemcpyAsync(results_.data<float>() + 1, g.logits->data, n * sizeof(float), cudaMemcpyDeviceToHost, stream_),
+          "logits of a step");
+    }
+    check_cuda(cudaMemcpyAsync(results_.data<int>(), flag_, sizeof(int), cudaMemcpyDeviceToHost, stream_), "flag of a step");
+  }
+
+  const Captured& captured(Cache& cache, uint64_t key) {
+    std::list<Captured>& steps = graph_->captured;
+    const auto known = std::find_if(steps.begin(), steps.end(), [&](const Captured& c) { return c.key() == key; });
+    if (known != steps.end()) {
+      steps.splice(steps.begin(), steps, known);
+      return steps.front();
+    }
+    struct Graph {
+      cudaGraph_t graph = nullptr;
+      ~Graph() {
+        if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+      }
+    } made;
+    check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "capture of a step");
+    try {
+      queue(cache);
+    } catch (...) {
+      static_cast<void>(cudaStreamEndCapture(stream_, &made.graph));
+      throw;
+    }
+    check_cuda(cudaStreamEndCapture(stream_, &made.graph), "capture of a step");
+    if (steps.size() == kCapturedSteps) {
+      steps.splice(steps.begin(), steps, std::prev(steps.end()));
+      if (steps.front().update(key, made.graph)) return steps.front();
+      steps.pop_front();
+    }
+    cudaGraphExec_t graph = nullptr;
+    check_cuda(cudaGraphInstantiate(&graph, made.graph, 0), "a captured step");
+    steps.emplace_front(key, graph);
+    return steps.front();
+  }
+
+  const GgufModel& model_;
+  int device_;
+  GgmlBackend backend_;
+  cudaStream_t stream_;
+  Products products_;
+  std::shared_ptr<const DeviceWeights> weights_;
+  int* flag_ = nullptr;
+  PinnedMemory inputs_, results_;  // results: the flag, then logits
+  std::list<CudaGraph> graphs_;
+  CudaGraph* graph_ = nullptr;  // the prepared one
+  double wait_seconds_ = 0;
+};
+
+}  // namespace
+}  // namespace kvmix::cuda
+
+namespace kvmix {
+
+std::unique_ptr<Runner> make_cuda_runner(const GgufModel& model) { return std::make_unique<cuda::CudaRunner>(model); }
+
+}  // namespace kvmix

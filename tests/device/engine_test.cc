@@ -1,0 +1,190 @@
+// Whole models on a CUDA device against the same on the CPU: every architecture on tiny random weights.
+#include "kvmix/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <span>
+#include <vector>
+
+#include "kvmix/error.h"
+#include "support/devices.h"
+#include "support/tiny_model.h"
+
+namespace kvmix {
+namespace {
+
+double divergence(std::span<const float> p, std::span<const float> q) {
+  const auto log_sum = [](std::span<const float> x) {
+    double total = 0;
+    for (const float v : x) total += std::exp(static_cast<double>(v));
+    return std::log(total);
+  };
+  const double lp = log_sum(p), lq = log_sum(q);
+  double kl = 0;
+  for (size_t i = 0; i < p.size(); ++i) {
+    const double a = static_cast<double>(p[i]) - lp;
+    kl += std::exp(a) * (a - (static_cast<double>(q[i]) - lq));
+  }
+  return kl;
+}
+
+// The device has kernels for heads of 64 numbers, not for the 32 that tiny models have otherwise; and products of its own for
+// fp16 weights.
+std::vector<testing::TinyModel> models() {
+  std::vector<testing::TinyModel> all = testing::tiny_models();
+  for (const char* name : {"llama", "gemma3"}) {
+    testing::TinyModel half = all.front();
+    for (const testing::TinyModel& m : all) {
+      if (m.architecture == name) half = m;
+    }
+    half.half = true;
+    all.push_back(half);
+  }
+  for (testing::TinyModel& m : all) m.head_dim = 64;
+  return all;
+}
+
+// Products of fp32 are to be fp32's: cuBLAS would round them to TF32, and numbers near the middle between two codes would be
+// coded otherwise than on the CPU. It reads this when the device is first used.
+const int kNoTf32 = setenv("NVIDIA_TF32_OVERRIDE", "0", 1);
+
+class DeviceEngine : public ::testing::TestWithParam<testing::TinyModel> {
+ protected:
+  DeviceEngine() : folder_("kvmix-device") {}
+  void SetUp() override {
+    ASSERT_EQ(kNoTf32, 0);
+    const std::string missing = testing::missing_device("cuda");
+    if (!missing.empty() && testing::must_be_there("cuda")) FAIL() << "KVMIX_TEST_DEVICE asks for it, but: " << missing;
+    if (!missing.empty()) GTEST_SKIP() << missing;
+    testing::write_tiny_model(GetParam(), folder_.file("model.gguf"));
+    model_ = Model::load(folder_.file("model.gguf"));
+    tokens_ = testing::random_tokens(900, model_->vocab_size(), 3);
+  }
+  // Keys and values of `bits` and open rows as the device keeps them.
+  Plan plan(int bits) const {
+    Plan plan = f16_plan(model_->shape());
+    if (bits == 16) return plan;
+    PlannerRequest request;
+    request.model = &model_->shape();
+    request.options = {{"k-bits", std::to_string(bits)}, {"v-bits", std::to_string(bits)}, {"recent", "f16"}};
+    return make_plan("uniform", request);
+  }
+  std::unique_ptr<Engine> engine(const char* device, int bits) const {
+    EngineOptions options;
+    options.device = device;
+    if (options.device == "cpu") options.kernel = "portable";  // others round more than the device does
+    options.threads = 2;
+    return std::make_unique<Engine>(model_, plan(bits), options);
+  }
+  // Mean divergence of rows of logits.
+  void expect_close(std::span<const float> cpu, std::span<const float> device, const std::string& what) const {
+    ASSERT_EQ(cpu.size(), device.size()) << what;
+    const auto vocab = static_cast<size_t>(model_->vocab_size());
+    double mean = 0;
+    for (size_t at = 0; at < cpu.size(); at += vocab) {
+      mean += divergence(cpu.subspan(at, vocab), device.subspan(at, vocab)) / static_cast<double>(cpu.size() / vocab);
+    }
+    EXPECT_LT(mean, 1e-3) << what;
+    EXPECT_FALSE(std::isnan(mean)) << what;
+  }
+
+  testing::TemporaryFolder folder_;
+  std::shared_ptr<const Model> model_;
+  std::vector<Token> tokens_;
+};
+
+TEST_P(DeviceEngine, APromptGivesTheLogitsOfTheCpu) {
+  for (const int bits : {16, 4}) {
+    const auto cpu = engine("cpu", bits), cuda = engine("cuda", bits);
+    const EngineItem a{cpu->cache().create(), std::span(tokens_).first(450), true};
+    const EngineItem b{cuda->cache().create(), std::span(tokens_).first(450), true};
+    expect_close(cpu->step({&a, 1}), cuda->step({&b, 1}), std::to_string(bits) + " bits");
+  }
+}
+
+// Long enough for pages to be begun and sealed in steps that are queued, captured and launched again, beside a prompt.
+TEST_P(DeviceEngine, ABatchDecodesAsOnTheCpu) {
+  const auto cpu = engine("cpu", 4), cuda = engine("cuda", 4);
+  std::vector<SequenceId> on_cpu, on_cuda;
+  const std::vector<size_t> lengths = {1, 140, 260, 383};
+  for (const size_t n : lengths) {
+    on_cpu.push_back(cpu->cache().create()), on_cuda.push_back(cuda->cache().create());
+    cpu->prefill(on_cpu.back(), std::span(tokens_).first(n));
+    cuda->prefill(on_cuda.back(), std::span(tokens_).first(n));
+  }
+  std::vector<EngineItem> a, b;
+  for (size_t t = 0; t < 160; ++t) {
+    a.clear(), b.clear();
+    for (size_t s = 0; s < lengths.size(); ++s) {
+      // Once, a prompt goes on beside the others.
+      const size_t n = t == 50 && s == 1 ? 60 : 1;
+      const std::span<const Token> next = std::span(tokens_).subspan(lengths[s] + t, n);
+      a.push_back({on_cpu[s], next}), b.push_back({on_cuda[s], next});
+    }
+    expect_close(cpu->step(a), cuda->step(b), "step " + std::to_string(t));
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(DeviceEngine, ACacheMovesToTheCpu) {
+  const auto cpu = engine("cpu", 4), cuda = engine("cuda", 4);
+  const SequenceId id = cuda->cache().create();
+  cuda->prefill(id, std::span(tokens_).first(400));
+  cuda->cache().save(id, folder_.file("cache"), cuda->cache_fingerprint());
+  const SequenceId loaded = cpu->cache().load(folder_.file("cache"), cpu->cache_fingerprint());
+  const std::span<const Token> next = std::span(tokens_).subspan(400, 5);
+  const auto there = cuda->prefill(id, next);
+  const std::vector<float> expected(there.begin(), there.end());
+  expect_close(cpu->prefill(loaded, next), expected, "continued");
+}
+
+INSTANTIATE_TEST_SUITE_P(All, DeviceEngine, ::testing::ValuesIn(models()),
+                         [](const auto& one) { return testing::tiny_name(one.param) + "_" + std::to_string(one.index); });
+
+class DeviceErrors : public ::testing::Test {
+ protected:
+  DeviceErrors() : folder_("kvmix-device") {}
+  std::string message(const testing::TinyModel& tiny, const std::string& device) const {
+    testing::write_tiny_model(tiny, folder_.file("model.gguf"));
+    const auto model = Model::load(folder_.file("model.gguf"));
+    EngineOptions options;
+    options.device = device;
+    options.exact = true;  // the CPU's int8 products would differ by more than all else
+    try {
+      Engine engine(model, f16_plan(model->shape()), options);
+      const Token token = 5;
+      const EngineItem item{engine.cache().create(), {&token, 1}};
+      engine.step({&item, 1});
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  }
+  testing::TemporaryFolder folder_;
+};
+
+TEST_F(DeviceErrors, AnUnknownDeviceIsNamed) {
+  EXPECT_NE(message({.architecture = "llama"}, "tpu").find("device \"tpu\" is unknown"), std::string::npos);
+}
+
+TEST_F(DeviceErrors, AMissingDeviceSaysWhatToDo) {
+  if (testing::missing_device("cuda").empty()) GTEST_SKIP() << "there is one";
+  const std::string said = message({.architecture = "llama", .head_dim = 64}, "cuda");
+  EXPECT_NE(said.find("device \"cuda\": "), std::string::npos) << said;
+  EXPECT_NE(said.find("take the device \"cpu\""), std::string::npos) << said;
+}
+
+TEST_F(DeviceErrors, WhatTheDeviceLacksAndWhatIsNotFiniteIsNamed) {
+  const std::string missing = testing::missing_device("cuda");
+  if (!missing.empty() && testing::must_be_there("cuda")) FAIL() << missing;
+  if (!missing.empty()) GTEST_SKIP() << missing;
+  EXPECT_NE(message({.architecture = "llama"}, "cuda").find("head_dim 32"), std::string::npos);
+  const testing::TinyModel broken{.architecture = "llama", .head_dim = 64, .not_finite = "blk.1.ffn_up.weight"};
+  const std::string said = message(broken, "cuda");
+  EXPECT_NE(said.find("blk.1.ffn_up.weight"), std::string::npos) << said;
+}
+
+}  // namespace
+}  // namespace kvmix
