@@ -136,6 +136,7 @@ void inspect_plan(const Arguments& arguments, bool json) {
                plan.window.tokens + kPageTokens, recent);
     if (plan.local_sinks) fmt::print("              {} sinks in layers with a sliding window\n", *plan.local_sinks);
   }
+  fmt::print("keeps         {}\n", policies_text(plan, model ? &model->shape() : nullptr));
   fmt::print("code bits     keys {:.3f}, values {:.3f} on average over layers\n\n", mean_bits(plan, Side::kKey),
              mean_bits(plan, Side::kValue));
   print_plan_table(plan, nullptr);

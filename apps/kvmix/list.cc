@@ -58,11 +58,12 @@ int list(const Common& common) {
                                   {"needs_profile", p.needs_profile},
                                   {"needs_budget", p.needs_budget}});
     }
-    for (const auto& p : policies()) {
-      nlohmann::json parameters = nlohmann::json::object();
-      for (const auto& q : p.parameters) parameters[q.name] = q.help + " (" + default_text(q) + ")";
-      json["token_policies"].push_back(
-          {{"name", p.name}, {"description", p.description}, {"paper", p.paper}, {"parameters", parameters}});
+    for (const auto& [key, registry] : {std::pair{"token_policies", policies()}, {"channel_policies", channel_policies()}}) {
+      for (const auto& p : registry) {
+        nlohmann::json parameters = nlohmann::json::object();
+        for (const auto& q : p.parameters) parameters[q.name] = q.help + " (" + default_text(q) + ")";
+        json[key].push_back({{"name", p.name}, {"description", p.description}, {"paper", p.paper}, {"parameters", parameters}});
+      }
     }
     for (const auto& a : architectures()) json["architectures"].push_back({{"name", a.name}, {"description", a.description}});
     for (const auto& k : attention_kernels()) {
@@ -81,6 +82,7 @@ int list(const Common& common) {
   section("row maps", row_maps());
   section("planners", planners());
   section("token policies", policies());
+  section("channel policies", channel_policies());
   section("architectures", architectures());
   fmt::print("attention kernels\n");
   for (const auto& kernel : attention_kernels()) {

@@ -1,6 +1,7 @@
 #include "plan_view.h"
 
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 
@@ -28,6 +29,7 @@ std::string letters(size_t i) {
 std::string describe(const SideConfig& side) {
   std::string text = to_string(side.codec);
   if (!side.transform.center.empty()) text += " centred";
+  for (const TransformSpec::Field& field : side.transform.more) text += " " + field.name;
   if (side.transform.hadamard) text += " hadamard";
   if (!side.transform.scales.empty()) text += " scaled";
   if (!side.transform.feedback.empty()) text += " feedback";
@@ -61,6 +63,23 @@ double mean_bits(const Plan& plan, Side side) {
   double sum = 0;
   for (const auto& layer : plan.layers) sum += (side == Side::kKey ? layer.key : layer.value).codec.bits;
   return plan.layers.empty() ? 0 : sum / static_cast<double>(plan.layers.size());
+}
+
+std::string policies_text(const Plan& plan, const ModelShape* model) {
+  std::string text;
+  if (plan.tokens) text = "tokens by " + to_string(*plan.tokens);
+  if (plan.channels) {
+    text += (text.empty() ? "" : ", ") + std::string("key channels by ") + to_string(*plan.channels);
+    std::vector<std::string> kept;  // heads of most models are alike
+    for (size_t l = 0; model != nullptr && l < model->layers.size(); ++l) {
+      const auto& layer = model->layers[l];
+      if (layer.sliding_window > 0) continue;
+      std::string one = fmt::format("{} of {}", stored_channels(*plan.channels, layer.head_dim), layer.head_dim);
+      if (std::find(kept.begin(), kept.end(), one) == kept.end()) kept.push_back(std::move(one));
+    }
+    if (!kept.empty()) text += fmt::format(" ({})", fmt::join(kept, ", "));
+  }
+  return text.empty() ? "all" : text;
 }
 
 void print_plan_table(const Plan& plan, const Profile* profile) {

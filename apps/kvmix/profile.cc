@@ -43,10 +43,22 @@ int profile(Arguments arguments, const Common& common) {
   const Progress progress = progress_reporter(common);
   const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);
   Profile measured;
+  measured.fingerprint = model->shape().fingerprint;
+  measured.model = model->shape().name;
+  measured.seed = arguments.calibration.seed;
+  measured.text = text_checksum(prompts);
+  measured.fp16 = fp16_of(arguments, model->shape());
+  // An interrupted measurement of the same prompts goes on where it stopped.
+  if (std::filesystem::exists(arguments.out)) {
+    Profile earlier = read_profile(arguments.out);
+    if (earlier.fingerprint == measured.fingerprint && earlier.seed == measured.seed && earlier.text == measured.text &&
+        earlier.fp16 == measured.fp16) {
+      measured = std::move(earlier);
+    }
+  }
+  const auto partial = [&](const Profile& part) { write_profile(part, arguments.out); };
   if (arguments.sensitivity.empty()) {
-    measured = profile_gradients(model, prompts, common.threads, progress);
-    measured.seed = arguments.calibration.seed;
-    measured.text = text_checksum(prompts);
+    profile_gradients(model, prompts, {.threads = common.threads, .partial = partial}, measured, progress);
   } else {
     SensitivityOptions options;
     options.metric = arguments.sensitivity;
@@ -54,24 +66,8 @@ int profile(Arguments arguments, const Common& common) {
     // As long as prompts, so that one pass gives both scores and sensitivities; short prompts are joined.
     options.tokens = arguments.calibration.tokens < kJoined ? kMostTokens : std::min(arguments.calibration.tokens, kMostTokens);
     options.threads = common.threads;
-    options.fp16 = fp16_of(arguments, model->shape());
-    measured.fingerprint = model->shape().fingerprint;
-    measured.model = model->shape().name;
-    measured.seed = arguments.calibration.seed;
-    measured.text = text_checksum(prompts);
-    // An interrupted measurement of the same prompts goes on where it stopped.
-    if (std::filesystem::exists(arguments.out)) {
-      const Profile earlier = read_profile(arguments.out);
-      int64_t tokens = 0;
-      for (const auto& prompt : prompts) tokens += static_cast<int64_t>(prompt.size());
-      if (earlier.fingerprint == measured.fingerprint && earlier.seed == measured.seed && earlier.tokens == tokens &&
-          earlier.prompts == static_cast<int>(prompts.size()) && earlier.text == measured.text &&
-          earlier.fp16 == *options.fp16) {
-        measured.sensitivities = earlier.sensitivities;
-        measured.fp16 = earlier.fp16;
-      }
-    }
-    options.partial = [&](const Profile& partial) { write_profile(partial, arguments.out); };
+    options.fp16 = measured.fp16;
+    options.partial = partial;
     profile_sensitivity(model, prompts, options, measured, progress);
   }
   write_profile(measured, arguments.out);

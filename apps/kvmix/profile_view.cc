@@ -112,8 +112,9 @@ nlohmann::json rank_statistics_json(const RankStatistics& statistics) {
 TransformSums transform_sums(const Profile& profile) {
   TransformSums sums;
   for (const auto& s : profile.sensitivities) {
-    if (parse_codec(s.codec).bits != 2) continue;
-    sums[{(s.side == Side::kKey ? "keys " : "values ") + s.codec, s.transform}][s.metric] += s.cost;
+    if (!s.recent && parse_codec(s.codec).bits != 2) continue;
+    const std::string of = std::string(s.side == Side::kKey ? "keys " : "values ") + (s.recent ? "recent " : "") + s.codec;
+    sums[{of, s.transform}][s.metric] += s.cost;
   }
   return sums;
 }

@@ -12,6 +12,7 @@
 #include "kvmix/error.h"
 #include "live_tokens.h"
 #include "models.h"
+#include "plan_view.h"
 #include "subjects.h"
 #include "svg.h"
 #include "text.h"
@@ -160,12 +161,13 @@ std::string page(const ModelShape& shape, const std::vector<NamedPlan>& plans, c
   if (!plans.empty()) {
     out +=
         "<h2>Plans</h2><p>Code width of keys (K) and values (V) by layer; point at a cell for the codec.</p>" + heat_map(plans);
-    out += "<table><tr><th>plan</th><th>planner</th><th>bits at 4K</th><th>at 8K</th><th>at 32K</th></tr>";
+    out += "<table><tr><th>plan</th><th>planner</th><th>keeps</th><th>bits at 4K</th><th>at 8K</th><th>at 32K</th></tr>";
     for (const NamedPlan& p : plans) {
       const CacheConfig config = cache_config(p.plan, shape);
-      out += fmt::format("<tr><td>{}</td><td>{}</td><td>{:.2f}</td><td>{:.2f}</td><td>{:.2f}</td></tr>", html_escape(p.name),
-                         html_escape(p.plan.planner), predict_bits_per_element(config, 4096),
-                         predict_bits_per_element(config, 8192), predict_bits_per_element(config, 32768));
+      out += fmt::format("<tr><td>{}</td><td>{}</td><td>{}</td><td>{:.2f}</td><td>{:.2f}</td><td>{:.2f}</td></tr>",
+                         html_escape(p.name), html_escape(p.plan.planner), html_escape(policies_text(p.plan, &shape)),
+                         predict_bits_per_element(config, 4096), predict_bits_per_element(config, 8192),
+                         predict_bits_per_element(config, 32768));
     }
     out += "</table><div class=\"charts\">" + memory_chart(plans, shape) + "</div>";
   }

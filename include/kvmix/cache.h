@@ -91,6 +91,9 @@ struct CacheConfig {
   bool device_rows = false;
   // Which tokens stay; all of them without one. Widths that the policy asks for replace those of `layers`.
   std::optional<PolicySpec> tokens;
+  // Which channels of keys sealed pages hold; all of them without one, in layers with a sliding window, and in pages that were
+  // sealed before a prompt had ended.
+  std::optional<PolicySpec> channels;
 };
 
 // Threads that can compute at once without sharing a core, as affinity and quotas leave them: 1 to 256.
@@ -181,6 +184,8 @@ class Cache {
   std::vector<std::vector<int64_t>> kept(SequenceId sequence, int layer) const;
   // Those of them that a policy has moved to its low tier; empty for a policy without one.
   std::vector<std::vector<int64_t>> low_tier(SequenceId sequence, int layer) const;
+  // Of the stored channels of a layer's keys those that pages sealed from now on hold, by KV head, ascending; all where empty.
+  std::vector<std::vector<int>> channels(SequenceId sequence, int layer) const;
   // The length at which the next step seals a page, if only single tokens come: up to there chunks of decoded tokens store and
   // see what one by one would. INT64_MAX if none is near.
   int64_t next_seal(SequenceId sequence) const;

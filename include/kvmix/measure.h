@@ -28,9 +28,15 @@ std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model>
 // Tells prompts apart, token by token. Text that a model writes itself differs between processors.
 uint64_t text_checksum(std::span<const std::vector<Token>> prompts);
 
+struct GradientOptions {
+  int threads = 0;                              // 0: all cores
+  std::function<void(const Profile&)> partial;  // called when a prompt is complete, to save what there is
+};
 // Gradient scores (KVmix b.1) into profile.key_score / value_score (+ by prompt), one backward pass per prompt for all layers.
-Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts, int threads,
-                          const Progress& progress);
+// The first profile.prompts prompts are those that it has already, so a run that was stopped resumes. Throws kMismatch for
+// another model's profile, kCancelled.
+void profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
+                       const GradientOptions& options, Profile& profile, const Progress& progress);
 
 struct SensitivityOptions {
   // "kl": KL divergence of the model's output against the f16 cache with one side of one layer quantised alone, in nats per
@@ -45,10 +51,10 @@ struct SensitivityOptions {
 };
 // Adds sensitivities of one metric to a profile of this model, for every layer, side and candidate codec (widths 1, 2, 3, 4, 6
 // and 8, plain, rotated, and with the transforms that the first window calibrates, which go into profile.transforms). "kl" also
-// adds "fisher" and "output", each of which the other. A profile without gradient scores gets them on the way: prompts that are
-// windows take no further pass. What the profile already has of "kl" is kept and not measured again, so a run that was stopped
-// resumes. Throws kMismatch for another model's profile or one with another fp16 part, kInvalidArgument for an unknown metric
-// or too little text, kCancelled.
+// adds "fisher" and "output", each of which the other, and all of them what recent rows of 8 bits cost. Gradient scores that
+// the profile lacks come on the way: prompts that are windows take no further pass. What the profile has of this text is kept
+// and not measured again, so a run that was stopped resumes: layer by layer, and of "kl" width by width. Throws kMismatch for
+// another model's profile or one with another fp16 part, kInvalidArgument for an unknown metric or too little text, kCancelled.
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
                          const SensitivityOptions& options, Profile& profile, const Progress& progress);
 

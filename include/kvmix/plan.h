@@ -25,6 +25,10 @@ struct ModelShape {
   struct Layer {
     int q_heads, kv_heads, head_dim, sliding_window;
     float scale, softcap;
+    // What biases do to keys, [kv_heads * head_dim]: the part that is the same at all positions, and how large channels are
+    // beside it, up to a factor. Plans take both off keys, so that 8-bit recent rows, of one scale a token, have room for what
+    // differs between tokens. Empty where there is no bias, or all channels are about as large.
+    std::vector<float> key_center = {}, key_sizes = {};
   };
   std::vector<Layer> layers;
   int64_t context_tokens = 0;  // trained context
@@ -60,8 +64,11 @@ struct Profile {
     std::string codec;
     std::string transform;  // "plain", "hadamard", or the name of one of `transforms`
     double cost;
+    bool recent = false;  // of recent rows in this codec alone, which come on top of what sealed pages cost
   };
   std::vector<Sensitivity> sensitivities;
+  // [layer]: windows of text that "fisher" and "output" of the layer are means over; empty until measured.
+  std::vector<int> windows;
   Fp16Part fp16;  // that they were measured with, and that plans from them keep
   // Transforms calibrated on the model's own rows, which sensitivities name.
   struct Transform {
@@ -71,7 +78,7 @@ struct Profile {
     TransformSpec spec;
   };
   std::vector<Transform> transforms;
-  // Mean post-RoPE key per layer, [kv_heads * head_dim], for centring; empty if not measured.
+  // Mean post-RoPE key per layer, [kv_heads * head_dim], for centring; of a layer, or of all, empty until measured.
   std::vector<std::vector<float>> key_mean;
 };
 
@@ -87,16 +94,18 @@ struct Plan {
   int sinks = 16;
   std::optional<int> local_sinks;  // of layers with a sliding window; absent: `sinks` too
   WindowRule window;
-  CodecSpec recent;                  // rows that are not sealed yet: f16, or 8-bit codes (LayerConfig::recent)
-  std::optional<PolicySpec> tokens;  // which tokens stay; absent: all
+  CodecSpec recent;                    // rows that are not sealed yet: f16, or 8-bit codes (LayerConfig::recent)
+  std::optional<PolicySpec> tokens;    // which tokens stay; absent: all
+  std::optional<PolicySpec> channels;  // which channels of keys are stored; absent: all
   struct Layer {
     SideConfig key, value;
   };
   std::vector<Layer> layers;
 };
 
-// The transform that a sensitivity of this layer and side names. Throws kMismatch if the profile lacks it.
-TransformSpec named_transform(const Profile& profile, int layer, Side side, const std::string& name);
+// The transform that a sensitivity of this layer and side names: a calibrated one as it is, others with keys
+// centred and scaled as the model's biases mean (ModelShape::Layer). Throws kMismatch if the profile lacks it.
+TransformSpec named_transform(const ModelShape& model, const Profile& profile, int layer, Side side, const std::string& name);
 
 // Files. Readers check everything (unknown keys, ranges, sizes, finite numbers) and throw kCorrupt / kNotFound naming file,
 // field, value and remedy. Writers write to a temporary and rename.

@@ -1,6 +1,9 @@
 // Token policies: which tokens of a sequence a cache keeps, and in which precision. A plan names one with its parameters:
 //     "tokens": {"policy": "snapkv", "keep": 0.25, "window": 32}
 // Layers with a sliding window drop tokens by themselves: every policy leaves them alone.
+//
+// Channel policies: which channels of keys a sequence's sealed pages hold, chosen where its prompt ends:
+//     "channels": {"policy": "think", "keep": 0.6}
 #pragma once
 
 #include <map>
@@ -48,5 +51,11 @@ std::string to_string(const PolicySpec& spec);
 // Throws kInvalidArgument in one line: an unknown policy or parameter with those there are, a value out of range, a budget
 // smaller than sinks and window.
 void check_policy(const PolicySpec& spec);
+
+// The same of channel policies.
+std::span<const PolicyInfo> channel_policies();
+void check_channels(const PolicySpec& spec);
+// Channels of a key of head_dim that are stored under such a policy. Throws as check_channels does.
+int stored_channels(const PolicySpec& spec, int head_dim);
 
 }  // namespace kvmix

@@ -2,6 +2,7 @@
 // exists, in which format, and what a step changes is the ledger's to say. One folder per backend.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -27,6 +28,17 @@ struct LayerFormats {
   // PageList::mass is kept: of each decoded query, and of a prompt's unless that is the window's, the mean, or the largest, of
   // the softmax weights of a KV head's query heads.
   bool mass = false, mass_of_prompts = false, mass_of_largest = false;
+  // Sealed pages of lists that have chosen channels of keys (PageList::channels), by the squares of that many last queries of a
+  // prompt, which are wanted of every layer that could.
+  FormatId thin = 0;
+  bool thins = false;
+  int channel_queries = 0;
+
+  // Nothing is sealed inside a prompt: at its end tokens or channels are chosen.
+  bool waits() const { return governed || thins; }
+  int kept_queries() const { return std::max(window_queries, channel_queries); }
+  bool seals_in(const PageList& list) const { return seals || (thins && !list.channels.empty()); }
+  FormatId sealed_in(const PageList& list) const { return thins && !list.channels.empty() ? thin : sealed; }
 };
 
 // A thread's part of a call that several make together.
@@ -55,7 +67,7 @@ class Backend {
   virtual void transcode(const Transcode& job) = 0;
   // By several threads at once, each with its own `thread` below CacheConfig::threads.
   virtual void gather(const Gather& job, int thread) = 0;
-  // The live rows of a side as stored, float [live][width].
+  // The live rows of a side as stored, float [live][the side's width in the page's format].
   virtual void read(const PageEntry& page, Side side, float* rows) const = 0;
   // The live rows of a page as a file holds them: for tiles filled token by token a record per token, else the bytes.
   virtual size_t saved_bytes(const PageFormat& format, int live) const = 0;
@@ -79,6 +91,9 @@ class Backend {
     int queries;
   };
   virtual Window window(SequenceId id, int layer, int kv_head) const = 0;
+  // Of the same: the mean over the last LayerFormats::channel_queries queries of their squares, as they meet stored keys,
+  // [heads_per_kv][head_dim].
+  virtual std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const = 0;
   // What the lists' mass becomes with the open step's queries, once the layer was attended to: of the head's low tier and of
   // its others. Empty where the step adds none. The caller may exchange the vectors for others.
   struct Mass {

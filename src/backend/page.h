@@ -63,6 +63,8 @@ struct PageList {
   std::vector<int32_t> positions;
   // What queries have paid to each token, where a layer's policy asks for it (LayerFormats::mass).
   std::vector<float> mass;
+  // Of the stored key channels those that pages of LayerFormats::thin hold, ascending; empty while none were chosen.
+  std::vector<uint8_t> channels;
 
   int64_t tokens() const {
     int64_t n = 0;

@@ -27,6 +27,11 @@ void check_device(const CacheConfig& config) {
          "token policy " + config.tokens->name +
              " does not run on the device \"cuda\"; take a plan without \"tokens\", or the device \"cpu\"");
   }
+  if (config.channels) {
+    fail(Status::kUnsupported,
+         "channel policy " + config.channels->name +
+             " does not run on the device \"cuda\"; take a plan without \"channels\", or the device \"cpu\"");
+  }
   if (!config.kernel.empty()) {
     fail(Status::kInvalidArgument,
          "attention kernel \"" + config.kernel + "\" is the device \"cpu\"'s; leave the kernel out on \"cuda\"");
@@ -94,6 +99,11 @@ Cache::Impl::Impl(CacheConfig c)
                                                     .recent = formats.add(layout.recent),
                                                     .sealed = formats.add(layout.sealed),
                                                     .seals = layout.seals});
+    if (governed.channels != nullptr && config.layers[l].sliding_window == 0) {
+      f.channel_queries = governed.channels->window_queries();
+      f.thins = governed.thins(l);
+      if (f.thins) f.thin = formats.add(governed.thin[l]);
+    }
     if (!governed.governs(l)) continue;
     const Needs needs = governed.policy->needs();
     f.governed = true;
@@ -248,7 +258,7 @@ void Cache::end_step() {
   const bool decoding = plan.decoding();
   std::vector<std::pair<SequenceId, Moment>> decisions;
   for (const StepEntry& entry : plan.entries) {
-    if (impl.governed.policy == nullptr) break;
+    if (impl.governed.policy == nullptr && impl.governed.channels == nullptr) break;
     const auto moment = impl.moment(*entry.pages, {entry.prompt, entry.ends_prompt}, entry.n_tokens);
     if (moment) decisions.emplace_back(entry.id, *moment);
     impl.take_mass(entry);

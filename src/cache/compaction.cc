@@ -48,6 +48,7 @@ int64_t Ledger::left_empty(const Compacting& job, size_t tokens, const PageList&
 void Ledger::compact(Compacting job) {
   PageList& list = job.list;
   PageList& next = compactions_.emplace_back(Compaction{&list, {}}).next;
+  next.channels = list.channels;
   const size_t left = static_cast<size_t>(list.tokens()) - job.drop.size() + job.added.size();
   next.positions.reserve(left);
   if (ids_[job.layer].mass) next.mass.reserve(mass_room(static_cast<int64_t>(left)));
@@ -126,8 +127,8 @@ void Ledger::move_together(const Compacting& job, std::span<const Kept> tokens, 
   if (next.pages.empty() && config.sinks > 0) add(ids.sinks, config.sinks);
   const auto n = static_cast<int64_t>(tokens.size());
   int64_t sealed = newest ? settled_seals(config, n - 1) : (n + kPageTokens - 1) / kPageTokens;
-  if (!ids.seals) sealed = 0;
-  for (; sealed > 0; --sealed) add(ids.sealed, kPageTokens);
+  if (!ids.seals_in(next)) sealed = 0;
+  for (; sealed > 0; --sealed) add(ids.sealed_in(next), kPageTokens);
   while (!tokens.empty()) add(ids.recent, kPageTokens);
 }
 

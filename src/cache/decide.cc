@@ -91,7 +91,7 @@ void Cache::Impl::check_decoded(std::span<const StepItem> items) const {
 }
 
 std::optional<Moment> Cache::Impl::moment(const SequencePages& sequence, Ledger::PromptPart part, int n_tokens) const {
-  if (governed.policy == nullptr) return std::nullopt;
+  if (governed.policy == nullptr && governed.channels == nullptr) return std::nullopt;
   if (part.prompt) return part.ends ? std::optional(Moment::kPromptEnd) : std::nullopt;
   const int64_t prompt = sequence.prompt_length, start = sequence.length;
   const bool due = Governed::decisions(prompt, start + n_tokens) > Governed::decisions(prompt, start);
@@ -114,7 +114,9 @@ std::vector<FormatId> Cache::Impl::pages_to_reserve(const SequencePages& sequenc
         for (const PageEntry& page : list.pages) ++here[page.format];
       });
       for (size_t i = 0; i < here.size(); ++i) most[i] = std::max(most[i], here[i]);
-      if (f.seals) more[f.sealed] += heads;
+      for (const PageList& list : sequence.layers[l].heads) {
+        if (f.seals_in(list)) ++more[f.sealed_in(list)];
+      }
       if (f.low_tier) more[f.low] += 2 * heads;
       continue;
     }
@@ -129,9 +131,10 @@ std::vector<FormatId> Cache::Impl::pages_to_reserve(const SequencePages& sequenc
     const auto recent = static_cast<int64_t>(std::ceil(tail / kPageTokens)) + 1;
     const auto add = [&](FormatId id, int64_t count) { pages.insert(pages.end(), static_cast<size_t>(count), id); };
     if (layer.sinks > 0) add(f.sinks, n);
-    if (f.seals) add(f.sealed, packed);
+    const bool thin = governed.chooses(l, end) || !sequence.layers[l].heads[0].channels.empty(), seals = f.seals || thin;
+    if (seals) add(thin ? f.thin : f.sealed, packed);
     if (f.low_tier) add(f.low, packed);
-    add(f.recent, f.seals ? std::min(packed, n * recent) : packed);
+    add(f.recent, seals ? std::min(packed, n * recent) : packed);
   }
   for (size_t i = 0; i < most.size(); ++i) pages.insert(pages.end(), most[i] + more[i], static_cast<FormatId>(i));
   return pages;
@@ -173,7 +176,11 @@ void Cache::Impl::decide(SequenceId id, Moment when) {
   SequencePages& sequence = ledger.find(id);
   const bool prompt_end = when == Moment::kPromptEnd;
   for (size_t l = 0; l < config.layers.size(); ++l) {
-    if (!governed.governs(l)) continue;
+    const bool chooses = prompt_end && governed.chooses(l, sequence.length);
+    if (!governed.governs(l)) {
+      if (chooses) choose_channels(id, l, {});
+      continue;
+    }
     const LayerFormats& f = ids[l];
     LayerPages& layer = sequence.layers[l];
     std::vector<HeadTokens> tokens;
@@ -218,7 +225,6 @@ void Cache::Impl::decide(SequenceId id, Moment when) {
     view.since = kPageTokens;
     view.heads = heads;
     governed.policy->decide(view, policy_scratch, decision);
-    if (decision.empty()) continue;
     std::vector<Ledger::Regroup> groups(tokens.size());
     for (size_t h = 0; h < tokens.size(); ++h) {
       const HeadTokens& head = tokens[h];
@@ -235,7 +241,8 @@ void Cache::Impl::decide(SequenceId id, Moment when) {
         groups[h].demote.push_back(place(move.token) - low);
       }
     }
-    compact(id, l, groups);
+    if (chooses) choose_channels(id, l, groups);
+    if (!decision.empty()) compact(id, l, groups);
   }
 }
 

@@ -20,7 +20,38 @@ CodecSpec with_bits(const CodecSpec& codec, int bits, Side side) {
 }  // namespace
 
 Governed::Governed(CacheConfig given) : config(std::move(given)) {
-  if (!config.tokens) return;
+  if (config.tokens) govern_tokens();
+  if (config.channels) govern_channels();
+}
+
+void Governed::govern_channels() {
+  channels = make_channel_policy(*config.channels);
+  const auto refuse = [&](const std::string& what) {
+    throw Error(Status::kUnsupported, "channel policy " + config.channels->name + ": " + what);
+  };
+  if (policy != nullptr && policy->has_low_tier()) {
+    refuse("token policy " + config.tokens->name +
+           " has a tier of its own, whose keys keep all channels; leave one of both out");
+  }
+  bool all_slide = true;
+  for (size_t l = 0; l < config.layers.size(); ++l) {
+    const LayerConfig& layer = config.layers[l];
+    PageFormat& format = thin.emplace_back();
+    if (layer.sliding_window > 0) continue;
+    all_slide = false;
+    const int width = channels->stored(layer.head_dim);
+    if (width == layer.head_dim) continue;
+    if (!layer.key.transform.feedback.empty()) {
+      refuse("keys of layer " + std::to_string(l) +
+             " are rounded with \"feedback\", whose weights are for all channels together; make the plan without feedback");
+    }
+    format = sealed_format(layer.key.codec, layer.value.codec, layer.head_dim, width);
+    if (policy != nullptr) shapes[l].token_bytes.fill(static_cast<double>(format.bytes) / kPageTokens);
+  }
+  if (all_slide) refuse("every layer has a sliding window, whose keys keep all channels; leave the policy out");
+}
+
+void Governed::govern_tokens() {
   policy = make_policy(*config.tokens);
   const auto [bits, low_bits] = policy->tiers();
   int ordinals = 0;

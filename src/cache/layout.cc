@@ -15,9 +15,9 @@ namespace kvmix {
 
 namespace {
 
-PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_dim, PageRole role) {
+PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_dim, PageRole role, int key_channels = 0) {
   PageFormat format;
-  format.key = tile_format(key, {kPageTokens, head_dim, Side::kKey});
+  format.key = tile_format(key, {kPageTokens, key_channels > 0 ? key_channels : head_dim, Side::kKey});
   format.value = tile_format(value, {kPageTokens, head_dim, Side::kValue});
   format.role = role;
   format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
@@ -28,8 +28,8 @@ PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_di
 
 }  // namespace
 
-PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim) {
-  return page_format(key, value, head_dim, PageRole::kSealed);
+PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim, int key_channels) {
+  return page_format(key, value, head_dim, PageRole::kSealed, key_channels);
 }
 
 LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
@@ -96,9 +96,9 @@ PagePrediction predict_pages(const LayerConfig& layer, int64_t n_tokens) {
 namespace {
 
 // The same of a layer in its own codecs: one that stays fp16 seals nothing.
-PagePrediction stored_pages(const LayerConfig& layer, const LayerLayout& layout, int64_t n_tokens) {
+PagePrediction stored_pages(const LayerConfig& layer, bool seals, int64_t n_tokens) {
   PagePrediction p = predict_pages(layer, n_tokens);
-  if (!layout.seals) p.sealed = p.freed;
+  if (!seals) p.sealed = p.freed;
   return p;
 }
 
@@ -114,13 +114,15 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
     const LayerConfig& layer = config.layers[l];
     const LayerLayout layout = layer_layout(layer, on_cuda(config));
     const auto [length, named] = governed.held(l, prompt, n_tokens);
-    const PagePrediction p = stored_pages(layer, layout, length);
+    const bool thin = governed.chooses(l, prompt);
+    const PagePrediction p = stored_pages(layer, layout.seals || thin, length);
     size_t head = sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry);
     head += static_cast<size_t>(named) * sizeof(int32_t);
     if (governed.governs(l) && governed.policy->needs().mass != MassReduce::kNone) head += mass_room(length) * sizeof(float);
     if (governed.governs(l) && governed.policy->has_low_tier()) head += sizeof(PageList);
     head += length > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0;
-    head += static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
+    if (thin) head += static_cast<size_t>(governed.thin[l].key.width);
+    head += static_cast<size_t>(p.sealed - p.freed) * (thin ? governed.thin[l] : layout.sealed).bytes;
     head += static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
     bytes += static_cast<size_t>(layer.kv_heads) * head;
   }
@@ -134,10 +136,12 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
     const LayerConfig& layer = governed.config.layers[l];
     const LayerLayout layout = layer_layout(layer, on_cuda(given));
     const int64_t held = governed.kept(l, n_tokens) + (governed.decodes() ? kPageTokens : 0);
-    const PagePrediction p = stored_pages(layer, layout, governed.governs(l) ? held : n_tokens);
+    const bool thin = governed.chooses(l, n_tokens);
+    const PagePrediction p = stored_pages(layer, layout.seals || thin, governed.governs(l) ? held : n_tokens);
+    const size_t sealed = (thin ? governed.thin[l] : layout.sealed).bytes;
     const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
     if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;
-    bytes[layout.sealed.bytes] += heads * static_cast<size_t>(p.sealed - p.freed) * layout.sealed.bytes;
+    bytes[sealed] += heads * static_cast<size_t>(p.sealed - p.freed) * sealed;
     // The page that is being sealed is still there when its successor is allocated.
     bytes[layout.recent.bytes] += heads * static_cast<size_t>(p.pages - p.sealed + 1) * layout.recent.bytes;
   }

@@ -20,8 +20,8 @@ struct LayerLayout {
 // On the device "cuda" recent rows are fp16; `key` and `value` then say what a file holds.
 LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda = false);
 inline bool on_cuda(const CacheConfig& config) { return config.device == "cuda"; }
-// A page that is sealed in these codecs.
-PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim);
+// A page that is sealed in these codecs, with so many channels of the keys; 0: all.
+PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim, int key_channels = 0);
 
 // Pages of a KV head behind the sinks that a sequence of this length has begun.
 inline int64_t page_count(const LayerConfig& layer, int64_t length) {

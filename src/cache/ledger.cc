@@ -57,7 +57,7 @@ int64_t Ledger::quiet_length(const SequencePages& sequence) const {
       if (list.pages.empty()) return sequence.length;
       const PageEntry& last = list.pages.back();
       const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
-      const Due pages = ids_[l].seals ? due(l, list) : Due{0, 0};
+      const Due pages = ids_[l].seals_in(list) ? due(l, list) : Due{0, 0};
       if (!format.appendable() || shared(last.handle) || pages.end > pages.first) return sequence.length;
       until = std::min<int64_t>(until, last.first + format.slots);
     }
@@ -173,7 +173,7 @@ void Ledger::seal(size_t layer, int kv_head, PageList& list) {
   const Due pages = due(layer, list);
   for (size_t i = pages.first; i < pages.end; ++i) {
     const PageEntry open = list.pages[i];
-    replace(list, i, ids_[layer].sealed, false);
+    replace(list, i, ids_[layer].sealed_in(list), false);
     plan_.transcodes[layer].push_back({static_cast<int>(layer), kv_head, open, &list, i});
   }
 }
@@ -181,8 +181,8 @@ void Ledger::seal(size_t layer, int kv_head, PageList& list) {
 int64_t Ledger::next_seal(const SequencePages& sequence) const {
   int64_t next = INT64_MAX;
   for (size_t l = 0; l < layers_.size(); ++l) {
-    if (!ids_[l].seals) continue;
     for (const PageList& list : sequence.layers[l].heads) {
+      if (!ids_[l].seals_in(list)) continue;
       // Tokens behind what a step would seal now.
       int64_t tail = 0;
       for (size_t i = due(l, list).end; i < list.pages.size(); ++i) tail += list.pages[i].live;
@@ -236,9 +236,11 @@ void Ledger::open_list(size_t layer, PageList& list, const StepEntry& entry) {
 
 void Ledger::open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry) {
   std::vector<PageList>& heads = sequence.layers[layer].heads;
-  if (ids_[layer].seals && !(ids_[layer].governed && entry.prompt)) {
+  if (!(ids_[layer].waits() && entry.prompt)) {
     // Head by head, so that a head's pages come out next to each other.
-    for (size_t h = 0; h < heads.size(); ++h) seal(layer, static_cast<int>(h), heads[h]);
+    for (size_t h = 0; h < heads.size(); ++h) {
+      if (ids_[layer].seals_in(heads[h])) seal(layer, static_cast<int>(h), heads[h]);
+    }
   }
   for (PageList& list : heads) open_list(layer, list, entry);
 }
@@ -429,6 +431,7 @@ std::vector<FreedPage> Ledger::commit() {
     }
     std::vector<int32_t>& positions = cut.list->positions;
     positions.resize(std::min(positions.size(), static_cast<size_t>(cut.tokens)));
+    if (pages.empty()) cut.list->channels = {};
     if (cut.list->mass.empty() || growth_.front().length == growth_.front().sequence->length) continue;
     // What queries that are gone have paid cannot be told apart: a token keeps its mean.
     const SequencePages& sequence = *growth_.front().sequence;

@@ -20,7 +20,7 @@ MemoryReport Cache::memory() const {
       report.table_bytes += (layer.heads.capacity() + layer.low.capacity()) * sizeof(PageList);
       layer.for_each_list([&](const PageList& list) {
         report.table_bytes += list.pages.capacity() * sizeof(PageEntry) + list.positions.capacity() * sizeof(int32_t) +
-                              list.mass.capacity() * sizeof(float);
+                              list.mass.capacity() * sizeof(float) + list.channels.capacity();
         for (const PageEntry& entry : list.pages) {
           if (impl.ledger.shared(entry.handle) && !seen.insert(entry.handle).second) continue;
           const PageFormat& format = impl.format(entry);
@@ -87,6 +87,14 @@ std::vector<std::vector<int64_t>> Cache::low_tier(SequenceId id, int layer) cons
   return heads;
 }
 
+std::vector<std::vector<int>> Cache::channels(SequenceId id, int layer) const {
+  std::vector<std::vector<int>> heads;
+  for (const PageList& list : impl_->ledger.find(id).layers.at(static_cast<size_t>(layer)).heads) {
+    heads.emplace_back(list.channels.begin(), list.channels.end());
+  }
+  return heads;
+}
+
 int64_t Cache::next_seal(SequenceId id) const {
   const SequencePages& sequence = impl_->ledger.find(id);
   const Governed& governed = impl_->governed;
@@ -116,14 +124,25 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
   const int dim = layer.head_dim;
   std::fill_n(rows, sequence.length * dim, std::numeric_limits<float>::quiet_NaN());
   std::vector<float> page_rows;
+  const auto width_of = [&](const PageEntry& entry) {
+    const PageFormat& format = impl.format(entry);
+    return (side == Side::kKey ? format.key : format.value).width;
+  };
   const auto read_list = [&](const PageList& list) {
     int64_t before = 0;
     for (const PageEntry& entry : list.pages) {
-      page_rows.resize(static_cast<size_t>(entry.live) * static_cast<size_t>(dim));
+      const int width = width_of(entry);
+      page_rows.resize(static_cast<size_t>(entry.live) * static_cast<size_t>(width));
       impl.backend->read(entry, side, page_rows.data());
       for (int slot = 0; slot < entry.live; ++slot) {
-        std::copy_n(page_rows.data() + static_cast<ptrdiff_t>(slot) * dim, dim,
-                    rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim);
+        const float* from = page_rows.data() + static_cast<ptrdiff_t>(slot) * width;
+        float* to = rows + static_cast<int64_t>(list.position(entry, before, slot)) * dim;
+        if (width == dim) {
+          std::copy_n(from, dim, to);
+          continue;
+        }
+        std::fill_n(to, dim, 0.0f);  // what attention sees of channels that are not stored
+        for (size_t c = 0; c < list.channels.size(); ++c) to[list.channels[c]] = from[c];
       }
       before += entry.live;
     }

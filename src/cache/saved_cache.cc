@@ -14,6 +14,9 @@ constexpr char kMagic[8] = {'K', 'V', 'M', 'I', 'X', 'S', 'E', 'Q'};
 constexpr uint32_t kVersion = 2;       // page lists by formula
 constexpr uint32_t kListsVersion = 3;  // page lists in full, of caches with a token policy
 constexpr uint32_t kMassVersion = 4;   // and the mass of their tokens, those of a low tier in lists of their own
+// Of caches with a channel policy: lists in full, with mass where a flag says so, and the channels of each.
+constexpr uint32_t kChannelsVersion = 5;
+constexpr uint8_t kThinRole = 3;  // in such a file, a sealed page of these channels
 constexpr size_t kLongestText = 4096;
 constexpr size_t kLargestFile = size_t{1} << 40;
 
@@ -111,9 +114,9 @@ Reader open_saved(const std::string& path, const std::string& content) {
   }
   in.bytes(sizeof kMagic, "the magic");
   in.version = in.number<uint32_t>("the version");
-  if (in.version < kVersion || in.version > kMassVersion) {
+  if (in.version < kVersion || in.version > kChannelsVersion) {
     throw Error(Status::kUnsupported, path + ": saved cache of version " + std::to_string(in.version) + "; this build reads " +
-                                          std::to_string(kVersion) + " to " + std::to_string(kMassVersion));
+                                          std::to_string(kVersion) + " to " + std::to_string(kChannelsVersion));
   }
   if (content.size() < sizeof kMagic + sizeof kVersion + sizeof(uint64_t)) in.fail("it ends inside the header");
   Checksum sum;
@@ -129,10 +132,32 @@ struct PageCounts {
   int64_t sealed, freed;
 };
 
-PageRole read_role(Reader& in) {
+struct SavedRole {
+  PageRole role;
+  bool thin;
+};
+SavedRole read_role(Reader& in) {
   const auto role = in.number<uint8_t>("a page list");
-  if (role > static_cast<uint8_t>(PageRole::kSealed)) in.fail("a page is of the unknown role " + std::to_string(role));
-  return static_cast<PageRole>(role);
+  const bool thin = in.version == kChannelsVersion && role == kThinRole;
+  if (!thin && role > static_cast<uint8_t>(PageRole::kSealed)) {
+    in.fail("a page is of the unknown role " + std::to_string(role));
+  }
+  return {thin ? PageRole::kSealed : static_cast<PageRole>(role), thin};
+}
+
+// A list's channels: none, or as many as pages hold, ascending, of the layer's.
+std::vector<uint8_t> read_channels(Reader& in, size_t kept, int width) {
+  const auto n = in.number<uint16_t>("channels");
+  if (n != 0 && n != kept) in.fail("a head has chosen " + std::to_string(n) + " channels");
+  std::vector<uint8_t> channels;
+  channels.reserve(n);
+  for (uint16_t i = 0; i < n; ++i) {
+    const auto channel = in.number<uint8_t>("a channel");
+    if (channel >= width || (i > 0 && channel <= channels.back()))
+      in.fail("a head has chosen channel " + std::to_string(channel));
+    channels.push_back(channel);
+  }
+  return channels;
 }
 
 // A head's list as version 3 writes it, checked as far as tokens go: ascending, below the length, `first` as it must be. Pages
@@ -143,13 +168,14 @@ PageList read_list(Reader& in, const LayerFormats& ids, const FormatTable& forma
   constexpr size_t kEntryBytes = sizeof(uint8_t) + 2 * sizeof(int32_t);
   if (pages > in.left() / kEntryBytes) in.fail("a head has " + std::to_string(pages) + " pages");
   for (uint32_t i = 0; i < pages; ++i) {
-    const PageRole role = read_role(in);
+    const auto [role, thin] = read_role(in);
     const auto first = in.number<int32_t>("a page list"), live = in.number<int32_t>("a page list");
-    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !ids.seals && !low) ||
-        (role != PageRole::kSealed && low)) {
+    if ((role == PageRole::kSinks && i > 0) || (role == PageRole::kSealed && !thin && !ids.seals && !low) ||
+        (thin && !ids.thins) || (role != PageRole::kSealed && low)) {
       in.fail("a page is where none of its role can be");
     }
     const FormatId format = low                         ? ids.low
+                            : thin                      ? ids.thin
                             : role == PageRole::kSinks  ? ids.sinks
                             : role == PageRole::kRecent ? ids.recent
                                                         : ids.sealed;
@@ -244,13 +270,13 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     }
     return counts;
   };
-  if (sequence.in_prompt && impl.governed.policy != nullptr) {
+  if (sequence.in_prompt && (impl.governed.policy != nullptr || impl.governed.channels != nullptr)) {
     throw Error(Status::kUnsupported, "sequence " + std::to_string(id) +
-                                          " is inside a prompt that a token policy waits for; "
+                                          " is inside a prompt whose end a policy waits for; "
                                           "save it when the prompt has ended");
   }
-  const bool lists = impl.governed.policy != nullptr;
-  const bool counted = lists && impl.governed.policy->needs().mass != MassReduce::kNone;
+  const bool thins = impl.governed.channels != nullptr, lists = impl.governed.policy != nullptr || thins;
+  const bool counted = impl.governed.policy != nullptr && impl.governed.policy->needs().mass != MassReduce::kNone;
   Writer out(path);
   // The body is summed as one stream, so it is collected as one write per record.
   out.bytes(kMagic, sizeof kMagic);
@@ -261,7 +287,8 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     number(static_cast<uint32_t>(s.size()));
     add(s.data(), s.size());
   };
-  number(counted || (lists && impl.governed.policy->has_low_tier()) ? kMassVersion : lists ? kListsVersion : kVersion);
+  const bool low_tier = impl.governed.policy != nullptr && impl.governed.policy->has_low_tier();
+  number(thins ? kChannelsVersion : counted || low_tier ? kMassVersion : lists ? kListsVersion : kVersion);
   text(fingerprint);
   number(sequence.length);
   number(static_cast<uint32_t>(sequence.layers.size()));
@@ -278,17 +305,23 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
     text(to_string(layer.recent));
   }
   if (lists) number(sequence.prompt_length);
+  if (thins) number(static_cast<uint8_t>(counted));
   if (counted) number(sequence.counted_from);
   for (size_t l = 0; l < sequence.layers.size() && lists; ++l) {
     sequence.layers[l].for_each_list([&](const PageList& list) {
       number(static_cast<uint32_t>(list.pages.size()));
       for (const PageEntry& page : list.pages) {
-        number(static_cast<uint8_t>(impl.format(page).role));
+        const bool thin = impl.ids[l].thins && page.format == impl.ids[l].thin;
+        number(thin ? kThinRole : static_cast<uint8_t>(impl.format(page).role));
         number(static_cast<int32_t>(page.first));
         number(static_cast<int32_t>(page.live));
       }
       number(static_cast<uint32_t>(list.positions.size()));
       for (const int32_t position : list.positions) number(position);
+      if (impl.ids[l].thins) {
+        number(static_cast<uint16_t>(list.channels.size()));
+        add(list.channels.data(), list.channels.size());
+      }
       if (!impl.ids[l].mass) return;
       for (int64_t i = 0; i < list.tokens(); ++i)
         number(static_cast<size_t>(i) < list.mass.size() ? list.mass[static_cast<size_t>(i)] : 0.0f);
@@ -343,7 +376,14 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
   // The page lists; the records must be exactly what is left, before anything is allocated.
   const bool counted = impl.governed.policy != nullptr && impl.governed.policy->needs().mass != MassReduce::kNone;
   const bool low_tier = impl.governed.policy != nullptr && impl.governed.policy->has_low_tier();
-  if ((in.version == kMassVersion) != (counted || low_tier)) {
+  const bool thins = impl.governed.channels != nullptr;
+  if ((in.version == kChannelsVersion) != thins) {
+    throw Error(Status::kMismatch, path +
+                                       (thins ? " lacks the channels that this cache's channel policy has chosen"
+                                              : " was saved with a channel policy") +
+                                       "; use the plan it was saved with");
+  }
+  if (!thins && (in.version == kMassVersion) != (counted || low_tier)) {
     throw Error(Status::kMismatch, path +
                                        (counted || low_tier ? " lacks what this cache's token policy has counted"
                                                             : " was saved by a token policy that counts attention") +
@@ -353,6 +393,9 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
   if (in.version >= kListsVersion) {
     prompt_length = in.number<int64_t>("the prompt length");
     if (prompt_length < 0 || prompt_length > header.tokens) in.fail("prompt length " + std::to_string(prompt_length));
+  }
+  if (thins && in.number<uint8_t>("whether mass is counted") != static_cast<uint8_t>(counted)) {
+    throw Error(Status::kMismatch, path + " was saved with another token policy; use the plan it was saved with");
   }
   if (counted) {
     counted_from = in.number<int64_t>("where mass is counted from");
@@ -364,6 +407,12 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     const LayerConfig& layer = impl.config.layers[l];
     const auto read = [&](std::vector<PageList>& to, bool low) -> PageList& {
       PageList& list = to.emplace_back(read_list(in, impl.ids[l], impl.formats, header.tokens, low));
+      if (impl.ids[l].thins) {
+        list.channels = read_channels(in, static_cast<size_t>(impl.formats[impl.ids[l].thin].key.width), layer.head_dim);
+        const bool holds = std::any_of(list.pages.begin(), list.pages.end(),
+                                       [&](const PageEntry& page) { return page.format == impl.ids[l].thin; });
+        if (holds && list.channels.empty()) in.fail("a page is of channels that its head does not name");
+      }
       if (impl.ids[l].mass) read_mass(in, list);
       return list;
     };
@@ -397,6 +446,7 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
         list.pages.reserve(std::max(h < heads ? list_room(impl.config.layers[l], tokens) : 0, table_room(saved.pages.size())));
         list.positions = saved.positions;
         list.mass = std::move(saved.mass);
+        list.channels = std::move(saved.channels);
         for (PageEntry entry : saved.pages) {
           const PageFormat& format = impl.format(entry);
           entry.handle = impl.backend->allocate(format);

@@ -44,6 +44,9 @@ struct Cache::Impl {
   void compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads);
   void check_decoded(std::span<const StepItem> items) const;
   void take_mass(const StepEntry& entry);
+  // Chooses channels for the layer's heads that hold no page of chosen ones yet; tokens that `dropped` names by head do not
+  // count. (src/cache/choose.cc)
+  void choose_channels(SequenceId id, size_t layer, std::span<const Ledger::Regroup> dropped);
 };
 
 }  // namespace kvmix

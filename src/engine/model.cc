@@ -104,6 +104,7 @@ GgufModel::GgufModel(const std::string& path) : file_(path) {
     shape_.layers.push_back(
         {static_cast<int>(parameters_.q_heads), static_cast<int>(parameters_.kv_heads), static_cast<int>(parameters_.head_dim),
          parameters_.is_local(l) ? static_cast<int>(parameters_.sliding_window) : 0, parameters_.attention_scale, 0.0f});
+    set_key_offsets(l, shape_.layers.back());
   }
 }
 

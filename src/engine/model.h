@@ -68,6 +68,7 @@ class GgufModel final : public Model {
   void place(const ggml_tensor* type, const std::string& name, int64_t ne0, int64_t ne1, char* data, size_t part);
   void check_weights() const;
   void repack_weights() const;
+  void set_key_offsets(int64_t layer, ModelShape::Layer& shape) const;
   std::vector<std::string> special_texts() const;
 
   GgufFile file_;

@@ -19,7 +19,7 @@ class Ours final : public Contender {
     options.kernel = o.kernel;
     options.exact = o.exact;
     options.force_plan = o.force_plan;
-    drops_ = plan.tokens.has_value();
+    chooses_ = plan.tokens.has_value() || plan.channels.has_value();
     engine_ = std::make_unique<Engine>(std::move(model), plan, options);
     clear();
   }
@@ -45,7 +45,13 @@ class Ours final : public Contender {
       engine_->cache().remove(ids_[s]);
       ids_[s] = engine_->cache().create();  // if there is no room for a copy
     }
+    if (sequences_ == 1) return;
     const int64_t n = engine_->cache().length(ids_[0]);
+    // What the last chunk left to be sealed is sealed by the next step, and need not be copied.
+    const Token token = 0;
+    const EngineItem item{.sequence = ids_[0], .tokens = {&token, 1}, .no_logits = true};
+    engine_->step({&item, 1});
+    engine_->cache().truncate(ids_[0], n);
     for (size_t s = 1; s < ids_.size(); ++s) {
       const SequenceId empty = ids_[s];
       ids_[s] = engine_->cache().copy(ids_[0]);
@@ -71,7 +77,7 @@ class Ours final : public Contender {
     engine_->cache().remove(ids_[0]);
     ids_[0] = engine_->cache().fork(*marked_);
   }
-  void set_prompt(int64_t tokens) override { prompt_ = drops_ ? tokens : 0; }
+  void set_prompt(int64_t tokens) override { prompt_ = chooses_ ? tokens : 0; }
   int64_t chunk_end(int64_t from) const override {
     if (from < prompt_) return std::min(prompt_, from + kPageTokens);
     return std::min(engine_->cache().next_seal(ids_[0]), from + kPageTokens);
@@ -106,7 +112,7 @@ class Ours final : public Contender {
   std::vector<SequenceId> ids_;
   std::optional<SequenceId> marked_;
   std::vector<EngineItem> items_;
-  bool drops_ = false;  // a token policy runs
+  bool chooses_ = false;  // what it keeps depends on where prompts end
   int64_t prompt_ = 0;
 };
 

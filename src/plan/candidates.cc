@@ -46,27 +46,41 @@ std::string pick_metric(const Profile& profile, const std::string& wanted) {
   return "";
 }
 
-std::vector<Candidate> candidates(const Profile& profile, const std::string& metric, int layer, Side side) {
+std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
+                                  Side side, const CodecSpec& recent) {
   std::vector<Candidate> out;
   if (metric.empty()) {
+    check_scores(profile);
     const double score = (side == Side::kKey ? profile.key_score : profile.value_score)[static_cast<size_t>(layer)];
     for (const int bits : kRecipeBits) {
       out.push_back({side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits), score * relative_error(bits)});
+      if (side == Side::kKey) take_off_bias(model.layers[static_cast<size_t>(layer)], out.back().config.transform);
     }
   } else {
+    const auto incomplete = [&](const std::string& what) {
+      throw Error(Status::kMismatch, "the profile has no \"" + metric + "\" sensitivity of layer " + std::to_string(layer) +
+                                         (side == Side::kKey ? " keys" : " values") + what +
+                                         "; the measurement is incomplete, run kvmix profile again");
+    };
+    std::map<std::string, double> recent_costs;  // by transform
     for (const auto& s : profile.sensitivities) {
-      if (s.metric != metric || s.layer != layer || s.side != side) continue;
+      if (s.recent && s.metric == metric && s.layer == layer && s.side == side && parse_codec(s.codec) == recent)
+        recent_costs[s.transform] = std::max(s.cost, 0.0);
+    }
+    for (const auto& s : profile.sensitivities) {
+      if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
       Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
-      c.config.transform = named_transform(profile, layer, side, s.transform);
+      if (!recent.is_f16()) {
+        const auto cost = recent_costs.find(s.transform);
+        if (cost == recent_costs.end()) incomplete(" in recent rows (" + to_string(recent) + ", " + s.transform + ")");
+        c.cost += cost->second;
+      }
+      c.config.transform = named_transform(model, profile, layer, side, s.transform);
       out.push_back(std::move(c));
     }
-    if (out.empty()) {
-      throw Error(Status::kMismatch, "the profile has no \"" + metric + "\" sensitivity of layer " + std::to_string(layer) +
-                                         (side == Side::kKey ? " keys" : " values") +
-                                         "; the measurement is incomplete, run kvmix profile again");
-    }
+    if (out.empty()) incomplete("");
   }
-  out.push_back({SideConfig{}, 0.0});  // fp16
+  out.push_back({SideConfig{}, 0.0});  // fp16, whose recent rows are too
   return out;
 }
 
@@ -94,7 +108,7 @@ PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& pr
     for (const Side side : {Side::kKey, Side::kValue}) {
       const auto bytes = [&](const CodecSpec& codec) { return static_cast<int64_t>(tile_bytes(codec, layer.head_dim)); };
       priced.fixed_bytes -= (sealed + open) * bytes(CodecSpec{});
-      priced.sides.push_back(candidates(profile, metric, static_cast<int>(l), side));
+      priced.sides.push_back(candidates(model, profile, metric, static_cast<int>(l), side, plan.recent));
       if (device == "cuda") std::erase_if(priced.sides.back(), [&](const Candidate& c) { return !takes(side, c); });
       std::vector<Choice> choices;
       for (const Candidate& c : priced.sides.back())

@@ -18,8 +18,10 @@ struct Candidate {
 // The metric to go by: `wanted`, or with "best" the best that the profile has; empty for the gradient scores. Throws
 // kInvalidArgument for one that the profile lacks.
 std::string pick_metric(const Profile& profile, const std::string& wanted);
-// The measured codecs of a side, and fp16 last. Throws kMismatch if the measurement is incomplete.
-std::vector<Candidate> candidates(const Profile& profile, const std::string& metric, int layer, Side side);
+// The measured codecs of a side, each with the cost of `recent` rows under its transform beside its own, and fp16 last. Throws
+// kMismatch if the measurement is incomplete.
+std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
+                                  Side side, const CodecSpec& recent);
 
 // Every side of a model, keys of a layer before its values.
 struct PricedChoices {

@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 #include <numeric>
+#include <tuple>
 
 namespace kvmix {
 namespace {
@@ -138,18 +139,28 @@ class Nsga2 {
 
   // Fronts by domination, and inside a front how much room a point has to its neighbours.
   static void rank(std::vector<Individual>& all) {
-    std::vector<size_t> left(all.size());
-    std::iota(left.begin(), left.end(), size_t{0});
-    for (int level = 0; !left.empty(); ++level) {
-      std::vector<size_t> here, rest;
-      for (const size_t i : left) {
-        const bool beaten = std::any_of(left.begin(), left.end(), [&](size_t j) { return dominates(all[j], all[i]); });
-        (beaten ? rest : here).push_back(i);
+    // In this order nobody is dominated by one behind it, and of a front the last one stands for all that could dominate.
+    std::vector<size_t> order(all.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+      return std::tie(all[a].excess, all[a].size, all[a].loss) < std::tie(all[b].excess, all[b].size, all[b].loss);
+    });
+    std::vector<const Individual*> last;  // of each front
+    for (const size_t i : order) {
+      const auto front = std::find_if(last.begin(), last.end(), [&](const Individual* a) { return !dominates(*a, all[i]); });
+      all[i].rank = static_cast<int>(front - last.begin());
+      if (front == last.end()) {
+        last.push_back(&all[i]);
+      } else {
+        *front = &all[i];
       }
-      for (const size_t i : here) {
-        all[i].rank = level;
-        all[i].crowding = 0;
-      }
+    }
+    std::vector<std::vector<size_t>> fronts(last.size());
+    for (size_t i = 0; i < all.size(); ++i) {
+      fronts[static_cast<size_t>(all[i].rank)].push_back(i);
+      all[i].crowding = 0;
+    }
+    for (std::vector<size_t>& here : fronts) {
       for (const double Individual::*objective : {&Individual::size, &Individual::loss}) {
         std::stable_sort(here.begin(), here.end(), [&](size_t a, size_t b) { return all[a].*objective < all[b].*objective; });
         const double range = std::max(all[here.back()].*objective - all[here.front()].*objective, 1e-300);
@@ -157,7 +168,6 @@ class Nsga2 {
         for (size_t k = 1; k + 1 < here.size(); ++k)
           all[here[k]].crowding += (all[here[k + 1]].*objective - all[here[k - 1]].*objective) / range;
       }
-      left = std::move(rest);
     }
   }
 

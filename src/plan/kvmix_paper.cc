@@ -36,6 +36,7 @@ float ratio_of(int bits) { return bits == 1 ? 0.1f : bits >= 4 ? 0.3f : 0.2f; }
 
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvmix-paper", request.options);
+  check_scores(*request.profile);
   Plan plan = empty_plan(request, "kvmix-paper");
   const double key_fraction = options.number("k-fraction", 0.2, 0, 1), value_fraction = options.number("v-fraction", 0.2, 0, 1);
   const int key_high = options.bits("k-high", 3), key_low = options.bits("k-low", 2);

@@ -37,11 +37,50 @@ std::string refine_plan(const PlannerRequest& request, const PricedChoices& pric
   return text;
 }
 
+// What the knapsack makes of a budget.
+struct Allocation {
+  Plan plan;  // its frame and recent rows; codecs as chosen
+  PricedChoices priced;
+  std::vector<size_t> chosen;
+  int64_t spend = 0;
+  double cost = 0;
+};
+
+// Throws BudgetError.
+Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric) {
+  const int64_t context = request.budget.context;
+  Allocation made{std::move(plan), {}, {}, 0, 0};
+  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device);
+  const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
+  made.spend = budget - made.priced.fixed_bytes;
+  made.chosen = allocate(made.priced.items, made.spend);
+  if (made.chosen.empty())
+    refuse_budget(budget, made.priced.fixed_bytes + least_bytes(made.priced.items), made.priced, context);
+  made.cost = made.priced.apply(made.chosen, made.plan);
+  return made;
+}
+
+// With recent rows of 8 bits, and with those of fp16 where that is predicted to cost less in all, bytes being equal.
+Allocation best_allocation(const PlannerRequest& request, const Plan& frame, const std::string& metric,
+                           const std::string& recent) {
+  Plan plan = frame;
+  plan.recent = recent == "f16" ? CodecSpec{} : kRecentRows;
+  Allocation made = allocation(request, plan, metric);
+  if (recent != "best" || metric.empty()) return made;  // gradient scores do not price recent rows
+  plan.recent = {};
+  try {
+    Allocation f16 = allocation(request, plan, metric);
+    return f16.cost < made.cost ? std::move(f16) : std::move(made);
+  } catch (const BudgetError&) {
+    return made;
+  }
+}
+
 Plan make(const PlannerRequest& request) {
   const PlannerOptions options("kvmix", request.options);
-  Plan plan = empty_plan(request, "kvmix");
-  read_fp16_part(options, request.profile->fp16, plan);
-  read_recent(options, plan);
+  Plan frame = empty_plan(request, "kvmix");
+  read_fp16_part(options, request.profile->fp16, frame);
+  const std::string recent = options.choice("recent", "best", {"best", "8", "f16"});
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
@@ -54,37 +93,34 @@ Plan make(const PlannerRequest& request) {
         Status::kInvalidArgument,
         "planner kvmix moves bytes by divergence, not by answered tasks; use --planner kvtuner, or measure without tasks");
   }
-  const int64_t context = request.budget.context;
-  const PricedChoices priced = price(plan, *request.model, *request.profile, metric, context, request.device);
-  const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
-  const int64_t spend = budget - priced.fixed_bytes;
-  std::vector<size_t> chosen = allocate(priced.items, spend);
-  if (chosen.empty()) refuse_budget(budget, priced.fixed_bytes + least_bytes(priced.items), priced, context);
+  Allocation made = best_allocation(request, frame, metric, recent);
   std::string measured;
-  if (request.meter != nullptr) measured = refine_plan(request, priced, spend, plan, chosen);
-  const double cost = priced.apply(chosen, plan);
+  if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
+  Plan& plan = made.plan;
+  const double cost = made.priced.apply(made.chosen, plan);
   if (!metric.empty()) plan.predicted = Plan::Prediction{metric, cost};
   char note[256];
   std::snprintf(note, sizeof note, "%.3f bits per element at %lld tokens, by %s; predicted cost %.5g",
-                predict_bits_per_element(cache_config(plan, *request.model), context), static_cast<long long>(context),
-                metric.empty() ? "gradient scores" : metric.c_str(), cost);
+                predict_bits_per_element(cache_config(plan, *request.model), request.budget.context),
+                static_cast<long long>(request.budget.context), metric.empty() ? "gradient scores" : metric.c_str(), cost);
   plan.note = note + measured;
-  return plan;
+  return std::move(plan);
 }
 
 }  // namespace
 
 extern const Planner kKvmixPlanner;
-const Planner kKvmixPlanner = {{"kvmix",
-                                "a byte budget spent exactly where it was measured to matter",
-                                {{"metric", "best, kl, fisher, output or gradient (best the profile has)"},
-                                 kSinksOption,
-                                 kLocalSinksOption,
-                                 kWindowOption,
-                                 kRecentOption},
-                                true,
-                                true,
-                                true},
-                               make};
+const Planner kKvmixPlanner = {
+    {"kvmix",
+     "a byte budget spent exactly where it was measured to matter",
+     {{"metric", "best, kl, fisher, output or gradient (best the profile has)"},
+      kSinksOption,
+      kLocalSinksOption,
+      kWindowOption,
+      {"recent", "rows not sealed yet: 8 (bits), f16 (twice the bytes), or best (what predicts less)"}},
+     true,
+     true,
+     true},
+    make};
 
 }  // namespace kvmix

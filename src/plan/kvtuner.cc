@@ -95,7 +95,8 @@ class Tuner {
       std::vector<Candidate> output[2];
       std::vector<std::pair<int, size_t>> chosen[2];
       for (const size_t side : {0, 1}) {
-        output[side] = candidates(*request.profile, "output", static_cast<int>(l), side == 0 ? Side::kKey : Side::kValue);
+        output[side] = candidates(*request.model, *request.profile, "output", static_cast<int>(l),
+                                  side == 0 ? Side::kKey : Side::kValue, plan.recent);
         chosen[side] = by_width(output[side], widths);
         auto& index = config_.emplace_back();
         for (const auto& [bits, c] : chosen[side])

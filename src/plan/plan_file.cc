@@ -6,9 +6,8 @@
 #include "codec/row.h"
 #include "codec/spelling.h"
 #include "kvmix/plan.h"
-#include "plan/half_text.h"
 #include "plan/json_reader.h"
-#include "rows/row_map.h"
+#include "plan/transform_json.h"
 
 namespace kvmix {
 namespace {
@@ -16,20 +15,9 @@ namespace {
 constexpr const char* kFormat = "kvmix-plan";
 constexpr int kVersion = 1;
 constexpr size_t kMostLayers = 1024;
-constexpr size_t kMostValues = size_t{1} << 22;
 constexpr size_t kLargestFile = size_t{1} << 30;
 
 using ordered_json = nlohmann::ordered_json;
-
-// Visits the fields of all row maps as a side's object has them: short ones first, lists of numbers last.
-template <class Visit>
-void for_fields(FieldKind kind, const Visit& visit) {
-  for (const RowMapInfo* map : row_map_registry()) {
-    for (const RowMapField& field : map->fields) {
-      if (field.kind == kind) visit(field);
-    }
-  }
-}
 
 ordered_json side_json(const SideConfig& side) {
   ordered_json j;
@@ -45,23 +33,7 @@ ordered_json side_json(const SideConfig& side) {
   } else {
     j["codec"] = to_string(c);
   }
-  const TransformSpec& t = side.transform;
-  for_fields(FieldKind::kFlag, [&](const RowMapField& field) {
-    if (field.present(t)) j[field.name] = true;
-  });
-  for_fields(FieldKind::kHalfText, [&](const RowMapField& field) {
-    const std::span<const float> values = field.numbers_of(t);
-    if (field.present(t)) j[field.name] = half_text({values.begin(), values.end()});
-  });
-  if (!t.feedback.empty()) j["feedback"] = half_text(t.feedback);
-  for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
-    const std::span<const float> values = field.numbers_of(t);
-    if (!field.present(t)) return;
-    if (!std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); }))
-      throw Error(Status::kInvalidArgument,
-                  "a plan's " + std::string(field.name) + " has numbers that are not finite; make the plan again");
-    j[field.name] = std::vector<float>(values.begin(), values.end());
-  });
+  write_transform(side.transform, j);
   return j;
 }
 
@@ -96,27 +68,12 @@ CodecSpec parse_spelling(JsonObject& object, const char* key) {
 SideConfig parse_side(JsonObject object) {
   SideConfig side;
   side.codec = object.has("codec") ? parse_spelling(object, "codec") : parse_uniform(object);
-  TransformSpec& t = side.transform;
-  for_fields(FieldKind::kFlag, [&](const RowMapField& field) {
-    if (object.has(field.name) && object.boolean(field.name)) field.set(t, {});
-  });
-  for_fields(FieldKind::kHalfText, [&](const RowMapField& field) {
-    if (object.has(field.name)) field.set(t, read_half_text(object, field.name, kMostValues));
-  });
-  if (object.has("feedback")) t.feedback = read_half_text(object, "feedback", kMostValues);
-  for_fields(FieldKind::kNumbers, [&](const RowMapField& field) {
-    if (!object.has(field.beside == nullptr ? field.name : field.beside)) return;
-    size_t least = 1, most = kMostValues;
-    if (field.beside != nullptr) least = most = object.get(field.beside).size();
-    const auto limit = static_cast<double>(field.limit);
-    const std::vector<double> values = object.numbers(field.name, least, most, -limit, limit);
-    field.set(t, {values.begin(), values.end()});
-  });
+  side.transform = read_transform(object);
   object.finish();
   return side;
 }
 
-ordered_json tokens_json(const PolicySpec& spec) {
+ordered_json policy_json(const PolicySpec& spec) {
   ordered_json j;
   j["policy"] = spec.name;
   for (const auto& [name, value] : spec.values) std::visit([&, key = name](const auto& v) { j[key] = v; }, value);
@@ -124,7 +81,8 @@ ordered_json tokens_json(const PolicySpec& spec) {
 }
 
 // Names and ranges are the policy's to check.
-PolicySpec parse_tokens(JsonObject object, JsonObject& plan) {
+PolicySpec parse_policy(JsonObject& plan, const char* key, void (*check)(const PolicySpec& spec)) {
+  JsonObject object = plan.object(key);
   PolicySpec spec{object.text("policy", 64), {}};
   for (const auto& [name, value] : object.items()) {
     if (name == "policy") continue;
@@ -135,9 +93,9 @@ PolicySpec parse_tokens(JsonObject object, JsonObject& plan) {
     }
   }
   try {
-    check_policy(spec);
+    check(spec);
   } catch (const Error& e) {
-    plan.fail("tokens", e.what());
+    plan.fail(key, e.what());
   }
   return spec;
 }
@@ -158,7 +116,8 @@ std::string to_json(const Plan& plan) {
   j["window"] = {
       {"tokens", plan.window.tokens}, {"ratio_key", plan.window.ratio_key}, {"ratio_value", plan.window.ratio_value}};
   if (!plan.recent.is_f16()) j["recent"] = to_string(plan.recent);
-  if (plan.tokens) j["tokens"] = tokens_json(*plan.tokens);
+  if (plan.tokens) j["tokens"] = policy_json(*plan.tokens);
+  if (plan.channels) j["channels"] = policy_json(*plan.channels);
   // A layer a line, so that a person can read and compare plans.
   const std::string marker = "@layers@";
   j["layers"] = marker;
@@ -203,7 +162,8 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     plan.recent = parse_spelling(object, "recent");
     if (!plan.recent.is_f16() && !takes_rows(plan.recent)) object.fail("recent", "expected " + recent_codecs());
   }
-  if (object.has("tokens")) plan.tokens = parse_tokens(object.object("tokens"), object);
+  if (object.has("tokens")) plan.tokens = parse_policy(object, "tokens", check_policy);
+  if (object.has("channels")) plan.channels = parse_policy(object, "channels", check_channels);
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {
     JsonObject layer(layers[l], name, "layers[" + std::to_string(l) + "]");
@@ -260,6 +220,7 @@ void set_fp16_part(const Fp16Part& part, Plan& plan) {
 CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
   CacheConfig config;
   config.tokens = plan.tokens;
+  config.channels = plan.channels;
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     const ModelShape::Layer& shape = model.layers.at(l);
     LayerConfig layer;

@@ -39,6 +39,13 @@ Plan empty_plan(const PlannerRequest& request, const char* planner);
 inline constexpr std::array kRecipeBits = {1, 2, 3, 4, 6, 8};
 SideConfig recipe_key(int bits, bool hadamard);
 SideConfig recipe_value(int bits);
+// How rows are kept until they are sealed, unless in fp16.
+inline constexpr CodecSpec kRecentRows{8, Axis::kToken, 64, Fit::kMinMax, true};
+// Takes off keys what the model says that biases do to them (ModelShape::Layer).
+void take_off_bias(const ModelShape::Layer& layer, TransformSpec& transform);
+
+// Throws kMismatch for a profile whose gradient scores were not measured yet.
+void check_scores(const Profile& profile);
 
 // The plan's sinks and window from options of these names; `usual` where nobody says.
 void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& plan);

@@ -2,10 +2,13 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 
 #include "backend/cuda/layer_format.h"
+#include "base/fp16.h"
 #include "codec/spelling.h"
 #include "plan/planner.h"
+#include "rows/scale.h"
 
 namespace kvmix {
 
@@ -169,11 +172,38 @@ SideConfig recipe_value(int bits) {
   return side;
 }
 
-TransformSpec named_transform(const Profile& profile, int layer, Side side, const std::string& name) {
+void check_scores(const Profile& profile) {
+  if (profile.prompts > 0) return;
+  throw Error(Status::kMismatch,
+              "the profile has no gradient scores yet; its measurement was stopped, run kvmix profile again");
+}
+
+void take_off_bias(const ModelShape::Layer& layer, TransformSpec& transform) {
+  const auto as_stored = [](double x) { return f16_to_f32(f32_to_f16(static_cast<float>(x))); };
+  // Softmax does not see what all keys share, unless its scores are capped.
+  if (layer.softcap == 0 && !layer.key_center.empty()) {
+    transform.center.clear();
+    for (const float x : layer.key_center) transform.center.push_back(as_stored(static_cast<double>(x)));
+  }
+  const std::vector<float>& sizes = layer.key_sizes;
+  if (sizes.empty()) return;
+  const auto dim = static_cast<size_t>(layer.head_dim);
+  std::vector<float> scale;
+  for (size_t head = 0; head < sizes.size(); head += dim) {
+    double logs = 0;  // sizes are known up to a factor: around 1, fp16 holds what they scale
+    for (size_t c = 0; c < dim; ++c) logs += std::log(static_cast<double>(sizes[head + c]));
+    const double mean = std::exp(logs / static_cast<double>(dim));
+    for (size_t c = 0; c < dim; ++c)
+      scale.push_back(as_stored(std::clamp(mean / static_cast<double>(sizes[head + c]), 1e-3, 1e3)));
+  }
+  set_scale(transform, std::move(scale));
+}
+
+TransformSpec named_transform(const ModelShape& model, const Profile& profile, int layer, Side side, const std::string& name) {
   TransformSpec spec;
-  if (name == "plain") return spec;
-  if (name == "hadamard") {
-    spec.hadamard = true;
+  if (name == "plain" || name == "hadamard") {
+    spec.hadamard = name == "hadamard";
+    if (side == Side::kKey) take_off_bias(model.layers.at(static_cast<size_t>(layer)), spec);
     return spec;
   }
   for (const Profile::Transform& t : profile.transforms) {
@@ -200,7 +230,7 @@ void read_fp16_part(const PlannerOptions& options, const Fp16Part& usual, Plan& 
 }
 
 void read_recent(const PlannerOptions& options, Plan& plan) {
-  if (options.choice("recent", "8", {"8", "f16"}) == "8") plan.recent = {8, Axis::kToken, 64, Fit::kMinMax, true};
+  if (options.choice("recent", "8", {"8", "f16"}) == "8") plan.recent = kRecentRows;
 }
 
 double budget_bytes(const Budget& budget, const ModelShape& model) {

@@ -1,15 +1,15 @@
 // Profiles as JSON (docs/file-formats.md).
 #include "base/file.h"
 #include "kvmix/plan.h"
-#include "plan/half_text.h"
 #include "plan/json_reader.h"
+#include "plan/transform_json.h"
 
 namespace kvmix {
 namespace {
 
 constexpr const char* kFormat = "kvmix-profile";
-constexpr int kVersion = 4;
-constexpr size_t kMostTransforms = 16384, kMostValues = size_t{1} << 22;
+constexpr int kVersion = 5;
+constexpr size_t kMostTransforms = 16384;
 constexpr size_t kMostLayers = 1024, kMostPrompts = 65536, kMostSensitivities = 1 << 20;
 constexpr size_t kLargestFile = size_t{1} << 30;
 constexpr double kHuge = 1e300;
@@ -46,7 +46,10 @@ void check_numbers(const Profile& profile) {
   };
   for (const Profile::Transform& t : profile.transforms) {
     check_halves(t.spec.scales, "transform " + t.name, static_cast<size_t>(t.layer));
+    check_halves(t.spec.center, "transform " + t.name, static_cast<size_t>(t.layer));
     check_halves(t.spec.feedback, "transform " + t.name, static_cast<size_t>(t.layer));
+    for (const TransformSpec::Field& field : t.spec.more)
+      check_halves(field.values, "transform " + t.name, static_cast<size_t>(t.layer));
   }
   for (size_t l = 0; l < profile.key_mean.size(); ++l) check_halves(profile.key_mean[l], "mean key", l);
 }
@@ -67,6 +70,7 @@ std::string to_json(const Profile& profile) {
   j["sinks"] = profile.fp16.sinks;
   j["local_sinks"] = profile.fp16.local_sinks;
   j["window"] = profile.fp16.window;
+  j["windows"] = profile.windows;
   j["key_score"] = profile.key_score;
   j["value_score"] = profile.value_score;
   j["key_score_by_prompt"] = profile.key_score_by_prompt;
@@ -79,16 +83,13 @@ std::string to_json(const Profile& profile) {
                              {"codec", s.codec},
                              {"transform", s.transform},
                              {"cost", s.cost}});
+    if (s.recent) sensitivities.back()["recent"] = true;
   }
   j["sensitivities"] = sensitivities;
   nlohmann::ordered_json transforms = nlohmann::ordered_json::array();
   for (const Profile::Transform& t : profile.transforms) {
-    transforms.push_back({{"name", t.name},
-                          {"layer", t.layer},
-                          {"side", t.side == Side::kKey ? "key" : "value"},
-                          {"hadamard", t.spec.hadamard},
-                          {"scales", half_text(t.spec.scales)},
-                          {"feedback", half_text(t.spec.feedback)}});
+    transforms.push_back({{"name", t.name}, {"layer", t.layer}, {"side", t.side == Side::kKey ? "key" : "value"}});
+    write_transform(t.spec, transforms.back());
   }
   j["transforms"] = transforms;
   j["key_mean"] = profile.key_mean;
@@ -154,6 +155,8 @@ Profile parse_profile(const std::string& json, const std::string& name) {
     if (side != "key" && side != "value") entry.fail("side", "expected \"key\" or \"value\"");
     return side == "key" ? Side::kKey : Side::kValue;
   };
+  for (const double count : object.numbers("windows", 0, layers, 0, 65536)) profile.windows.push_back(static_cast<int>(count));
+  if (!profile.windows.empty() && profile.windows.size() != layers) object.fail("windows", "expected a number for each layer");
   const nlohmann::json& sensitivities = object.array("sensitivities", 0, kMostSensitivities);
   for (size_t i = 0; i < sensitivities.size(); ++i) {
     JsonObject s(sensitivities[i], name, "sensitivities[" + std::to_string(i) + "]");
@@ -173,6 +176,7 @@ Profile parse_profile(const std::string& json, const std::string& name) {
                          std::to_string(parsed.layer) + " have no measured cost; measure the model again with kvmix profile");
     }
     parsed.cost = s.number("cost", -kHuge, kHuge);
+    parsed.recent = s.has("recent") && s.boolean("recent");
     s.finish();
     profile.sensitivities.push_back(std::move(parsed));
   }
@@ -183,13 +187,11 @@ Profile parse_profile(const std::string& json, const std::string& name) {
     parsed.name = t.text("name", 64);
     parsed.layer = static_cast<int>(t.integer("layer", 0, static_cast<int64_t>(layers) - 1));
     parsed.side = side_of(t);
-    parsed.spec.hadamard = t.boolean("hadamard");
-    parsed.spec.scales = read_half_text(t, "scales", kMostValues);
-    parsed.spec.feedback = read_half_text(t, "feedback", kMostValues);
+    parsed.spec = read_transform(t);
     t.finish();
     profile.transforms.push_back(std::move(parsed));
   }
-  for (const std::vector<double>& row : rows("key_mean", -kLargestHalf, kLargestHalf, 1, 65536))
+  for (const std::vector<double>& row : rows("key_mean", -kLargestHalf, kLargestHalf, 0, 65536))
     profile.key_mean.emplace_back(row.begin(), row.end());
   if (!profile.key_mean.empty() && profile.key_mean.size() != layers) object.fail("key_mean", "expected a row for each layer");
   object.finish();

@@ -20,8 +20,10 @@ Plan make(const PlannerRequest& request) {
     throw Error(Status::kInvalidArgument, "planner uniform: option group must be " + one_of(kCodecGroups));
   }
   const std::string fit = options.choice("codec-fit", "recipe", {"recipe", "minmax", "fitted"});
-  for (Plan::Layer& layer : plan.layers) {
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    Plan::Layer& layer = plan.layers[l];
     layer.key = recipe_key(key_bits, rotate_keys);
+    if (!layer.key.codec.is_f16()) take_off_bias(request.model->layers[l], layer.key.transform);
     layer.value = recipe_value(value_bits);
     layer.value.transform.hadamard = rotate_values && !layer.value.codec.is_f16();
     for (SideConfig* side : {&layer.key, &layer.value}) {

@@ -57,7 +57,8 @@ int64_t Budget::capacity(const LayerShape& shape, int64_t prompt_length, const P
   return std::max({count, protection.sinks + protection.window, int64_t{1}});
 }
 
-PolicyValues::PolicyValues(const PolicyInfo& info, const std::map<std::string, PolicyValue>& values) : info_(info) {
+PolicyValues::PolicyValues(const PolicyInfo& info, const std::map<std::string, PolicyValue>& values, const char* kind)
+    : info_(info), kind_(kind) {
   for (const auto& [name, value] : values) {
     const PolicyParameter& parameter = find(name);
     const std::string given = name + " is " + value_text(value) + "; expected ";
@@ -81,7 +82,7 @@ PolicyValues::PolicyValues(const PolicyInfo& info, const std::map<std::string, P
 }
 
 void PolicyValues::fail(const std::string& what) const {
-  throw Error(Status::kInvalidArgument, "token policy " + info_.name + ": " + what);
+  throw Error(Status::kInvalidArgument, std::string(kind_) + " " + info_.name + ": " + what);
 }
 
 const PolicyParameter& PolicyValues::find(const std::string& name) const {

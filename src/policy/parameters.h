@@ -21,10 +21,10 @@ struct Budget {
   double exact(const LayerShape& shape, int64_t prompt_length) const;
 };
 
-// Checks names and ranges once, when made; throws kInvalidArgument.
+// Checks names and ranges once, when made; throws kInvalidArgument. `kind` is what messages call the policy.
 class PolicyValues {
  public:
-  PolicyValues(const PolicyInfo& info, const std::map<std::string, PolicyValue>& values);
+  PolicyValues(const PolicyInfo& info, const std::map<std::string, PolicyValue>& values, const char* kind = "token policy");
 
   double number(const std::string& name) const;
   int integer(const std::string& name) const;
@@ -43,6 +43,7 @@ class PolicyValues {
  private:
   const PolicyParameter& find(const std::string& name) const;
   const PolicyInfo& info_;
+  const char* kind_;
   std::map<std::string, PolicyValue> values_;
   bool f16_bytes_ = false;
 };

@@ -2,9 +2,10 @@
 
 #include <ggml-cpu.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <set>
+#include <vector>
 
 #include "kvmix/error.h"
 
@@ -32,59 +33,49 @@ void tanh_back(ggml_tensor* out, const ggml_tensor* gradient, const ggml_tensor*
   for (int64_t i = from; i < to; ++i) o[i] = g[i] * (1.0f - v[i] * v[i]);
 }
 
+// [width, heads, n] to [width, n, heads], a view.
 ggml_tensor* heads_outside(ggml_context* ctx, ggml_tensor* t) { return ggml_permute(ctx, t, 0, 2, 1, 3); }
 ggml_tensor* transposed(ggml_context* ctx, ggml_tensor* t) { return ggml_cont(ctx, ggml_transpose(ctx, t)); }
 
-// softmax(scale K Q^T + mask): [n, n, q_heads].
-ggml_tensor* probabilities(ggml_context* ctx, const LayerNodes& layer, float scale) {
-  ggml_tensor* s = ggml_mul_mat(ctx, heads_outside(ctx, layer.k), heads_outside(ctx, layer.q));
+// Some heads of [a, b, heads].
+ggml_tensor* heads_of(ggml_context* ctx, ggml_tensor* t, int64_t first, int64_t count) {
+  return ggml_view_3d(ctx, t, t->ne[0], t->ne[1], count, t->nb[1], t->nb[2], static_cast<size_t>(first) * t->nb[2]);
+}
+
+// [a, b, heads], heads behind those of `before`, which may be null.
+ggml_tensor* joined(ggml_context* ctx, ggml_tensor* before, ggml_tensor* heads) {
+  return before == nullptr ? heads : ggml_concat(ctx, before, heads, 2);
+}
+
+// softmax(scale K Q^T + mask) of a KV head and its group of query heads: [n, n, group]. Those of all heads together would be
+// most of a layer's memory.
+ggml_tensor* probabilities(ggml_context* ctx, const LayerNodes& layer, int64_t kv_head, float scale) {
+  const int64_t group = layer.q->ne[1] / layer.k->ne[1];
+  ggml_tensor* s = ggml_mul_mat(ctx, heads_of(ctx, heads_outside(ctx, layer.k), kv_head, 1),
+                                heads_of(ctx, heads_outside(ctx, layer.q), kv_head * group, group));
   return ggml_soft_max_ext(ctx, s, layer.mask, scale, 0.0f);
 }
 
+constexpr int64_t kBlockNumbers = int64_t{1} << 25;  // of a transposed block
+constexpr int64_t kRowsTogether = 16;                // a cache line of a transposed row
+
 }  // namespace
 
-TransposedWeights::TransposedWeights(const GgufModel& model) {
-  std::vector<const ggml_tensor*> matrices;
-  std::set<const ggml_tensor*> seen;
-  for (const auto& [name, tensor] : model.weights().all()) {
-    if (ggml_n_dims(tensor) == 2 && seen.insert(tensor).second) matrices.push_back(tensor);
-  }
-  context_.reset(ggml_init({(matrices.size() + 1) * ggml_tensor_overhead(), nullptr, true}));
-  for (const ggml_tensor* m : matrices) transposed_[m] = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, m->ne[1], m->ne[0]);
-  buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), ggml_backend_cpu_buffer_type()));
-  if (buffer_ == nullptr)
-    throw Error(Status::kOutOfMemory,
-                "not enough memory for the transposed fp32 weights that gradients need; free some, or take a smaller model");
-  std::vector<float> row;
-  for (const ggml_tensor* m : matrices) {
-    // A repacked matrix is read from its original, which has the same name in the file.
-    const ggml_tensor* source = model.original(ggml_get_name(m));
-    const int64_t in = source->ne[0], out = source->ne[1];
-    row.resize(static_cast<size_t>(in));
-    auto* to = static_cast<float*>(transposed_.at(m)->data);
-    for (int64_t o = 0; o < out; ++o) {
-      dequantise_row(source, static_cast<size_t>(o), row.data());
-      for (int64_t i = 0; i < in; ++i) to[i * out + o] = row[static_cast<size_t>(i)];
-    }
-  }
-}
-
-ggml_tensor* DifferentiableHooks::attention(ggml_context* ctx, int64_t il, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) {
-  LayerNodes& layer = layers[static_cast<size_t>(il)];
-  layer.q = q;
-  layer.k = k;
-  layer.v = v;
-  layer.mask = p_.is_local(il) ? inputs_.mask_local : inputs_.mask_global;
+ggml_tensor* DifferentiableHooks::attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) {
+  nodes.q = q;
+  nodes.k = k;
+  nodes.v = v;
   ggml_tensor* vt = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));  // [n, head_dim, kv_heads]
-  ggml_tensor* o = ggml_mul_mat(ctx, vt, probabilities(ctx, layer, p_.attention_scale));
-  layer.out = ggml_cont_2d(ctx, heads_outside(ctx, o), q->ne[0] * q->ne[1], q->ne[2]);
-  return layer.out;
+  ggml_tensor* o = nullptr;                                            // [head_dim, n, q_heads]
+  for (int64_t h = 0; h < k->ne[1]; ++h)
+    o = joined(ctx, o, ggml_mul_mat(ctx, heads_of(ctx, vt, h, 1), probabilities(ctx, nodes, h, p_.attention_scale)));
+  nodes.out = ggml_cont_2d(ctx, heads_outside(ctx, o), q->ne[0] * q->ne[1], q->ne[2]);
+  return nodes.out;
 }
 
-ggml_tensor* DifferentiableHooks::projection(ggml_context*, int64_t il, Side side, ggml_tensor* input, ggml_tensor* output) {
-  LayerNodes& layer = layers[static_cast<size_t>(il)];
-  layer.input = input;
-  (side == Side::kKey ? layer.key_projection : layer.value_projection) = output;
+ggml_tensor* DifferentiableHooks::projection(ggml_context*, int64_t, Side side, ggml_tensor* input, ggml_tensor* output) {
+  nodes.input = input;
+  (side == Side::kKey ? nodes.key_projection : nodes.value_projection) = output;
   return output;
 }
 
@@ -98,28 +89,61 @@ void Backward::add(ggml_tensor* t, ggml_tensor* g) {
   sum = sum == nullptr ? g : ggml_add(ctx_, sum, g);
 }
 
-void Backward::run(ggml_cgraph* forward, ggml_tensor* output, ggml_tensor* output_gradient) {
+void Backward::run(ggml_cgraph* graph, ggml_tensor* output, ggml_tensor* output_gradient) {
   gradients_[output] = output_gradient;
-  std::map<const ggml_tensor*, LayerNodes*> attentions;
-  for (LayerNodes& layer : layers_) attentions[layer.out] = &layer;
-  for (int i = ggml_graph_n_nodes(forward) - 1; i >= 0; --i) {
-    ggml_tensor* t = ggml_graph_node(forward, i);
+  for (int i = ggml_graph_n_nodes(graph) - 1; i >= 0; --i) {
+    ggml_tensor* t = ggml_graph_node(graph, i);
     ggml_tensor* g = gradient(t);
     if (g == nullptr) continue;
-    const auto attention = attentions.find(t);
-    if (attention != attentions.end()) {
-      propagate_attention(*attention->second, g);
+    if (attention_ != nullptr && t == attention_->out) {
+      propagate_attention(graph, g);
     } else {
       propagate(t, g);
     }
   }
 }
 
+// Rows [first, first + ne0) of a matrix as the columns of [ne0, in].
+void Backward::fill_block(ggml_tensor* out, int ith, int nth, void* data) {
+  const auto& block = *static_cast<const Block*>(data);
+  const int64_t rows = out->ne[0], in = out->ne[1];
+  auto* to = static_cast<float*>(out->data);
+  std::vector<float> values(static_cast<size_t>(in * kRowsTogether));
+  for (int64_t from = ith * kRowsTogether; from < rows; from += nth * kRowsTogether) {
+    const int64_t n = std::min(kRowsTogether, rows - from);
+    for (int64_t r = 0; r < n; ++r)
+      dequantise_row(block.source, static_cast<size_t>(block.first + from + r), values.data() + r * in);
+    for (int64_t i = 0; i < in; ++i) {
+      for (int64_t r = 0; r < n; ++r) to[i * rows + from + r] = values[static_cast<size_t>(r * in + i)];
+    }
+  }
+}
+
+ggml_tensor* Backward::transposed_product(const ggml_tensor* weight, ggml_tensor* g) {
+  // A repacked matrix is read from its original, which has the same name in the file.
+  const ggml_tensor* source = model_.original(ggml_get_name(weight));
+  const int64_t in = source->ne[0], out = source->ne[1];
+  const int64_t most = std::max(kRowsTogether, kBlockNumbers / in / kRowsTogether * kRowsTogether);
+  ggml_tensor* sum = nullptr;
+  for (int64_t first = 0; first < out; first += most) {
+    const int64_t rows = std::min(most, out - first);
+    blocks_.push_back({source, first});
+    // Of g only its place in the order of work matters: the block is made once g is there.
+    ggml_tensor* block =
+        ggml_custom_4d(ctx_, GGML_TYPE_F32, rows, in, 1, 1, &g, 1, fill_block, GGML_N_TASKS_MAX, &blocks_.back());
+    ggml_tensor* of_rows =
+        rows == out ? g : ggml_view_2d(ctx_, g, rows, g->ne[1], g->nb[1], static_cast<size_t>(first) * g->nb[0]);
+    ggml_tensor* product = ggml_mul_mat(ctx_, block, of_rows);
+    sum = sum == nullptr ? product : ggml_add(ctx_, sum, product);
+  }
+  return sum;
+}
+
 void Backward::propagate(ggml_tensor* t, ggml_tensor* g) {
   ggml_tensor *a = t->src[0], *b = t->src[1];
   switch (t->op) {
     case GGML_OP_MUL_MAT:
-      add(b, ggml_mul_mat(ctx_, weights_.of(a), g));
+      add(b, transposed_product(a, g));
       break;
     case GGML_OP_ADD:
       add(a, g);
@@ -173,37 +197,40 @@ void Backward::propagate(ggml_tensor* t, ggml_tensor* g) {
   }
 }
 
-// out = (softmax(scale K Q^T + mask) V), heads of a group sharing K and V.
-void Backward::propagate_attention(LayerNodes& layer, ggml_tensor* g) {
-  ggml_tensor *q = layer.q, *k = layer.k, *v = layer.v;
-  // Made again: those of all layers together would be most of the memory of a pass.
-  ggml_tensor* p = probabilities(ctx_, layer, p_.attention_scale);
+// out = (softmax(scale K Q^T + mask) V), heads of a group sharing K and V. A KV head's part is put into the graph before the
+// next one's, so that only one's n x n numbers are there at a time.
+void Backward::propagate_attention(ggml_cgraph* graph, ggml_tensor* g) {
+  ggml_tensor *q = attention_->q, *k = attention_->k, *v = attention_->v;
+  const float scale = model_.parameters().attention_scale;
   const int64_t dim = q->ne[0], heads = q->ne[1], n = q->ne[2], kv_heads = k->ne[1], group = heads / kv_heads;
-  // [head_dim, n, q_heads]
-  ggml_tensor* go = ggml_cont(ctx_, heads_outside(ctx_, ggml_reshape_3d(ctx_, g, dim, heads, n)));
-  ggml_tensor* gp = ggml_mul_mat(ctx_, heads_outside(ctx_, v), go);  // [nk, nq, q_heads]
-  ggml_tensor* gs = ggml_soft_max_ext_back(ctx_, gp, p, p_.attention_scale, 0.0f);
+  ggml_tensor* go = ggml_cont(ctx_, heads_outside(ctx_, ggml_reshape_3d(ctx_, g, dim, heads, n)));  // [head_dim, n, q_heads]
+  ggml_tensor* qh = ggml_cont(ctx_, heads_outside(ctx_, q));
+  ggml_tensor* vh = ggml_cont(ctx_, heads_outside(ctx_, v));
   ggml_tensor* kt = ggml_cont(ctx_, ggml_permute(ctx_, k, 1, 2, 0, 3));  // [n, head_dim, kv_heads]
-  ggml_tensor* gq = ggml_mul_mat(ctx_, kt, gs);                          // [head_dim, nq, q_heads]
-  add(q, ggml_cont(ctx_, heads_outside(ctx_, gq)));
-
-  ggml_tensor* qt = ggml_cont(ctx_, ggml_permute(ctx_, q, 1, 2, 0, 3));  // [nq, head_dim, q_heads]
-  ggml_tensor* got = transposed(ctx_, go);                               // [nq, head_dim, q_heads]
-  // Sum over the query heads of a group: [head_dim, nk, q_heads] to [head_dim, nk, kv_heads].
-  const auto over_group = [&](ggml_tensor* t) {
-    if (group == 1) return t;
-    ggml_tensor* flat = ggml_reshape_3d(ctx_, t, dim * n, group, kv_heads);
-    ggml_tensor* shape = ggml_new_tensor_3d(ctx_, GGML_TYPE_F32, dim * n, 1, kv_heads);
-    return ggml_reshape_3d(ctx_, ggml_repeat_back(ctx_, flat, shape), dim, n, kv_heads);
+  // Rows of all heads of a group against each other, which sums over them: [a, n, group] and [b, n, group] to [a, b, 1].
+  const auto over_group = [&](ggml_tensor* a, ggml_tensor* b) {
+    const auto flat = [&](ggml_tensor* t) { return transposed(ctx_, ggml_reshape_2d(ctx_, t, t->ne[0], n * group)); };
+    ggml_tensor* product = ggml_mul_mat(ctx_, flat(a), flat(b));
+    return ggml_reshape_3d(ctx_, product, product->ne[0], product->ne[1], 1);
   };
-  const auto key_gradient = [&](ggml_tensor* score_gradient) {
-    return over_group(ggml_mul_mat(ctx_, qt, transposed(ctx_, score_gradient)));
-  };
-  const auto value_gradient = [&](ggml_tensor* weights) {
-    return over_group(ggml_mul_mat(ctx_, got, transposed(ctx_, weights)));
-  };
-  add(k, ggml_cont(ctx_, heads_outside(ctx_, key_gradient(gs))));
-  add(v, ggml_cont(ctx_, heads_outside(ctx_, value_gradient(p))));
+  ggml_tensor *gq = nullptr, *gk = nullptr, *gv = nullptr;
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    ggml_tensor* p = probabilities(ctx_, *attention_, h, scale);
+    ggml_tensor* go_h = heads_of(ctx_, go, h * group, group);
+    ggml_tensor* gp = ggml_mul_mat(ctx_, heads_of(ctx_, vh, h, 1), go_h);      // [nk, nq, group]
+    ggml_tensor* gs = ggml_soft_max_ext_back(ctx_, gp, p, scale, 0.0f);        // [nk, nq, group]
+    ggml_tensor* gq_h = ggml_mul_mat(ctx_, heads_of(ctx_, kt, h, 1), gs);      // [head_dim, nq, group]
+    ggml_tensor* gk_h = over_group(heads_of(ctx_, qh, h * group, group), gs);  // [head_dim, nk, 1]
+    ggml_tensor* gv_h = over_group(go_h, p);                                   // [head_dim, nk, 1]
+    for (ggml_tensor* t : {gv_h, gq_h, gk_h}) ggml_build_forward_expand(graph, t);
+    gq = joined(ctx_, gq, gq_h);
+    gk = joined(ctx_, gk, gk_h);
+    gv = joined(ctx_, gv, gv_h);
+  }
+  const auto heads_inside = [&](ggml_tensor* t) { return ggml_cont(ctx_, heads_outside(ctx_, t)); };
+  add(q, heads_inside(gq));
+  add(k, heads_inside(gk));
+  add(v, heads_inside(gv));
 }
 
 }  // namespace kvmix

@@ -1,45 +1,29 @@
-// Reverse-mode differentiation of a model's graph with plain ggml operations. ggml's own goes through outer products with
-// quantised matrices, which is slow; here a weight's part is a product with its transposed, dequantised copy.
+// Reverse-mode differentiation of a part of a model's graph, a layer or the head, with plain ggml operations. ggml's own goes
+// through outer products with quantised matrices, which is slow; here a weight's part is a product with its transposed fp32
+// copy, which is made inside the graph, in blocks, and lives only until it was used.
 #pragma once
 
 #include <ggml.h>
 
+#include <deque>
 #include <map>
-#include <vector>
 
 #include "engine/model.h"
 
 namespace kvmix {
 
-// The transposed fp32 copies of a model's matrices.
-class TransposedWeights {
- public:
-  explicit TransposedWeights(const GgufModel& model);
-  ggml_tensor* of(const ggml_tensor* weight) const { return transposed_.at(weight); }
-
- private:
-  GgmlContext context_;
-  BackendBuffer buffer_;
-  std::map<const ggml_tensor*, ggml_tensor*> transposed_;
-};
-
-// One layer's attention and projections in the graph, and their gradients once backward ran.
+// A layer's attention and projections in the graph.
 struct LayerNodes {
   ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr;  // [head_dim, heads, n], rotated
   ggml_tensor *mask = nullptr, *out = nullptr;           // f32 [n, n]; output [head_dim * q_heads, n]
   ggml_tensor *input = nullptr, *key_projection = nullptr, *value_projection = nullptr;
 };
 
-struct BackwardInputs {
-  ggml_tensor* mask_global;  // f32 [n, n]: 0 or -inf
-  ggml_tensor* mask_local;
-};
-
-// Builds the differentiable forward graph: plain attention, unfused gates.
+// Builds the differentiable forward graph of one layer: plain attention, one KV head after the other, and unfused gates.
 class DifferentiableHooks final : public GraphHooks {
  public:
-  DifferentiableHooks(const HyperParameters& p, const BackwardInputs& inputs)
-      : p_(p), inputs_(inputs), layers(static_cast<size_t>(p.layers)) {}
+  // mask: f32 [n, n], 0 or -inf.
+  DifferentiableHooks(const HyperParameters& p, ggml_tensor* mask) : p_(p) { nodes.mask = mask; }
   ggml_tensor* attention(ggml_context* ctx, int64_t layer, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override;
   ggml_tensor* projection(ggml_context* ctx, int64_t layer, Side side, ggml_tensor* input, ggml_tensor* output) override;
   ggml_tensor* swiglu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) override {
@@ -51,31 +35,42 @@ class DifferentiableHooks final : public GraphHooks {
 
  private:
   const HyperParameters& p_;
-  const BackwardInputs& inputs_;
 
  public:
-  std::vector<LayerNodes> layers;
+  LayerNodes nodes;
 };
 
-// Extends the graph by the gradients of everything between `output` and the embedding, given d loss / d output.
+// Extends a graph by the gradients of everything between its output and `input`, given d loss / d output. Must live until the
+// graph has run.
 class Backward {
  public:
-  Backward(ggml_context* ctx, const HyperParameters& p, const TransposedWeights& weights, std::vector<LayerNodes>& layers)
-      : ctx_(ctx), p_(p), weights_(weights), layers_(layers) {}
-  void run(ggml_cgraph* forward, ggml_tensor* output, ggml_tensor* output_gradient);
+  // `attention`: the layer's, or null where there is none. Keeps references.
+  Backward(ggml_context* ctx, const GgufModel& model, const ggml_tensor* input, const LayerNodes* attention)
+      : ctx_(ctx), model_(model), input_(input), attention_(attention) {}
+  void run(ggml_cgraph* graph, ggml_tensor* output, ggml_tensor* output_gradient);
   ggml_tensor* gradient(const ggml_tensor* t) const;
 
  private:
+  // A block of a matrix, transposed.
+  struct Block {
+    const ggml_tensor* source;
+    int64_t first;  // row of the source
+  };
+
   void add(ggml_tensor* t, ggml_tensor* gradient);
   void propagate(ggml_tensor* t, ggml_tensor* g);
-  void propagate_attention(LayerNodes& layer, ggml_tensor* g);
-  bool is_weight(const ggml_tensor* t) const { return t->op == GGML_OP_NONE; }
+  void propagate_attention(ggml_cgraph* graph, ggml_tensor* g);
+  // W^T g for a matrix [in, out] and g [out, n].
+  ggml_tensor* transposed_product(const ggml_tensor* weight, ggml_tensor* g);
+  bool is_weight(const ggml_tensor* t) const { return t->op == GGML_OP_NONE && t != input_; }
+  static void fill_block(ggml_tensor* out, int ith, int nth, void* data);
 
   ggml_context* ctx_;
-  const HyperParameters& p_;
-  const TransposedWeights& weights_;
-  std::vector<LayerNodes>& layers_;
+  const GgufModel& model_;
+  const ggml_tensor* input_;
+  const LayerNodes* attention_;
   std::map<const ggml_tensor*, ggml_tensor*> gradients_;
+  std::deque<Block> blocks_;
 };
 
 }  // namespace kvmix

@@ -4,19 +4,27 @@
 #include <ggml-alloc.h>
 #include <ggml-cpu.h>
 
+#include <algorithm>
 #include <cmath>
-#include <random>
 
 #include "base/machine.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
+#include "profile/backward.h"
 
 namespace kvmix {
 namespace {
 
+constexpr int64_t kHeadRows = 128;  // whose logits are there at a time
+// At most, of graphs of a layer and of the head.
+size_t layer_nodes(const HyperParameters& p) { return 512 + 64 * static_cast<size_t>(p.kv_heads); }
+size_t head_nodes(const HyperParameters& p) { return 128 + static_cast<size_t>(p.vocab * p.model_dim >> 21); }
+
+// Of rows [first, first + n) of a prompt.
 struct LossCall {
-  const std::vector<Token>* targets;  // of rows 0 .. n-2; the last row predicts nothing
-  std::vector<double>* losses;
+  std::span<const Token> prompt;
+  int64_t first;
+  double* losses;  // of these rows
 };
 
 // softmax(logits) - onehot(target), row by row: the gradient of the summed loss.
@@ -26,8 +34,10 @@ void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth
   for (int64_t r = ith; r < n; r += nth) {
     const float* x = static_cast<const float*>(logits->data) + r * vocab;
     float* g = static_cast<float*>(out->data) + r * vocab;
-    if (r == n - 1) {
+    const auto next = static_cast<size_t>(call.first + r + 1);
+    if (next == call.prompt.size()) {  // the last row predicts nothing
       std::fill_n(g, vocab, 0.0f);
+      call.losses[r] = 0;
       continue;
     }
     float top = x[0];
@@ -39,9 +49,9 @@ void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth
     }
     const auto norm = static_cast<float>(1 / sum);
     for (int64_t i = 0; i < vocab; ++i) g[i] *= norm;
-    const Token target = (*call.targets)[static_cast<size_t>(r)];
+    const Token target = call.prompt[next];
     g[target] -= 1.0f;
-    (*call.losses)[static_cast<size_t>(r)] = std::log(sum) + static_cast<double>(top - x[target]);
+    call.losses[r] = std::log(sum) + static_cast<double>(top - x[target]);
   }
 }
 
@@ -50,102 +60,210 @@ std::vector<float> copied(const ggml_tensor* t) {
   return {data, data + ggml_nelements(t)};
 }
 
-}  // namespace
-
-PassResult differentiate(const GgufModel& model, const TransposedWeights& weights, std::span<const Token> prompt,
-                         const PassOptions& options) {
-  const auto n = static_cast<int64_t>(prompt.size());
-  if (n < 2) throw Error(Status::kInvalidArgument, "a calibration prompt needs at least 2 tokens");
-  const HyperParameters& p = model.parameters();
-  const size_t nodes = static_cast<size_t>(p.layers) * 256 + 256;
-  const GgmlContext owner(
-      ggml_init({nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false), nullptr, true}));
-  ggml_context* ctx = owner.get();
-  const auto input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
-    ggml_tensor* t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+// A graph that is built, run and read once. Memory is one allocator's, which keeps the most that any graph took.
+class Graph {
+ public:
+  explicit Graph(size_t nodes)
+      : context_(ggml_init({nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false), nullptr, true})),
+        graph_(ggml_new_graph_custom(context_.get(), nodes, false)) {}
+  ggml_context* context() const { return context_.get(); }
+  ggml_cgraph* get() const { return graph_; }
+  ggml_tensor* input(ggml_type type, int64_t ne0, int64_t ne1) const {
+    ggml_tensor* t = ggml_new_tensor_2d(context(), type, ne0, ne1);
     ggml_set_input(t);
     return t;
-  };
-  const GraphInputs inputs{input(GGML_TYPE_I32, n, 1), input(GGML_TYPE_I32, n, 1), nullptr};
-  const BackwardInputs masks{input(GGML_TYPE_F32, n, n), input(GGML_TYPE_F32, n, n)};
-  DifferentiableHooks hooks(p, masks);
-  ggml_tensor* logits = model.architecture().build(ctx, p, model.weights(), inputs, hooks);
-  ggml_cgraph* graph = ggml_new_graph_custom(ctx, nodes, false);
-  ggml_build_forward_expand(graph, logits);
-
-  std::vector<Token> targets(prompt.begin() + 1, prompt.end());
-  std::vector<double> losses(static_cast<size_t>(n - 1));
-  LossCall call{&targets, &losses};
-  ggml_tensor* loss = ggml_map_custom1(ctx, logits, loss_gradient, GGML_N_TASKS_MAX, &call);
-  Backward backward(ctx, p, weights, hooks.layers);
-  backward.run(graph, logits, loss);
-
-  std::vector<ggml_tensor*> norms;
-  const auto want = [&](ggml_tensor* t) {
+  }
+  ggml_tensor* want(ggml_tensor* t) const {
     ggml_set_output(t);
-    ggml_build_forward_expand(graph, t);
-  };
-  for (LayerNodes& layer : hooks.layers) {
-    ggml_tensor* xt = ggml_cont(ctx, ggml_transpose(ctx, layer.input));  // [n, model_dim]
-    for (ggml_tensor* projection : {layer.key_projection, layer.value_projection}) {
-      ggml_tensor* gt = ggml_cont(ctx, ggml_transpose(ctx, backward.gradient(projection)));  // [n, kv_dim]
-      norms.push_back(ggml_sum(ctx, ggml_sqr(ctx, ggml_mul_mat(ctx, xt, gt))));
-      want(norms.back());
-    }
-    if (!options.rows) continue;
-    for (ggml_tensor** t : {&layer.q, &layer.k, &layer.v}) {
-      *t = ggml_cont(ctx, ggml_permute(ctx, *t, 0, 2, 1, 3));
-      want(*t);
-    }
-    want(backward.gradient(layer.out));
+    ggml_build_forward_expand(graph_, t);
+    return t;
   }
-  const std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>> allocator(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
-  // An input that nothing uses gets no memory; the masks are set only where they have some.
-  if (!ggml_gallocr_alloc_graph(allocator.get(), graph)) {
+
+ private:
+  GgmlContext context_;
+  ggml_cgraph* graph_;
+};
+
+class Pass {
+ public:
+  Pass(const GgufModel& model, std::span<const Token> prompt, const PassOptions& options)
+      : model_(model),
+        p_(model.parameters()),
+        prompt_(prompt),
+        options_(options),
+        n_(static_cast<int64_t>(prompt.size())),
+        backend_(ggml_backend_cpu_init()),
+        allocator_(ggml_gallocr_new(ggml_backend_cpu_buffer_type())) {
+    ggml_backend_cpu_set_n_threads(backend_.get(), options.threads);
+  }
+
+  PassResult run() {
+    PassResult result;
+    embed();
+    for (int64_t l = 0; l < p_.layers; ++l) {
+      report(l, p_.layers, "forward pass");
+      forward(l);
+    }
+    head(result);
+    result.key_norm.resize(static_cast<size_t>(p_.layers));
+    result.value_norm = result.key_norm;
+    for (int64_t l = p_.layers; l-- > 0;) {
+      report(p_.layers - 1 - l, p_.layers, options_.rows ? "backward pass, errors by layer and codec" : "backward pass");
+      backward(l, result);
+    }
+    return result;
+  }
+
+ private:
+  void report(int64_t done, int64_t total, const char* stage) const {
+    if (options_.progress) options_.progress(static_cast<double>(done), static_cast<double>(total), stage);
+  }
+
+  // Memory for the graph's tensors; inputs are to be filled, then it is computed.
+  void allocate(const Graph& graph) {
+    if (ggml_gallocr_alloc_graph(allocator_.get(), graph.get())) return;
     throw Error(Status::kOutOfMemory,
-                "not enough memory to differentiate a prompt of " + std::to_string(n) + " tokens; use shorter ones");
+                "not enough memory to differentiate a prompt of " + std::to_string(n_) + " tokens; use shorter ones");
   }
-  for (int64_t t = 0; t < n; ++t) {
-    static_cast<Token*>(inputs.tokens->data)[t] = prompt[static_cast<size_t>(t)];
-    static_cast<Token*>(inputs.positions->data)[t] = static_cast<Token>(t);
+  void compute(const Graph& graph) {
+    if (ggml_backend_graph_compute(backend_.get(), graph.get()) != GGML_STATUS_SUCCESS)
+      throw Error(Status::kInternal, "the gradient graph failed");
   }
-  const auto fill = [&](ggml_tensor* t, auto value) {
-    if (t->data == nullptr) return;
-    for (int64_t query = 0; query < n; ++query) {
-      for (int64_t key = 0; key < n; ++key) static_cast<float*>(t->data)[query * n + key] = value(query, key);
+  static void fill(ggml_tensor* t, std::span<const float> values) {
+    std::copy(values.begin(), values.end(), static_cast<float*>(t->data));
+  }
+
+  void embed() {
+    const Graph graph(16);
+    ggml_tensor* tokens = graph.input(GGML_TYPE_I32, n_, 1);
+    ggml_tensor* hidden = graph.want(model_.architecture().embed(graph.context(), p_, model_.weights(), tokens));
+    allocate(graph);
+    std::copy(prompt_.begin(), prompt_.end(), static_cast<Token*>(tokens->data));
+    compute(graph);
+    streams_.push_back(copied(hidden));
+  }
+
+  // One layer, from its input.
+  struct LayerGraph {
+    LayerGraph(const GgufModel& model, int64_t layer, int64_t n)
+        : graph(layer_nodes(model.parameters())),
+          input(graph.input(GGML_TYPE_F32, model.parameters().model_dim, n)),
+          positions(graph.input(GGML_TYPE_I32, n, 1)),
+          hooks(model.parameters(), graph.input(GGML_TYPE_F32, n, n)),
+          out(model.architecture().layer(graph.context(), model.parameters(), model.weights(), layer, input, positions, nullptr,
+                                         hooks)) {
+      ggml_build_forward_expand(graph.get(), out);
     }
+    Graph graph;
+    ggml_tensor *input, *positions;
+    DifferentiableHooks hooks;
+    ggml_tensor* out;
   };
-  fill(masks.mask_global, [](int64_t q, int64_t k) { return k <= q ? 0.0f : -INFINITY; });
-  fill(masks.mask_local, [&](int64_t q, int64_t k) { return k <= q && k > q - p.sliding_window ? 0.0f : -INFINITY; });
-
-  const std::unique_ptr<ggml_backend, Freer<ggml_backend_free>> backend(ggml_backend_cpu_init());
-  ggml_backend_cpu_set_n_threads(backend.get(), options.threads);
-  if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS)
-    throw Error(Status::kInternal, "the gradient graph failed");
-
-  PassResult result;
-  for (const double l : losses) result.loss += l / static_cast<double>(n - 1);
-  if (!std::isfinite(result.loss)) model.refuse_not_finite("the losses of a calibration prompt");
-  for (size_t i = 0; i < norms.size(); i += 2) {
-    const auto norm = [&](const ggml_tensor* t) {  // of the mean loss
-      return std::sqrt(static_cast<double>(*static_cast<const float*>(t->data))) / static_cast<double>(n - 1);
-    };
-    result.key_norm.push_back(norm(norms[i]));
-    result.value_norm.push_back(norm(norms[i + 1]));
-  }
-  for (size_t l = 0; l < result.key_norm.size(); ++l) {
-    if (!std::isfinite(result.key_norm[l]) || !std::isfinite(result.value_norm[l]))
-      model.refuse_not_finite("the gradients of layer " + std::to_string(l));
-  }
-  if (options.rows) {
-    for (const LayerNodes& layer : hooks.layers) {
-      result.queries.push_back(copied(layer.q));
-      result.keys.push_back(copied(layer.k));
-      result.values.push_back(copied(layer.v));
-      result.output_gradient.push_back(copied(backward.gradient(layer.out)));
+  void fill(const LayerGraph& g, int64_t layer) const {
+    fill(g.input, streams_[static_cast<size_t>(layer)]);
+    for (int64_t t = 0; t < n_; ++t) static_cast<Token*>(g.positions->data)[t] = static_cast<Token>(t);
+    auto* mask = static_cast<float*>(g.hooks.nodes.mask->data);
+    const int64_t sees = p_.is_local(layer) ? p_.sliding_window : n_;
+    for (int64_t query = 0; query < n_; ++query) {
+      for (int64_t key = 0; key < n_; ++key) *mask++ = key <= query && key > query - sees ? 0.0f : -INFINITY;
     }
   }
-  return result;
+
+  void forward(int64_t layer) {
+    const LayerGraph g(model_, layer, n_);
+    ggml_set_output(g.out);
+    allocate(g.graph);
+    fill(g, layer);
+    compute(g.graph);
+    streams_.push_back(copied(g.out));
+  }
+
+  // Losses, and their gradient in place of the last stream.
+  void head(PassResult& result) {
+    std::vector<float>& stream = streams_.back();
+    std::vector<double> losses(static_cast<size_t>(n_));
+    for (int64_t first = 0; first < n_; first += kHeadRows) {
+      report(first, n_, "output head");
+      const int64_t rows = std::min(kHeadRows, n_ - first);
+      const Graph graph(head_nodes(p_));
+      ggml_tensor* input = graph.input(GGML_TYPE_F32, p_.model_dim, rows);
+      ggml_tensor* logits = model_.architecture().head(graph.context(), p_, model_.weights(), input);
+      ggml_build_forward_expand(graph.get(), logits);
+      LossCall call{prompt_, first, &losses[static_cast<size_t>(first)]};
+      ggml_tensor* loss = ggml_map_custom1(graph.context(), logits, loss_gradient, GGML_N_TASKS_MAX, &call);
+      Backward backward(graph.context(), model_, input, nullptr);
+      backward.run(graph.get(), logits, loss);
+      ggml_tensor* gradient = graph.want(backward.gradient(input));
+      allocate(graph);
+      const auto part =
+          std::span(stream).subspan(static_cast<size_t>(first * p_.model_dim), static_cast<size_t>(rows * p_.model_dim));
+      fill(input, part);
+      compute(graph);
+      std::copy_n(static_cast<const float*>(gradient->data), part.size(), part.begin());
+    }
+    for (const double l : losses) result.loss += l / static_cast<double>(n_ - 1);
+    if (!std::isfinite(result.loss)) model_.refuse_not_finite("the losses of a calibration prompt");
+  }
+
+  // From the gradient at the layer's output, which stands in the last stream, to that at its input.
+  void backward(int64_t layer, PassResult& result) {
+    LayerGraph g(model_, layer, n_);
+    ggml_context* ctx = g.graph.context();
+    LayerNodes& nodes = g.hooks.nodes;
+    ggml_tensor* output_gradient = g.graph.input(GGML_TYPE_F32, p_.model_dim, n_);
+    Backward backward(ctx, model_, g.input, &nodes);
+    backward.run(g.graph.get(), g.out, output_gradient);
+    std::vector<ggml_tensor*> norms;
+    ggml_tensor* xt = ggml_cont(ctx, ggml_transpose(ctx, nodes.input));  // [n, model_dim]
+    for (ggml_tensor* projection : {nodes.key_projection, nodes.value_projection}) {
+      ggml_tensor* gt = ggml_cont(ctx, ggml_transpose(ctx, backward.gradient(projection)));  // [n, kv_dim]
+      norms.push_back(g.graph.want(ggml_sum(ctx, ggml_sqr(ctx, ggml_mul_mat(ctx, xt, gt)))));
+    }
+    std::vector<ggml_tensor*> rows;
+    if (options_.rows) {
+      for (ggml_tensor* t : {nodes.q, nodes.k, nodes.v})
+        rows.push_back(g.graph.want(ggml_cont(ctx, ggml_permute(ctx, t, 0, 2, 1, 3))));
+      rows.push_back(g.graph.want(backward.gradient(nodes.out)));
+    }
+    ggml_tensor* gradient = g.graph.want(backward.gradient(g.input));
+    allocate(g.graph);
+    fill(g, layer);
+    fill(output_gradient, streams_.back());
+    compute(g.graph);
+    const auto norm = [&](const ggml_tensor* t) {  // of the mean loss
+      const double value = std::sqrt(static_cast<double>(*static_cast<const float*>(t->data))) / static_cast<double>(n_ - 1);
+      if (!std::isfinite(value)) model_.refuse_not_finite("the gradients of layer " + std::to_string(layer));
+      return value;
+    };
+    result.key_norm[static_cast<size_t>(layer)] = norm(norms[0]);
+    result.value_norm[static_cast<size_t>(layer)] = norm(norms[1]);
+    streams_.pop_back();
+    streams_.back() = copied(gradient);
+    if (options_.rows)
+      options_.rows(static_cast<size_t>(layer), {copied(rows[0]), copied(rows[1]), copied(rows[2]), copied(rows[3])});
+  }
+
+  const GgufModel& model_;
+  const HyperParameters& p_;
+  std::span<const Token> prompt_;
+  const PassOptions& options_;
+  int64_t n_;
+  std::unique_ptr<ggml_backend, Freer<ggml_backend_free>> backend_;
+  std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>> allocator_;
+  std::vector<std::vector<float>> streams_;  // [model_dim, n] in front of every layer, and behind the last
+};
+
+}  // namespace
+
+PassResult differentiate(const GgufModel& model, std::span<const Token> prompt, const PassOptions& options) {
+  if (prompt.size() < 2) throw Error(Status::kInvalidArgument, "a calibration prompt needs at least 2 tokens");
+  return Pass(model, prompt, options).run();
+}
+
+void check_same_model(const Profile& profile, const ModelShape& shape) {
+  if (profile.fingerprint == shape.fingerprint) return;
+  throw Error(Status::kMismatch,
+              "the profile was measured on " + other_model(profile.model, profile.fingerprint, shape) + ": start a new one");
 }
 
 void add_scores(const PassResult& pass, size_t tokens, Profile& profile) {
@@ -162,23 +280,21 @@ void add_scores(const PassResult& pass, size_t tokens, Profile& profile) {
   profile.tokens += static_cast<int64_t>(tokens);
 }
 
-Profile profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts, int threads,
-                          const Progress& progress) {
+void profile_gradients(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
+                       const GradientOptions& options, Profile& profile, const Progress& progress) {
   if (prompts.empty()) throw Error(Status::kInvalidArgument, "gradient scores need at least one prompt");
   const GgufModel& inside = gguf_model(*model);
-  const TransposedWeights weights(inside);
-  Profile profile;
-  profile.fingerprint = model->shape().fingerprint;
-  profile.model = model->shape().name;
-  const PassOptions options{.threads = thread_count(threads)};
-  for (const std::vector<Token>& prompt : prompts) {
-    if (progress && !progress(static_cast<double>(profile.prompts), static_cast<double>(prompts.size()), "gradients")) {
-      throw Error(Status::kCancelled, "stopped while measuring gradients");
-    }
-    add_scores(differentiate(inside, weights, prompt, options), prompt.size(), profile);
+  check_same_model(profile, model->shape());
+  for (auto i = static_cast<size_t>(profile.prompts); i < prompts.size(); ++i) {
+    const std::string of = ", prompt " + std::to_string(i + 1) + " of " + std::to_string(prompts.size());
+    PassOptions pass{.threads = thread_count(options.threads), .rows = {}, .progress = {}};
+    pass.progress = [&](double done, double total, const char* stage) {
+      if (progress && !progress(done, total, stage + of)) throw Error(Status::kCancelled, "stopped while measuring gradients");
+    };
+    add_scores(differentiate(inside, prompts[i], pass), prompts[i].size(), profile);
+    if (options.partial) options.partial(profile);
   }
   if (progress) progress(1, 1, "gradients");
-  return profile;
 }
 
 }  // namespace kvmix

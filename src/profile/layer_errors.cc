@@ -24,24 +24,49 @@ float dot(const float* a, const float* b, int n) {  // n a multiple of 16
 
 }  // namespace
 
-LayerErrors::LayerErrors(const LayerConfig& layer, const PassResult& pass, size_t index)
+LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
     : layer_(layer),
-      queries_(pass.queries[index]),
-      keys_(pass.keys[index]),
-      values_(pass.values[index]),
-      gradient_(pass.output_gradient[index]),
+      queries_(rows.queries),
+      keys_(rows.keys),
+      values_(rows.values),
+      gradient_(rows.output_gradient),
       n_(static_cast<int64_t>(keys_.size()) / (layer.kv_heads * layer.head_dim)),
       width_(layer.q_heads * layer.head_dim) {
   const int64_t half = n_ / 2, step = std::max<int64_t>(1, (n_ - half) / kSampledQueries);
   for (int64_t t = half; t < n_; t += step) sampled_.push_back(t);
-  exact_ = outputs(keys_.data(), values_.data());
+  exact_ = outputs(exact());
   for (const float x : exact_) energy_ += static_cast<double>(x) * static_cast<double>(x);
 }
 
-CodecErrors LayerErrors::of(const SideConfig& config, Side side) const {
-  const std::vector<float> stored = stored_rows(config, side);
-  std::vector<float> changed =
-      outputs(side == Side::kKey ? stored.data() : keys_.data(), side == Side::kValue ? stored.data() : values_.data());
+CodecErrors LayerErrors::sealed(const SideConfig& config, Side side) const {
+  std::vector<float> stored = side == Side::kKey ? keys_ : values_;  // sinks and the last, partial page stay as they are
+  const int dim = layer_.head_dim;
+  StoredPage page(config, CodecSpec{}, row_shape(layer_, side));
+  for (int head = 0; head < layer_.kv_heads; ++head) {
+    float* rows = stored.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+    for (int64_t first = layer_.sinks; first + kPageTokens <= n_; first += kPageTokens)
+      page.read_sealed(head, dim, rows + first * dim, rows + first * dim);
+  }
+  Read read = exact();
+  (side == Side::kKey ? read.sealed_keys : read.sealed_values) = stored.data();
+  return errors(read);
+}
+
+CodecErrors LayerErrors::recent(const SideConfig& config, const CodecSpec& recent, Side side) const {
+  std::vector<float> stored = side == Side::kKey ? keys_ : values_;
+  const int dim = layer_.head_dim;
+  StoredPage page(config, recent, row_shape(layer_, side));
+  for (int head = 0; head < layer_.kv_heads; ++head) {
+    float* rows = stored.data() + (static_cast<ptrdiff_t>(head) * n_ + layer_.sinks) * dim;
+    page.read_recent(head, n_ - layer_.sinks, dim, rows, rows);
+  }
+  Read read = exact();
+  (side == Side::kKey ? read.keys : read.values) = stored.data();
+  return errors(read);
+}
+
+CodecErrors LayerErrors::errors(const Read& read) const {
+  std::vector<float> changed = outputs(read);
   CodecErrors errors;
   for (size_t i = 0; i < changed.size(); ++i) {
     changed[i] -= exact_[i];
@@ -61,35 +86,25 @@ CodecErrors LayerErrors::of(const SideConfig& config, Side side) const {
   return errors;
 }
 
-// Rows [kv_head][n][head_dim] as sealed pages hold them; sinks and the last, partial page stay as they are.
-std::vector<float> LayerErrors::stored_rows(const SideConfig& config, Side side) const {
-  std::vector<float> out = side == Side::kKey ? keys_ : values_;
-  const int dim = layer_.head_dim;
-  StoredPage page(config, row_shape(layer_, side));
-  for (int head = 0; head < layer_.kv_heads; ++head) {
-    float* rows = out.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
-    for (int64_t first = layer_.sinks; first + kPageTokens <= n_; first += kPageTokens)
-      page.read_back(head, dim, rows + first * dim, rows + first * dim);
-  }
-  return out;
-}
-
-// Attention outputs of the sampled queries, [query][q_head][head_dim], when pages give back `keys` and `values`.
-std::vector<float> LayerErrors::outputs(const float* keys, const float* values) const {
+// Attention outputs of the sampled queries, [query][q_head][head_dim].
+std::vector<float> LayerErrors::outputs(const Read& read) const {
   const int dim = layer_.head_dim, group = layer_.q_heads / layer_.kv_heads;
   std::vector<float> out(sampled_.size() * static_cast<size_t>(width_), 0.0f);
   std::vector<float> scores(static_cast<size_t>(n_));
   for (int h = 0; h < layer_.q_heads; ++h) {
     const ptrdiff_t head = static_cast<ptrdiff_t>(h / group) * n_ * dim;
-    const float *k = keys_.data() + head, *v = values_.data() + head, *stored_k = keys + head, *stored_v = values + head;
+    const float *k = read.keys + head, *v = read.values + head;
+    const float *sealed_k = read.sealed_keys + head, *sealed_v = read.sealed_values + head;
     for (size_t s = 0; s < sampled_.size(); ++s) {
       const int64_t t = sampled_[s];
-      const int64_t pages = fixed_seal_target(layer_, t), sealed = pages == 0 ? 0 : layer_.sinks + pages * kPageTokens;
+      const int64_t pages = fixed_seal_target(layer_, t);
+      // Sinks are the same in both.
+      const int64_t sealed = pages == 0 ? 0 : layer_.sinks + pages * kPageTokens;
       const int64_t first = layer_.sliding_window > 0 ? std::max<int64_t>(0, t - layer_.sliding_window + 1) : 0;
       const float* q = queries_.data() + (static_cast<ptrdiff_t>(h) * n_ + t) * dim;
       float top = -INFINITY;
       for (int64_t u = first; u <= t; ++u) {
-        const float score = dot(q, (u < sealed ? stored_k : k) + u * dim, dim) * layer_.scale;
+        const float score = dot(q, (u < sealed ? sealed_k : k) + u * dim, dim) * layer_.scale;
         scores[static_cast<size_t>(u)] = score;
         top = std::max(top, score);
       }
@@ -98,7 +113,7 @@ std::vector<float> LayerErrors::outputs(const float* keys, const float* values) 
       for (int64_t u = first; u <= t; ++u) {
         const float p = std::exp(scores[static_cast<size_t>(u)] - top);
         norm += p;
-        const float* row = (u < sealed ? stored_v : v) + u * dim;
+        const float* row = (u < sealed ? sealed_v : v) + u * dim;
         for (int c = 0; c < dim; ++c) o[c] += p * row[c];
       }
       for (int c = 0; c < dim; ++c) o[c] /= norm;

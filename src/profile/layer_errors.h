@@ -22,13 +22,20 @@ struct CodecErrors {
 class LayerErrors {
  public:
   // `layer` has the sinks and window of the running cache. Keeps both references.
-  LayerErrors(const LayerConfig& layer, const PassResult& pass, size_t index);
-  // Of this side quantised alone. From several threads at once.
-  CodecErrors of(const SideConfig& config, Side side) const;
+  LayerErrors(const LayerConfig& layer, const LayerRows& rows);
+  // Of this side quantised alone, recent rows exact; of `recent` rows of this side alone, stored through the config's maps and
+  // feedback. From several threads at once.
+  CodecErrors sealed(const SideConfig& config, Side side) const;
+  CodecErrors recent(const SideConfig& config, const CodecSpec& recent, Side side) const;
 
  private:
-  std::vector<float> stored_rows(const SideConfig& config, Side side) const;
-  std::vector<float> outputs(const float* keys, const float* values) const;
+  // Rows of both sides as queries read them, sealed or not, [kv_head][n][head_dim].
+  struct Read {
+    const float *sealed_keys, *sealed_values, *keys, *values;
+  };
+  Read exact() const { return {keys_.data(), values_.data(), keys_.data(), values_.data()}; }
+  std::vector<float> outputs(const Read& read) const;
+  CodecErrors errors(const Read& read) const;
 
   const LayerConfig& layer_;
   const std::vector<float>&queries_, &keys_, &values_, &gradient_;

@@ -63,7 +63,10 @@ class LayerwiseMeter final : public PlanMeter {
 
   static size_t agreement(const Run& run, const std::vector<LayerConfig>& configs) {
     size_t l = 0;
-    while (l < run.configs.size() && run.configs[l].key == configs[l].key && run.configs[l].value == configs[l].value) ++l;
+    const auto alike = [](const LayerConfig& a, const LayerConfig& b) {
+      return a.key == b.key && a.value == b.value && a.recent == b.recent;
+    };
+    while (l < run.configs.size() && alike(run.configs[l], configs[l])) ++l;
     return l;
   }
 

@@ -27,15 +27,19 @@ constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
 struct Measured {
   SideConfig config;
   std::string transform;
-  CodecErrors errors;  // summed over windows
+  bool recent;         // rows that are not sealed yet, in this codec
+  CodecErrors errors;  // mean over windows
 };
 
-// The codecs that plans choose from.
-std::vector<Measured> candidates(const Profile& profile, int layer, Side side, int head_dim) {
+// The codecs that plans choose from, and recent rows of 8 bits with each transform.
+std::vector<Measured> candidates(const ModelShape& model, const Profile& profile, int layer, Side side) {
+  const int head_dim = model.layers[static_cast<size_t>(layer)].head_dim;
   std::vector<Measured> out;
   const auto add = [&](SideConfig config, const std::string& transform) {
-    config.transform = named_transform(profile, layer, side, transform);
-    out.push_back({std::move(config), transform, {}});
+    config.transform = named_transform(model, profile, layer, side, transform);
+    const bool fresh = std::none_of(out.begin(), out.end(), [&](const Measured& c) { return c.transform == transform; });
+    if (fresh) out.push_back({{kRecentRows, config.transform}, transform, true, {}});
+    out.push_back({std::move(config), transform, false, {}});
   };
   for (const int bits : kRecipeBits) {
     std::vector<SideConfig> codecs{side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits)};
@@ -99,6 +103,128 @@ std::vector<std::vector<Token>> windows_of(std::span<const std::vector<Token>> p
   return windows;
 }
 
+// Errors in the attention output and, from the gradients, in the loss: from one pass over each window, layer by layer.
+class ErrorMeasurement {
+ public:
+  ErrorMeasurement(const GgufModel& model, const Fp16Part& fp16, int threads, const SensitivityOptions& options,
+                   Profile& profile)
+      : model_(model), fp16_(fp16), threads_(threads), options_(options), profile_(profile) {
+    const size_t layers = model.shape().layers.size();
+    Plan frame = f16_plan(model.shape());
+    set_fp16_part(fp16, frame);
+    config_ = cache_config(frame, model.shape());
+    profile.key_score.resize(layers);  // 0 until there are prompts
+    profile.value_score.resize(layers);
+    profile.windows.resize(layers, 0);
+    profile.key_mean.resize(layers);
+    tensors.resize(2 * layers);
+    for (size_t l = 0; l < layers; ++l) {
+      if (profile.windows[l] > 0) resume(l);
+    }
+  }
+
+  // Layers that have the window already are left as they are; if all have, and nobody needs its scores, there is no pass.
+  void measure(std::span<const Token> window, int index, bool scores, const PassOptions& pass) {
+    const bool missing = std::any_of(profile_.windows.begin(), profile_.windows.end(), [&](int n) { return n <= index; });
+    if (!missing && !scores) return;
+    PassOptions options = pass;
+    if (missing) {
+      options.rows = [&](size_t layer, const LayerRows& rows) {
+        if (profile_.windows[layer] <= index) add(layer, rows);
+      };
+    }
+    const PassResult result = differentiate(model_, window, options);
+    if (scores) add_scores(result, window.size(), profile_);
+    save();
+  }
+
+  // Tensors are numbered layer by layer, keys before values.
+  std::vector<std::vector<Measured>> tensors;
+
+  static bool is_of(const Profile::Sensitivity& s, const std::string& metric, size_t tensor, const Measured& c) {
+    return s.metric == metric && s.recent == c.recent && s.layer == static_cast<int>(tensor / 2) &&
+           (s.side == Side::kKey) == (tensor % 2 == 0) && s.transform == c.transform && s.codec == to_string(c.config.codec);
+  }
+  static Profile::Sensitivity entry(const std::string& metric, size_t tensor, const Measured& c, double cost) {
+    return {.metric = metric,
+            .layer = static_cast<int>(tensor / 2),
+            .side = tensor % 2 == 0 ? Side::kKey : Side::kValue,
+            .codec = to_string(c.config.codec),
+            .transform = c.transform,
+            .cost = cost,
+            .recent = c.recent};
+  }
+
+ private:
+  void make_tensors(size_t layer) {
+    for (const Side side : {Side::kKey, Side::kValue})
+      tensors[2 * layer + (side == Side::kKey ? 0 : 1)] = candidates(model_.shape(), profile_, static_cast<int>(layer), side);
+  }
+
+  // What the profile has of a layer; one that it has not all of is measured again.
+  void resume(size_t layer) {
+    const auto cost = [&](const char* metric, size_t tensor, const Measured& c) {
+      const auto at = std::find_if(profile_.sensitivities.begin(), profile_.sensitivities.end(),
+                                   [&](const Profile::Sensitivity& s) { return is_of(s, metric, tensor, c); });
+      return at == profile_.sensitivities.end() ? NAN : at->cost;
+    };
+    make_tensors(layer);
+    bool whole = !profile_.key_mean[layer].empty();
+    for (size_t t = 2 * layer; t < 2 * layer + 2; ++t) {
+      for (Measured& c : tensors[t]) {
+        c.errors = {cost("output", t, c), cost("fisher", t, c)};
+        whole = whole && std::isfinite(c.errors.output) && std::isfinite(c.errors.fisher);
+      }
+    }
+    if (whole) return;
+    profile_.windows[layer] = 0;
+    for (size_t t = 2 * layer; t < 2 * layer + 2; ++t) tensors[t].clear();
+  }
+
+  void add(size_t layer, const LayerRows& rows) {
+    if (profile_.windows[layer] == 0) {
+      std::erase_if(profile_.transforms, [&](const Profile::Transform& t) { return t.layer == static_cast<int>(layer); });
+      const auto made = calibrated_transforms(model_, layer, rows, fp16_.sinks, threads_);
+      const auto behind = std::find_if(profile_.transforms.begin(), profile_.transforms.end(),
+                                       [&](const Profile::Transform& t) { return t.layer > static_cast<int>(layer); });
+      profile_.transforms.insert(behind, made.begin(), made.end());
+      profile_.key_mean[layer] = mean_key(model_.shape().layers[layer], rows, fp16_.sinks);
+      make_tensors(layer);
+    }
+    const LayerErrors errors(config_.layers[layer], rows);
+    std::vector<std::pair<Measured*, Side>> all;
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      for (Measured& c : tensors[2 * layer + (side == Side::kKey ? 0 : 1)]) all.emplace_back(&c, side);
+    }
+    const double count = ++profile_.windows[layer];
+    parallel_for(threads_, all.size(), [&](size_t i) {
+      const auto& [c, side] = all[i];
+      const CodecErrors e = c->recent ? errors.recent(c->config, c->config.codec, side) : errors.sealed(c->config, side);
+      c->errors.output += (e.output - c->errors.output) / count;
+      c->errors.fisher += (e.fisher - c->errors.fisher) / count;
+    });
+    save();
+  }
+
+  void save() {
+    std::erase_if(profile_.sensitivities, [](const Profile::Sensitivity& s) { return s.metric != "kl"; });
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      for (const Measured& c : tensors[t]) {
+        profile_.sensitivities.push_back(entry("output", t, c, c.errors.output));
+        profile_.sensitivities.push_back(entry("fisher", t, c, c.errors.fisher));
+      }
+    }
+    if (options_.partial) options_.partial(profile_);
+  }
+
+  const GgufModel& model_;
+  Fp16Part fp16_;
+  int threads_;
+  const SensitivityOptions& options_;
+  Profile& profile_;
+  CacheConfig config_;
+};
+
 }  // namespace
 
 void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> prompts,
@@ -108,13 +234,10 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     throw Error(Status::kInvalidArgument, "sensitivity \"" + metric + "\" is unknown; expected kl, fisher or output");
   const GgufModel& inside = gguf_model(*model);
   const ModelShape& shape = model->shape();
-  if (profile.fingerprint != shape.fingerprint) {
-    throw Error(Status::kMismatch,
-                "the profile was measured on " + other_model(profile.model, profile.fingerprint, shape) + ": start a new one");
-  }
+  check_same_model(profile, shape);
   const size_t layers = shape.layers.size();
   const int threads = thread_count(options.threads);
-  const auto report = [&](double done, double total, const char* what) {
+  const auto report = [&](double done, double total, const std::string& what) {
     if (progress && !progress(done, total, what)) throw Error(Status::kCancelled, "stopped while measuring sensitivities");
   };
   const Fp16Part fp16 = options.fp16.value_or(usual_fp16_part(shape));
@@ -122,66 +245,40 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     throw Error(Status::kMismatch, "the profile was measured with other sinks or another window; start a new one");
   profile.fp16 = fp16;
   const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens, fp16);
-  Plan frame = f16_plan(shape);
-  set_fp16_part(fp16, frame);
-  const CacheConfig config = cache_config(frame, shape);
+  const auto pass_options = [&](const std::string& what) {
+    return PassOptions{
+        .threads = threads, .rows = {}, .progress = [&report, what](double done, double total, const char* stage) {
+          report(done, total, stage + what);
+        }};
+  };
 
-  // Errors in the attention output and, from the gradients, in the loss.
-  std::vector<std::vector<Measured>> tensors;
-  const TransposedWeights weights(inside);
-  const double passes = static_cast<double>(windows.size());
-  const bool scores_missing = profile.key_score.empty();
-  std::vector<bool> scored(prompts.size(), !scores_missing);
+  // Prompts that are windows have their scores from the windows' passes and come first, then the others.
+  std::vector<size_t> order;
+  for (const bool window : {true, false}) {
+    for (size_t p = 0; p < prompts.size(); ++p) {
+      if ((p < windows.size() && windows[p] == prompts[p]) == window) order.push_back(p);
+    }
+  }
+  const auto next_scored = [&](size_t prompt) {
+    const auto done = static_cast<size_t>(profile.prompts);
+    return done < order.size() && order[done] == prompt;
+  };
+  ErrorMeasurement errors(inside, fp16, threads, options, profile);
   for (size_t i = 0; i < windows.size(); ++i) {
-    const PassResult pass = differentiate(inside, weights, windows[i], {.threads = threads, .rows = true});
-    if (scores_missing && i < prompts.size() && windows[i] == prompts[i]) {
-      add_scores(pass, windows[i].size(), profile);
-      scored[i] = true;
-    }
-    if (i == 0) {
-      profile.transforms = calibrated_transforms(inside, pass, fp16.sinks, threads);
-      profile.key_mean = mean_keys(shape, pass, fp16.sinks);
-      for (size_t l = 0; l < layers; ++l) {
-        for (const Side side : {Side::kKey, Side::kValue})
-          tensors.push_back(candidates(profile, static_cast<int>(l), side, shape.layers[l].head_dim));
-      }
-    }
-    parallel_for(threads, layers, [&](size_t l) {
-      const LayerErrors errors(config.layers[l], pass, l);
-      for (const Side side : {Side::kKey, Side::kValue}) {
-        for (Measured& c : tensors[2 * l + (side == Side::kKey ? 0 : 1)]) {
-          const CodecErrors e = errors.of(c.config, side);
-          c.errors.output += e.output / passes;
-          c.errors.fisher += e.fisher / passes;
-        }
-      }
-    });
-    report(static_cast<double>(i + 1), passes, "errors by layer and codec");
+    const std::string what = ", window " + std::to_string(i + 1) + " of " + std::to_string(windows.size());
+    errors.measure(windows[i], static_cast<int>(i), i < prompts.size() && windows[i] == prompts[i] && next_scored(i),
+                   pass_options(what));
   }
-  for (size_t p = 0; p < prompts.size(); ++p) {
-    if (scored[p]) continue;
-    report(static_cast<double>(p), static_cast<double>(prompts.size()), "gradients");
-    add_scores(differentiate(inside, weights, prompts[p], {.threads = threads}), prompts[p].size(), profile);
-  }
-
-  // Tensors are numbered layer by layer, keys before values.
-  const auto is_of = [](const Profile::Sensitivity& s, const std::string& name, size_t tensor, const Measured& c) {
-    return s.metric == name && s.layer == static_cast<int>(tensor / 2) && (s.side == Side::kKey) == (tensor % 2 == 0) &&
-           s.transform == c.transform && s.codec == to_string(c.config.codec);
-  };
-  const auto store = [&](const std::string& name, size_t tensor, const Measured& c, double cost) {
-    profile.sensitivities.push_back({name, static_cast<int>(tensor / 2), tensor % 2 == 0 ? Side::kKey : Side::kValue,
-                                     to_string(c.config.codec), c.transform, cost});
-  };
-  std::erase_if(profile.sensitivities, [](const Profile::Sensitivity& s) { return s.metric != "kl"; });
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    for (const Measured& c : tensors[t]) {
-      store("output", t, c, c.errors.output);
-      store("fisher", t, c, c.errors.fisher);
-    }
+  while (static_cast<size_t>(profile.prompts) < order.size()) {
+    const size_t p = order[static_cast<size_t>(profile.prompts)];
+    const std::string what = ", prompt " + std::to_string(p + 1) + " of " + std::to_string(prompts.size());
+    add_scores(differentiate(inside, prompts[p], pass_options(what)), prompts[p].size(), profile);
+    if (options.partial) options.partial(profile);
   }
   if (metric != "kl") return;
 
+  const std::vector<std::vector<Measured>>& tensors = errors.tensors;
+  const double passes = static_cast<double>(windows.size());
   // The divergence at the narrow widths, where errors are large and ratios mislead, one tensor at a time; the other codecs of a
   // width, and wider ones, by the ratio of their `fisher`.
   struct Run {
@@ -197,17 +294,18 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
       for (const Measured& c : tensors[t]) {
         const bool widest = bits == kMeasuredWidths[std::size(kMeasuredWidths) - 1];
         if (c.config.codec.bits != bits && !(widest && c.config.codec.bits > bits)) continue;
-        run.follow.push_back(&c);
+        run.follow.push_back(&c);  // recent rows, of 8 bits, with the widest
         const bool better = run.measured == nullptr || c.errors.fisher < run.measured->errors.fisher;
         if (c.config.codec.bits == bits && better) run.measured = &c;
       }
       const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Measured* c) {
         return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(),
-                           [&](const Profile::Sensitivity& s) { return is_of(s, "kl", t, *c); });
+                           [&](const Profile::Sensitivity& s) { return ErrorMeasurement::is_of(s, "kl", t, *c); });
       });
       if (known) continue;  // from an earlier, interrupted run
       std::erase_if(profile.sensitivities, [&](const Profile::Sensitivity& s) {
-        return std::any_of(run.follow.begin(), run.follow.end(), [&](const Measured* c) { return is_of(s, "kl", t, *c); });
+        return std::any_of(run.follow.begin(), run.follow.end(),
+                           [&](const Measured* c) { return ErrorMeasurement::is_of(s, "kl", t, *c); });
       });
       total += static_cast<double>(layers - t / 2);
       runs.push_back(std::move(run));
@@ -216,7 +314,10 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   if (runs.empty()) return;
   Layerwise runner(inside, threads, fp16);
   std::vector<ExactRun> exact;
-  for (const std::vector<Token>& window : windows) exact.emplace_back(runner, window, threads);
+  for (const std::vector<Token>& window : windows) {
+    report(static_cast<double>(exact.size()), passes, "exact passes");
+    exact.emplace_back(runner, window, threads);
+  }
   double done = 0;
   for (const Run& run : runs) {
     const auto layer = static_cast<int>(run.tensor / 2);
@@ -225,7 +326,8 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     double divergence = 0;
     for (const ExactRun& e : exact) divergence += e.divergence(runner, layer, changed) / passes;
     for (const Measured* c : run.follow)
-      store("kl", run.tensor, *c, divergence * c->errors.fisher / std::max(run.measured->errors.fisher, 1e-300));
+      profile.sensitivities.push_back(ErrorMeasurement::entry(
+          "kl", run.tensor, *c, divergence * c->errors.fisher / std::max(run.measured->errors.fisher, 1e-300)));
     if (options.partial) options.partial(profile);
     done += static_cast<double>(layers - run.tensor / 2);
     report(done, total, "divergence by layer, side and width");

@@ -5,6 +5,7 @@
 
 #include "base/fp16.h"
 #include "base/parallel.h"
+#include "plan/planner.h"
 #include "rows/row_map.h"
 
 namespace kvmix {
@@ -85,76 +86,78 @@ void add_output_metric(const GgufModel& model, int layer, int kv_head, int group
 
 }  // namespace
 
-std::vector<std::vector<float>> mean_keys(const ModelShape& shape, const PassResult& pass, int sinks) {
-  std::vector<std::vector<float>> means;
-  for (size_t l = 0; l < shape.layers.size(); ++l) {
-    const int dim = shape.layers[l].head_dim, heads = shape.layers[l].kv_heads;
-    const auto n = static_cast<int64_t>(pass.keys[l].size()) / (heads * dim);
-    std::vector<float>& mean = means.emplace_back();
-    for (int head = 0; head < heads; ++head) {
-      const float* x = pass.keys[l].data() + static_cast<ptrdiff_t>(head) * n * dim;
+std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& rows, int sinks) {
+  const int dim = shape.head_dim, heads = shape.kv_heads;
+  const auto n = static_cast<int64_t>(rows.keys.size()) / (heads * dim);
+  std::vector<float> mean;
+  for (int head = 0; head < heads; ++head) {
+    const float* x = rows.keys.data() + static_cast<ptrdiff_t>(head) * n * dim;
+    for (int c = 0; c < dim; ++c) {
+      double sum = 0;
+      for (int64_t i = sinks; i < n; ++i) sum += static_cast<double>(x[i * dim + c]);
+      mean.push_back(static_cast<float>(sum / static_cast<double>(n - sinks)));
+    }
+  }
+  return mean;
+}
+
+std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, size_t layer, const LayerRows& rows, int sinks,
+                                                      int threads) {
+  const ModelShape::Layer& shape = model.shape().layers[layer];
+  const int dim = shape.head_dim, group = shape.q_heads / shape.kv_heads;
+  const auto n = static_cast<int64_t>(rows.keys.size()) / (shape.kv_heads * dim);
+  std::vector<Profile::Transform> transforms;
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    for (const char* name : {"feedback", "scaled-feedback"}) {
+      transforms.push_back({name, static_cast<int>(layer), side, {}});
+      transforms.back().spec.hadamard = true;
+    }
+  }
+  take_off_bias(shape, transforms[0].spec);
+  // Softmax does not see what all keys share, unless its scores are capped. Of recent rows it takes the room for the rest.
+  if (shape.softcap == 0) {
+    for (const float x : mean_key(shape, rows, sinks)) transforms[1].spec.center.push_back(f16_to_f32(f32_to_f16(x)));
+  }
+  std::vector<Matrix> metrics(static_cast<size_t>(2 * shape.kv_heads));
+  parallel_for(threads, metrics.size(), [&](size_t at) {
+    const auto head = static_cast<int>(at / 2);
+    Matrix& metric = metrics[at];
+    metric.assign(static_cast<size_t>(dim) * static_cast<size_t>(dim), 0.0);
+    if (at % 2 == 1) return add_output_metric(model, static_cast<int>(layer), head, group, dim, metric);
+    for (int h = head * group; h < (head + 1) * group; ++h)
+      add_second_moment(rows.queries.data() + (static_cast<ptrdiff_t>(h) * n + sinks) * dim, n - sinks, dim, metric);
+  });
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    const bool key = side == Side::kKey;
+    std::vector<float>& scales = transforms[key ? 1 : 3].spec.scales;
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      const Matrix& metric = metrics[static_cast<size_t>(2 * head + (key ? 0 : 1))];
+      const float* x = (key ? rows.keys : rows.values).data() + static_cast<ptrdiff_t>(head) * n * dim;
       for (int c = 0; c < dim; ++c) {
-        double sum = 0;
-        for (int64_t i = sinks; i < n; ++i) sum += static_cast<double>(x[i * dim + c]);
-        mean.push_back(static_cast<float>(sum / static_cast<double>(n - sinks)));
+        double sum = 0, squares = 0;
+        for (int64_t i = sinks; i < n; ++i) {
+          const auto v = static_cast<double>(x[i * dim + c]);
+          sum += v;
+          squares += v * v;
+        }
+        const double mean = sum / static_cast<double>(n - sinks), energy = squares / static_cast<double>(n - sinks);
+        const double weight = metric[static_cast<size_t>(c) * static_cast<size_t>(dim + 1)];
+        scales.push_back(as_stored(key ? 1 / std::sqrt(std::max(energy - mean * mean, 1e-12))
+                                       : std::pow(weight, 0.125) * std::pow(std::max(energy, 1e-12), -0.375)));
       }
     }
   }
-  return means;
-}
-
-std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, const PassResult& pass, int sinks, int threads) {
-  const ModelShape& shape = model.shape();
-  std::vector<Profile::Transform> transforms(shape.layers.size() * 4);
-  parallel_for(threads, shape.layers.size(), [&](size_t l) {
-    const ModelShape::Layer& layer = shape.layers[l];
-    const int dim = layer.head_dim, group = layer.q_heads / layer.kv_heads;
-    const auto n = static_cast<int64_t>(pass.keys[l].size()) / (layer.kv_heads * dim);
-    for (const Side side : {Side::kKey, Side::kValue}) {
-      Profile::Transform* out = &transforms[4 * l + (side == Side::kKey ? 0 : 2)];
-      const std::vector<float>& rows = side == Side::kKey ? pass.keys[l] : pass.values[l];
-      for (const bool scaled : {false, true}) {
-        Profile::Transform& t = out[scaled ? 1 : 0];
-        t = {scaled ? "scaled-feedback" : "feedback", static_cast<int>(l), side, {}};
-        t.spec.hadamard = true;
-      }
-      std::vector<Matrix> metrics;
-      for (int head = 0; head < layer.kv_heads; ++head) {
-        Matrix& metric = metrics.emplace_back(static_cast<size_t>(dim) * static_cast<size_t>(dim), 0.0);
-        if (side == Side::kKey) {
-          for (int h = head * group; h < (head + 1) * group; ++h) {
-            const float* q = pass.queries[l].data() + (static_cast<ptrdiff_t>(h) * n + sinks) * dim;
-            add_second_moment(q, n - sinks, dim, metric);
-          }
-        } else {
-          add_output_metric(model, static_cast<int>(l), head, group, dim, metric);
-        }
-        const float* x = rows.data() + static_cast<ptrdiff_t>(head) * n * dim;
-        for (int c = 0; c < dim; ++c) {
-          double sum = 0, squares = 0;
-          for (int64_t i = sinks; i < n; ++i) {
-            const auto v = static_cast<double>(x[i * dim + c]);
-            sum += v;
-            squares += v * v;
-          }
-          const double mean = sum / static_cast<double>(n - sinks), energy = squares / static_cast<double>(n - sinks);
-          const double weight = metric[static_cast<size_t>(c) * static_cast<size_t>(dim + 1)];
-          out[1].spec.scales.push_back(as_stored(side == Side::kKey
-                                                     ? 1 / std::sqrt(std::max(energy - mean * mean, 1e-12))
-                                                     : std::pow(weight, 0.125) * std::pow(std::max(energy, 1e-12), -0.375)));
-        }
-      }
-      for (const bool scaled : {false, true}) {
-        TransformSpec& spec = out[scaled ? 1 : 0].spec;
-        const RowMapChain maps(spec, {side, layer.kv_heads, dim, layer.softcap}, "calibrated transform");
-        for (int head = 0; head < layer.kv_heads; ++head) {
-          // A stored error e' is e' H S^-1 outside, for keys and values: M becomes H S^-1 M S^-1 H, and H S^-1 is what queries
-          // go through.
-          append_feedback(carried(metrics[static_cast<size_t>(head)], dim, [&](float* row) { maps.query(head, row); }), dim,
-                          spec.feedback);
-        }
-      }
+  parallel_for(threads, transforms.size(), [&](size_t t) {
+    TransformSpec& spec = transforms[t].spec;
+    const RowMapChain maps(spec, {transforms[t].side, shape.kv_heads, dim, shape.softcap}, "calibrated transform");
+    std::vector<float> feedback;
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      // A stored error e' is e' H S^-1 outside, for keys and values: M becomes H S^-1 M S^-1 H, and H S^-1 is what queries go
+      // through.
+      const Matrix& metric = metrics[static_cast<size_t>(2 * head) + t / 2];
+      append_feedback(carried(metric, dim, [&](float* row) { maps.query(head, row); }), dim, feedback);
     }
+    spec.feedback = std::move(feedback);
   });
   return transforms;
 }

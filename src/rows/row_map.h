@@ -9,10 +9,6 @@
 // back by x = (y - b) A^-1. All three work in place and allocate nothing.
 //
 // The stored width is a map's own: it may leave fewer (or more) channels than it is given. How maps to come fit in:
-//   - channels that a sequence chooses for itself (ThinK, arXiv 2407.21018): `width` is what the mask keeps, store and query
-//     gather, output scatters over zeros. The mask is state of a sequence: the map would be asked for a bound copy
-//     (bind(mask) -> RowMap) when the sequence's prompt is done, and the cache would keep that copy beside the sequence's
-//     pages.
 //   - keys that are stored before rotation in a latent space (Palu, arXiv 2407.21118; ReCalKV; LoRC): no q' exists that works
 //     for every position, so the map would say `rebuilds` and give rebuild(tile, positions -> keys), which attention calls
 //     between decoding a tile and the dot products; `query` is then the identity.

@@ -42,6 +42,8 @@ std::vector<Block> query_blocks(const LayerConfig& layer, int64_t n) {
 struct StoredCall {
   LayerConfig config;
   Side side;
+  const SideConfig& side_config() const { return side == Side::kKey ? config.key : config.value; }
+  const CodecSpec& codec() const { return side_config().codec; }
 };
 
 // Rows [n][kv_heads][head_dim] as a side of a layer reads them: those that fill a page behind the sinks from that page, the
@@ -55,12 +57,32 @@ void stored_rows(const LayerConfig& layer, Side side, int64_t n, const float* ro
     std::copy_n(rows, head * stride, out);
     if (pages > 0) std::copy_n(rows + paged * stride, (n - paged) * stride, out + paged * stride);
   }
-  StoredPage page(side == Side::kKey ? layer.key : layer.value, row_shape(layer, side));
+  StoredPage page(side == Side::kKey ? layer.key : layer.value, layer.recent, row_shape(layer, side));
   for (int64_t unit = ith; unit < pages * layer.kv_heads; unit += nth) {
     const int64_t kv_head = unit % layer.kv_heads;
     const int64_t base = (layer.sinks + unit / layer.kv_heads * kPageTokens) * stride + kv_head * layer.head_dim;
-    page.read_back(static_cast<int>(kv_head), stride, rows + base, out + base);
+    page.read_sealed(static_cast<int>(kv_head), stride, rows + base, out + base);
   }
+}
+
+// The same rows before they are sealed: all behind the sinks from the recent ones' codec.
+void recent_rows(const LayerConfig& layer, Side side, int64_t n, const float* rows, float* out, int ith, int nth) {
+  const int64_t stride = int64_t{layer.kv_heads} * layer.head_dim;
+  const int64_t sinks = std::min<int64_t>(n, layer.sinks);
+  if (ith == 0) std::copy_n(rows, sinks * stride, out);
+  StoredPage page(side == Side::kKey ? layer.key : layer.value, layer.recent, row_shape(layer, side));
+  for (int64_t unit = ith; sinks + unit / layer.kv_heads * kPageTokens < n; unit += nth) {
+    const int64_t first = sinks + unit / layer.kv_heads * kPageTokens, kv_head = unit % layer.kv_heads;
+    const int64_t base = first * stride + kv_head * layer.head_dim;
+    page.read_recent(static_cast<int>(kv_head), std::min<int64_t>(kPageTokens, n - first), stride, rows + base, out + base);
+  }
+}
+
+void recent_op(ggml_tensor* out, int ith, int nth, void* data) {
+  const auto& call = *static_cast<const StoredCall*>(data);
+  const ggml_tensor* rows = out->src[0];
+  recent_rows(call.config, call.side, rows->ne[2], static_cast<const float*>(rows->data), static_cast<float*>(out->data), ith,
+              nth);
 }
 
 void stored_op(ggml_tensor* out, int ith, int nth, void* data) {
@@ -72,7 +94,7 @@ void stored_op(ggml_tensor* out, int ith, int nth, void* data) {
 
 ggml_tensor* heads_outside(ggml_context* ctx, ggml_tensor* t) { return ggml_cont(ctx, ggml_permute(ctx, t, 0, 2, 1, 3)); }
 
-// Attention by blocks of queries over exact rows and what sealed pages give back.
+// Attention by blocks of queries over sinks and what recent and sealed pages give back.
 class BlockAttention final : public GraphHooks {
  public:
   BlockAttention(const LayerConfig& config, std::vector<ggml_tensor*>& masks)
@@ -82,6 +104,8 @@ class BlockAttention final : public GraphHooks {
     const int64_t dim = q->ne[0], heads = q->ne[1], n = q->ne[2], kv_heads = k->ne[1], group = heads / kv_heads;
     ggml_tensor* stored_k = stored(ctx, k, key_);
     ggml_tensor* stored_v = stored(ctx, v, value_);
+    k = recent(ctx, k, key_);
+    v = recent(ctx, v, value_);
     ggml_tensor* qh = heads_outside(ctx, q);
     ggml_tensor* kh = heads_outside(ctx, k);
     ggml_tensor* ksh = stored_k == k ? kh : heads_outside(ctx, stored_k);
@@ -154,11 +178,17 @@ class BlockAttention final : public GraphHooks {
 
  private:
   static ggml_tensor* stored(ggml_context* ctx, ggml_tensor* rows, StoredCall& call) {
-    const SideConfig& side = call.side == Side::kKey ? call.config.key : call.config.value;
-    if (side.codec.is_f16()) return rows;
-    StoredPage(side, row_shape(call.config, call.side));  // what does not fit is refused here, not on the graph's threads
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, rows->ne[0], rows->ne[1], rows->ne[2], 1, &rows, 1, stored_op, GGML_N_TASKS_MAX,
-                          &call);
+    if (call.codec().is_f16()) return rows;
+    return through_pages(ctx, rows, call, stored_op);
+  }
+  static ggml_tensor* recent(ggml_context* ctx, ggml_tensor* rows, StoredCall& call) {
+    if (open_codec(call.config.recent, call.codec()).is_f16()) return rows;
+    return through_pages(ctx, rows, call, recent_op);
+  }
+  static ggml_tensor* through_pages(ggml_context* ctx, ggml_tensor* rows, StoredCall& call, ggml_custom_op_t op) {
+    StoredPage(call.side_config(), call.config.recent, row_shape(call.config, call.side));  // what does not fit is refused
+                                                                                            // here, not on the graph's threads
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, rows->ne[0], rows->ne[1], rows->ne[2], 1, &rows, 1, op, GGML_N_TASKS_MAX, &call);
   }
 
   std::vector<ggml_tensor*>& masks_;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kScoredRows = 512;                        // of a window's second half,
 constexpr int64_t kReferenceLogits = int64_t{1} << 26;  // and fewer where the vocabulary is so large
+constexpr size_t kRowsTogether = 64;                    // whose logits are there at a time
 
 }  // namespace
 
@@ -17,18 +18,28 @@ ScoredRows::ScoredRows(Layerwise& runner, size_t tokens, std::span<const float> 
   const int most = std::clamp(static_cast<int>(kReferenceLogits / runner.vocab()), 1, kScoredRows);
   const int step = std::max(1, (n - half + most - 1) / most);
   for (int t = half; t < n; t += step) rows_.push_back(t);
-  const std::span<const float> logits = runner.logits(hidden, rows_);
   reference_.resize(rows_.size());
-  const size_t vocab = logits.size() / rows_.size();
-  parallel_for(threads_, rows_.size(), [&](size_t r) { set_reference(logits.subspan(r * vocab, vocab), reference_[r]); });
+  by_blocks(runner, hidden,
+            [&](size_t row, std::span<const float> logits) { reference_[row].assign(logits.begin(), logits.end()); });
+}
+
+template <class Visit>
+void ScoredRows::by_blocks(Layerwise& runner, std::span<const float> hidden, const Visit& visit) const {
+  for (size_t first = 0; first < rows_.size(); first += kRowsTogether) {
+    const auto rows = std::span(rows_).subspan(first, std::min(kRowsTogether, rows_.size() - first));
+    const std::span<const float> logits = runner.logits(hidden, rows);
+    const size_t vocab = logits.size() / rows.size();
+    parallel_for(threads_, rows.size(), [&](size_t r) { visit(first + r, logits.subspan(r * vocab, vocab)); });
+  }
 }
 
 std::vector<double> ScoredRows::divergence(Layerwise& runner, std::span<const float> hidden) const {
-  const std::span<const float> logits = runner.logits(hidden, rows_);
-  const size_t vocab = logits.size() / rows_.size();
   std::vector<double> kl(rows_.size());
-  parallel_for(threads_, rows_.size(),
-               [&](size_t r) { kl[r] = score_row(reference_[r], logits.subspan(r * vocab, vocab), 0).kl; });
+  by_blocks(runner, hidden, [&](size_t row, std::span<const float> logits) {
+    ReferenceRow reference;
+    set_reference(reference_[row], reference);
+    kl[row] = score_row(reference, logits, 0).kl;
+  });
   return kl;
 }
 

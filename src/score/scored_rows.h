@@ -18,9 +18,13 @@ class ScoredRows {
   std::vector<double> divergence(Layerwise& runner, std::span<const float> hidden) const;
 
  private:
+  // visit(row, logits) for every scored row, on all threads.
+  template <class Visit>
+  void by_blocks(Layerwise& runner, std::span<const float> hidden, const Visit& visit) const;
+
   int threads_;
   std::vector<int> rows_;
-  std::vector<ReferenceRow> reference_;
+  std::vector<std::vector<float>> reference_;  // logits
 };
 
 }  // namespace kvmix

@@ -19,61 +19,67 @@ namespace {
 struct Case {
   CodecSpec key, value;
   int head_dim = 64, rows = 3, sinks = 16;
+  int key_channels = 0;   // stored, if not head_dim
   int length = 700;       // tokens
   int open_tokens = 150;  // newest ones in fp16 pages
   int query_tokens = 1;   // newest tokens that ask; rows are shared out over them
   int sliding_window = 0;
   float softcap = 0;
   bool exact = false;
+
+  int key_dim() const { return key_channels > 0 ? key_channels : head_dim; }
 };
 
 std::string describe(const Case& c, const char* kernel) {
   return std::string(kernel) + " K " + to_string(c.key) + " V " + to_string(c.value) + " head_dim " +
-         std::to_string(c.head_dim) + " rows " + std::to_string(c.rows) + " length " + std::to_string(c.length);
+         std::to_string(c.head_dim) + " key channels " + std::to_string(c.key_dim()) + " rows " + std::to_string(c.rows) +
+         " length " + std::to_string(c.length);
 }
 
 // A head's pages with what they decode to.
 class Head {
  public:
   Head(const Case& c, std::mt19937& random) : c_(c) {
-    key_ = tile_format(c.key, {kPageTokens, c.head_dim, Side::kKey});
+    key_ = tile_format(c.key, {kPageTokens, c.key_dim(), Side::kKey});
     value_ = tile_format(c.value, {kPageTokens, c.head_dim, Side::kValue});
     std::normal_distribution<float> normal;
-    const int dim = c.head_dim;
+    const int dim = c.head_dim, key_dim = c.key_dim();
     for (int first = 0; first < c.length || first == 0;) {
       const bool sink = first == 0 && c.sinks > 0;
       const int capacity = sink ? c.sinks : kPageTokens;
       const int live = std::min(capacity, c.length - first);
       const bool packed = !sink && live == kPageTokens && first + kPageTokens <= c.length - c.open_tokens &&
                           !(c.key.is_f16() && c.value.is_f16());
-      std::vector<uint16_t> k(static_cast<size_t>(kPageTokens * dim), 0x7e00), v = k;  // NaN where nothing lives
-      for (int i = 0; i < live * dim; ++i) {
-        const int channel = i % dim;
+      // NaN where nothing lives.
+      std::vector<uint16_t> k(static_cast<size_t>(kPageTokens * key_dim), 0x7e00),
+          v(static_cast<size_t>(kPageTokens * dim), 0x7e00);
+      for (int i = 0; i < live * key_dim; ++i) {
+        const int channel = i % key_dim;
         k[static_cast<size_t>(i)] =
             f32_to_f16(normal(random) * (channel % 16 == 3 ? 4.0f : 1.0f) + (channel % 16 == 5 ? 2.0f : 0.0f));
-        v[static_cast<size_t>(i)] = f32_to_f16(normal(random));
       }
-      const size_t row_bytes = k.size() * 2;
-      pages_.emplace_back(packed ? key_.bytes : row_bytes);
-      pages_.emplace_back(packed ? value_.bytes : row_bytes);
+      for (int i = 0; i < live * dim; ++i) v[static_cast<size_t>(i)] = f32_to_f16(normal(random));
+      pages_.emplace_back(packed ? key_.bytes : k.size() * 2);
+      pages_.emplace_back(packed ? value_.bytes : v.size() * 2);
       std::byte *kp = pages_[pages_.size() - 2].data(), *vp = pages_.back().data();
       std::vector<float> kd(k.size()), vd(v.size());
       if (packed) {
         codec_of(c.key).encode(c.key, key_.shape(), k.data(), nullptr, kp);
         codec_of(c.value).encode(c.value, value_.shape(), v.data(), nullptr, vp);
-        decode_tile(c.key, Side::kKey, dim, kp, kd.data());
+        decode_tile(c.key, Side::kKey, key_dim, kp, kd.data());
         decode_tile(c.value, Side::kValue, dim, vp, vd.data());
       } else {
-        std::memcpy(kp, k.data(), row_bytes);
-        std::memcpy(vp, v.data(), row_bytes);
-        for (size_t i = 0; i < k.size(); ++i) kd[i] = f16_to_f32(k[i]), vd[i] = f16_to_f32(v[i]);
+        std::memcpy(kp, k.data(), k.size() * 2);
+        std::memcpy(vp, v.data(), v.size() * 2);
+        for (size_t i = 0; i < k.size(); ++i) kd[i] = f16_to_f32(k[i]);
+        for (size_t i = 0; i < v.size(); ++i) vd[i] = f16_to_f32(v[i]);
       }
       refs.push_back({kp, vp, first, live, packed});
-      keys.insert(keys.end(), kd.begin(), kd.begin() + live * dim);
+      keys.insert(keys.end(), kd.begin(), kd.begin() + live * key_dim);
       values.insert(values.end(), vd.begin(), vd.begin() + live * dim);
       first += capacity;
     }
-    q.resize(static_cast<size_t>(c.rows * dim));
+    q.resize(static_cast<size_t>(c.rows * key_dim));
     for (float& x : q) x = normal(random);
     for (int r = 0; r < c.rows; ++r) {
       positions.push_back(std::max(0, c.length - c.query_tokens) + r * c.query_tokens / c.rows);
@@ -110,7 +116,7 @@ double weight_step(bool fine, double largest, double rms) { return (fine ? rms /
 void check(const Case& c, unsigned seed) {
   std::mt19937 random(seed);
   const Head head(c, random);
-  const int dim = c.head_dim;
+  const int dim = c.head_dim, key_dim = c.key_dim();
   const auto rows = static_cast<size_t>(c.rows);
   for (const AttentionKernel* kernel : attention_kernel_registry()) {
     if (!kernel->available()) continue;
@@ -121,9 +127,9 @@ void check(const Case& c, unsigned seed) {
       ASSERT_STRNE(kernel->name, "portable");
       continue;
     }
-    AlignedBytes scratch(kernel->scratch_bytes(dim, c.rows));
+    AlignedBytes scratch(kernel->scratch_bytes(std::max(dim, key_dim), c.rows));
     kernel->attend(job, scratch.data());
-    std::fill_n(scratch.data(), kernel->scratch_bytes(dim, c.rows), std::byte{0xff});
+    std::fill_n(scratch.data(), kernel->scratch_bytes(std::max(dim, key_dim), c.rows), std::byte{0xff});
     // Handing out weights changes nothing.
     std::vector<float> weights(head.refs.size() * rows * kPageTokens, NAN), references(head.refs.size() * rows, -INFINITY);
     std::vector<PageRef> refs = head.refs;
@@ -139,7 +145,7 @@ void check(const Case& c, unsigned seed) {
 
     for (int r = 0; r < c.rows; ++r) {
       const int64_t position = head.positions[static_cast<size_t>(r)];
-      const float* q = &head.q[static_cast<size_t>(r * dim)];
+      const float* q = &head.q[static_cast<size_t>(r * key_dim)];
       const int64_t end = std::min<int64_t>(c.length, position + 1);
       const int64_t begin = c.sliding_window > 0 ? std::max<int64_t>(0, position - c.sliding_window + 1) : 0;
       if (begin >= end) {
@@ -151,10 +157,12 @@ void check(const Case& c, unsigned seed) {
       double top = -INFINITY, magnitude = 0, key_range = 0, value_range = 0;
       for (int64_t t = begin; t < end; ++t) {
         double sum = 0, size = 0;
-        for (int i = 0; i < dim; ++i) {
-          const double x = static_cast<double>(head.keys[static_cast<size_t>(t * dim + i)]);
+        for (int i = 0; i < key_dim; ++i) {
+          const double x = static_cast<double>(head.keys[static_cast<size_t>(t * key_dim + i)]);
           sum += static_cast<double>(q[i]) * x, size += std::abs(static_cast<double>(q[i]) * x);
           key_range = std::max(key_range, std::abs(x));
+        }
+        for (int i = 0; i < dim; ++i) {
           value_range = std::max(value_range, std::abs(static_cast<double>(head.values[static_cast<size_t>(t * dim + i)])));
         }
         double s = sum * static_cast<double>(head.scale());
@@ -175,7 +183,7 @@ void check(const Case& c, unsigned seed) {
         }
       }
       double q_largest = 0, q_squares = 0, spread = 0;
-      for (int i = 0; i < dim; ++i) {
+      for (int i = 0; i < key_dim; ++i) {
         q_largest = std::max(q_largest, std::abs(static_cast<double>(q[i]))), q_squares += sq(static_cast<double>(q[i]));
       }
       for (size_t t = 0; t < p.size(); ++t) {
@@ -195,7 +203,7 @@ void check(const Case& c, unsigned seed) {
       if (any_packed && std::strcmp(kernel->name, "portable") != 0) {
         const double d = std::sqrt(static_cast<double>(dim));
         if (!c.key.is_f16()) {
-          score_error += 4 * weight_step(key_fine, q_largest, std::sqrt(q_squares / dim)) * key_range * d *
+          score_error += 4 * weight_step(key_fine, q_largest, std::sqrt(q_squares / key_dim)) * key_range * d *
                          static_cast<double>(head.scale());
         }
         if (!c.value.is_f16()) {
@@ -268,6 +276,25 @@ TEST(Kernels, AnyMixOfKeyAndValueWidths) {
       c.exact = seed % 3 == 0;
       check(c, ++seed);
       if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Keys of fewer channels than values, and of more.
+TEST(Kernels, KeysOfAnotherWidth) {
+  unsigned seed = 6000;
+  for (const auto& [dim, channels] : {std::pair{64, 32}, {64, 48}, {128, 32}, {128, 80}, {256, 160}, {80, 48}, {64, 112}}) {
+    for (const int bits : {1, 2, 3, 4, 8, 16}) {
+      for (const Axis axis : {Axis::kChannel, Axis::kToken}) {
+        Case c;
+        c.key = spec(bits, axis, 64, true);
+        c.value = spec(bits == 16 ? 4 : bits, Axis::kToken, 64, true);
+        c.head_dim = dim, c.key_channels = channels;
+        c.rows = 1 + static_cast<int>(seed % 8), c.exact = seed % 3 == 0;
+        c.open_tokens = seed % 2 == 0 ? 0 : 140;
+        check(c, ++seed);
+        if (HasFatalFailure()) return;
+      }
     }
   }
 }

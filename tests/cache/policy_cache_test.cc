@@ -165,6 +165,9 @@ TEST(PolicyCache, BytesAndAttentionAreThoseOfTheKeptTokens) {
         }
         // A step that a decision follows has seen more than is left.
         if (needs.every_step && (length + 1 - kPrompt) % kPageTokens == 0) continue;
+        // Pages change at few tokens: at those, and now and then between.
+        const bool changed = (length - kPrompt) % kPageTokens < 2 || (length - config.layers[0].sinks) % kPageTokens < 2;
+        if (!changed && i % 4 != 0) continue;
         ASSERT_LT(error_over_kept(cache, id, rows, 2), 0.05) << to_string(spec) << " at " << length;
       }
       cache.remove(id);
@@ -309,7 +312,8 @@ TEST(PolicyCache, OutOfMemoryComesBeforeAnythingChanged) {
     CacheConfig config = two_layers(spec);
     const Rows rows = random_rows(config.layers[0], kPrompt, random);
     int refused = 0, taken = 0;
-    for (size_t limit = size_t{400} << 10; limit < size_t{3} << 20; limit += size_t{128} << 10) {
+    // Beyond limits that nothing met every larger one gives the same.
+    for (size_t limit = size_t{400} << 10; limit < size_t{3} << 20 && taken < 3; limit += size_t{128} << 10) {
       config.max_bytes = limit;
       Cache cache(config);
       const SequenceId id = cache.create();

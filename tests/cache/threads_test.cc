@@ -28,8 +28,8 @@ Outputs run(const LayerConfig& layer, int threads, const std::string& kernel) {
   std::mt19937 random(5);
   const SequenceId a = cache.create(), b = cache.create();
   Outputs result;
-  Rows rows = random_rows(layer, 700 + 70, random);
-  step(cache, {{a, 700}, {b, 70}}, rows);
+  Rows rows = random_rows(layer, 450 + 70, random);  // two sealed pages and three that are not, and less than one
+  step(cache, {{a, 450}, {b, 70}}, rows);
   result.prefill = rows.out;
   for (int i = 0; i < 3; ++i) {
     rows = random_rows(layer, 1 + 3, random);

@@ -1,4 +1,5 @@
 // The cache on the device against the cache on the CPU: the same rows through both, in whatever order things can happen.
+// One long file: its tests share one pair of caches and one bound on what may differ.
 #include "kvmix/cache.h"
 
 #include <cuda_runtime.h>
@@ -15,6 +16,7 @@
 
 #include "kvmix/error.h"
 #include "rows/row_map.h"
+#include "rows/scale.h"
 #include "support/cache_fixture.h"
 #include "support/devices.h"
 
@@ -53,6 +55,9 @@ std::vector<LayerConfig> every_kind() {
   add_random(turned.key.transform.center, 2 * 128, -1.0f, 1.0f, random);
   layers.push_back(turned);
   LayerConfig fed = make_layer(4, 4, 64, key_codec(4, 64, Fit::kMinMax), value_codec(3, 128, Fit::kLeastSquares), 0, 0);
+  std::vector<float> scale;
+  add_random(scale, 4 * 64, 0.25f, 4.0f, random);
+  set_scale(fed.key.transform, std::move(scale));
   add_random(fed.key.transform.feedback, 4 * 64 * 63 / 2, -0.05f, 0.05f, random);
   add_random(fed.value.transform.feedback, 4 * 64 * 63 / 2, -0.05f, 0.05f, random);
   layers.push_back(fed);

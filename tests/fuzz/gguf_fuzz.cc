@@ -17,6 +17,7 @@ bool accepts(const std::string& input) {
     const auto model = Model::load(file.path());
     const std::vector<Token> tokens = model->tokenize("a tale of a \xc3\xa9 and \xff <s>", true, true);
     model->detokenize(tokens);
+    gguf_model(*model).weights();
     return true;
   } catch (const Error&) {
     return false;

@@ -76,7 +76,10 @@ std::vector<fuzz::Seed> seeds() {
   centred.tokens.reset();
   centred.window.ratio_key = 0.2f;
   centred.layers[0].key.transform.center.assign(kKvHeads * kHeadDim, 0.25f);
-  return {fuzz::whole(to_json(plan)), fuzz::whole(to_json(dropping)), fuzz::whole(to_json(centred))};
+  Plan thin = centred;
+  thin.channels = PolicySpec{"think", {{"keep", 0.5}, {"window", 16.0}}};
+  return {fuzz::whole(to_json(plan)), fuzz::whole(to_json(dropping)), fuzz::whole(to_json(centred)),
+          fuzz::whole(to_json(thin))};
 }
 
 const fuzz::Registered registered({"plan", seeds, accepts, 6000});

@@ -65,11 +65,14 @@ std::vector<fuzz::Seed> seeds() {
           measured.sensitivities.push_back({"kl", layer, side, codec, transform, 1.0 / (bits + layer)});
       }
     }
+    measured.sensitivities.push_back({"fisher", layer, Side::kKey, "int8.token.g64.minmax.zero", "plain", 0.001, true});
+    measured.windows.push_back(1);
     measured.key_mean.push_back(std::vector<float>(32, 0.5f));
   }
   TransformSpec spec;
   spec.hadamard = true;
   spec.scales.assign(32, 0.5f);
+  spec.center.assign(32, 0.25f);
   measured.transforms.push_back({"scaled", 0, Side::kKey, spec});
   return {fuzz::whole(to_json(scores)), fuzz::whole(to_json(measured))};
 }

@@ -2,42 +2,22 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <cmath>
-#include <filesystem>
 #include <random>
 
 #include "kvmix/error.h"
 #include "plan/allocate.h"
+#include "rows/scale.h"
+#include "support/plan_fixture.h"
 
 namespace kvmix {
 namespace {
 
-ModelShape shape(int layers) {
-  ModelShape model;
-  model.name = "test model";
-  model.architecture = "llama";
-  model.fingerprint = "0123456789abcdef";
-  model.context_tokens = 32768;
-  for (int l = 0; l < layers; ++l) model.layers.push_back({9, 3, 64, 0, 0.125f, 0.0f});
-  return model;
-}
+using testing::profile;
+using testing::shape;
 
-Profile profile(const ModelShape& model) {
-  Profile p;
-  p.fingerprint = model.fingerprint;
-  p.model = model.name;
-  p.prompts = 1;
-  p.tokens = 100;
-  for (size_t l = 0; l < model.layers.size(); ++l) {
-    p.key_score.push_back(1.0 + static_cast<double>((l * 7) % 11));
-    p.value_score.push_back(1.0 + static_cast<double>((l * 5) % 13));
-  }
-  return p;
-}
-
-// With errors and divergences of the recipe's codecs.
-Profile measured_profile(const ModelShape& model) {
+// With errors and divergences of the recipe's codecs, recent rows among them.
+Profile measured_profile(const ModelShape& model, double recent_cost = 1e-7) {
   Profile p = profile(model);
   p.fp16.window = 128;
   for (size_t l = 0; l < model.layers.size(); ++l) {
@@ -50,6 +30,9 @@ Profile measured_profile(const ModelShape& model) {
         p.sensitivities.push_back({"output", static_cast<int>(l), side, to_string(codec), "plain", 0.1 * error});
         p.sensitivities.push_back({"kl", static_cast<int>(l), side, to_string(codec), "plain", 0.01 * error * weight});
       }
+      for (const char* metric : {"output", "kl"})
+        p.sensitivities.push_back(
+            {metric, static_cast<int>(l), side, "int8.token.g64.minmax.zero", "plain", recent_cost, true});
     }
   }
   return p;
@@ -204,6 +187,74 @@ TEST(Planners, KeepRecentRowsIn8BitsUnlessAsked) {
   }
 }
 
+// What recent rows of 8 bits cost is part of what a plan does, and fp16 is taken where it loses less at the same bytes.
+TEST(Planners, PriceRecentRows) {
+  const ModelShape model = shape(30);
+  Profile scores = measured_profile(model, 0.001);
+  PlannerRequest request = request_for(model, scores);
+  request.budget.bits = 4;
+  const Plan best = make_plan("kvmix", request);
+  EXPECT_TRUE(best.recent.is_f16());
+  EXPECT_LE(predict_bits_per_element(cache_config(best, model), 8192), 4);
+  request.options = {{"recent", "8"}};
+  const Plan eight = make_plan("kvmix", request);
+  EXPECT_EQ(eight.recent, best.recent.is_f16() ? parse_codec("int8.token.g64.minmax.zero") : CodecSpec{});
+  EXPECT_GT(eight.predicted->cost, 60 * 0.001);
+  EXPECT_LT(best.predicted->cost, eight.predicted->cost);
+  request.options = {{"recent", "f16"}};
+  EXPECT_EQ(to_json(make_plan("kvmix", request)), to_json(best));
+
+  // One that does not know the cost is not taken for one that knows it to be nothing.
+  std::erase_if(scores.sensitivities, [](const auto& s) { return s.recent && s.layer == 3; });
+  request.options = {};
+  for (const char* planner : {"kvmix", "kvtuner"}) {
+    try {
+      make_plan(planner, request);
+      FAIL() << planner;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.status(), Status::kMismatch);
+      EXPECT_NE(std::string(e.what()).find("layer 3 keys in recent rows (int8.token.g64.minmax.zero"), std::string::npos)
+          << e.what();
+    }
+  }
+  request.options = {{"recent", "f16"}};
+  EXPECT_EQ(to_json(make_plan("kvmix", request)), to_json(best));
+}
+
+// Where weights say what biases do to keys, every planner takes that off them, and files keep it.
+TEST(Planners, TakeBiasesOffKeys) {
+  ModelShape model = shape(6);
+  const auto numbers = static_cast<size_t>(model.layers[0].kv_heads * model.layers[0].head_dim);
+  for (size_t i = 0; i < numbers; ++i) model.layers[2].key_sizes.push_back(i % 64 == 5 ? 400.0f : 4.0f);
+  for (size_t i = 0; i < numbers; ++i) model.layers[3].key_center.push_back(static_cast<float>(i));
+  for (size_t i = 0; i < numbers; ++i) model.layers[4].key_center.push_back(static_cast<float>(i));
+  model.layers[4].softcap = 30;
+  for (const char* transform : {"plain", "gradient"}) {
+    const bool measured = std::string(transform) == "plain";
+    const Profile scores = measured ? measured_profile(model) : profile(model);
+    PlannerRequest request = request_for(model, scores);
+    request.budget.bits = 4;
+    for (const PlannerInfo& planner : planners()) {
+      if (!measured && planner.name == "kvtuner") continue;  // goes by measured errors alone
+      const Plan plan = parse_plan(to_json(make_plan(planner.name, request)), "memory");
+      // The paper's plan keeps recent rows in fp16, and scales per channel.
+      const bool scaled = planner.name != "kvmix-paper";
+      for (size_t l = 0; l < plan.layers.size(); ++l) {
+        const std::span<const float> scale = scale_of(plan.layers[l].key.transform);
+        EXPECT_EQ(scale.size(), scaled && l == 2 ? numbers : 0) << planner.name << ", layer " << l;
+        EXPECT_EQ(plan.layers[l].key.transform.center, scaled && l == 3 ? model.layers[l].key_center : std::vector<float>())
+            << planner.name << ", layer " << l;  // capped scores see what all keys share
+        EXPECT_TRUE(plan.layers[l].value.transform.center.empty()) << planner.name;
+        EXPECT_TRUE(scale_of(plan.layers[l].value.transform).empty()) << planner.name;
+        if (scale.empty()) continue;
+        EXPECT_NEAR(scale[4], std::pow(100.0, 1.0 / 64), 1e-3);
+        EXPECT_NEAR(scale[4] / scale[5], 100, 0.1);
+      }
+      Cache cache(cache_config(plan, model));
+    }
+  }
+}
+
 // A budget that leaves some sides fp16 counts their recent rows as fp16 too.
 TEST(Planners, MixedSidesMeetTheirBudgetToTheByte) {
   const ModelShape model = shape(30);
@@ -345,188 +396,6 @@ TEST(Allocate, EqualsExhaustiveSearch) {
     EXPECT_LE(bytes, budget);
     EXPECT_DOUBLE_EQ(cost, best);
   }
-}
-
-TEST(Plans, AreTiedToTheirModel) {
-  const ModelShape model = shape(4);
-  Plan plan = f16_plan(model);
-  check_plan(plan, model, false);
-  plan.fingerprint = "another";
-  EXPECT_THROW(check_plan(plan, model, false), Error);
-  check_plan(plan, model, true);
-  plan.layers.pop_back();
-  EXPECT_THROW(check_plan(plan, model, true), Error);
-}
-
-TEST(Plans, NameATokenPolicyAndHandItToTheCache) {
-  const ModelShape model = shape(2);
-  Plan plan = f16_plan(model);
-  EXPECT_FALSE(cache_config(plan, model).tokens);
-  plan.tokens = PolicySpec{"snapkv", {{"keep", 0.125}, {"window", 16.0}, {"pooling", "avg"}}};
-  const Plan same = parse_plan(to_json(plan), "memory");
-  EXPECT_EQ(same.tokens, plan.tokens);
-  EXPECT_EQ(cache_config(same, model).tokens, plan.tokens);
-  EXPECT_LT(predict_bytes(cache_config(plan, model), 8192), predict_bytes(cache_config(f16_plan(model), model), 8192) / 7);
-}
-
-TEST(Files, WhatIsWrongIsNamed) {
-  const ModelShape model = shape(2);
-  PlannerRequest request;
-  request.model = &model;
-  const std::string good = to_json(make_plan("uniform", request));
-  const auto refused = [&](std::string from, const std::string& to, const std::string& expected) {
-    std::string bad = good;
-    const size_t at = bad.find(from);
-    ASSERT_NE(at, std::string::npos) << from;
-    bad.replace(at, from.size(), to);
-    try {
-      parse_plan(bad, "plan.json");
-      FAIL() << from << " -> " << to << " was accepted";
-    } catch (const Error& e) {
-      EXPECT_NE(std::string(e.what()).find(expected), std::string::npos) << e.what();
-      EXPECT_EQ(std::string(e.what()).find('\n'), std::string::npos);
-    }
-  };
-  refused("\"bits\":4", "\"bits\":7", "layers[0].key.bits");
-  refused("\"bits\":4", "\"bits\":-1", "layers[0].key.bits");
-  refused("\"group\":128", "\"group\":100", "group");
-  refused("\"sinks\"", "\"sink\"", "sink");
-  refused("\"sinks\"", "\"predicted\": {\"metric\": \"kl\"}, \"sinks\"", "predicted.cost");
-  refused("kvmix-plan", "kvmix-profile", "format");
-  refused("\"sinks\"", "\"tokens\": {\"keep\": 0.5}, \"sinks\"", "tokens.policy");
-  refused("\"sinks\"", "\"tokens\": {\"policy\": \"magic\"}, \"sinks\"", "\"magic\" is unknown");
-  refused("\"sinks\"", "\"tokens\": {\"policy\": \"snapkv\", \"keep\": 2}, \"sinks\"", "keep is 2");
-  refused("\"sinks\"", "\"tokens\": {\"policy\": \"snapkv\", \"keeps\": 1}, \"sinks\"", "no parameter \"keeps\"");
-  refused("\"sinks\"", "\"tokens\": {\"policy\": \"snapkv\", \"pooling\": [1]}, \"sinks\"", "pooling");
-  refused("\"tokens\": 64", "\"tokens\": 1e400", "");
-  refused("{", std::string(200000, '['), "nested");
-  EXPECT_THROW(read_plan("/nonexistent/plan.json"), Error);
-}
-
-// Random damage must end in an Error or in a plan that is valid, never in anything else.
-template <typename Parse>
-void mutate(const std::string& good, Parse parse) {
-  std::mt19937 random(11);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(4);
-  int refused = 0, tried = 0;
-  while (std::chrono::steady_clock::now() < end) {
-    std::string bad = good;
-    for (size_t k = 1 + random() % 4; k > 0 && !bad.empty(); --k) {
-      const size_t at = random() % bad.size();
-      switch (random() % 4) {
-        case 0:
-          bad[at] = static_cast<char>(random());
-          break;
-        case 1:
-          bad.erase(at, random() % 20);
-          break;
-        case 2:
-          bad.insert(at, bad.substr(random() % bad.size(), random() % 30));
-          break;
-        default:
-          bad.resize(at + 1);
-      }
-    }
-    ++tried;
-    try {
-      parse(bad);
-    } catch (const Error& e) {
-      EXPECT_NE(e.status(), Status::kInternal);
-      ++refused;
-    }
-  }
-  EXPECT_GT(refused, tried / 2);
-}
-
-TEST(Files, DamagedPlansAndProfilesNeverCrash) {
-  const ModelShape model = shape(3);
-  PlannerRequest request;
-  request.model = &model;
-  mutate(to_json(make_plan("uniform", request)), [&](const std::string& text) {
-    const Plan plan = parse_plan(text, "fuzz");
-    // A plan that was accepted either fits a cache or is refused by it.
-    if (plan.layers.size() == model.layers.size()) Cache cache(cache_config(plan, model));
-  });
-  Profile p = profile(model);
-  p.sensitivities.push_back({"kl", 1, Side::kKey, "int2.channel.g128.fitted.zero", "hadamard", 0.01});
-  mutate(to_json(p), [](const std::string& text) { parse_profile(text, "fuzz"); });
-  EXPECT_EQ(to_json(parse_profile(to_json(p), "memory")), to_json(p));
-}
-
-TEST(Files, KeepCalibratedTransforms) {
-  const ModelShape model = shape(2);
-  const ModelShape::Layer& layer = model.layers[0];
-  const auto values = static_cast<size_t>(layer.kv_heads * layer.head_dim);
-  TransformSpec spec;
-  spec.hadamard = true;
-  for (size_t i = 0; i < values; ++i) spec.scales.push_back(i % 2 == 0 ? 0.5f : -3.0f);
-  for (size_t i = 0; i < values * static_cast<size_t>(layer.head_dim - 1) / 2; ++i)
-    spec.feedback.push_back(static_cast<float>(i % 37) / 64.0f - 0.25f);
-  Profile p = profile(model);
-  p.transforms.push_back({"mine", 0, Side::kKey, spec});
-  p.sensitivities.push_back({"kl", 0, Side::kKey, "int2.channel.g128.fitted.zero", "mine", 0.01});
-  const Profile again = parse_profile(to_json(p), "memory");
-  EXPECT_EQ(named_transform(again, 0, Side::kKey, "mine"), spec);
-  EXPECT_THROW(named_transform(again, 1, Side::kKey, "mine"), Error);
-  EXPECT_THROW(named_transform(again, 0, Side::kValue, "mine"), Error);
-
-  PlannerRequest request;
-  request.model = &model;
-  Plan plan = make_plan("uniform", request);
-  plan.layers[0].key.transform = spec;
-  const std::string text = to_json(plan);
-  const Plan back = parse_plan(text, "memory");
-  EXPECT_EQ(back.layers[0].key, plan.layers[0].key);
-  Cache cache(cache_config(back, model));
-  // A number too few, and no number at all.
-  plan.layers[0].key.transform.feedback.pop_back();
-  EXPECT_THROW(Cache(cache_config(parse_plan(to_json(plan), "memory"), model)), Error);
-  std::string damaged = text;
-  damaged[damaged.find("\"scales\":\"") + 12] = '*';
-  EXPECT_THROW(parse_plan(damaged, "memory"), Error);
-  mutate(text, [&](const std::string& t) { Cache tried(cache_config(parse_plan(t, "fuzz"), model)); });
-}
-
-TEST(Files, NumbersThatAreNoneAreNotWritten) {
-  const ModelShape model = shape(3);
-  const auto refused = [](const Profile& p, const std::vector<std::string>& words) {
-    try {
-      to_json(p);
-      FAIL() << words[0];
-    } catch (const Error& e) {
-      for (const std::string& word : words) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
-    }
-  };
-  Profile p = profile(model);
-  p.value_score[2] = NAN;
-  refused(p, {"value score of layer 2", "nan"});
-  p = profile(model);
-  p.key_score_by_prompt = {{1, INFINITY, 1}};
-  refused(p, {"key score by prompt of layer 1", "inf"});
-  p = profile(model);
-  p.sensitivities.push_back({"kl", 1, Side::kKey, "int2.channel.g128.fitted.zero", "hadamard", NAN});
-  refused(p, {"sensitivity (kl, key, int2.channel.g128.fitted.zero, hadamard) of layer 1"});
-  p = profile(model);
-  TransformSpec spec;
-  spec.scales = {1.0f, 70000.0f};
-  p.transforms.push_back({"mine", 2, Side::kKey, spec});
-  refused(p, {"transform mine of layer 2", "70000"});
-  const std::string path = ::testing::TempDir() + "/kvmix_profile.json";
-  EXPECT_THROW(write_profile(p, path), Error);
-  EXPECT_FALSE(std::filesystem::exists(path));
-  Plan plan = f16_plan(model);
-  plan.layers[1].key.codec = {2, Axis::kChannel, 128, Fit::kMinMax, true};
-  plan.layers[1].key.transform.scales = {INFINITY};
-  EXPECT_THROW(to_json(plan), Error);
-}
-
-TEST(Files, AreWrittenWholeOrNotAtAll) {
-  const ModelShape model = shape(2);
-  EXPECT_THROW(write_plan(f16_plan(model), "/nonexistent/folder/plan.json"), Error);
-  const std::string path = ::testing::TempDir() + "/kvmix_plan.json";
-  write_plan(f16_plan(model), path);
-  EXPECT_EQ(to_json(read_plan(path)), to_json(f16_plan(model)));
-  std::filesystem::remove(path);
 }
 
 }  // namespace

@@ -287,8 +287,12 @@ struct SmallModel {
     profile.fingerprint = model.fingerprint;
     profile.key_score.assign(8, 1.0);
     profile.value_score.assign(8, 1.0);
+    profile.prompts = 1;
     for (int l = 0; l < 8; ++l) {
       for (const Side side : {Side::kKey, Side::kValue}) {
+        for (const char* metric : {"output", "kl"})
+          profile.sensitivities.push_back(
+              {metric, l, side, to_string(kRecentRows), side == Side::kKey ? "plain" : "hadamard", 0, true});
         for (const int bits : {1, 2, 3, 4, 6, 8}) {
           const SideConfig config = side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits);
           for (const char* metric : {"output", "kl"}) {

@@ -51,9 +51,14 @@ class ChangeableModel {
   int file_;
 };
 
+std::vector<LayerRows> rows_of(const GgufModel& model, std::span<const Token> prompt) {
+  std::vector<LayerRows> rows(model.shape().layers.size());
+  differentiate(model, prompt, {.rows = [&](size_t layer, const LayerRows& r) { rows[layer] = r; }, .progress = {}});
+  return rows;
+}
+
 // || dL/dW || against central differences of every entry of W.
 double norm_by_differences(const ChangeableModel& m, const std::string& name, std::span<const Token> prompt) {
-  const TransposedWeights weights(m.inside());
   const PassOptions options;
   const ggml_tensor* w = m.inside().weights().get(name);
   const auto* values = static_cast<const float*>(w->data);
@@ -63,9 +68,9 @@ double norm_by_differences(const ChangeableModel& m, const std::string& name, st
     const float old = values[i], step = 0.02f;
     const off_t here = at + i * static_cast<off_t>(sizeof(float));
     m.set(here, old + step);
-    const double above = differentiate(m.inside(), weights, prompt, options).loss;
+    const double above = differentiate(m.inside(), prompt, options).loss;
     m.set(here, old - step);
-    const double below = differentiate(m.inside(), weights, prompt, options).loss;
+    const double below = differentiate(m.inside(), prompt, options).loss;
     m.set(here, old);
     const double slope = (above - below) / (2 * static_cast<double>(step));
     squares += slope * slope;
@@ -77,7 +82,7 @@ double norm_by_differences(const ChangeableModel& m, const std::string& name, st
 TEST(Gradients, OnePassEqualsFiniteDifferencesOfEachLayer) {
   const ChangeableModel m({.architecture = "llama", .layers = 2});
   const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
-  const PassResult pass = differentiate(m.inside(), TransposedWeights(m.inside()), prompt, {});
+  const PassResult pass = differentiate(m.inside(), prompt, {});
   for (size_t l = 0; l < 2; ++l) {
     const std::string layer = "blk." + std::to_string(l);
     const double key = norm_by_differences(m, layer + ".attn_k.weight", prompt);
@@ -91,8 +96,7 @@ TEST(Gradients, OnePassEqualsFiniteDifferencesOfEachLayer) {
 TEST(Gradients, AtTheAttentionOutputEqualFiniteDifferences) {
   const ChangeableModel m({.architecture = "qwen2", .layers = 2, .qkv_bias = true});
   const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
-  const TransposedWeights weights(m.inside());
-  const PassResult pass = differentiate(m.inside(), weights, prompt, {.rows = true});
+  const std::vector<LayerRows> rows = rows_of(m.inside(), prompt);
   const std::string name = "blk.0.attn_v.bias";
   const auto* values = static_cast<const float*>(m.inside().weights().get(name)->data);
   const ModelShape::Layer& layer = m.model()->shape().layers[0];
@@ -101,9 +105,9 @@ TEST(Gradients, AtTheAttentionOutputEqualFiniteDifferences) {
     const float old = values[i], step = 0.02f;
     const off_t here = m.offset(name) + i * static_cast<off_t>(sizeof(float));
     m.set(here, old + step);
-    const double above = differentiate(m.inside(), weights, prompt, {}).loss;
+    const double above = differentiate(m.inside(), prompt, {}).loss;
     m.set(here, old - step);
-    const double below = differentiate(m.inside(), weights, prompt, {}).loss;
+    const double below = differentiate(m.inside(), prompt, {}).loss;
     m.set(here, old);
     const double slope = (above - below) / (2 * static_cast<double>(step)) * 9;  // of the sum over 9 predictions
     double sum = 0;
@@ -111,10 +115,94 @@ TEST(Gradients, AtTheAttentionOutputEqualFiniteDifferences) {
       for (int h = 0; h < group; ++h) {
         const int head = i / layer.head_dim * group + h;
         sum += static_cast<double>(
-            pass.output_gradient[0][static_cast<size_t>((t * layer.q_heads + head) * layer.head_dim + i % layer.head_dim)]);
+            rows[0].output_gradient[static_cast<size_t>((t * layer.q_heads + head) * layer.head_dim + i % layer.head_dim)]);
       }
     }
     EXPECT_NEAR(sum, slope, 1e-2 * std::abs(slope) + 1e-4) << i;
+  }
+}
+
+// What a bias is on average over positions, and how far it moves around that, by turning it to each of them.
+TEST(KeyOffsets, AreThoseOfABiasTurnedToEveryPosition) {
+  int seen = 0;
+  for (const testing::TinyModel& tiny : testing::tiny_models()) {
+    const ChangeableModel m(tiny);
+    for (size_t l = 0; l < m.model()->shape().layers.size(); ++l) {
+      const ModelShape::Layer& layer = m.model()->shape().layers[l];
+      if (!tiny.qkv_bias) {
+        EXPECT_TRUE(layer.key_center.empty());
+        continue;
+      }
+      const auto* bias = static_cast<const float*>(m.inside().weights().get("blk." + std::to_string(l) + ".attn_k.bias")->data);
+      const int dim = layer.head_dim, half = dim / 2;
+      ASSERT_EQ(layer.key_center.size(), static_cast<size_t>(layer.kv_heads * dim));
+      const int64_t positions = m.model()->shape().context_tokens;
+      double least = INFINITY, most = 0;
+      for (int h = 0; h < layer.kv_heads; ++h) {
+        for (int i = 0; i < half; ++i) {
+          const bool neox = tiny.architecture != "llama";
+          const int a = h * dim + (neox ? i : 2 * i), b = h * dim + (neox ? i + half : 2 * i + 1);
+          double x = 0, y = 0, squares = 0;
+          for (int64_t p = 0; p < positions; ++p) {
+            const double angle = static_cast<double>(p) * std::pow(static_cast<double>(tiny.rope_base), -2.0 * i / dim);
+            const double c = std::cos(angle), s = std::sin(angle);
+            const double px = static_cast<double>(bias[a]) * c - static_cast<double>(bias[b]) * s;
+            const double py = static_cast<double>(bias[a]) * s + static_cast<double>(bias[b]) * c;
+            x += px / static_cast<double>(positions), y += py / static_cast<double>(positions);
+            squares += (px * px + py * py) / static_cast<double>(positions);
+          }
+          EXPECT_NEAR(static_cast<double>(layer.key_center[static_cast<size_t>(a)]), x, 1e-5);
+          EXPECT_NEAR(static_cast<double>(layer.key_center[static_cast<size_t>(b)]), y, 1e-5);
+          const double size = std::sqrt(squares - x * x - y * y + 9);
+          least = std::min(least, size), most = std::max(most, size);
+          if (layer.key_sizes.empty()) continue;
+          EXPECT_NEAR(static_cast<double>(layer.key_sizes[static_cast<size_t>(a)]), size, 1e-4);
+          EXPECT_NEAR(static_cast<double>(layer.key_sizes[static_cast<size_t>(b)]), size, 1e-4);
+        }
+      }
+      EXPECT_EQ(layer.key_sizes.empty(), most <= 2 * least);
+      ++seen;
+    }
+  }
+  EXPECT_GT(seen, 0);
+}
+
+// A measurement that stops between two layers goes on there, and ends as one that never stopped.
+TEST(Sensitivities, ResumeLayerByLayer) {
+  const ChangeableModel m({.architecture = "qwen2", .layers = 3, .qkv_bias = true});
+  std::vector<std::vector<Token>> prompts;
+  for (unsigned p = 0; p < 3; ++p) prompts.push_back(testing::random_tokens(500, m.model()->vocab_size(), 40 + p));
+  Profile fresh;
+  fresh.fingerprint = m.model()->shape().fingerprint;
+  SensitivityOptions options;
+  options.metric = "fisher";
+  options.windows = 2;
+  options.tokens = 500;
+  options.threads = 2;
+  int saves = 0;
+  options.partial = [&](const Profile&) { ++saves; };
+  Profile whole = fresh;
+  profile_sensitivity(m.model(), prompts, options, whole, {});
+  EXPECT_EQ(whole.prompts, 3);
+  EXPECT_EQ(whole.windows, (std::vector<int>{2, 2, 2}));
+  const int all = saves;
+
+  for (const int stop : {1, 2, 5}) {
+    SCOPED_TRACE(stop);
+    Profile part = fresh;
+    saves = 0;
+    try {
+      profile_sensitivity(m.model(), prompts, options, part, [&](double, double, const std::string&) { return saves < stop; });
+      FAIL() << "was not stopped";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.status(), Status::kCancelled);
+    }
+    EXPECT_EQ(saves, stop);
+    part = parse_profile(to_json(part), "profile.json");
+    saves = 0;
+    profile_sensitivity(m.model(), prompts, options, part, {});
+    EXPECT_LE(saves, all - stop + 1);  // a pass whose layers are all there may be needed for its scores
+    EXPECT_EQ(to_json(part), to_json(whole));
   }
 }
 
@@ -133,18 +221,22 @@ TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
   profile_sensitivity(m.model(), windows, options, profile, {});
   EXPECT_EQ(profile.prompts, 1);  // the scores come with the window's pass
   double fisher = 0, kl = 0;
+  double recent = 0;
   for (const auto& s : profile.sensitivities) {
+    if (s.recent && s.metric == "kl") recent += s.cost;
     if (parse_codec(s.codec).bits != 3) continue;
     if (s.metric == "fisher") fisher += s.cost;
     if (s.metric == "kl") kl += s.cost;
   }
+  EXPECT_GT(recent, 0);
+  EXPECT_LT(recent, 0.05 * kl);
   EXPECT_GT(fisher, 0.5 * kl);
   EXPECT_LT(fisher, 2 * kl);
   ASSERT_EQ(profile.key_mean.size(), m.model()->shape().layers.size());
-  const PassResult pass = differentiate(m.inside(), TransposedWeights(m.inside()), windows[0], {.rows = true});
+  const std::vector<LayerRows> rows = rows_of(m.inside(), windows[0]);
   const auto dim = static_cast<size_t>(m.model()->shape().layers[1].head_dim), n = windows[0].size();
   double sum = 0;  // layer 1, head 0, channel 3, behind 16 sinks
-  for (size_t t = 16; t < n; ++t) sum += static_cast<double>(pass.keys[1][t * dim + 3]);
+  for (size_t t = 16; t < n; ++t) sum += static_cast<double>(rows[1].keys[t * dim + 3]);
   EXPECT_NEAR(static_cast<double>(profile.key_mean[1][3]), sum / static_cast<double>(n - 16), 1e-4);
   options.fp16 = Fp16Part{.window = 32};
   EXPECT_THROW(profile_sensitivity(m.model(), windows, options, profile, {}), Error);
@@ -252,7 +344,9 @@ TEST_P(LayerwiseModel, SaysWhatTheEngineSays) {
 TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
   const ChangeableModel m(GetParam());
   const std::vector<std::vector<Token>> windows = {testing::random_tokens(1000, m.model()->vocab_size(), 13)};
-  Profile profile = profile_gradients(m.model(), windows, 2, {});
+  Profile profile;
+  profile.fingerprint = m.model()->shape().fingerprint;
+  profile_gradients(m.model(), windows, {.threads = 2, .partial = {}}, profile, {});
   SensitivityOptions options;
   options.metric = "kl";
   options.threads = 2;
@@ -270,7 +364,7 @@ TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
     auto& layer = plan.layers[static_cast<size_t>(s.layer)];
     SideConfig& side = s.side == Side::kKey ? layer.key : layer.value;
     side.codec = codec;
-    side.transform = named_transform(profile, s.layer, s.side, s.transform);
+    side.transform = named_transform(m.model()->shape(), profile, s.layer, s.side, s.transform);
     subjects.push_back({s.codec, plan, ""});
     measured.push_back(s.cost);
   }

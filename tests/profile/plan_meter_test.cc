@@ -10,6 +10,7 @@
 #include "kvmix/measure.h"
 #include "plan/kvtuner.h"
 #include "plan/planner.h"
+#include "rows/scale.h"
 #include "score/stored_page.h"
 #include "support/tiny_model.h"
 
@@ -26,6 +27,25 @@ Plan random_plan(const ModelShape& shape, unsigned seed) {
   for (Plan::Layer& layer : plan.layers) {
     layer.key = recipe_key(static_cast<int>(1 + random() % 4), random() % 2 == 0);
     layer.value = recipe_value(static_cast<int>(1 + random() % 4));
+  }
+  return plan;
+}
+
+// With recent rows of 8 bits, keys that are scaled and error feedback.
+Plan random_plan_of_rows(const ModelShape& shape, unsigned seed) {
+  Plan plan = random_plan(shape, seed);
+  plan.recent = kRecentRows;
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> number(-0.1f, 0.1f);
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    const ModelShape::Layer& layer = shape.layers[l];
+    const auto heads = static_cast<size_t>(layer.kv_heads), dim = static_cast<size_t>(layer.head_dim);
+    std::vector<float> scale(heads * dim);
+    for (float& s : scale) s = std::exp2(20 * number(random));
+    TransformSpec& transform = plan.layers[l].key.transform;
+    set_scale(transform, std::move(scale));
+    transform.feedback.resize(heads * dim * (dim - 1) / 2);
+    for (float& w : transform.feedback) w = number(random);
   }
   return plan;
 }
@@ -47,6 +67,7 @@ TEST_P(PlanMeterModel, MeasuresWhatTheRunningCacheLoses) {
   const auto measuring = meter();
   std::vector<EvalSubject> subjects;
   for (unsigned seed = 0; seed < 3; ++seed) subjects.push_back({"plan", random_plan(model_->shape(), seed), ""});
+  for (unsigned seed = 0; seed < 2; ++seed) subjects.push_back({"rows", random_plan_of_rows(model_->shape(), seed), ""});
   EvalOptions options;
   options.threads = 2;
   options.exact = true;
@@ -74,6 +95,9 @@ TEST_P(PlanMeterModel, RestartsChangeNothing) {
     EXPECT_EQ(restarted->divergence(changed), meter()->divergence(changed)) << step;
     if (step % 2 == 0) plan = changed;
   }
+  Plan rows = plan;
+  rows.recent = kRecentRows;
+  EXPECT_EQ(restarted->divergence(rows), meter()->divergence(rows));
   Plan other = plan;
   other.sinks = 4;
   other.window.tokens = 0;
@@ -140,7 +164,7 @@ class Grouping {
   static std::vector<double> stored_rows(const std::vector<double>& rows, const SideConfig& config, Side side) {
     const std::vector<float> in(rows.begin(), rows.end());
     std::vector<float> out(in.size());
-    StoredPage(config, {.side = side, .kv_heads = 1, .width = 64}).read_back(0, 64, in.data(), out.data());
+    StoredPage(config, {}, {.side = side, .kv_heads = 1, .width = 64}).read_sealed(0, 64, in.data(), out.data());
     return {out.begin(), out.end()};
   }
   std::vector<double> outputs(const std::vector<double>& keys, const std::vector<double>& values) const {

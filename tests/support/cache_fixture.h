@@ -3,10 +3,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <random>
-#include <thread>
 #include <vector>
 
+#include "base/team.h"
 #include "kvmix/cache.h"
 
 namespace kvmix::testing {
@@ -58,18 +59,27 @@ inline Rows random_rows(const LayerConfig& layer, int n, std::mt19937& random) {
   return rows;
 }
 
-// append and attend of one layer over `threads` real threads, with the barrier that the contract asks for.
+// append and attend of one layer over `threads` real threads, with the barrier that the contract asks for. They are a team's,
+// as in the engine: starting threads anew for every layer of every step takes longer than what they do.
 inline void run_layer(Cache& cache, int layer, Rows& rows, int threads) {
-  const LayerConfig& config = cache.config().layers[static_cast<size_t>(layer)];
-  const int64_t q_stride = config.q_heads * config.head_dim, kv_stride = config.kv_heads * config.head_dim;
-  const auto team = [threads](auto work) {
-    std::vector<std::thread> members;
-    for (int i = 1; i < threads; ++i) members.emplace_back(work, i);
-    work(0);
-    for (auto& member : members) member.join();
+  thread_local Team team(false);
+  struct Work {
+    Cache& cache;
+    int layer, threads;
+    Rows& rows;
+    int64_t q_stride, kv_stride;
   };
-  team([&](int i) { cache.append(layer, rows.k.data(), kv_stride, rows.v.data(), kv_stride, i, threads); });
-  team([&](int i) { cache.attend(layer, rows.q.data(), q_stride, rows.out.data(), q_stride, i, threads); });
+  const LayerConfig& config = cache.config().layers[static_cast<size_t>(layer)];
+  Work work{cache, layer, threads, rows, config.q_heads * config.head_dim, config.kv_heads * config.head_dim};
+  const auto both = [](void* data) {
+    const Work& w = *static_cast<Work*>(data);
+    const int i = Team::member();
+    if (Team::members() != w.threads) std::abort();  // the system gave no thread
+    w.cache.append(w.layer, w.rows.k.data(), w.kv_stride, w.rows.v.data(), w.kv_stride, i, w.threads);
+    Team::barrier();
+    w.cache.attend(w.layer, w.rows.q.data(), w.q_stride, w.rows.out.data(), w.q_stride, i, w.threads);
+  };
+  team.run(threads, both, &work);
 }
 
 inline void step(Cache& cache, std::vector<StepItem> items, Rows& rows) {

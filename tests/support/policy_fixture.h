@@ -96,31 +96,33 @@ inline size_t used_bytes(const Cache& cache) {
   return m.total_bytes - m.slack_bytes;
 }
 
-// Largest relative error of the last row of layer 0 against double attention over what is kept.
+// Largest relative error of the last row of a layer against double attention over what is kept.
 inline double error_over_kept(const Cache& cache, SequenceId id, const Rows& rows, int layer) {
   const LayerConfig& config = cache.config().layers[static_cast<size_t>(layer)];
   const auto dim = static_cast<size_t>(config.head_dim);
+  const int heads = config.q_heads / config.kv_heads;
+  LayerConfig full = config;
+  full.sliding_window = 0;
+  const std::vector<std::vector<int64_t>> kept = cache.kept(id, layer);
   double worst = 0;
-  for (int h = 0; h < config.q_heads; ++h) {
-    const int kv = h / (config.q_heads / config.kv_heads);
+  for (int kv = 0; kv < config.kv_heads; ++kv) {
     const auto keys = stored_rows(cache, id, layer, kv, Side::kKey), values = stored_rows(cache, id, layer, kv, Side::kValue);
     std::vector<float> k, v;
-    const std::vector<std::vector<int64_t>> kept = cache.kept(id, layer);
     for (const int64_t p : kept[static_cast<size_t>(kv)]) {
       const auto at = static_cast<ptrdiff_t>(p) * static_cast<ptrdiff_t>(dim);
       k.insert(k.end(), keys.begin() + at, keys.begin() + at + static_cast<ptrdiff_t>(dim));
       v.insert(v.end(), values.begin() + at, values.begin() + at + static_cast<ptrdiff_t>(dim));
     }
-    LayerConfig full = config;
-    full.sliding_window = 0;
-    const size_t at = rows.q.size() - static_cast<size_t>(config.q_heads - h) * dim;
-    const auto exact = oracle(full, &rows.q[at], k, v, static_cast<int64_t>(k.size() / dim) - 1);
-    double error = 0, norm = 0;
-    for (size_t i = 0; i < dim; ++i) {
-      error += std::pow(static_cast<double>(rows.out[at + i]) - exact[i], 2);
-      norm += exact[i] * exact[i];
+    for (int h = kv * heads; h < (kv + 1) * heads; ++h) {
+      const size_t at = rows.q.size() - static_cast<size_t>(config.q_heads - h) * dim;
+      const auto exact = oracle(full, &rows.q[at], k, v, static_cast<int64_t>(k.size() / dim) - 1);
+      double error = 0, norm = 0;
+      for (size_t i = 0; i < dim; ++i) {
+        error += std::pow(static_cast<double>(rows.out[at + i]) - exact[i], 2);
+        norm += exact[i] * exact[i];
+      }
+      worst = std::max(worst, std::sqrt(error / norm));
     }
-    worst = std::max(worst, std::sqrt(error / norm));
   }
   return worst;
 }

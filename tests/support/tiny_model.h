@@ -40,6 +40,7 @@ struct TinyModel {
   std::string name_ending = {};
   std::string pre = {};  // the pre-tokenizer of a vocabulary of byte pairs
   std::string chat_template = {};
+  int context = kContext;
   static constexpr int kDim = 128, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kFfn = 192, kContext = 1024;
 };
 
@@ -96,7 +97,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
   gguf_set_val_str(gguf.get(), "general.architecture", a.c_str());
   gguf_set_val_str(gguf.get(), "general.name", ("tiny " + tiny_name(m) + m.name_ending).c_str());
   number("block_count", m.layers);
-  number("context_length", TinyModel::kContext);
+  number("context_length", m.context);
   number("embedding_length", TinyModel::kDim);
   const auto list = [&](const std::string& key, const std::vector<int32_t>& values) {
     gguf_set_arr_data(gguf.get(), (a + "." + key).c_str(), GGUF_TYPE_INT32, values.data(), values.size());
@@ -122,7 +123,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
   if (!m.rope_scaling.empty()) {
     gguf_set_val_str(gguf.get(), (a + ".rope.scaling.type").c_str(), m.rope_scaling.c_str());
     real("rope.scaling.factor", 4.0f);
-    number("rope.scaling.original_context_length", TinyModel::kContext / 4);
+    number("rope.scaling.original_context_length", m.context / 4);
   }
 
   std::vector<std::string> pieces = {"<unk>", "<s>", "</s>"};

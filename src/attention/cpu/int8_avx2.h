@@ -26,74 +26,75 @@ struct Int8Avx2 {
   static constexpr int rows(int terms) { return terms == 1 ? 3 : 1; }
 
   static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
-    for (int r = 0; r < rows; ++r) {
-      prepare(terms, from.x + r * from.stride, from.scale, from.mid, n, w + r * terms * term_stride, term_stride, out, r);
+    if (terms == 2) return prepare<2, 1>(from, n, w, term_stride, out);
+    switch (rows) {
+      case 1:
+        return prepare<1, 1>(from, n, w, term_stride, out);
+      case 2:
+        return prepare<1, 2>(from, n, w, term_stride, out);
+      default:
+        return prepare<1, 3>(from, n, w, term_stride, out);
     }
   }
 
-  static void prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w, ptrdiff_t term_stride,
-                      Prepared& out, int row) {
-    if (s == nullptr) return prepare<false>(terms, x, s, mid, n, w, term_stride, out, row);
-    return prepare<true>(terms, x, s, mid, n, w, term_stride, out, row);
+  // The common lengths are unrolled.
+  template <int kTerms, int kRows>
+  static void prepare(const Source& from, int n, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    if (from.scale == nullptr) return prepare<kTerms, kRows, false, 0>(from, n, w, term_stride, out);
+    switch (n) {
+      case 64:
+        return prepare<kTerms, kRows, true, 64>(from, n, w, term_stride, out);
+      case 128:
+        return prepare<kTerms, kRows, true, 128>(from, n, w, term_stride, out);
+      default:
+        return prepare<kTerms, kRows, true, 0>(from, n, w, term_stride, out);
+    }
   }
 
-  // n is a multiple of 16.
-  template <bool kScaled>
-  static void prepare(int terms, const float* x, const float* s, const float* mid, int n, int8_t* w, ptrdiff_t term_stride,
-                      Prepared& out, int row) {
-    const auto product = [&](int i) { return kScaled ? Avx2::mul(Avx2::load(x + i), Avx2::load(s + i)) : Avx2::load(x + i); };
-    // Two of each, so that no chain of additions is waited for.
-    __m256 top[2] = {Avx2::zero(), Avx2::zero()}, middle[2] = {Avx2::zero(), Avx2::zero()};
+  // The length is a multiple of 16. A row's numbers do not depend on how many others there are.
+  template <int kTerms, int kRows, bool kScaled, int kLength>
+  static void prepare(const Source& from, int length, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+    const int n = kLength != 0 ? kLength : length;
+    const auto row = [&](int r) { return from.x + r * from.stride; };
+    const auto product = [&](int r, int i) {
+      return kScaled ? Avx2::mul(Avx2::load(row(r) + i), Avx2::load(from.scale + i)) : Avx2::load(row(r) + i);
+    };
+    // Sums are two each, so that no chain of additions is waited for.
+    __m256 top[kRows], middle[kRows][2];
+    for (int r = 0; r < kRows; ++r) top[r] = middle[r][0] = middle[r][1] = Avx2::zero();
     for (int i = 0; i < n; i += 16) {
       for (int k = 0; k < 2; ++k) {
         const int at = i + 8 * k;
-        top[k] = Avx2::max(top[k], Avx2::abs(product(at)));
-        if (!kScaled) {
-          middle[k] = Avx2::add(middle[k], Avx2::load(x + at));
-        } else if (mid != nullptr) {
-          middle[k] = Avx2::fma(Avx2::load(x + at), Avx2::load(mid + at), middle[k]);
+        for (int r = 0; r < kRows; ++r) {
+          top[r] = Avx2::max(top[r], Avx2::abs(product(r, at)));
+          if (!kScaled) {
+            middle[r][k] = Avx2::add(middle[r][k], Avx2::load(row(r) + at));
+          } else if (from.mid != nullptr) {
+            middle[r][k] = Avx2::fma(Avx2::load(row(r) + at), Avx2::load(from.mid + at), middle[r][k]);
+          }
         }
       }
     }
-    const float levels = terms == 1 ? 127.0f : 127.0f * 256.0f, largest = Avx2::reduce_max(Avx2::max(top[0], top[1]));
-    const __m256 inverse = Avx2::set1(largest > 1e-30f ? levels / largest : 0.0f);
-    const auto rounded = [&](int i) { return _mm256_cvtps_epi32(Avx2::mul(product(i), inverse)); };
-    int32_t sum = 0;
-    if (terms == 1) {
-      __m256i pairs = _mm256_setzero_si256();  // sums of at most 256 / 16 weights in 16 bits
-      int i = 0;
-      for (; i + 32 <= n; i += 32) {
-        const __m256i words0 = _mm256_packs_epi32(rounded(i), rounded(i + 8)),
-                      words1 = _mm256_packs_epi32(rounded(i + 16), rounded(i + 24));
-        const __m256i bytes =
-            _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + i), bytes);
-        pairs = _mm256_add_epi16(pairs, _mm256_add_epi16(words0, words1));
-      }
-      if (i < n) {
-        const __m256i words = _mm256_packs_epi32(rounded(i), rounded(i + 8));
-        store_low(w + i, words);
-        pairs = _mm256_add_epi16(pairs, words);
-      }
-      sum = add_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    } else {
-      const __m256i half = _mm256_set1_epi32(128);
-      __m256i sums = _mm256_setzero_si256();
-      for (int i = 0; i < n; i += 16) {
-        const __m256i a = rounded(i), b = rounded(i + 8);
-        sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
-        const __m256i high_a = _mm256_srai_epi32(_mm256_add_epi32(a, half), 8),
-                      high_b = _mm256_srai_epi32(_mm256_add_epi32(b, half), 8);
-        store_low(w + i, _mm256_packs_epi32(high_a, high_b));
-        store_low(w + term_stride + i, _mm256_packs_epi32(_mm256_sub_epi32(a, _mm256_slli_epi32(high_a, 8)),
-                                                          _mm256_sub_epi32(b, _mm256_slli_epi32(high_b, 8))));
-      }
-      sum = add_lanes(sums);
+    constexpr float kLevels = kTerms == 1 ? 127.0f : 127.0f * 256.0f;
+    const __m128 largest = over_rows<kRows>([&](int r) { return top[r]; }, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+    // Rows whose products vanish keep weights of 0.
+    alignas(16) float inverse[4];
+    _mm_store_ps(inverse, _mm_and_ps(_mm_cmpgt_ps(largest, _mm_set1_ps(1e-30f)), _mm_div_ps(_mm_set1_ps(kLevels), largest)));
+    __m256i sums[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 by = Avx2::set1(inverse[r]);
+      const auto rounded = [&](int i) { return _mm256_cvtps_epi32(Avx2::mul(product(r, i), by)); };
+      sums[r] = kTerms == 1 ? store_bytes(n, w + r * term_stride, rounded)
+                            : store_two(n, w + 2 * r * term_stride, term_stride, rounded);
     }
-    const float scale = largest / levels;
-    out.scale[row] = scale;
-    out.sum[row] = scale * static_cast<float>(sum);
-    out.mid[row] = Avx2::reduce_add(Avx2::add(middle[0], middle[1]));
+    const __m128i sum = _mm_castps_si128(over_rows<kRows>(
+        [&](int r) { return _mm256_castsi256_ps(sums[r]); },
+        [](__m128 a, __m128 b) { return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_castps_si128(b))); }));
+    const __m128 scale = _mm_div_ps(largest, _mm_set1_ps(kLevels));
+    _mm_store_ps(out.scale, scale);
+    _mm_store_ps(out.sum, _mm_mul_ps(scale, _mm_cvtepi32_ps(sum)));
+    _mm_store_ps(out.mid, over_rows<kRows>([&](int r) { return Avx2::add(middle[r][0], middle[r][1]); },
+                                           [](__m128 a, __m128 b) { return _mm_add_ps(a, b); }));
   }
 
   template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
@@ -113,10 +114,59 @@ struct Int8Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   }
-  static int32_t add_lanes(__m256i v) {
-    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+
+  // Element r is the reduction of lanes(r), r < kRows; the rest is undefined.
+  template <int kRows, class Lanes, class Op>
+  static __m128 over_rows(const Lanes& lanes, const Op& op) {
+    const auto half = [&](int r) {
+      const __m256 v = lanes(r < kRows ? r : 0);
+      return op(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    };
+    if constexpr (kRows == 1) {
+      __m128 x = half(0);
+      x = op(x, _mm_movehl_ps(x, x));
+      return op(x, _mm_movehdup_ps(x));
+    } else {
+      const __m128 a = half(0), b = half(1), c = half(2), d = kRows > 3 ? half(3) : c;
+      const __m128 x = op(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)), y = op(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+      return op(_mm_movelh_ps(x, y), _mm_movehl_ps(y, x));
+    }
+  }
+
+  // Weights of one row, as one term and as two; returns sums of them.
+  template <class Rounded>
+  static __m256i store_bytes(int n, int8_t* w, const Rounded& rounded) {
+    __m256i pairs = _mm256_setzero_si256();  // sums of at most 256 / 16 weights in 16 bits
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+      const __m256i words0 = _mm256_packs_epi32(rounded(i), rounded(i + 8)),
+                    words1 = _mm256_packs_epi32(rounded(i + 16), rounded(i + 24));
+      const __m256i bytes =
+          _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + i), bytes);
+      pairs = _mm256_add_epi16(pairs, _mm256_add_epi16(words0, words1));
+    }
+    if (i < n) {
+      const __m256i words = _mm256_packs_epi32(rounded(i), rounded(i + 8));
+      store_low(w + i, words);
+      pairs = _mm256_add_epi16(pairs, words);
+    }
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  template <class Rounded>
+  static __m256i store_two(int n, int8_t* w, ptrdiff_t term_stride, const Rounded& rounded) {
+    const __m256i half = _mm256_set1_epi32(128);
+    __m256i sums = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 16) {
+      const __m256i a = rounded(i), b = rounded(i + 8);
+      sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
+      const __m256i high_a = _mm256_srai_epi32(_mm256_add_epi32(a, half), 8),
+                    high_b = _mm256_srai_epi32(_mm256_add_epi32(b, half), 8);
+      store_low(w + i, _mm256_packs_epi32(high_a, high_b));
+      store_low(w + term_stride + i, _mm256_packs_epi32(_mm256_sub_epi32(a, _mm256_slli_epi32(high_a, 8)),
+                                                        _mm256_sub_epi32(b, _mm256_slli_epi32(high_b, 8))));
+    }
+    return sums;
   }
 
   // Field f of a block for the 8 lanes of one half, shifted down to 0..2^bits - 1.

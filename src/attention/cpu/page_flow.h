@@ -100,8 +100,10 @@ class Flow {
 
  public:
   static bool supports(const AttendJob& job) {
-    const int d = job.key.width;
-    if (d != job.value.width || d < kLeastWidth || d > kMaxDim || d % kUnitLanes != 0) return false;
+    const int d = job.value.width;
+    for (const int width : {job.key.width, d}) {
+      if (width < kLeastWidth || width > kMaxDim || width % kUnitLanes != 0) return false;
+    }
     if (!job.key.spec.is_uniform() || !job.value.spec.is_uniform()) return false;
     if (job.key.slots != kPageTokens || job.value.slots != kPageTokens) return false;
     // A last lane group of three blocks would need its own micro-kernel; no model in use has such a head.
@@ -128,7 +130,7 @@ class Flow {
       job_.m[r] = -INFINITY;
       S::store(sums_ + r * kW, S::zero());
     }
-    for (int i = 0; i < job_.rows * job_.key.width; i += kW) S::store(job_.acc + i, S::zero());
+    for (int i = 0; i < job_.rows * job_.value.width; i += kW) S::store(job_.acc + i, S::zero());
     const PageRef* pages = job_.pages.data();
     const size_t n = job_.pages.size();
     const size_t batch = job_.rows > 4 * kMaxBlockRows ? kBatchPages : 1;
@@ -195,7 +197,8 @@ class Flow {
     for (int b = 0; b < count; ++b) {
       if (pages[b].weights != nullptr && seen[b].lo < seen[b].hi) hand_out(pages[b], work_.p[b], r0, rows);
     }
-    float* acc = job_.acc + static_cast<ptrdiff_t>(r0) * d;
+    const int value_width = job_.value.width;
+    float* acc = job_.acc + static_cast<ptrdiff_t>(r0) * value_width;
     prepared_key_ = nullptr;
     for (int b = 0; b < count; ++b) {
       const PageRef& page = pages[b];
@@ -213,8 +216,9 @@ class Flow {
         }
         project(value_, page.value, next, work_.value[b], work_.probability, rows, work_.out, kMaxDim);
         for (int r = 0; r < rows; ++r) {
-          float* a = acc + static_cast<ptrdiff_t>(r) * d;
-          for (int c = 0; c < d; c += kW) S::store(a + c, S::add(S::load(a + c), S::load(work_.out + r * kMaxDim + c)));
+          float* a = acc + static_cast<ptrdiff_t>(r) * value_width;
+          for (int c = 0; c < value_width; c += kW)
+            S::store(a + c, S::add(S::load(a + c), S::load(work_.out + r * kMaxDim + c)));
         }
       } else {
         add_f16(reinterpret_cast<const uint16_t*>(page.value), work_.p[b], acc, rows, seen[b].lo, seen[b].hi);
@@ -405,8 +409,8 @@ class Flow {
     const V alpha = S::set1(change[0]);
     job_.m[row] = m;
     S::store(sums_ + row * kW, S::mul(S::load(sums_ + row * kW), alpha));
-    float* acc = job_.acc + static_cast<ptrdiff_t>(row) * job_.key.width;
-    for (int c = 0; c < job_.key.width; c += kW) S::store(acc + c, S::mul(S::load(acc + c), alpha));
+    float* acc = job_.acc + static_cast<ptrdiff_t>(row) * job_.value.width;
+    for (int c = 0; c < job_.value.width; c += kW) S::store(acc + c, S::mul(S::load(acc + c), alpha));
   }
 
   // score = log2(e) * softcap * tanh(score / softcap), tanh by exp of a non-positive number.
@@ -430,7 +434,8 @@ class Flow {
     for (int t0 = lo / kW * kW; t0 < hi; t0 += kW) {
       for (int line = 0; cold && line < kW * d * 2; line += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(key + static_cast<ptrdiff_t>(t0 + kRowsAhead) * d) + line, 0, 3);
-        __builtin_prefetch(reinterpret_cast<const char*>(page.value) + static_cast<ptrdiff_t>(t0) * d * 2 + line, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(page.value) + static_cast<ptrdiff_t>(t0) * job_.value.width * 2 + line,
+                           0, 2);
       }
       for (int t = 0; t < kW; ++t) {
         float* to = work_.rows_f32 + t * d;
@@ -454,7 +459,7 @@ class Flow {
 
   void add_f16(const uint16_t* value, const float* p, float* acc, int rows, int lo, int hi) {
     constexpr int kStep = K::kValueVectors;
-    const int d = job_.key.width;
+    const int d = job_.value.width;
     for (int c = 0; c < d; c += kStep * kW) {
       const bool whole = d - c >= kStep * kW;
       for (int i = 0; i < kStep && c + i * kW < d; i += whole ? kStep : 1) {
@@ -480,7 +485,7 @@ class Flow {
 
   template <int kRows, int kVectors>
   void add_f16(const uint16_t* value, const float* p, float* acc, int lo, int hi) {
-    const int d = job_.key.width;
+    const int d = job_.value.width;
     V a[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
       for (int i = 0; i < kVectors; ++i) a[r][i] = S::load(acc + r * d + i * kW);

@@ -57,6 +57,17 @@ const uint16_t* half_rows(const TileFormat& format, const std::byte* side, int l
   return room.data();
 }
 
+// A stored key as rows of chosen channels hold it, and back over zeros, which is what attention sees of the others.
+template <typename T>
+void pick(std::span<const uint8_t> channels, const T* from, T* to) {
+  for (size_t i = 0; i < channels.size(); ++i) to[i] = from[channels[i]];
+}
+template <typename T>
+void put_back(std::span<const uint8_t> channels, int width, const T* from, T* to) {
+  std::fill_n(to, width, T{});
+  for (size_t i = 0; i < channels.size(); ++i) to[channels[i]] = from[i];
+}
+
 }  // namespace
 
 void CpuBackend::transcode(const Transcode& job, Scratch& scratch) {
@@ -70,50 +81,70 @@ void CpuBackend::transcode(const Transcode& job, Scratch& scratch) {
     const std::byte* in = source + (key ? 0 : from.value_offset);
     std::byte* out = target + (key ? 0 : to.value_offset);
     const RowMapChain& maps = key ? layer.key_maps : layer.value_maps;
+    const std::vector<uint8_t>& channels = job.list->channels;
     if (!to.appendable()) {
-      codec_of(b.spec).encode(b.spec, b.shape(), half_rows(a, in, job.from.live, scratch.half), maps.feedback(job.kv_head),
-                              out);
+      const uint16_t* rows = half_rows(a, in, job.from.live, scratch.half);
+      if (b.width < a.width) {
+        scratch.thin_half.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(b.width));
+        for (int t = 0; t < kPageTokens; ++t) {
+          pick(channels, rows + static_cast<ptrdiff_t>(t) * a.width,
+               scratch.thin_half.data() + static_cast<ptrdiff_t>(t) * b.width);
+        }
+        rows = scratch.thin_half.data();
+      }
+      codec_of(b.spec).encode(b.spec, b.shape(), rows, maps.feedback(job.kv_head), out);
       continue;
     }
     scratch.rows.resize(static_cast<size_t>(kPageTokens) * static_cast<size_t>(a.width));
     codec_of(a.spec).decode(a.spec, a.shape(), in, scratch.rows.data());
+    alignas(64) float whole[kRowsTogether * kMostWidth];
     for (int t = 0; t < kPageTokens; t += kRowsTogether) {
-      store_rows(b, t, kRowsTogether, scratch.rows.data() + static_cast<ptrdiff_t>(t) * b.width,
-                 key ? layer.columns(job.kv_head) : nullptr, out);
+      const float* rows = scratch.rows.data() + static_cast<ptrdiff_t>(t) * a.width;
+      if (a.width < b.width) {
+        for (int r = 0; r < kRowsTogether; ++r) put_back(channels, b.width, rows + r * a.width, whole + r * b.width);
+        rows = whole;
+      }
+      store_rows(b, t, kRowsTogether, rows, key ? layer.columns(job.kv_head) : nullptr, out);
     }
   }
 }
 
-// One side of a page from slots of others. Between equal formats of rows these move as they are.
+// One side of a page from slots of others. Between equal formats of rows these move as they are. Keys of chosen channels and
+// keys of all become each other's.
 void CpuBackend::gather(const Gather& job, Side side, Scratch& scratch) const {
   const bool key = side == Side::kKey;
   const Layer& layer = layers_[static_cast<size_t>(job.layer)];
   const PageFormat& to = format(job.to());
   const TileFormat& b = key ? to.key : to.value;
   const auto dim = static_cast<size_t>(b.width);
+  const std::vector<uint8_t>& channels = job.list->channels;
   std::byte* out = memory(job.to().handle) + (key ? 0 : to.value_offset);
   scratch.half.resize(kPageTokens * dim);
-  scratch.rows.resize(std::max(scratch.rows.size(), kPageTokens * dim));
+  scratch.rows.resize(std::max(scratch.rows.size(), kPageTokens * static_cast<size_t>(layer.config.head_dim)));
   const std::byte* decoded = nullptr;  // the tile that scratch.rows holds
   for (size_t i = 0; i < job.sources.size(); ++i) {
     const auto& [page, slot] = job.sources[i];
     const TileFormat& a = key ? format(page).key : format(page).value;
     const std::byte* in = memory(page.handle) + (key ? 0 : format(page).value_offset);
     uint16_t* half = scratch.half.data() + (to.appendable() ? 0 : i * dim);  // a tile's rows are needed together
-    if (to.appendable() && a.spec == b.spec && takes_rows(a.spec)) {
+    if (to.appendable() && a.spec == b.spec && a.width == b.width && takes_rows(a.spec)) {
       std::byte record[kMostRowBytes];
       load_row(a.spec, side, a.width, in, slot, record);
       store_row(b.spec, side, b.width, record, static_cast<int>(i), out);
       continue;
     }
+    uint16_t other[kMostWidth];  // a row of another width
+    uint16_t* own = a.width == b.width ? half : other;
     if (a.spec.is_f16() || takes_rows(a.spec)) {
-      const uint16_t* row = half_row_of(a, in, slot, half);
-      if (row != half) std::copy_n(row, dim, half);
+      const uint16_t* row = half_row_of(a, in, slot, own);
+      if (row != own) std::copy_n(row, a.width, own);
     } else {
       if (decoded != in) codec_of(a.spec).decode(a.spec, a.shape(), in, scratch.rows.data());
       decoded = in;
-      to_f16(scratch.rows.data() + static_cast<size_t>(slot) * dim, b.width, half);
+      to_f16(scratch.rows.data() + static_cast<ptrdiff_t>(slot) * a.width, a.width, own);
     }
+    if (a.width > b.width) pick(channels, other, half);
+    if (a.width < b.width) put_back(channels, b.width, other, half);
     if (to.appendable()) {
       float row[kMostWidth];
       for (size_t c = 0; c < dim; ++c) row[c] = f16_to_f32(half[c]);

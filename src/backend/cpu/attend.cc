@@ -12,6 +12,13 @@ using Clock = std::chrono::steady_clock;
 
 std::byte* aligned(std::byte* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
 
+// Queries as they meet keys of chosen channels. Without any there are no pages of such, and the launch is of none.
+void pick_channels(std::span<const uint8_t> channels, int dim, int rows, const float* q, float* to) {
+  for (int r = 0; r < rows; ++r, q += dim) {
+    for (const uint8_t channel : channels) *to++ = q[channel];
+  }
+}
+
 }  // namespace
 
 // Leaves the partial softmax of a unit's queries over its pages.
@@ -32,7 +39,6 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
   }
   AttendJob job = layer_job(config);
   job.rows = rows;
-  job.q = scratch.q.data();
   job.position = scratch.positions.data();
   const int64_t oldest = config.sliding_window > 0 ? entry.start + unit.first_token - config.sliding_window + 1 : 0;
 
@@ -66,6 +72,9 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
     // The last format's launch also stands for none: it leaves what attention over nothing is.
     if (scratch.pages.empty() && (any || tiles != layer.tiles.back())) continue;
     const Partial to = any ? scratch.apart.at_front() : partial;
+    const bool thin = layer.ids.thins && tiles == layer.ids.thin;
+    if (thin) pick_channels(pages.list.channels, dim, rows, scratch.q.data(), scratch.thin_q.data());
+    job.q = thin ? scratch.thin_q.data() : scratch.q.data();
     job.key = formats_[tiles].key;
     job.value = formats_[tiles].value;
     job.pages = scratch.pages;

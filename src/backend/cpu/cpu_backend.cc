@@ -48,6 +48,7 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
     layer.tiles.push_back(layer.ids.sealed);
     const PageFormat& recent = formats_[layer.ids.recent];
     if (!recent.rows) layer.tiles.push_back(layer.ids.recent);
+    if (layer.ids.thins) layer.tiles.push_back(layer.ids.thin);
     if (layer.ids.low_tier && layer.ids.low != layer.ids.sealed) layer.tiles.push_back(layer.ids.low);
     if (!layer.config.key.transform.feedback.empty() && !recent.key.spec.is_f16()) {
       const int dim = layer.config.head_dim;
@@ -58,10 +59,15 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
       }
     }
     AttendJob job = layer_job(layer.config);
-    job.key = formats_[layer.ids.sealed].key;
-    job.value = formats_[layer.ids.sealed].value;
     job.rows = layer.heads_per_kv;
-    kernels_used_.emplace_back(pick_kernel(job).name);
+    // What most pages take is what is reported; pages of all channels and of chosen ones must find a kernel.
+    for (const FormatId tiles : {layer.ids.sealed, layer.ids.thins ? layer.ids.thin : layer.ids.sealed}) {
+      job.key = formats_[tiles].key;
+      job.value = formats_[tiles].value;
+      const AttentionKernel& kernel = pick_kernel(job);
+      kernels_used_.resize(l);
+      kernels_used_.emplace_back(kernel.name);
+    }
   }
 }
 
@@ -99,10 +105,10 @@ size_t CpuBackend::scratch_bytes() const {
   }
   for (const Scratch& t : threads_) {
     bytes += t.kernel.capacity() +
-             (t.q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() + t.lanes.capacity() +
-              t.paid.capacity()) *
+             (t.q.capacity() + t.thin_q.capacity() + t.rows.capacity() + t.queries.capacity() + t.scores.capacity() +
+              t.lanes.capacity() + t.paid.capacity()) *
                  sizeof(float) +
-             t.half.capacity() * sizeof(uint16_t) + t.positions.capacity() * sizeof(int64_t) +
+             (t.half.capacity() + t.thin_half.capacity()) * sizeof(uint16_t) + t.positions.capacity() * sizeof(int64_t) +
              t.pages.capacity() * sizeof(PageRef) + room(t.whole) + room(t.apart);
   }
   return bytes;

@@ -37,6 +37,7 @@ class CpuBackend final : public Backend {
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
   Window window(SequenceId id, int layer, int kv_head) const override;
+  std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
   Mass mass(SequenceId id, int layer, int kv_head) override;
   void end() override;
   void forget(SequenceId id) override { queries_.erase(id); }
@@ -92,11 +93,11 @@ class CpuBackend final : public Backend {
   };
   struct Scratch {  // of a thread
     std::vector<std::byte> kernel;
-    std::vector<float> q, rows;
+    std::vector<float> q, thin_q, rows;
     PartialRoom whole, apart;                   // of a unit, and of its pages in a further format
     std::vector<float> queries, scores, lanes;  // of a window, or of a prompt's mass
     std::vector<float> paid;                    // mass of a KV head's tokens
-    std::vector<uint16_t> half;                 // a page's rows on their way from one format to another
+    std::vector<uint16_t> half, thin_half;      // a page's rows on their way from one format to another
     std::vector<int64_t> positions;
     std::vector<PageRef> pages;
     double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
@@ -110,6 +111,7 @@ class CpuBackend final : public Backend {
   struct PromptStep {
     Queries next;
     std::vector<std::vector<float>> sums;      // by layer, [q_heads][tokens], heads of one KV head together
+    std::vector<std::vector<float>> squares;   // by layer, [q_heads][head_dim]: query_squares
     std::vector<std::vector<int64_t>> tokens;  // by layer and KV head
     bool ends = false;
   };
@@ -124,7 +126,7 @@ class CpuBackend final : public Backend {
     LayerFormats ids;
     RowMapChain key_maps, value_maps;
     int heads_per_kv = config.q_heads / config.kv_heads;
-    // Formats of tiles that pages of this layer can have, the sealed one first; fp16 rows go with that one.
+    // Formats of tiles that pages of this layer can have, the sealed one of all channels first; fp16 rows go with that one.
     std::vector<FormatId> tiles;
     // Feedback of recent keys, [kv_heads][head_dim][head_dim] (feedback_columns), or empty. Values do not need it: their errors
     // are not put through a softmax.
@@ -152,7 +154,7 @@ class CpuBackend final : public Backend {
   void attend_mass(size_t layer, size_t entry, int kv_head, const float* q, int64_t q_stride, Scratch& scratch);
   // The same of decoded tokens, from the weights that kernels gave out and the rows' final softmax.
   void add_mass(const Layer& layer, const Unit& unit, const Partial& softmax);
-  void key_lanes(const PageEntry& page, int first, int n, Scratch& scratch) const;
+  void key_lanes(const PageEntry& page, const PageList& list, int dim, int first, int n, Scratch& scratch) const;
   // Slots [first, first + n) of a page's side as floats [n][width], as stored. `tile`: room for kPageTokens rows, may be `rows`
   // where that holds as many and `first` is 0.
   void slot_rows(const PageEntry& page, Side side, int first, int n, float* rows, float* tile) const;

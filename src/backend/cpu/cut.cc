@@ -53,7 +53,7 @@ void CpuBackend::cut(size_t l) {
   int most_pages = 0, most_rows = 0;
   for (size_t e = 0; e < plan_->entries.size(); ++e) {
     const StepEntry& entry = plan_->entries[e];
-    if (entry.prompt && layer.ids.window_queries > 0) begin_window(l, e);
+    if (entry.prompt && layer.ids.kept_queries() > 0) begin_window(l, e);
     const bool counted = counts_mass(layer, entry);
     if (counted) begin_mass(l, e);
     for (int head = 0; head < heads; ++head) {
@@ -116,6 +116,7 @@ void CpuBackend::cut(size_t l) {
   for (Scratch& t : threads_) {
     grow(t.kernel, kernel_bytes + 64);
     grow(t.q, rows * dim);
+    if (layer.ids.thins) grow(t.thin_q, rows * dim);
     for (PartialRoom* room : {&t.whole, &t.apart}) {
       if (room == &t.apart && layer.tiles.size() == 1) continue;
       grow(room->m, rows);
@@ -123,6 +124,7 @@ void CpuBackend::cut(size_t l) {
       grow(room->acc, std::max(rows, size_t{1}) * dim);
     }
     if (layer.tiles.size() > 1 && !plan_->transcodes[l].empty()) grow(t.half, kPageTokens * dim);
+    if (layer.ids.thins && !plan_->transcodes[l].empty()) grow(t.thin_half, kPageTokens * dim);
     grow(t.positions, rows);
     const auto most = static_cast<size_t>(most_pages + (layer.config.sinks + kPageTokens - 1) / kPageTokens);
     if (t.pages.capacity() < most) t.pages.reserve(most + kRoomStep);

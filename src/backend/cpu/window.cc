@@ -1,4 +1,5 @@
-// The window pass: how much the last queries of a prompt look at each stored key, for token policies.
+// The window pass: how much the last queries of a prompt look at each stored key, for token policies, and how large they are in
+// each channel, for channel policies.
 //
 // A layer's queries are kept across the chunks of a prompt. Where it ends, each query head scores all keys of its KV head as
 // the pages hold them: a page's rows are decoded once for all queries. The arithmetic is that of attention/scores.h, so the
@@ -19,7 +20,7 @@ void CpuBackend::begin_window(size_t l, size_t e) {
   const StepEntry& entry = plan_->entries[e];
   const Layer& layer = layers_[l];
   PromptStep& step = prompts_[entry.id];
-  const auto wanted = static_cast<size_t>(layer.ids.window_queries);
+  const auto wanted = static_cast<size_t>(layer.ids.kept_queries());
   const auto dim = static_cast<size_t>(layer.config.head_dim), heads = static_cast<size_t>(layer.config.q_heads);
   const auto kept = queries_.find(entry.id);
   // Tokens of the prompt whose queries are not here any more were cut off by a truncation.
@@ -33,6 +34,10 @@ void CpuBackend::begin_window(size_t l, size_t e) {
     step.next.layers[l].resize(wanted * heads * dim);
     return;
   }
+  if (layer.ids.channel_queries > 0) {
+    step.squares.resize(layers_.size());
+    step.squares[l].assign(heads * dim, 0.0f);
+  }
   step.sums.resize(layers_.size());
   step.tokens.resize(layers_.size());
   size_t most = 0, all = 0;
@@ -41,7 +46,7 @@ void CpuBackend::begin_window(size_t l, size_t e) {
     most = std::max(most, static_cast<size_t>(step.tokens[l].back()));
     all += static_cast<size_t>(step.tokens[l].back()) * static_cast<size_t>(layer.heads_per_kv);
   }
-  step.sums[l].assign(all, 0.0f);
+  if (layer.ids.window_queries > 0) step.sums[l].assign(all, 0.0f);
   for (Scratch& t : threads_) {
     const auto grow = [](std::vector<float>& v, size_t n) { v.resize(std::max(v.size(), n)); };
     grow(t.queries, wanted * dim);
@@ -58,7 +63,7 @@ void CpuBackend::attend_window(size_t l, size_t e, int q_head, const float* q, i
   PromptStep& step = prompts_.at(entry.id);
   const auto kept = queries_.find(entry.id);
   const auto place = [&](int64_t position) {
-    return (position % layer.ids.window_queries * layer.config.q_heads + q_head) * dim;
+    return (position % layer.ids.kept_queries() * layer.config.q_heads + q_head) * dim;
   };
   for (int64_t p = step.next.begin; p < step.next.end; ++p) {
     float* to = step.ends ? scratch.queries.data() + (p - step.next.begin) * dim : step.next.layers[l].data() + place(p);
@@ -70,20 +75,41 @@ void CpuBackend::attend_window(size_t l, size_t e, int q_head, const float* q, i
     }
   }
   if (!step.ends) return;
+  const auto kept_rows = static_cast<int>(step.next.end - step.next.begin);
+  if (const int n = std::min(layer.ids.channel_queries, kept_rows); n > 0) {
+    float* squares = step.squares[l].data() + static_cast<ptrdiff_t>(q_head) * dim;
+    for (int r = kept_rows - n; r < kept_rows; ++r) {
+      const float* row = scratch.queries.data() + static_cast<ptrdiff_t>(r) * dim;
+      for (int c = 0; c < dim; ++c) squares[c] += row[c] * row[c];
+    }
+    for (int c = 0; c < dim; ++c) squares[c] /= static_cast<float>(n);
+  }
+  const int n = std::min(layer.ids.window_queries, kept_rows);
+  if (n == 0) return;
   ptrdiff_t before = 0;
   for (int h = 0; h < kv_head; ++h) before += step.tokens[l][static_cast<size_t>(h)] * layer.heads_per_kv;
   const auto tokens = static_cast<size_t>(step.tokens[l][static_cast<size_t>(kv_head)]);
   float* sums = step.sums[l].data() + before + static_cast<ptrdiff_t>(tokens) * (q_head % layer.heads_per_kv);
-  const auto queries = static_cast<size_t>(step.next.end - step.next.begin) * static_cast<size_t>(dim);
-  score(layer, HeadPages(entry.pages->layers[l], kv_head, layer.ids.sinks), {scratch.queries.data(), queries}, {sums, tokens},
-        scratch);
+  const float* queries = scratch.queries.data() + static_cast<ptrdiff_t>(kept_rows - n) * dim;
+  score(layer, HeadPages(entry.pages->layers[l], kv_head, layer.ids.sinks), {queries, static_cast<size_t>(n * dim)},
+        {sums, tokens}, scratch);
 }
 
 // Keys of a page's slots [first, first + n), n <= kPageTokens, as [head_dim][kPageTokens]: what a dot reduces over is then
 // apart, tokens are next to each other.
-void CpuBackend::key_lanes(const PageEntry& page, int first, int n, Scratch& scratch) const {
-  const int dim = format(page).key.width;
+void CpuBackend::key_lanes(const PageEntry& page, const PageList& list, int dim, int first, int n, Scratch& scratch) const {
   slot_rows(page, Side::kKey, first, n, scratch.rows.data(), scratch.rows.data());
+  const int width = format(page).key.width;
+  if (width < dim) {  // channels that were not chosen add nothing
+    std::fill_n(scratch.lanes.begin(), dim * kPageTokens, 0.0f);
+    for (int t = 0; t < n; ++t) {
+      const float* row = scratch.rows.data() + static_cast<ptrdiff_t>(t) * width;
+      for (int c = 0; c < width; ++c) {
+        scratch.lanes[static_cast<size_t>(list.channels[static_cast<size_t>(c)] * kPageTokens + t)] = row[c];
+      }
+    }
+    return;
+  }
   for (int t = 0; t < n; ++t) {
     const float* row = scratch.rows.data() + static_cast<ptrdiff_t>(t) * dim;
     for (int c = 0; c < dim; ++c) scratch.lanes[static_cast<size_t>(c * kPageTokens + t)] = row[c];
@@ -93,8 +119,8 @@ void CpuBackend::key_lanes(const PageEntry& page, int first, int n, Scratch& scr
 void CpuBackend::dots(const HeadPages& pages, std::span<const float> queries, size_t dim, size_t tokens, Scratch& scratch) {
   const size_t rows = queries.size() / dim;
   size_t at = 0;
-  const auto score_slots = [&](const PageEntry& page, int slot, size_t n) {
-    key_lanes(page, slot, static_cast<int>(n), scratch);
+  const auto score_slots = [&](const PageEntry& page, const PageList& list, int slot, size_t n) {
+    key_lanes(page, list, static_cast<int>(dim), slot, static_cast<int>(n), scratch);
     for (size_t r = 0; r < rows; ++r) {
       for (size_t first = 0; first < n; first += kLanes) {
         float sums[kLanes] = {};
@@ -111,7 +137,7 @@ void CpuBackend::dots(const HeadPages& pages, std::span<const float> queries, si
   const auto score_list = [&](const PageList& list) {
     for (const PageEntry& page : list.pages) {
       for (int slot = 0; slot < page.live && at < tokens; slot += kPageTokens) {
-        score_slots(page, slot, std::min(static_cast<size_t>(std::min(page.live - slot, kPageTokens)), tokens - at));
+        score_slots(page, list, slot, std::min(static_cast<size_t>(std::min(page.live - slot, kPageTokens)), tokens - at));
       }
     }
   };
@@ -138,7 +164,14 @@ Backend::Window CpuBackend::window(SequenceId id, int layer, int kv_head) const 
   size_t before = 0;
   for (int h = 0; h < kv_head; ++h) before += static_cast<size_t>(step.tokens[l][static_cast<size_t>(h)] * per_kv);
   const auto n = static_cast<size_t>(step.tokens[l][static_cast<size_t>(kv_head)] * per_kv);
-  return {std::span(step.sums[l]).subspan(before, n), static_cast<int>(step.next.end - step.next.begin)};
+  const int queries = std::min(layers_[l].ids.window_queries, static_cast<int>(step.next.end - step.next.begin));
+  return {std::span(step.sums[l]).subspan(before, n), queries};
+}
+
+std::span<const float> CpuBackend::query_squares(SequenceId id, int layer, int kv_head) const {
+  const auto l = static_cast<size_t>(layer);
+  const auto n = static_cast<size_t>(layers_[l].heads_per_kv) * static_cast<size_t>(layers_[l].config.head_dim);
+  return std::span(prompts_.at(id).squares[l]).subspan(static_cast<size_t>(kv_head) * n, n);
 }
 
 void CpuBackend::end() {

@@ -7,6 +7,7 @@
 #include "backend/cuda/device.h"
 #include "base/cuda/launch.h"
 #include "kvmix/error.h"
+#include "rows/scale.h"
 
 namespace kvmix {
 
@@ -79,7 +80,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     if (known == shapes_.end()) shapes_.push_back(shape);
     const TransformSpec &k = layer.key.transform, &v = layer.value.transform;
     const auto dim = static_cast<size_t>(layer.head_dim);
-    const float* const key_scales = constant(k.scales);
+    const float* const key_scales = constant(k.scales.empty() ? scale_of(k) : k.scales);  // one of them at most
     const float* const value_scales = constant(v.scales);
     Layer made{.config = layer,
                .ids = layers[l],
@@ -167,6 +168,10 @@ void CudaBackend::gather(const Gather&, int) {
 
 Backend::Window CudaBackend::window(SequenceId, int, int) const {
   throw Error(Status::kUnsupported, "prompts are not scored on the device \"cuda\"; take the device \"cpu\"");
+}
+
+std::span<const float> CudaBackend::query_squares(SequenceId, int, int) const {
+  throw Error(Status::kUnsupported, "channels are not chosen on the device \"cuda\"; take the device \"cpu\"");
 }
 
 void CudaBackend::report(CacheStats& stats) const {

@@ -73,6 +73,7 @@ class CudaBackend final : public Backend {
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
   uint64_t launch_key() override;
   Window window(SequenceId id, int layer, int kv_head) const override;
+  std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
   Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
   void end() override {}
   void forget(SequenceId) override {}

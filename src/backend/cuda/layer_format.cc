@@ -1,6 +1,7 @@
 #include "backend/cuda/layer_format.h"
 
 #include "kvmix/error.h"
+#include "rows/scale.h"
 
 namespace kvmix::cuda {
 namespace {
@@ -18,8 +19,9 @@ SideFormat side_format(const SideConfig& side, Side which, const std::string& wh
   };
   const CodecSpec& codec = side.codec;
   if (!codec.is_uniform()) refuse(to_string(codec), "take a codec that is spelt int<bits>, or the device \"cpu\"");
-  if (!side.transform.more.empty())
-    refuse("the row map of \"" + side.transform.more.front().name + "\"", "leave it out, or take the device \"cpu\"");
+  for (const TransformSpec::Field& field : side.transform.more) {
+    if (field.name != kScaleField) refuse("the row map of \"" + field.name + "\"", "leave it out, or take the device \"cpu\"");
+  }
   if (codec.is_f16()) return {kF16Bits, 128, which == Side::kValue};
   if (!codec.zero_point) refuse(to_string(codec) + ", which has no zero point,", "take \"zero\", or the device \"cpu\"");
   if (which == Side::kValue && codec.axis != Axis::kToken)
