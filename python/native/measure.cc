@@ -39,16 +39,14 @@ Profile make_profile(nb::handle object, const std::string& file, int prompts, in
   Profile result;
   run_long(progress, [&](const Progress& report) {
     const auto text = prompts_of(model, file, prompts, tokens, seed, threads, report);
-    if (!sensitivity) {
-      result = profile_gradients(model, text, threads, report);
-      result.seed = seed;
-      result.text = text_checksum(text);
-      return;
-    }
     result.fingerprint = model->shape().fingerprint;
     result.model = model->shape().name;
     result.seed = seed;
     result.text = text_checksum(text);
+    if (!sensitivity) {
+      profile_gradients(model, text, {.threads = threads, .partial = {}}, result, report);
+      return;
+    }
     SensitivityOptions options;
     options.metric = *sensitivity;
     options.windows = windows;

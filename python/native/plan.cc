@@ -81,7 +81,9 @@ void bind_shape(nb::module_& m) {
                                          head_dim,
                                          sliding_window,
                                          scale.value_or(head_dim > 0 ? 1.0f / std::sqrt(static_cast<float>(head_dim)) : 0),
-                                         softcap};
+                                         softcap,
+                                         {},
+                                         {}};
           },
           "q_heads"_a, "kv_heads"_a, "head_dim"_a, nb::kw_only(), "sliding_window"_a = 0, "scale"_a = nb::none(),
           "softcap"_a = 0.0f,
@@ -162,6 +164,9 @@ void bind_plan_class(nb::module_& m) {
       .def_prop_ro(
           "tokens", [](const Plan& p) { return p.tokens ? std::optional(to_string(*p.tokens)) : std::nullopt; },
           nb::sig("def tokens(self) -> str | None"), "The token policy with its parameters; None keeps all tokens.")
+      .def_prop_ro(
+          "channels", [](const Plan& p) { return p.channels ? std::optional(to_string(*p.channels)) : std::nullopt; },
+          nb::sig("def channels(self) -> str | None"), "The policy that chooses channels of keys; None keeps all.")
       .def_prop_ro(
           "predicted",
           [](const Plan& p) {

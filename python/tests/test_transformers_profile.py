@@ -76,7 +76,7 @@ def test_scores_equal_the_engines(tiny_pair, tmp_path):
     want = kvmix.profile(ours, text=tmp_path / "text.txt", prompts=1, tokens=256, sensitivity=None)
     before = [p.requires_grad for p in theirs.parameters()]
     runs = []
-    counter = theirs.model.layers[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    counter = theirs.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     given = profile(theirs, [ours.tokenize(text)[:256]])
     counter.remove()
     assert len(runs) == 2  # activations were not kept but computed again

@@ -116,10 +116,11 @@ class KVmixCache(Cache):
 
         Raises MismatchError for another model's plan, UnsupportedError for models and plans that cannot run so.
         """
-        if getattr(plan, "tokens", None) is not None:
-            raise UnsupportedError(
-                f"the plan has the token policy {plan.tokens}: transformers does not say where prompts end; take a plan without"
-            )
+        for what, policy in (("token", plan.tokens), ("channel", plan.channels)):
+            if policy is not None:
+                raise UnsupportedError(
+                    f"the plan has the {what} policy {policy}: transformers does not say where prompts end; take a plan without"
+                )
         self.shape = model_shape(model)
         self._config = model.config.get_text_config(decoder=True)
         self.pages = PageCache(
