@@ -31,13 +31,13 @@ void GgufModel::set_key_offsets(int64_t layer, ModelShape::Layer& shape) const {
   const HyperParameters& p = parameters_;
   const std::string prefix = "blk." + std::to_string(layer) + ".";
   // A norm of the keys takes the bias's place.
-  if (weights_.find(prefix + "attn_k.bias") == nullptr || weights_.find(prefix + "attn_k_norm.weight") != nullptr) return;
+  if (stored_.find(prefix + "attn_k.bias") == nullptr || stored_.find(prefix + "attn_k_norm.weight") != nullptr) return;
   const ggml_tensor* tensor = original(prefix + "attn_k.bias");
   std::vector<float> bias(static_cast<size_t>(tensor->ne[0]));
   dequantise_row(tensor, 0, bias.data());
   if (!all_finite(bias)) return;  // refused where it is used
   std::vector<float> factors;     // of the angles, one a pair
-  if (weights_.find("rope_freqs.weight") != nullptr) {
+  if (stored_.find("rope_freqs.weight") != nullptr) {
     const ggml_tensor* freqs = original("rope_freqs.weight");
     factors.resize(static_cast<size_t>(freqs->ne[0]));
     dequantise_row(freqs, 0, factors.data());

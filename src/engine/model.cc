@@ -110,7 +110,7 @@ GgufModel::GgufModel(const std::string& path) : file_(path) {
 
 const Weights& GgufModel::weights() const {
   std::call_once(repacked_once_, [this] { repack_weights(); });
-  return weights_;
+  return cpu_weights_;
 }
 
 std::shared_ptr<void> GgufModel::shared_on_device(const std::function<std::shared_ptr<void>()>& make) const {
@@ -122,7 +122,7 @@ std::shared_ptr<void> GgufModel::shared_on_device(const std::function<std::share
 
 // Matrices that ggml's CPU backend multiplies faster in an order of its own are copied into that order, as llama.cpp does.
 void GgufModel::repack_weights() const {
-  weights_ = stored_;
+  cpu_weights_ = stored_;
   ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
   const auto extra_types = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
       ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
@@ -154,7 +154,7 @@ void GgufModel::repack_weights() const {
       ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
       ggml_backend_tensor_alloc(buffer.get(), copy, ggml_backend_buffer_get_base(buffer.get()));
       ggml_backend_tensor_set(copy, tensor->data, 0, ggml_nbytes(tensor));
-      weights_.add(name, copy);
+      cpu_weights_.add(name, copy);
       repacked_buffers_.push_back(std::move(buffer));
       break;
     }

@@ -82,7 +82,7 @@ class GgufModel final : public Model {
   mutable std::once_flag repacked_once_;
   mutable GgmlContext repacked_;
   mutable std::vector<BackendBuffer> repacked_buffers_;
-  mutable Weights weights_;
+  mutable Weights cpu_weights_;
   mutable std::mutex device_mutex_;
   mutable std::weak_ptr<void> on_device_;
   LlamaModel vocabulary_;

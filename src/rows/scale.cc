@@ -38,7 +38,8 @@ class Scale final : public RowMap {
 
 std::unique_ptr<const RowMap> make(const TransformSpec& spec, const RowShape& shape, const RowMapErrors& errors) {
   if (!kFields[0].present(spec)) return nullptr;
-  if (!spec.scales.empty()) errors.fail("\"scale\" and \"scales\" both multiply the channels; keep one of them");
+  if (!spec.scales.empty())
+    errors.fail("\"scale\" and \"scales\" exclude each other, since both multiply the channels; keep one of them");
   const std::span<const float> scale = scale_of(spec);
   errors.check_numbers("scale", scale, static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.width),
                        "kv_heads x head_dim");
