@@ -60,23 +60,34 @@ int bench_command(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    Table table({"cache", "depth", "sequences", "decode tokens/s", "min", "max", "prefill tokens/s", "cache", "memory peak",
-                 "host ms", "kernel"});
-    table.left(10);
+    const bool on_device = options.device != "cpu";
+    std::vector<std::string> header = {"cache", "depth",      "sequences", "decode tokens/s", "min", "max", "prefill tokens/s",
+                                       "cache", "memory peak"};
+    if (on_device) header.emplace_back("host ms");
+    header.emplace_back("kernel");
+    Table table(header);
+    table.left(header.size() - 1);
     for (const BenchRow& r : rows) {
       if (!r.lost.empty()) continue;
-      table.add({r.name, std::to_string(r.depth), std::to_string(r.sequences), fmt::format("{:.1f}", r.decode_tokens_per_s),
-                 fmt::format("{:.1f}", r.decode_min), fmt::format("{:.1f}", r.decode_max),
-                 r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
-                 human_bytes(static_cast<double>(r.cache_bytes)), human_bytes(static_cast<double>(r.peak_bytes)),
-                 r.host_seconds > 0 ? fmt::format("{:.2f}", 1e3 * r.host_seconds) : "-", r.kernel});
+      std::vector<std::string> cells = {r.name,
+                                        std::to_string(r.depth),
+                                        std::to_string(r.sequences),
+                                        fmt::format("{:.1f}", r.decode_tokens_per_s),
+                                        fmt::format("{:.1f}", r.decode_min),
+                                        fmt::format("{:.1f}", r.decode_max),
+                                        r.prefill_tokens_per_s > 0 ? fmt::format("{:.0f}", r.prefill_tokens_per_s) : "-",
+                                        human_bytes(static_cast<double>(r.cache_bytes)),
+                                        human_bytes(static_cast<double>(r.peak_bytes))};
+      if (on_device) cells.push_back(r.host_seconds > 0 ? fmt::format("{:.2f}", 1e3 * r.host_seconds) : "-");
+      cells.push_back(r.kernel);
+      table.add(cells);
     }
     table.print();
     fmt::print(
         "\n{}: tokens/s of all sequences together, median of {}{} repetitions; prefill of one sequence; memory peak is {}\n",
-        model->shape().name, options.repetitions, options.device == "cpu" ? " interleaved" : "",
-        options.device == "cpu" ? "the anonymous memory that the row added"
-                                : "what the device had in use, weights and all; host ms of a decode step");
+        model->shape().name, options.repetitions, on_device ? "" : " interleaved",
+        on_device ? "what the device had in use, weights and all; host ms of a decode step"
+                  : "the anonymous memory that the row added");
     if (interrupted) fmt::print("stopped before the end: these are the depths that are complete\n");
   };
   try {

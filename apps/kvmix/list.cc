@@ -75,7 +75,7 @@ int list(const Common& common) {
   }
   const auto section = [](const char* title, const auto& entries) {
     fmt::print("{}\n", title);
-    for (const auto& entry : entries) fmt::print("  {:<16} {}\n", entry.name, entry.description);
+    for (const auto& entry : entries) fmt::print("  {:<18} {}\n", entry.name, entry.description);
     fmt::print("\n");
   };
   section("codecs", codecs());
@@ -86,7 +86,7 @@ int list(const Common& common) {
   section("architectures", architectures());
   fmt::print("attention kernels\n");
   for (const auto& kernel : attention_kernels()) {
-    fmt::print("  {:<16} {}{}\n", kernel.name, kernel.description, kernel.available ? "" : " (not on this machine)");
+    fmt::print("  {:<18} {}{}\n", kernel.name, kernel.description, kernel.available ? "" : " (not on this machine)");
   }
   fmt::print("\ndecode runs on {} here\n", used.kernel);
   return kExitOk;
