@@ -171,7 +171,8 @@ void Team::meet(int index) {
   me.processor.store(sched_getcpu(), std::memory_order_relaxed);
   me.arrivals.store(before + 1, std::memory_order_relaxed);
   const bool spin = !in_the_way_of_another(me, before + 1);
-  if (present_.fetch_add(1, std::memory_order_acq_rel) == members_ - 1) {
+  const int last = members_ - 1;  // read before others may go on: behind the last barrier of a run the next one writes it
+  if (present_.fetch_add(1, std::memory_order_acq_rel) == last) {
     present_.store(0, std::memory_order_relaxed);
     passed_.fetch_add(1, std::memory_order_acq_rel);
     passed_.notify_all();
