@@ -20,24 +20,22 @@ void check_memory(cudaError_t status, size_t bytes, const char* what) {
   check_cuda(status, what);
 }
 
-}  // namespace
-
-bool DeviceMemory::reserve(size_t bytes, const char* what) {
-  if (bytes <= bytes_) return false;
-  check_cuda(cudaFree(std::exchange(data_, nullptr)), what);
-  bytes_ = 0;
-  check_memory(cudaMalloc(&data_, roomy(bytes)), roomy(bytes), what);
-  bytes_ = roomy(bytes);
+bool grow(void*& data, size_t& has, size_t bytes, cudaError_t (*release)(void*), cudaError_t (*allocate)(void**, size_t),
+          const char* what) {
+  if (bytes <= has) return false;
+  check_cuda(release(std::exchange(data, nullptr)), what);
+  has = 0;
+  check_memory(allocate(&data, roomy(bytes)), roomy(bytes), what);
+  has = roomy(bytes);
   return true;
 }
 
+}  // namespace
+
+bool DeviceMemory::reserve(size_t bytes, const char* what) { return grow(data_, bytes_, bytes, cudaFree, cudaMalloc, what); }
+
 bool PinnedMemory::reserve(size_t bytes, const char* what) {
-  if (bytes <= bytes_) return false;
-  check_cuda(cudaFreeHost(std::exchange(data_, nullptr)), what);
-  bytes_ = 0;
-  check_memory(cudaMallocHost(&data_, roomy(bytes)), roomy(bytes), what);
-  bytes_ = roomy(bytes);
-  return true;
+  return grow(data_, bytes_, bytes, cudaFreeHost, cudaMallocHost, what);
 }
 
 StepInputs::~StepInputs() {
