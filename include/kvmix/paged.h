@@ -3,8 +3,11 @@
 // A block holds the kPageTokens tokens at positions [kPageTokens b, kPageTokens (b + 1)) of a sequence, b its place in the
 // sequence's list of blocks. A layer's part of it is `block_bytes`: a packed page for each KV head and a nonce. A query sees
 // what a cache fed token by token would show it: rows of the block being filled, and of the newest `window` tokens before it,
-// as the plan keeps recent rows, sinks in fp16, all else packed. So results do not depend on how a prompt was cut, nor, with a
-// window of 0, on who filled a shared block. Unlike a Cache's, pages begin at multiples of kPageTokens whatever the sinks are.
+// as the plan keeps recent rows, sinks in fp16, all else packed. So which rows a query sees, and in which form, does not depend
+// on how a prompt was cut, nor, with a window of 0, on who filled a shared block. The order of sums does: results are equal to
+// the bit where cuts fall on multiples of kPageTokens and, with several threads, the steps hold the same sequences; others are
+// equal but for rounding, and but for the arithmetic of the kernels, which may take other precision for few queries than for
+// many. Unlike a Cache's, pages begin at multiples of kPageTokens whatever the sinks are.
 //
 // Rows that are not packed, and sinks, lie beside the blocks, found by block and nonce: memory that is lent to another sequence
 // is never read for this one's. No call says that a block was freed; what was given up is used again (PagedStep::spare).
@@ -46,7 +49,7 @@ class PagedAttention {
  public:
   // `most_sequences`: that are live at once, which rows beside the blocks are kept for. Throws kUnsupported naming what a plan
   // asks for that blocks cannot do: policies, windows that are ratios, more than kPageTokens sinks, other devices.
-  PagedAttention(CacheConfig config, int most_sequences);
+  PagedAttention(const CacheConfig& config, int most_sequences);
   ~PagedAttention();
   PagedAttention(const PagedAttention&) = delete;
   PagedAttention& operator=(const PagedAttention&) = delete;

@@ -171,7 +171,7 @@ CacheConfig part_of_heads(const CacheConfig& config, int part, int parts) {
 }
 
 struct PagedAttention::Impl {
-  Impl(CacheConfig given, int most) : config(checked(given)), pool(given.max_bytes) {
+  Impl(const CacheConfig& given, int most) : config(checked(given)), pool(given.max_bytes) {
     if (most < 1) fail(Status::kInvalidArgument, "most_sequences is " + std::to_string(most) + "; expected at least 1");
     config.max_bytes = 0;
     for (size_t l = 0; l < config.layers.size(); ++l) layers.push_back(std::make_unique<Layer>(config, l, most));
@@ -234,8 +234,8 @@ struct PagedAttention::Impl {
   std::vector<PageList> sealed;  // by KV head
 };
 
-PagedAttention::PagedAttention(CacheConfig config, int most_sequences)
-    : impl_(std::make_unique<Impl>(std::move(config), most_sequences)) {}
+PagedAttention::PagedAttention(const CacheConfig& config, int most_sequences)
+    : impl_(std::make_unique<Impl>(config, most_sequences)) {}
 PagedAttention::~PagedAttention() = default;
 
 const CacheConfig& PagedAttention::config() const { return impl_->config; }
