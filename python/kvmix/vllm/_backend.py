@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-import vllm
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -21,7 +20,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from .._errors import InternalError, UnsupportedError
-from . import VERSIONS
 from ._runtime import BLOCK_TOKENS, Runtime
 
 
@@ -31,10 +29,6 @@ def _refuse(what: str) -> UnsupportedError:
 
 def check_selection(selection: Any) -> None:
     """Raises UnsupportedError for what a layer asks for and pages cannot do."""
-    if not vllm.__version__.startswith(tuple(v + "." for v in VERSIONS)):
-        raise UnsupportedError(
-            f"kvmix.vllm: vLLM is {vllm.__version__}; this KVmix was made for {', '.join(VERSIONS)}: install that version"
-        )
     for name, what in (
         ("use_mla", "latent attention (MLA)"),
         ("use_sparse", "sparse attention"),

@@ -14,9 +14,10 @@ class KVmixCpuPlatform(CpuPlatform):
         if selected_backend != AttentionBackendEnum.CUSTOM:
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         path = AttentionBackendEnum.CUSTOM.get_path()
-        from . import BACKEND
+        from . import BACKEND, check_version
 
         if path == BACKEND:
+            check_version()
             from ._backend import check_selection
 
             check_selection(attn_selector_config)
