@@ -118,7 +118,7 @@ TEST_P(Latents, WhatDoesNotFitIsRefused) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Latents, ::testing::ValuesIn(testing::tiny_models()),
-                         [](const auto& info) { return std::to_string(info.index) + "_" + testing::tiny_name(info.param); });
+                         [](const auto& tiny) { return std::to_string(tiny.index) + "_" + testing::tiny_name(tiny.param); });
 
 }  // namespace
 }  // namespace kvmix
