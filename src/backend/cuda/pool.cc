@@ -64,8 +64,11 @@ std::string gibibytes(size_t bytes) {
 }  // namespace
 
 DevicePool::DevicePool(size_t max_bytes, cudaStream_t stream)
-    : driver_(driver_calls()), stream_(stream), max_bytes_(max_bytes), chunk_bytes_(chunk_bytes(max_bytes)) {
-  check_cuda(cudaGetDevice(&device_), "pool");
+    : driver_(driver_calls()),
+      stream_(stream),
+      device_(current_device()),
+      max_bytes_(max_bytes),
+      chunk_bytes_(chunk_bytes(max_bytes)) {
   size_t free = 0, total = 0;
   check_cuda(cudaMemGetInfo(&free, &total), "pool");
   const size_t most = std::min(max_bytes == 0 ? total : std::min(max_bytes, total), kMostRange);

@@ -57,7 +57,7 @@ class DevicePool {
 
   const DriverCalls& driver_;
   cudaStream_t stream_;
-  int device_ = 0;
+  int device_;
   size_t max_bytes_, chunk_bytes_, range_bytes_ = 0;
   unsigned long long base_ = 0;
   size_t used_ = 0, taken_ = 0;
