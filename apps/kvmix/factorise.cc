@@ -8,6 +8,7 @@
 #include "console.h"
 #include "kvmix/measure.h"
 #include "models.h"
+#include "plan_view.h"
 #include "text.h"
 
 namespace kvmix::app {
@@ -22,6 +23,9 @@ struct Arguments {
 int factorise_model(Arguments arguments, const Common& common) {
   if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
   const auto model = load_model(arguments.model);
+  const int group = arguments.options.group, heads = model->shape().layers.front().kv_heads;
+  if (group > 0 && heads % group != 0)
+    throw UsageError(fmt::format("--group {} does not divide the model's {} KV heads: name a divisor", group, heads));
   const Progress progress = progress_reporter(common);
   std::unique_ptr<Profile> profile;
   if (!arguments.profile.empty()) {
@@ -39,29 +43,13 @@ int factorise_model(Arguments arguments, const Common& common) {
   arguments.options.threads = common.threads;
   factorise(model, windows, arguments.options, arguments.out, progress);
   const FactorsInfo info = inspect_factors(arguments.out);
-  double kept = 0, all = 0;
-  for (const FactorsInfo::Layer& l : info.layers) {
-    kept += l.key_rank + l.value_rank;
-    all += l.key_channels + l.value_channels;
-  }
   if (common.json) {
-    nlohmann::json json{{"factors", arguments.out}, {"method", info.method}, {"keep", kept / all}, {"checksum", info.checksum}};
-    for (const FactorsInfo::Layer& l : info.layers)
-      json["layers"].push_back({{"key_rank", l.key_rank},
-                                {"key_groups", l.key_groups},
-                                {"value_rank", l.value_rank},
-                                {"value_groups", l.value_groups}});
-    print_json(json);
+    print_json(factors_json(info));
     return kExitOk;
   }
-  fmt::print("layer   keys in groups   values in groups\n");
-  for (size_t l = 0; l < info.layers.size(); ++l) {
-    const FactorsInfo::Layer& f = info.layers[l];
-    fmt::print("{:>5}   {:>4} of {:<4} {:>2}   {:>4} of {:<4} {:>2}\n", l, f.key_rank, f.key_channels, f.key_groups,
-               f.value_rank, f.value_channels, f.value_groups);
-  }
+  print_factors_table(info);
   fmt::print("\nwrote {}: {}, {:.3f} of all channels kept; use it with kvmix plan --factors {}\n", arguments.out, info.method,
-             kept / all, arguments.out);
+             kept_share(info), arguments.out);
   return kExitOk;
 }
 

@@ -49,16 +49,11 @@ void check_latents(const CacheConfig& config, const LayerConfig& layer, const st
   }
   if (!config.kernel.empty() && config.kernel != "portable")
     unsupported("attention kernel \"" + config.kernel + "\" cannot rebuild keys; leave the kernel to the library");
-  const int step = LayerConfig::kLatentStep * layer.lists(), most = layer.kv_heads * layer.head_dim;
+  check_ranks(layer, where);
   for (const Side side : {Side::kKey, Side::kValue}) {
     const bool key = side == Side::kKey;
     const std::string rows = key ? "keys" : "values";
     const int rank = key ? layer.key_rank : layer.value_rank;
-    if (rank < 2 * step || rank > most || rank % step != 0) {
-      throw Error(Status::kInvalidArgument, where + ": rank " + std::to_string(rank) + " of " + rows +
-                                                " does not fit; expected a multiple of " + std::to_string(step) + " from " +
-                                                std::to_string(2 * step) + " to " + std::to_string(most));
-    }
     const TransformSpec& transform = (key ? layer.key : layer.value).transform;
     if (!transform.identity() || !transform.feedback.empty() || !transform.scales.empty())
       unsupported("row maps of " + rows + " do not go with them; make the plan without");
@@ -74,7 +69,8 @@ void check_latents(const CacheConfig& config, const LayerConfig& layer, const st
       throw Error(Status::kInvalidArgument,
                   where + ": factors of the " + rows + " do not fit its shape; factorise the model again");
   }
-  const auto all = static_cast<size_t>(layer.kv_heads * layer.head_dim), dim = static_cast<size_t>(layer.head_dim);
+  const auto all = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(layer.head_dim),
+             dim = static_cast<size_t>(layer.head_dim);
   const LatentFactors& f = *layer.factors;
   for (const auto& [name, size, wanted] : {std::tuple{"key_bias", f.key_bias.size(), all},
                                            {"value_bias", f.value_bias.size(), all},
@@ -105,7 +101,7 @@ void check_config(const CacheConfig& config) {
     check_codec(layer.key.codec, layer.stored_width(Side::kKey));
     check_codec(layer.value.codec, layer.stored_width(Side::kValue));
     if (!layer.recent.is_f16()) {
-      check_codec(layer.recent, layer.stored_width(Side::kKey));
+      for (const Side side : {Side::kKey, Side::kValue}) check_codec(layer.recent, layer.stored_width(side));
       if (!takes_rows(layer.recent)) {
         throw Error(Status::kInvalidArgument,
                     where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + recent_codecs());

@@ -28,6 +28,19 @@ PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int key_wid
 
 }  // namespace
 
+void check_ranks(const LayerConfig& layer, const std::string& where) {
+  if (!layer.latent()) return;
+  const int step = LayerConfig::kLatentStep * layer.lists(), most = layer.kv_heads * layer.head_dim;
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    const bool key = side == Side::kKey;
+    const int rank = key ? layer.key_rank : layer.value_rank;
+    if (rank >= 2 * step && rank <= most && rank % step == 0) continue;
+    throw Error(Status::kInvalidArgument, where + ": rank " + std::to_string(rank) + " of " + (key ? "keys" : "values") +
+                                              " does not fit; expected a multiple of " + std::to_string(step) + " from " +
+                                              std::to_string(2 * step) + " to " + std::to_string(most));
+  }
+}
+
 PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim, int key_channels) {
   return page_format(key, value, key_channels > 0 ? key_channels : head_dim, head_dim, PageRole::kSealed);
 }

@@ -100,9 +100,9 @@ class FactorsReader {
 
 Factors read_factors(const std::string& path) { return FactorsReader(path).read(); }
 
-void check_factors(const Factors& f, const Model& model, const std::string& path) {
+void check_factors(const Factors& f, const Model& model, bool forced, const std::string& path) {
   const ModelShape& shape = model.shape();
-  if (f.fingerprint != shape.fingerprint) {
+  if (f.fingerprint != shape.fingerprint && !forced) {
     throw Error(Status::kMismatch, path + " was made for " + other_model(f.model, f.fingerprint, shape) +
                                        ": factorise this one with kvmix factorise");
   }
@@ -189,6 +189,10 @@ Plan with_factors(Plan plan, const FactorsInfo& info) {
   if (plan.layers.size() != info.layers.size())
     throw Error(Status::kMismatch, info.path + " has " + std::to_string(info.layers.size()) + " layers, the plan " +
                                        std::to_string(plan.layers.size()) + ": factorise the plan's model");
+  if (plan.tokens || plan.channels) {
+    throw Error(Status::kUnsupported,
+                "the plan has a policy, which needs keys and values themselves; take a plan without one for " + info.path);
+  }
   plan.rank = RankSpec{info.path, info.checksum, info.method};
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     plan.layers[l].key_rank = info.layers[l].key_rank;
@@ -197,6 +201,7 @@ Plan with_factors(Plan plan, const FactorsInfo& info) {
     plan.layers[l].key.transform = plan.layers[l].value.transform = {};
   }
   plan.predicted.reset();
+  plan.note += (plan.note.empty() ? "" : "; ") + std::string("latents by ") + info.method + ", " + info.note;
   return plan;
 }
 

@@ -28,7 +28,7 @@ struct Factors {
 // Throws kNotFound, kIo, and kCorrupt for a damaged file, naming what is wrong.
 Factors read_factors(const std::string& path);
 void write_factors(const Factors& factors, const std::string& path);
-// Throws kMismatch unless they are this model's: its fingerprint and shape.
-void check_factors(const Factors& factors, const Model& model, const std::string& path);
+// Throws kMismatch unless they are this model's: its shape and, not `forced`, its fingerprint.
+void check_factors(const Factors& factors, const Model& model, bool forced, const std::string& path);
 
 }  // namespace kvmix

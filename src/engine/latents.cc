@@ -97,11 +97,11 @@ std::vector<float> projection_bias(const GgufModel& model, size_t layer, Side si
   return vector_of(model, block_name(layer, side) + ".bias");
 }
 
-std::vector<LayerLatents> load_latents(const GgufModel& model, const Plan& plan) {
+std::vector<LayerLatents> load_latents(const GgufModel& model, const Plan& plan, bool forced) {
   if (!plan.rank) return {};
   const std::string& path = plan.rank->factors;
   const Factors file = read_factors(path);
-  check_factors(file, model, path);
+  check_factors(file, model, forced, path);
   if (file.checksum != plan.rank->checksum) {
     throw Error(Status::kMismatch, path + " holds other factors (checksum " + file.checksum +
                                        ") than the plan was made with (" + plan.rank->checksum +

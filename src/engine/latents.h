@@ -13,9 +13,9 @@ struct LayerLatents {
   std::vector<float> key_down, value_down;  // [rank][model_dim]
 };
 
-// Empty for a plan without ranks. Reads the plan's factors file and throws kMismatch for another file or model, or ranks that
-// it does not hold.
-std::vector<LayerLatents> load_latents(const GgufModel& model, const Plan& plan);
+// Empty for a plan without ranks. Reads the plan's factors file and throws kMismatch for another file, ranks that it does not
+// hold or, not `forced`, another model.
+std::vector<LayerLatents> load_latents(const GgufModel& model, const Plan& plan, bool forced);
 
 // The layer's projection as it acts, [kv_heads * head_dim][model_dim], without bias; its bias, or empty.
 std::vector<float> projection_weights(const GgufModel& model, size_t layer, Side side);

@@ -29,7 +29,7 @@ struct Engine::Impl {
     check_plan(plan, model->shape(), options.force_plan);
     std::vector<LayerLatents> latents;
     if (options.device == "cpu") {
-      latents = load_latents(inside, plan);
+      latents = load_latents(inside, plan, options.force_plan);
       runner = make_cpu_runner(inside, options.threads, latents);
     } else if (options.device == "cuda") {
       if (plan.rank) {

@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "base/file.h"
+#include "cache/layout.h"
 #include "codec/row.h"
 #include "codec/spelling.h"
 #include "kvmix/plan.h"
@@ -73,6 +74,8 @@ SideConfig parse_side(JsonObject object, int* rank) {
   side.codec = object.has("codec") ? parse_spelling(object, "codec") : parse_uniform(object);
   side.transform = read_transform(object);
   object.finish();
+  if (rank != nullptr && side.transform != TransformSpec{})
+    object.fail("rank", "latents take no row maps; leave \"hadamard\", \"center\" and their like out");
   return side;
 }
 
@@ -175,6 +178,8 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     JsonObject rank = object.object("rank");
     plan.rank = RankSpec{rank.text("factors", 4096), rank.text("checksum", 64), rank.text("method", 64)};
     rank.finish();
+    if (plan.tokens || plan.channels)
+      object.fail("rank", "a policy needs keys and values themselves; leave \"tokens\" and \"channels\" out, or \"rank\"");
   }
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -223,6 +228,14 @@ void check_plan(const Plan& plan, const ModelShape& model, bool force, const std
   if (plan.layers.size() != model.layers.size()) {
     throw Error(Status::kMismatch, name + " has " + std::to_string(plan.layers.size()) + " layers, the model " +
                                        std::to_string(model.layers.size()) + ": make a plan for this model with kvmix plan");
+  }
+  const std::vector<LayerConfig> layers = cache_config(plan, model).layers;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    try {
+      check_ranks(layers[l], name + ": layer " + std::to_string(l));
+    } catch (const Error& e) {
+      throw Error(Status::kMismatch, e.what() + std::string(": make the plan again with kvmix plan --factors"));
+    }
   }
 }
 

@@ -82,16 +82,18 @@ class Factoriser {
       if (progress_ && !progress_(static_cast<double>(l), static_cast<double>(layers), "layer " + std::to_string(l)))
         throw Error(Status::kCancelled, "stopped while factorising");
       Matrix gram, centred;
-      if (calibrated) {
-        gram_of(l, hidden, gram, centred);
-        if (l + 1 < layers) {
-          for (std::vector<float>& h : hidden) h = run->forward(static_cast<int>(l), run->layer_config(static_cast<int>(l)), h);
-        }
-      }
+      if (calibrated) gram_of(l, hidden, gram, centred);
       Factors::Layer& layer = out.layers.emplace_back();
       layer.key = side(l, Side::kKey, static_cast<int>(ranks.key[l]), gram, centred);
       layer.value = side(l, Side::kValue, static_cast<int>(ranks.value[l]), gram, centred);
       for (const SideFactors* s : {&layer.key, &layer.value}) kept += s->groups * s->rank;
+      if (!calibrated || l + 1 == layers) continue;
+      const auto at = static_cast<int>(l);
+      if (options_.method == "recalkv") {  // calibrates each layer behind compressed ones
+        run->replace(at, "attn_k", product(layer.key));
+        run->replace(at, "attn_v", product(layer.value));
+      }
+      for (std::vector<float>& h : hidden) h = run->forward(at, run->layer_config(at), h);
     }
     char note[160];
     std::snprintf(note, sizeof note, "asked to keep %.3f, keeps %.4f; %zu windows of text", options_.keep,
@@ -207,6 +209,18 @@ class Factoriser {
     s.up.assign(up.data(), up.data() + up.size());
     s.energies.assign(energies.data(), energies.data() + energies.size());
     return s;
+  }
+
+  // What the factors stand for in place of the weights, [kv_heads * head_dim][model_dim].
+  std::vector<float> product(const SideFactors& s) const {
+    const Eigen::Index d = model_.parameters().model_dim;
+    const Eigen::Map<const RowMajor> down(s.down.data(), s.groups * s.rank, d), up(s.up.data(), heads_ * dim_, s.rank);
+    RowMajor out(heads_ * dim_, d);
+    for (int h = 0; h < heads_; ++h) {
+      out.middleRows(h * dim_, dim_) =
+          up.middleRows(h * dim_, dim_) * down.middleRows(s.group_of[static_cast<size_t>(h)] * s.rank, s.rank);
+    }
+    return {out.data(), out.data() + out.size()};
   }
 
   const GgufModel& model_;
