@@ -106,7 +106,9 @@ TEST_P(Latents, WhatDoesNotFitIsRefused) {
   const Plan made = plan("lorc", 0.5, f16());
   Plan rank = made;
   rank.layers[0].key_rank = 64 + 16;
-  EXPECT_NE(message(rank).find("rank 80 in the plan"), std::string::npos) << message(rank);
+  EXPECT_NE(message(rank).find("layer 0: rank 80 of keys does not fit"), std::string::npos) << message(rank);
+  rank.layers[0].key_rank = 64;
+  EXPECT_NE(message(rank).find("rank 64 in the plan"), std::string::npos) << message(rank);
   Plan policy = made;
   policy.channels = PolicySpec{"think", {}};
   EXPECT_NE(message(policy).find("policy think needs keys"), std::string::npos) << message(policy);
