@@ -22,9 +22,11 @@ def resized(text, count, item):
 def side(source, kv_heads, head_dim):
     made = dict(source)
     channels, pairs = kv_heads * head_dim, kv_heads * head_dim * (head_dim - 1) // 2
-    for field, count, item in (("scales", channels, 2), ("center", channels, 2), ("feedback", pairs, 2)):
+    for field, count in (("scales", channels), ("feedback", pairs)):
         if field in made:
-            made[field] = resized(made[field], count, item)
+            made[field] = resized(made[field], count, 2)
+    if "center" in made:
+        made["center"] = list(itertools.islice(itertools.cycle(made["center"]), channels))
     for field in set(made) - {"bits", "axis", "group", "fit", "zero_point", "codec", "hadamard", "scales", "center", "feedback"}:
         raise SystemExit(f"stretch_plan: {field} cannot be stretched; take a plan without it")
     return made

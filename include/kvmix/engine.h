@@ -193,6 +193,8 @@ class Peer {
   void spread(int sequences);
   // K and V buffers for a context of this many tokens, as libllama lays them out.
   static size_t cache_bytes(const std::string& cache_type, const ModelShape& shape, int64_t tokens);
+  // What a sequence of so many tokens takes on "cuda": those, and for quantised types its part of a layer in fp16.
+  static size_t device_bytes(const std::string& cache_type, const ModelShape& shape, int64_t tokens);
   double bits_per_element() const;  // of its cache type
   const std::string& name() const;  // "llama.cpp q4_0"
 

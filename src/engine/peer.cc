@@ -179,6 +179,16 @@ size_t Peer::cache_bytes(const std::string& type_name, const ModelShape& shape, 
   return static_cast<size_t>(elements * bits_of(cache_type(type_name)) / 8);
 }
 
+size_t Peer::device_bytes(const std::string& type_name, const ModelShape& shape, int64_t tokens) {
+  const size_t cache = cache_bytes(type_name, shape, tokens);
+  if (cache_type(type_name) == GGML_TYPE_F16) return cache;
+  // Attention to a quantised cache reads an fp16 copy of a layer's, for which the graph has room; and 128 bytes a cell of
+  // masks.
+  int64_t widest = 0;
+  for (const auto& layer : shape.layers) widest = std::max<int64_t>(widest, int64_t{layer.kv_heads} * layer.head_dim);
+  return cache + static_cast<size_t>(tokens) * (2 * sizeof(uint16_t) * static_cast<size_t>(widest) + 128);
+}
+
 const std::string& Peer::name() const { return impl_->name; }
 
 }  // namespace kvmix

@@ -44,30 +44,36 @@ size_t taken_bytes(const std::string& device) {
   return space.total_bytes - space.free_bytes;
 }
 
-// Sequences of `context` tokens that a row can have in so much device memory.
-int sequences_in(size_t memory, const Model& model, const EvalSubject& subject, int64_t context) {
-  constexpr double kRest = 1.5 * (1 << 30);  // the driver's, work space and the graph of a chunk
-  double cache = 0;
+// Sequences of up to `tokens` tokens that a row can have in so much device memory.
+int sequences_in(size_t memory, const Model& model, const EvalSubject& subject, int64_t tokens) {
+  constexpr double kRest = 1.25 * (1 << 30);  // the driver's, work space and the graph of a chunk
+  const double logits = 2.0 * sizeof(float) * model.vocab_size();
+  const double room = static_cast<double>(memory) - static_cast<double>(model.weight_bytes()) - kRest;
+  int n = 0;
   if (subject.plan) {
     CacheConfig config = cache_config(*subject.plan, model.shape());
     config.device = "cuda";
-    // Lengths differ by up to a page, so the last pages are filled by half on average; two in a hundred for what is sealed.
-    constexpr int kMany = 16, kSamples = 16;
+    // Lengths differ by up to a page, so the last pages are filled by half on average; one in a hundred for what is sealed.
+    constexpr int kSamples = 16, kPasses = 3;
+    double cache = 0;
     for (int i = 0; i < kSamples; ++i) {
-      const int64_t length = std::max<int64_t>(context - i * kPageTokens / kSamples, 1);
-      cache += 1.02 * static_cast<double>(predict_bytes(config, length)) / kSamples;
+      const int64_t length = std::max<int64_t>(tokens - i * kPageTokens / kSamples, 1);
+      cache += 1.01 * static_cast<double>(predict_bytes(config, length)) / kSamples;
     }
-    cache += static_cast<double>(predict_slack_bytes(config, context, kMany)) / kMany;
+    // What the allocator rounds up, all sequences share.
+    n = static_cast<int>(room / (cache + logits));
+    for (int pass = 0; pass < kPasses && n > 0; ++pass) {
+      const auto slack = static_cast<double>(predict_slack_bytes(config, tokens, n));
+      n = static_cast<int>((room - slack) / (cache + logits));
+    }
   } else {
-    cache = static_cast<double>(Peer::cache_bytes(subject.peer_type, model.shape(), context));
+    const auto cache = static_cast<double>(Peer::device_bytes(subject.peer_type, model.shape(), tokens));
+    n = static_cast<int>(room / (cache + logits));
   }
-  const double logits = 2.0 * sizeof(float) * model.vocab_size();
-  const double room = static_cast<double>(memory) - static_cast<double>(model.weight_bytes()) - kRest;
-  const int n = static_cast<int>(room / (cache + logits));
   if (n < 1) {
     throw Error(Status::kOutOfMemory, subject.name + ": " + std::to_string(memory >> 20) + " MiB do not hold the model's " +
                                           std::to_string(model.weight_bytes() >> 20) + " MiB and a sequence of " +
-                                          std::to_string(context) + " tokens; take a shallower depth or a smaller plan");
+                                          std::to_string(tokens) + " tokens; take a shallower depth or a smaller plan");
   }
   return n;
 }
@@ -88,8 +94,9 @@ class Turns {
       Row& row = rows_[s];
       const size_t before = taken_bytes(options.device);
       or_lose(s, [&] {
-        row.sequences =
-            options.memory > 0 ? sequences_in(options.memory, *model, subjects[s], contender.context) : options.sequences;
+        row.sequences = options.memory > 0
+                            ? sequences_in(options.memory, *model, subjects[s], subjects[s].plan ? context : contender.context)
+                            : options.sequences;
         contender.sequences = row.sequences;
         row.contender = make_contender(model, subjects[s], contender);
       });
