@@ -78,7 +78,7 @@ SequenceId Ledger::create() {
   SequencePages sequence;
   sequence.layers.resize(layers_.size());
   for (size_t l = 0; l < layers_.size(); ++l) {
-    sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].kv_heads));
+    sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].lists()));
     if (ids_[l].low_tier) sequence.layers[l].low.resize(static_cast<size_t>(layers_[l].kv_heads));
   }
   revise(sequence);
