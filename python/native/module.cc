@@ -70,4 +70,5 @@ NB_MODULE(_native, m) {
   kvmix::python::bind_cache(m);
   kvmix::python::bind_model(m);
   kvmix::python::bind_measure(m);
+  kvmix::python::bind_paged(m);
 }

@@ -15,6 +15,7 @@ void bind_plan(nb::module_& m);
 void bind_cache(nb::module_& m);
 void bind_model(nb::module_& m);
 void bind_measure(nb::module_& m);
+void bind_paged(nb::module_& m);
 
 // Runs `work`, which may take long, without the interpreter's lock. `progress` is None or a function (done, total, what) that
 // is called with it; what it raises, or Ctrl-C, stops the work and is raised.

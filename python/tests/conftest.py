@@ -3,7 +3,6 @@
 import os
 import pathlib
 
-import gguf
 import numpy as np
 import pytest
 
@@ -34,6 +33,8 @@ def smollm2(smollm2_path):
 
 def write_llama(path, seed=7, name="tiny"):
     """A llama with random weights and the smallest vocabulary that libllama takes, as tests/support/tiny_model.h writes it."""
+    import gguf  # which tests of other models go without
+
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
