@@ -43,6 +43,7 @@ void add_list(CommandContext& context);
 void add_inspect(CommandContext& context);
 void add_profile(CommandContext& context);
 void add_plan(CommandContext& context);
+void add_factorise(CommandContext& context);
 void add_generate(CommandContext& context);
 void add_chat(CommandContext& context);
 void add_eval(CommandContext& context);

@@ -1,4 +1,4 @@
-// kvmix inspect: a model, plan, profile or saved cache in words.
+// kvmix inspect: a model, plan, profile, factors file or saved cache in words.
 #include <fmt/core.h>
 
 #include <cstring>
@@ -23,7 +23,7 @@ struct Arguments {
   bool force = false;
 };
 
-enum class Kind { kModel, kPlan, kProfile, kCache };
+enum class Kind { kModel, kFactors, kPlan, kProfile, kCache };
 
 Kind kind_of(const std::string& path) {
   if (!std::filesystem::exists(path)) throw Error(Status::kNotFound, path + ": no such file; check the path");
@@ -32,11 +32,12 @@ Kind kind_of(const std::string& path) {
   std::string head(4096, '\0');
   file.read(head.data(), static_cast<std::streamsize>(head.size()));
   head.resize(static_cast<size_t>(file.gcount()));
-  if (head.starts_with("GGUF")) return Kind::kModel;
+  // What a GGUF is stands in its first entry.
+  if (head.starts_with("GGUF")) return head.find("kvmix-factors") != std::string::npos ? Kind::kFactors : Kind::kModel;
   const size_t first = head.find_first_not_of(" \t\r\n");
   if (head.starts_with("KVMIX")) return Kind::kCache;
   if (first == std::string::npos || head[first] != '{')
-    throw Error(Status::kCorrupt, path + " is no GGUF model, plan, profile or saved cache; name one of these");
+    throw Error(Status::kCorrupt, path + " is no GGUF model, plan, profile, factors file or saved cache; name one of these");
   // Both readers check everything; the planner's name is what only a plan has.
   return head.find("\"kvmix-profile\"") != std::string::npos ? Kind::kProfile : Kind::kPlan;
 }
@@ -92,11 +93,14 @@ struct Formula {
 Formula formula_of(const Plan& plan, const ModelShape& shape) {
   Formula f;
   for (const LayerConfig& l : cache_config(plan, shape).layers) {
-    const auto heads = static_cast<size_t>(l.kv_heads);
-    f.sealed_page_bytes += heads * (tile_bytes(l.key.codec, l.head_dim) + tile_bytes(l.value.codec, l.head_dim));
-    for (const CodecSpec& codec : {l.key.codec, l.value.codec})
-      f.open_page_bytes += heads * tile_bytes(open_codec(l.recent, codec), l.head_dim);
-    f.sink_bytes += heads * 2 * tile_bytes(CodecSpec{}, l.head_dim) / kPageTokens * static_cast<size_t>(l.sinks);
+    const auto lists = static_cast<size_t>(l.lists());
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      const CodecSpec& codec = (side == Side::kKey ? l.key : l.value).codec;
+      const int width = l.stored_width(side);
+      f.sealed_page_bytes += lists * tile_bytes(codec, width);
+      f.open_page_bytes += lists * tile_bytes(open_codec(l.recent, codec), width);
+      f.sink_bytes += lists * tile_bytes(CodecSpec{}, width) / kPageTokens * static_cast<size_t>(l.sinks);
+    }
   }
   return f;
 }
@@ -137,6 +141,8 @@ void inspect_plan(const Arguments& arguments, bool json) {
     if (plan.local_sinks) fmt::print("              {} sinks in layers with a sliding window\n", *plan.local_sinks);
   }
   fmt::print("keeps         {}\n", policies_text(plan, model ? &model->shape() : nullptr));
+  if (plan.rank)
+    fmt::print("latents       by {}, {} (checksum {})\n", plan.rank->method, plan.rank->factors, plan.rank->checksum);
   fmt::print("code bits     keys {:.3f}, values {:.3f} on average over layers\n\n", mean_bits(plan, Side::kKey),
              mean_bits(plan, Side::kValue));
   print_plan_table(plan, nullptr);
@@ -150,6 +156,21 @@ void inspect_plan(const Arguments& arguments, bool json) {
       "tokens of all layers\n",
       f.sink_bytes, f.open_page_bytes, f.sealed_page_bytes, kPageTokens);
   print_plan_costs(plan, model->shape());
+}
+
+void inspect_factors_file(const std::string& path, bool json) {
+  const FactorsInfo info = inspect_factors(path);
+  if (json) {
+    nlohmann::json value = factors_json(info);
+    value["kind"] = "factors";
+    print_json(value);
+    return;
+  }
+  fmt::print("factors       for {} by {}\n", info.model, info.method);
+  fmt::print("fingerprint   {}\n", info.fingerprint);
+  fmt::print("checksum      {}, good\n", info.checksum);
+  fmt::print("note          {}\n\n", info.note);
+  print_factors_table(info);
 }
 
 void inspect_profile(const std::string& path, bool json) {
@@ -207,7 +228,7 @@ void inspect_cache(const std::string& path, bool json) {
 
 void add_inspect(CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
-  CLI::App* command = add_command(context, "inspect", "A plan, profile, model or saved cache in words",
+  CLI::App* command = add_command(context, "inspect", "A plan, profile, model, factors file or saved cache in words",
                                   "kvmix inspect plan.json --model smollm2");
   command->add_option("file", arguments->file, "The file, or a model's short name")->required();
   command->add_option("--model", arguments->model, "For a plan: the model whose sizes to compute");
@@ -219,6 +240,9 @@ void add_inspect(CommandContext& context) {
       switch (kind_of(path)) {
         case Kind::kModel:
           inspect_model(path, common.json);
+          break;
+        case Kind::kFactors:
+          inspect_factors_file(path, common.json);
           break;
         case Kind::kPlan:
           inspect_plan(*arguments, common.json);

@@ -7,6 +7,7 @@
 #include "console.h"
 #include "kvmix/cache.h"
 #include "kvmix/engine.h"
+#include "kvmix/measure.h"
 #include "kvmix/plan.h"
 
 namespace kvmix::app {
@@ -65,6 +66,7 @@ int list(const Common& common) {
         json[key].push_back({{"name", p.name}, {"description", p.description}, {"paper", p.paper}, {"parameters", parameters}});
       }
     }
+    for (const auto& f : factorisations()) json["factorisations"].push_back({{"name", f.name}, {"description", f.description}});
     for (const auto& a : architectures()) json["architectures"].push_back({{"name", a.name}, {"description", a.description}});
     for (const auto& k : attention_kernels()) {
       json["kernels"].push_back({{"name", k.name}, {"description", k.description}, {"available", k.available}});
@@ -83,6 +85,7 @@ int list(const Common& common) {
   section("planners", planners());
   section("token policies", policies());
   section("channel policies", channel_policies());
+  section("factorisations", factorisations());
   section("architectures", architectures());
   fmt::print("attention kernels\n");
   for (const auto& kernel : attention_kernels()) {

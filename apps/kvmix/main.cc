@@ -15,7 +15,7 @@ namespace {
 
 // One line adds a sub-command.
 constexpr void (*kCommands[])(CommandContext&) = {
-    add_profile, add_plan, add_generate, add_chat, add_eval, add_bench, add_report, add_inspect, add_list,
+    add_profile, add_factorise, add_plan, add_generate, add_chat, add_eval, add_bench, add_report, add_inspect, add_list,
 };
 
 int fail(int status, const std::string& message) {

@@ -23,6 +23,7 @@ namespace kvmix::app {
 namespace {
 
 struct Arguments {
+  std::string factors;
   std::string device = "cpu";
   std::string model, planner = "kvmix", profile, out, fit, calibration, tasks, axes = "bits";
   double bits = 0;
@@ -326,6 +327,11 @@ int plan(const Arguments& arguments, const Common& common) {
   if (!both && arguments.measurements == 0 && text_given)
     throw UsageError("text is for measuring: give --measure or --axes tokens,bits");
   if (!arguments.calibration.empty()) read_text_file(arguments.calibration);  // refuses what is no text
+  if (!arguments.factors.empty() &&
+      (planner.needs_budget || both || arguments.pareto || arguments.measurements > 0 || arguments.device != "cpu"))
+    throw UsageError(
+        "--factors goes with a planner that takes no budget, such as uniform, on the device cpu: its bytes follow from ranks "
+        "and bits");
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
@@ -348,7 +354,16 @@ int plan(const Arguments& arguments, const Common& common) {
     request.measurements = arguments.measurements;
   }
   nlohmann::json json;
-  const Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
+  Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
+  if (!arguments.factors.empty()) {
+    const FactorsInfo factors = inspect_factors(arguments.factors);
+    if (factors.fingerprint != model->shape().fingerprint) {
+      throw Error(Status::kMismatch, arguments.factors + " was made for " +
+                                         other_model(factors.model, factors.fingerprint, model->shape()) +
+                                         ": factorise this one with kvmix factorise");
+    }
+    made = with_factors(std::move(made), factors);
+  }
   const std::string file = arguments.out.empty() ? "plan.json" : arguments.out;
   write_plan(made, file);
   const CacheConfig config = cache_config(made, model->shape());
@@ -454,6 +469,8 @@ void add_plan(CommandContext& context) {
       ->add_option("--seed", arguments->seed,
                    "--measure, --axes tokens,bits: seed of the text that the model writes (the profile's plus 1)")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 62));
+  command->add_option("--factors", arguments->factors,
+                      "Latents in place of keys and values, by what kvmix factorise wrote, in the planner's codecs");
   command->add_option("-o,--out", arguments->out, "The plan file to write (plan.json); with --pareto the folder (plans)");
   // Every planner's own options, so that a new planner's appear here by themselves.
   std::map<std::string, std::string> helps;

@@ -26,8 +26,9 @@ std::string letters(size_t i) {
   return i < 26 ? last : letters(i / 26) + last;
 }
 
-std::string describe(const SideConfig& side) {
+std::string describe(const SideConfig& side, int rank) {
   std::string text = to_string(side.codec);
+  if (rank > 0) text += " of " + std::to_string(rank) + " latents";
   if (!side.transform.center.empty()) text += " centred";
   for (const TransformSpec::Field& field : side.transform.more) text += " " + field.name;
   if (side.transform.hadamard) text += " hadamard";
@@ -93,8 +94,8 @@ void print_plan_table(const Plan& plan, const Profile* profile) {
     table.left(column);
   // Codecs are long and few: each gets a letter.
   std::vector<std::string> codecs;
-  const auto letter = [&](const SideConfig& side) {
-    const std::string name = describe(side);
+  const auto letter = [&](const SideConfig& side, int rank) {
+    const std::string name = describe(side, rank);
     const auto at = std::find(codecs.begin(), codecs.end(), name);
     const auto i = static_cast<size_t>(at - codecs.begin());
     if (at == codecs.end()) codecs.push_back(name);
@@ -107,13 +108,48 @@ void print_plan_table(const Plan& plan, const Profile* profile) {
       row.insert(row.end(), {fmt::format("{:.3g}", profile->key_score[l]), score_bar(profile->key_score, l),
                              fmt::format("{:.3g}", profile->value_score[l]), score_bar(profile->value_score, l)});
     }
-    row.insert(row.end(), {std::to_string(layer.key.codec.bits), width_bar(layer.key), letter(layer.key),
-                           std::to_string(layer.value.codec.bits), width_bar(layer.value), letter(layer.value)});
+    row.insert(row.end(),
+               {std::to_string(layer.key.codec.bits), width_bar(layer.key), letter(layer.key, layer.key_rank),
+                std::to_string(layer.value.codec.bits), width_bar(layer.value), letter(layer.value, layer.value_rank)});
     table.add(row);
   }
   table.print();
   fmt::print("\n");
   for (size_t i = 0; i < codecs.size(); ++i) fmt::print("{:<2} {}\n", letters(i), codecs[i]);
+}
+
+double kept_share(const FactorsInfo& factors) {
+  double kept = 0, all = 0;
+  for (const FactorsInfo::Layer& l : factors.layers) {
+    kept += l.key_rank + l.value_rank;
+    all += l.key_channels + l.value_channels;
+  }
+  return kept / all;
+}
+
+void print_factors_table(const FactorsInfo& factors) {
+  Table table({"layer", "K latents", "of", "groups", "V latents", "of", "groups"});
+  for (size_t l = 0; l < factors.layers.size(); ++l) {
+    const FactorsInfo::Layer& f = factors.layers[l];
+    table.add({std::to_string(l), std::to_string(f.key_rank), std::to_string(f.key_channels), std::to_string(f.key_groups),
+               std::to_string(f.value_rank), std::to_string(f.value_channels), std::to_string(f.value_groups)});
+  }
+  table.print();
+}
+
+nlohmann::json factors_json(const FactorsInfo& factors) {
+  nlohmann::json json{{"factors", factors.path},    {"method", factors.method},           {"model", factors.model},
+                      {"note", factors.note},       {"fingerprint", factors.fingerprint}, {"checksum", factors.checksum},
+                      {"keep", kept_share(factors)}};
+  for (const FactorsInfo::Layer& l : factors.layers) {
+    json["layers"].push_back({{"key_rank", l.key_rank},
+                              {"key_channels", l.key_channels},
+                              {"key_groups", l.key_groups},
+                              {"value_rank", l.value_rank},
+                              {"value_channels", l.value_channels},
+                              {"value_groups", l.value_groups}});
+  }
+  return json;
 }
 
 void print_score_table(const Profile& profile) {

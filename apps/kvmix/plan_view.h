@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "kvmix/engine.h"
 #include "kvmix/plan.h"
 
 namespace kvmix::app {
@@ -15,6 +16,12 @@ void print_score_table(const Profile& profile);
 // What the plan costs on a model: bytes and bits at a few context lengths, against fp16.
 void print_plan_costs(const Plan& plan, const ModelShape& model);
 nlohmann::json plan_costs_json(const Plan& plan, const ModelShape& model);
+
+// Layer by layer: latents of keys and values, in how many groups.
+void print_factors_table(const FactorsInfo& factors);
+nlohmann::json factors_json(const FactorsInfo& factors);
+// Latents of all channels.
+double kept_share(const FactorsInfo& factors);
 
 // Mean code bits over layers and heads of equal size.
 double mean_bits(const Plan& plan, Side side);

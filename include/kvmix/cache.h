@@ -58,6 +58,24 @@ struct WindowRule {
   friend bool operator==(const WindowRule&, const WindowRule&) = default;
 };
 
+// What latents that are stored in place of keys and values stand for (low rank: docs/rank.md). A token's key latents z give
+// head h the key up_h^T z[first, first + count) + bias, which is normed and rotated when a query meets it; value latents are
+// attended to as they are, and up and bias applied to what softmax makes of them.
+struct LatentFactors {
+  struct Head {
+    int first = 0, count = 0;  // of the side's latents
+    std::vector<float> up;     // [count][head_dim]
+  };
+  std::vector<Head> key, value;             // by KV head
+  std::vector<float> key_bias, value_bias;  // [kv_heads * head_dim], or empty
+  std::vector<float> key_norm;              // [head_dim]: weights of an RMS norm of each key; empty: none
+  float norm_epsilon = 0;
+  // Rotation of channel pairs by `angles[i]` radians a position, (i, i + pairs) or, `neighbours`, (2i, 2i + 1), and scaled.
+  std::vector<double> angles;
+  bool neighbours = false;
+  float magnitude = 1;
+};
+
 struct LayerConfig {
   int q_heads = 0, kv_heads = 0;  // q_heads is a multiple of kv_heads
   int head_dim = 0;               // 32..256, multiple of 16
@@ -70,6 +88,17 @@ struct LayerConfig {
   // ("int8.token.g64.minmax.zero").
   CodecSpec recent;
   SideConfig key, value;
+  // Latents in place of keys and values: numbers a token, of all KV heads together; 0: none. Each is a multiple of
+  // kLatentStep * lists(). Row maps and policies do not go with them, and the device "cuda" does not take them.
+  int key_rank = 0, value_rank = 0;
+  std::shared_ptr<const LatentFactors> factors = nullptr;  // what they are made by; formulas of sizes do without
+
+  bool latent() const { return key_rank > 0 || value_rank > 0; }
+  // Page lists that a token's rows are cut into: one a KV head, or as few as hold all latents.
+  int lists() const { return latent() ? (kv_heads * head_dim + kMostLatents - 1) / kMostLatents : kv_heads; }
+  // Stored numbers of a token in one of them.
+  int stored_width(Side side) const { return latent() ? (side == Side::kKey ? key_rank : value_rank) / lists() : head_dim; }
+  static constexpr int kMostLatents = 256, kLatentStep = 16;
 };
 
 // How rows of a side with this codec are kept until they are sealed: one that stays fp16 has nothing to gain from codes.
@@ -156,7 +185,7 @@ class Cache {
   // Bytes of the pages that such a step would take, those it gives back at its end not subtracted.
   size_t step_bytes(std::span<const StepItem> items) const;
   // Seals what left the window, then stores the step's rows. k, v: float [n_rows][kv_heads][head_dim], row strides in
-  // floats. Keys are post-RoPE.
+  // floats. Keys are post-RoPE. Of layers with latents [n_rows][key_rank] and [n_rows][value_rank].
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, int ith, int nth);
   // Causal attention of the step's queries over everything stored, this step's rows included.
   // q, out: float [n_rows][q_heads][head_dim], row strides in floats; out must not alias q.
@@ -196,7 +225,8 @@ class Cache {
   SequenceId load(const std::string& path, const std::string& fingerprint);
 
   // Reads the stored rows back as float [length][head_dim] (transforms undone when `original_space`), for tests and
-  // analysis. Positions freed by a sliding window or dropped by a policy are NaN.
+  // analysis. Positions freed by a sliding window or dropped by a policy are NaN. Of a layer with latents those of a page list
+  // in place of a KV head's rows, [length][stored_width], as stored only.
   void read(SequenceId sequence, int layer, int kv_head, Side side, bool original_space, float* rows) const;
 
  private:

@@ -159,6 +159,19 @@ struct ArchitectureInfo {
 };
 std::vector<ArchitectureInfo> architectures();
 
+// What a factors file holds (kvmix factorise; docs/rank.md).
+struct FactorsInfo {
+  std::string path, method, note, model, fingerprint, checksum;
+  struct Layer {
+    int key_groups, key_rank, key_channels, value_groups, value_rank, value_channels;
+  };
+  std::vector<Layer> layers;
+};
+// Throws kNotFound, kIo, kCorrupt.
+FactorsInfo inspect_factors(const std::string& path);
+// The plan with all latents of these factors in place of keys and values, in its codecs, without its row maps.
+Plan with_factors(Plan plan, const FactorsInfo& factors);
+
 // The peer: the same model under libllama with one of its cache types, in this process.
 class Peer {
  public:

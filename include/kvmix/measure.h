@@ -64,6 +64,23 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
 std::unique_ptr<PlanMeter> make_plan_meter(std::shared_ptr<const Model> model, std::vector<std::vector<Token>> windows,
                                            std::vector<std::vector<Token>> held_out, int threads);
 
+// Low-rank factors of a model's key and value projections (docs/rank.md).
+struct FactorisationInfo {
+  std::string name, description;
+};
+std::vector<FactorisationInfo> factorisations();
+struct FactoriseOptions {
+  std::string method = "palu";
+  double keep = 0.5;                 // latents of all channels, keys and values of all layers together
+  int group = 0;                     // KV heads that share factors; 0: the largest divisor of all up to 4
+  const Profile* profile = nullptr;  // whose gradients give "palu" and "recalkv" their ranks; null: all alike
+  int threads = 0;                   // 0: all cores
+};
+// Writes a factors file. `windows`: text that inputs are taken from, which "lorc" does not read. Throws kInvalidArgument,
+// kMismatch for another model's profile, kCancelled, kIo.
+void factorise(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> windows, const FactoriseOptions& options,
+               const std::string& path, const Progress& progress);
+
 struct Task {
   std::string prompt, answer;
 };

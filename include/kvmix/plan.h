@@ -82,6 +82,14 @@ struct Profile {
   std::vector<std::vector<float>> key_mean;
 };
 
+// Latents in place of keys and values, by factors that stand in a file of their own (kvmix factorise).
+struct RankSpec {
+  std::string factors;   // the file; a plan file names it relative to itself
+  std::string checksum;  // of its numbers
+  std::string method;
+  friend bool operator==(const RankSpec&, const RankSpec&) = default;
+};
+
 struct Plan {
   std::string fingerprint, model, planner;
   std::string note;  // how it was made: the planner's arguments in words
@@ -97,8 +105,10 @@ struct Plan {
   CodecSpec recent;                    // rows that are not sealed yet: f16, or 8-bit codes (LayerConfig::recent)
   std::optional<PolicySpec> tokens;    // which tokens stay; absent: all
   std::optional<PolicySpec> channels;  // which channels of keys are stored; absent: all
+  std::optional<RankSpec> rank;        // absent: keys and values themselves
   struct Layer {
     SideConfig key, value;
+    int key_rank = 0, value_rank = 0;  // with `rank`: latents of the layer, of all KV heads together
   };
   std::vector<Layer> layers;
 };

@@ -38,6 +38,52 @@ void check_device(const CacheConfig& config) {
   }
 }
 
+void check_latents(const CacheConfig& config, const LayerConfig& layer, const std::string& where) {
+  const auto unsupported = [&](const std::string& what) {
+    throw Error(Status::kUnsupported, where + " stores latents: " + what);
+  };
+  if (on_cuda(config))
+    unsupported("the device \"cuda\" has no code for them; take a plan without \"rank\", or the device \"cpu\"");
+  for (const std::optional<PolicySpec>* policy : {&config.tokens, &config.channels}) {
+    if (*policy) unsupported("policy " + (*policy)->name + " needs keys and values themselves; leave it or the ranks out");
+  }
+  if (!config.kernel.empty() && config.kernel != "portable")
+    unsupported("attention kernel \"" + config.kernel + "\" cannot rebuild keys; leave the kernel to the library");
+  check_ranks(layer, where);
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    const bool key = side == Side::kKey;
+    const std::string rows = key ? "keys" : "values";
+    const int rank = key ? layer.key_rank : layer.value_rank;
+    const TransformSpec& transform = (key ? layer.key : layer.value).transform;
+    if (!transform.identity() || !transform.feedback.empty() || !transform.scales.empty())
+      unsupported("row maps of " + rows + " do not go with them; make the plan without");
+    if (layer.factors == nullptr)
+      unsupported("the factors that make them are missing; give the plan's factors file to the engine");
+    const std::vector<LatentFactors::Head>& heads = key ? layer.factors->key : layer.factors->value;
+    bool fits = heads.size() == static_cast<size_t>(layer.kv_heads);
+    for (const LatentFactors::Head& head : heads) {
+      fits = fits && head.first >= 0 && head.count > 0 && head.first + head.count <= rank &&
+             head.up.size() == static_cast<size_t>(head.count) * static_cast<size_t>(layer.head_dim);
+    }
+    if (!fits)
+      throw Error(Status::kInvalidArgument,
+                  where + ": factors of the " + rows + " do not fit its shape; factorise the model again");
+  }
+  const auto all = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(layer.head_dim),
+             dim = static_cast<size_t>(layer.head_dim);
+  const LatentFactors& f = *layer.factors;
+  for (const auto& [name, size, wanted] : {std::tuple{"key_bias", f.key_bias.size(), all},
+                                           {"value_bias", f.value_bias.size(), all},
+                                           {"key_norm", f.key_norm.size(), dim}}) {
+    if (size != 0 && size != wanted)
+      throw Error(Status::kInvalidArgument, where + ": factors' " + name + " has " + std::to_string(size) +
+                                                " numbers; expected " + std::to_string(wanted));
+  }
+  if (2 * f.angles.size() > dim)
+    throw Error(Status::kInvalidArgument, where + ": factors rotate " + std::to_string(f.angles.size()) + " pairs of " +
+                                              std::to_string(dim) + " channels");
+}
+
 void check_config(const CacheConfig& config) {
   const auto fail = [](const std::string& what) { throw Error(Status::kInvalidArgument, "cache: " + what); };
   if (config.layers.empty()) fail("no layers; describe at least one");
@@ -51,10 +97,11 @@ void check_config(const CacheConfig& config) {
                                                 std::to_string(layer.kv_heads) +
                                                 " KV heads; the first must be a multiple of the second");
     }
-    check_codec(layer.key.codec, layer.head_dim);
-    check_codec(layer.value.codec, layer.head_dim);
+    if (layer.latent()) check_latents(config, layer, where);
+    check_codec(layer.key.codec, layer.stored_width(Side::kKey));
+    check_codec(layer.value.codec, layer.stored_width(Side::kValue));
     if (!layer.recent.is_f16()) {
-      check_codec(layer.recent, layer.head_dim);
+      for (const Side side : {Side::kKey, Side::kValue}) check_codec(layer.recent, layer.stored_width(side));
       if (!takes_rows(layer.recent)) {
         throw Error(Status::kInvalidArgument,
                     where + ": recent rows cannot be " + to_string(layer.recent) + "; expected " + recent_codecs());
@@ -76,7 +123,7 @@ void check_config(const CacheConfig& config) {
       const bool key = side == Side::kKey;
       const RowMapChain maps((key ? layer.key : layer.value).transform, row_shape(layer, side),
                              where + (key ? " keys" : " values"));
-      if (maps.width() != layer.head_dim) {
+      if (!layer.latent() && maps.width() != layer.head_dim) {
         throw Error(Status::kUnsupported, where + ": rows of " + std::to_string(maps.width()) + " stored channels of " +
                                               std::to_string(layer.head_dim) + " are not supported by this cache");
       }

@@ -15,10 +15,10 @@ namespace kvmix {
 
 namespace {
 
-PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_dim, PageRole role, int key_channels = 0) {
+PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int key_width, int value_width, PageRole role) {
   PageFormat format;
-  format.key = tile_format(key, {kPageTokens, key_channels > 0 ? key_channels : head_dim, Side::kKey});
-  format.value = tile_format(value, {kPageTokens, head_dim, Side::kValue});
+  format.key = tile_format(key, {kPageTokens, key_width, Side::kKey});
+  format.value = tile_format(value, {kPageTokens, value_width, Side::kValue});
   format.role = role;
   format.rows = role != PageRole::kSealed && key.is_f16() && value.is_f16();
   format.value_offset = format.key.bytes;
@@ -28,19 +28,35 @@ PageFormat page_format(const CodecSpec& key, const CodecSpec& value, int head_di
 
 }  // namespace
 
+void check_ranks(const LayerConfig& layer, const std::string& where) {
+  if (!layer.latent()) return;
+  const int step = LayerConfig::kLatentStep * layer.lists(), most = layer.kv_heads * layer.head_dim;
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    const bool key = side == Side::kKey;
+    const int rank = key ? layer.key_rank : layer.value_rank;
+    if (rank >= 2 * step && rank <= most && rank % step == 0) continue;
+    throw Error(Status::kInvalidArgument, where + ": rank " + std::to_string(rank) + " of " + (key ? "keys" : "values") +
+                                              " does not fit; expected a multiple of " + std::to_string(step) + " from " +
+                                              std::to_string(2 * step) + " to " + std::to_string(most));
+  }
+}
+
 PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim, int key_channels) {
-  return page_format(key, value, head_dim, PageRole::kSealed, key_channels);
+  return page_format(key, value, key_channels > 0 ? key_channels : head_dim, head_dim, PageRole::kSealed);
 }
 
 LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
   const auto page = [&](const CodecSpec& key, const CodecSpec& value, PageRole role) {
-    return page_format(key, value, layer.head_dim, role);
+    return page_format(key, value, layer.stored_width(Side::kKey), layer.stored_width(Side::kValue), role);
   };
   LayerLayout layout{};
   layout.sinks = page({}, {}, PageRole::kSinks);
   layout.sinks.slots = layer.sinks;
-  layout.sinks.value_offset = static_cast<size_t>(layer.sinks) * static_cast<size_t>(layer.head_dim) * sizeof(uint16_t);
-  layout.sinks.bytes = (2 * layout.sinks.value_offset + 63) / 64 * 64;
+  const auto sinks_of = [&](Side side) {
+    return static_cast<size_t>(layer.sinks) * static_cast<size_t>(layer.stored_width(side)) * sizeof(uint16_t);
+  };
+  layout.sinks.value_offset = sinks_of(Side::kKey);
+  layout.sinks.bytes = (sinks_of(Side::kKey) + sinks_of(Side::kValue) + 63) / 64 * 64;
   layout.recent =
       page(open_codec(layer.recent, layer.key.codec), open_codec(layer.recent, layer.value.codec), PageRole::kRecent);
   layout.sealed = page(layer.key.codec, layer.value.codec, PageRole::kSealed);
@@ -124,7 +140,7 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
     if (thin) head += static_cast<size_t>(governed.thin[l].key.width);
     head += static_cast<size_t>(p.sealed - p.freed) * (thin ? governed.thin[l] : layout.sealed).bytes;
     head += static_cast<size_t>(p.pages - p.sealed) * layout.recent.bytes;
-    bytes += static_cast<size_t>(layer.kv_heads) * head;
+    bytes += static_cast<size_t>(layer.lists()) * head;
   }
   return bytes;
 }
@@ -139,7 +155,7 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
     const bool thin = governed.chooses(l, n_tokens);
     const PagePrediction p = stored_pages(layer, layout.seals || thin, governed.governs(l) ? held : n_tokens);
     const size_t sealed = (thin ? governed.thin[l] : layout.sealed).bytes;
-    const auto heads = static_cast<size_t>(layer.kv_heads) * static_cast<size_t>(sequences);
+    const auto heads = static_cast<size_t>(layer.lists()) * static_cast<size_t>(sequences);
     if (n_tokens > 0 && layer.sinks > 0) bytes[layout.sinks.bytes] += heads * layout.sinks.bytes;
     bytes[sealed] += heads * static_cast<size_t>(p.sealed - p.freed) * sealed;
     // The page that is being sealed is still there when its successor is allocated.

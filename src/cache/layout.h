@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "backend/page.h"
 #include "kvmix/cache.h"
@@ -20,6 +21,8 @@ struct LayerLayout {
 // On the device "cuda" recent rows are fp16; `key` and `value` then say what a file holds.
 LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda = false);
 inline bool on_cuda(const CacheConfig& config) { return config.device == "cuda"; }
+// Throws kInvalidArgument unless the layer's latents, if it stores any, are as many as pages can hold.
+void check_ranks(const LayerConfig& layer, const std::string& where);
 // A page that is sealed in these codecs, with so many channels of the keys; 0: all.
 PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_dim, int key_channels = 0);
 

@@ -16,6 +16,15 @@ void check_prompt(const StepItem& item, const SequencePages& sequence) {
                                             "marked `more` first");
 }
 
+void check_each_once(std::span<const StepItem> items) {
+  std::vector<SequenceId> ids;
+  ids.reserve(items.size());
+  for (const StepItem& item : items) ids.push_back(item.sequence);
+  std::sort(ids.begin(), ids.end());
+  if (const auto twice = std::adjacent_find(ids.begin(), ids.end()); twice != ids.end())
+    throw Error(Status::kInvalidArgument, "sequence " + std::to_string(*twice) + " appears twice in a step");
+}
+
 // Tokens of a page, `before` of the list in front of it, at positions below n.
 int live_below(const PageList& list, const PageEntry& page, int64_t before, int64_t n) {
   int live = page.live;
@@ -69,7 +78,7 @@ SequenceId Ledger::create() {
   SequencePages sequence;
   sequence.layers.resize(layers_.size());
   for (size_t l = 0; l < layers_.size(); ++l) {
-    sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].kv_heads));
+    sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].lists()));
     if (ids_[l].low_tier) sequence.layers[l].low.resize(static_cast<size_t>(layers_[l].kv_heads));
   }
   revise(sequence);
@@ -248,6 +257,7 @@ void Ledger::open_layer(size_t layer, SequencePages& sequence, const StepEntry& 
 const StepPlan& Ledger::open(std::span<const StepItem> items) {
   if (open_) throw Error(Status::kInvalidArgument, "a step is already open; end or abort it first");
   if (items.empty()) throw Error(Status::kInvalidArgument, "a step needs at least one sequence");
+  check_each_once(items);
   begin_change();
   int64_t row = 0;
   for (const StepItem& item : items) {
@@ -257,11 +267,6 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
     }
     if (sequence.length + item.n_tokens > INT32_MAX) {
       throw Error(Status::kUnsupported, "sequence " + std::to_string(item.sequence) + " would exceed 2147483647 tokens");
-    }
-    for (const StepEntry& entry : plan_.entries) {
-      if (entry.id == item.sequence) {
-        throw Error(Status::kInvalidArgument, "sequence " + std::to_string(item.sequence) + " appears twice in a step");
-      }
     }
     check_prompt(item, sequence);
     const auto [prompt, ends] = prompt_part(item, sequence);

@@ -116,12 +116,16 @@ void Cache::read(SequenceId id, int layer_index, int kv_head, Side side, bool or
   const Impl& impl = *impl_;
   const SequencePages& sequence = impl.ledger.find(id);
   const auto l = static_cast<size_t>(layer_index);
-  if (layer_index < 0 || l >= sequence.layers.size() || kv_head < 0 || kv_head >= impl.config.layers[l].kv_heads) {
+  if (layer_index < 0 || l >= sequence.layers.size() || kv_head < 0 || kv_head >= impl.config.layers[l].lists()) {
     throw Error(Status::kInvalidArgument,
                 "the cache has no layer " + std::to_string(layer_index) + ", KV head " + std::to_string(kv_head));
   }
   const LayerConfig& layer = impl.config.layers[l];
-  const int dim = layer.head_dim;
+  if (layer.latent() && original_space) {
+    throw Error(Status::kUnsupported, "layer " + std::to_string(layer_index) +
+                                          " stores latents, which are read as they are stored alone; ask for that");
+  }
+  const int dim = layer.stored_width(side);
   std::fill_n(rows, sequence.length * dim, std::numeric_limits<float>::quiet_NaN());
   std::vector<float> page_rows;
   const auto width_of = [&](const PageEntry& entry) {

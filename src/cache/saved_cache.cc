@@ -77,6 +77,13 @@ struct SavedLayer {
   std::string key, value, recent;
 };
 
+// A side's codec, and how many latents stand for its rows.
+std::string stored_as(const LayerConfig& layer, Side side) {
+  const bool key = side == Side::kKey;
+  const std::string codec = to_string((key ? layer.key : layer.value).codec);
+  return layer.latent() ? codec + " of rank " + std::to_string(key ? layer.key_rank : layer.value_rank) : codec;
+}
+
 struct Header {
   std::string fingerprint;
   int64_t tokens;
@@ -294,14 +301,14 @@ void Cache::save(SequenceId id, const std::string& path, const std::string& fing
   number(static_cast<uint32_t>(sequence.layers.size()));
   for (size_t l = 0; l < sequence.layers.size(); ++l) {
     const LayerConfig& layer = impl.config.layers[l];
-    number(static_cast<int32_t>(layer.kv_heads));
+    number(static_cast<int32_t>(layer.lists()));
     number(static_cast<int32_t>(layer.head_dim));
     number(static_cast<int32_t>(layer.sinks));
     const PageCounts counts = lists ? PageCounts{0, 0} : count_pages(l);
     number(counts.sealed);
     number(counts.freed);
-    text(to_string(layer.key.codec));
-    text(to_string(layer.value.codec));
+    text(stored_as(layer, Side::kKey));
+    text(stored_as(layer, Side::kValue));
     text(to_string(layer.recent));
   }
   if (lists) number(sequence.prompt_length);
@@ -354,8 +361,8 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
     const SavedLayer& saved = header.layers[l];
     const LayerConfig& layer = impl.config.layers[l];
     const std::string where = "layer " + std::to_string(l);
-    if (saved.kv_heads != layer.kv_heads || saved.head_dim != layer.head_dim || saved.sinks != layer.sinks ||
-        saved.key != to_string(layer.key.codec) || saved.value != to_string(layer.value.codec) ||
+    if (saved.kv_heads != layer.lists() || saved.head_dim != layer.head_dim || saved.sinks != layer.sinks ||
+        saved.key != stored_as(layer, Side::kKey) || saved.value != stored_as(layer, Side::kValue) ||
         saved.recent != to_string(layer.recent)) {
       throw Error(Status::kMismatch,
                   path + ": " + where + " has another shape or codec than this cache; use the plan it was saved with");
@@ -416,14 +423,14 @@ SequenceId Cache::load(const std::string& path, const std::string& fingerprint) 
       if (impl.ids[l].mass) read_mass(in, list);
       return list;
     };
-    for (int h = 0; h < layer.kv_heads; ++h) {
+    for (int h = 0; h < layer.lists(); ++h) {
       PageList& list =
           in.version >= kListsVersion
               ? read(layers[l].heads, false)
               : layers[l].heads.emplace_back(formula_list(header.layers[l], layer, impl.ids[l], impl.formats, header.tokens));
       check_window(in, layer, impl.ids[l].governed, layers[l].heads.front(), list, header.tokens);
     }
-    for (int h = 0; h < layer.kv_heads && impl.ids[l].low_tier; ++h) {
+    for (int h = 0; h < layer.lists() && impl.ids[l].low_tier; ++h) {
       const PageList& low = read(layers[l].low, true);
       if (!apart(layers[l].heads[static_cast<size_t>(h)], low)) in.fail("a token stands in two tiers");
     }

@@ -68,12 +68,30 @@ void attend_op(ggml_tensor* out, int ith, int nth, void* data) {
   }
 }
 
+// What makes a layer's latents, [model_dim, rank].
+struct DownProjections {
+  ggml_tensor *key, *value;
+};
+
 class CacheHooks final : public GraphHooks {
  public:
-  explicit CacheHooks(std::vector<LayerCall>& calls) : calls_(calls) {}
+  CacheHooks(std::vector<LayerCall>& calls, const std::vector<DownProjections>& down) : calls_(calls), down_(down) {}
+
+  ggml_tensor* projection(ggml_context*, int64_t, Side, ggml_tensor* input, ggml_tensor* output) override {
+    input_ = input;
+    return output;
+  }
 
   ggml_tensor* attention(ggml_context* ctx, int64_t layer, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
     LayerCall* call = &calls_[static_cast<size_t>(layer)];
+    if (!down_.empty()) {  // latents in their place: the graph then never reaches k and v
+      const auto latents = [&](ggml_tensor* down) {
+        ggml_tensor* z = ggml_mul_mat(ctx, down, input_);
+        return ggml_reshape_3d(ctx, z, z->ne[0], 1, z->ne[1]);
+      };
+      k = latents(down_[static_cast<size_t>(layer)].key);
+      v = latents(down_[static_cast<size_t>(layer)].value);
+    }
     ggml_tensor* stored[] = {k, v};
     ggml_tensor* appended = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, stored, 2, append_op, GGML_N_TASKS_MAX, call);
     ggml_tensor* queries[] = {q, appended};
@@ -83,20 +101,24 @@ class CacheHooks final : public GraphHooks {
 
  private:
   std::vector<LayerCall>& calls_;
+  const std::vector<DownProjections>& down_;
+  ggml_tensor* input_ = nullptr;  // of the layer's projections
 };
 
 class CpuRunner final : public Runner {
  public:
-  CpuRunner(const GgufModel& model, int threads) : model_(model), threads_(threads), backend_(ggml_backend_cpu_init()) {
+  CpuRunner(const GgufModel& model, int threads, const std::vector<LayerLatents>& latents)
+      : model_(model), threads_(threads), backend_(ggml_backend_cpu_init()) {
     for (size_t l = 0; l < model.shape().layers.size(); ++l) calls_.push_back({&cache_, static_cast<int>(l), &failure_});
     ggml_backend_cpu_set_n_threads(backend_.get(), threads);
+    if (!latents.empty()) load_down(latents);
   }
 
   void configure(CacheConfig& config) const override { config.threads = threads_; }
 
   void prepare(int64_t tokens, int64_t wanted) override {
     graph_ = &recent_graph(graphs_, kCachedGraphs, tokens, wanted, [&](std::list<StepGraph>& graphs) {
-      CacheHooks hooks(calls_);
+      CacheHooks hooks(calls_, down_);
       graphs.emplace_front(model_, model_.weights(), tokens, wanted, hooks, ggml_backend_cpu_buffer_type());
     });
   }
@@ -123,8 +145,26 @@ class CpuRunner final : public Runner {
   }
 
  private:
+  void load_down(const std::vector<LayerLatents>& latents) {
+    down_context_.reset(ggml_init({2 * latents.size() * ggml_tensor_overhead(), nullptr, true}));
+    const int64_t dim = model_.parameters().model_dim;
+    const auto tensor = [&](const std::vector<float>& numbers) {
+      return ggml_new_tensor_2d(down_context_.get(), GGML_TYPE_F32, dim, static_cast<int64_t>(numbers.size()) / dim);
+    };
+    for (const LayerLatents& l : latents) down_.push_back({tensor(l.key_down), tensor(l.value_down)});
+    down_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(down_context_.get(), ggml_backend_cpu_buffer_type()));
+    if (down_buffer_ == nullptr) throw Error(Status::kOutOfMemory, "not enough memory for the plan's factors");
+    for (size_t l = 0; l < latents.size(); ++l) {
+      std::copy(latents[l].key_down.begin(), latents[l].key_down.end(), static_cast<float*>(down_[l].key->data));
+      std::copy(latents[l].value_down.begin(), latents[l].value_down.end(), static_cast<float*>(down_[l].value->data));
+    }
+  }
+
   const GgufModel& model_;
   int threads_;
+  GgmlContext down_context_;
+  BackendBuffer down_buffer_;
+  std::vector<DownProjections> down_;  // by layer; empty without latents
   Backend backend_;
   Failure failure_;
   Cache* cache_ = nullptr;  // of the step that runs
@@ -135,8 +175,8 @@ class CpuRunner final : public Runner {
 
 }  // namespace
 
-std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads) {
-  return std::make_unique<CpuRunner>(model, threads);
+std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads, const std::vector<LayerLatents>& latents) {
+  return std::make_unique<CpuRunner>(model, threads, latents);
 }
 
 }  // namespace kvmix

@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 
+#include "engine/latents.h"
 #include "engine/model.h"
 
 namespace kvmix {
@@ -39,7 +40,8 @@ class Runner {
   virtual double wait_seconds() const { return 0; }
 };
 
-std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads);
+// `latents`: by layer, of a plan that stores such; else empty.
+std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads, const std::vector<LayerLatents>& latents);
 // On the calling thread's current CUDA device. Throws kUnsupported where there is none, kOutOfMemory where the weights do not
 // fit.
 std::unique_ptr<Runner> make_cuda_runner(const GgufModel& model);

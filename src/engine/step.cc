@@ -27,14 +27,21 @@ struct Engine::Impl {
     if (options.chunk_tokens < 1 || options.chunk_tokens > 8192)
       throw Error(Status::kInvalidArgument, "chunk_tokens must be 1 to 8192");
     check_plan(plan, model->shape(), options.force_plan);
+    std::vector<LayerLatents> latents;
     if (options.device == "cpu") {
-      runner = make_cpu_runner(inside, options.threads);
+      latents = load_latents(inside, plan, options.force_plan);
+      runner = make_cpu_runner(inside, options.threads, latents);
     } else if (options.device == "cuda") {
+      if (plan.rank) {
+        throw Error(Status::kUnsupported,
+                    "a plan with \"rank\" does not run on the device \"cuda\"; take one without, or the device \"cpu\"");
+      }
       runner = make_cuda_runner(inside);
     } else {
       throw Error(Status::kInvalidArgument, "device \"" + options.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
     }
     CacheConfig config = cache_config(plan, model->shape());
+    for (size_t l = 0; l < latents.size(); ++l) config.layers[l].factors = latents[l].factors;
     config.device = options.device;
     config.max_bytes = options.max_cache_bytes;
     config.kernel = options.kernel;
@@ -64,7 +71,9 @@ Cache& Engine::cache() { return *impl_->cache; }
 
 std::string Engine::cache_fingerprint() const {
   Checksum sum;
-  const std::string plan = to_json(impl_->plan);
+  Plan named = impl_->plan;
+  if (named.rank) named.rank->factors.clear();  // its checksum says which factors
+  const std::string plan = to_json(named);
   sum.update(plan.data(), plan.size());
   return impl_->model->shape().fingerprint + "+" + std::to_string(sum.value());
 }

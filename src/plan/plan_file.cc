@@ -1,8 +1,10 @@
 // Plans as JSON (docs/file-formats.md).
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "base/file.h"
+#include "cache/layout.h"
 #include "codec/row.h"
 #include "codec/spelling.h"
 #include "kvmix/plan.h"
@@ -65,11 +67,15 @@ CodecSpec parse_spelling(JsonObject& object, const char* key) {
   }
 }
 
-SideConfig parse_side(JsonObject object) {
+// `rank`: of a plan with latents, else null.
+SideConfig parse_side(JsonObject object, int* rank) {
   SideConfig side;
+  if (rank != nullptr) *rank = static_cast<int>(object.integer("rank", 1, 65536));
   side.codec = object.has("codec") ? parse_spelling(object, "codec") : parse_uniform(object);
   side.transform = read_transform(object);
   object.finish();
+  if (rank != nullptr && side.transform != TransformSpec{})
+    object.fail("rank", "latents take no row maps; leave \"hadamard\", \"center\" and their like out");
   return side;
 }
 
@@ -118,6 +124,8 @@ std::string to_json(const Plan& plan) {
   if (!plan.recent.is_f16()) j["recent"] = to_string(plan.recent);
   if (plan.tokens) j["tokens"] = policy_json(*plan.tokens);
   if (plan.channels) j["channels"] = policy_json(*plan.channels);
+  if (plan.rank)
+    j["rank"] = {{"factors", plan.rank->factors}, {"checksum", plan.rank->checksum}, {"method", plan.rank->method}};
   // A layer a line, so that a person can read and compare plans.
   const std::string marker = "@layers@";
   j["layers"] = marker;
@@ -126,6 +134,8 @@ std::string to_json(const Plan& plan) {
     ordered_json layer;
     layer["key"] = side_json(plan.layers[l].key);
     layer["value"] = side_json(plan.layers[l].value);
+    if (plan.rank) layer["key"]["rank"] = plan.layers[l].key_rank;
+    if (plan.rank) layer["value"]["rank"] = plan.layers[l].value_rank;
     layers += (l == 0 ? "\n    " : ",\n    ") + layer.dump();
   }
   layers += "\n  ]";
@@ -164,12 +174,19 @@ Plan parse_plan(const std::string& json, const std::string& name) {
   }
   if (object.has("tokens")) plan.tokens = parse_policy(object, "tokens", check_policy);
   if (object.has("channels")) plan.channels = parse_policy(object, "channels", check_channels);
+  if (object.has("rank")) {
+    JsonObject rank = object.object("rank");
+    plan.rank = RankSpec{rank.text("factors", 4096), rank.text("checksum", 64), rank.text("method", 64)};
+    rank.finish();
+    if (plan.tokens || plan.channels)
+      object.fail("rank", "a policy needs keys and values themselves; leave \"tokens\" and \"channels\" out, or \"rank\"");
+  }
   const nlohmann::json& layers = object.array("layers", 1, kMostLayers);
   for (size_t l = 0; l < layers.size(); ++l) {
     JsonObject layer(layers[l], name, "layers[" + std::to_string(l) + "]");
     Plan::Layer parsed;
-    parsed.key = parse_side(layer.object("key"));
-    parsed.value = parse_side(layer.object("value"));
+    parsed.key = parse_side(layer.object("key"), plan.rank ? &parsed.key_rank : nullptr);
+    parsed.value = parse_side(layer.object("value"), plan.rank ? &parsed.value_rank : nullptr);
     layer.finish();
     plan.layers.push_back(std::move(parsed));
   }
@@ -177,9 +194,18 @@ Plan parse_plan(const std::string& json, const std::string& name) {
   return plan;
 }
 
-Plan read_plan(const std::string& path) { return parse_plan(read_file(path, kLargestFile), path); }
+Plan read_plan(const std::string& path) {
+  Plan plan = parse_plan(read_file(path, kLargestFile), path);
+  if (plan.rank) plan.rank->factors = (std::filesystem::path(path).parent_path() / plan.rank->factors).string();
+  return plan;
+}
 
-void write_plan(const Plan& plan, const std::string& path) {
+void write_plan(const Plan& given, const std::string& path) {
+  Plan plan = given;
+  if (plan.rank) {
+    const auto folder = std::filesystem::absolute(path).parent_path();
+    plan.rank->factors = std::filesystem::absolute(plan.rank->factors).lexically_proximate(folder).string();
+  }
   const std::string text = to_json(plan);
   AtomicFile file(path);
   file.write(text.data(), text.size());
@@ -202,6 +228,14 @@ void check_plan(const Plan& plan, const ModelShape& model, bool force, const std
   if (plan.layers.size() != model.layers.size()) {
     throw Error(Status::kMismatch, name + " has " + std::to_string(plan.layers.size()) + " layers, the model " +
                                        std::to_string(model.layers.size()) + ": make a plan for this model with kvmix plan");
+  }
+  const std::vector<LayerConfig> layers = cache_config(plan, model).layers;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    try {
+      check_ranks(layers[l], name + ": layer " + std::to_string(l));
+    } catch (const Error& e) {
+      throw Error(Status::kMismatch, e.what() + std::string(": make the plan again with kvmix plan --factors"));
+    }
   }
 }
 
@@ -235,6 +269,8 @@ CacheConfig cache_config(const Plan& plan, const ModelShape& model) {
     layer.recent = plan.recent;
     layer.key = plan.layers[l].key;
     layer.value = plan.layers[l].value;
+    layer.key_rank = plan.layers[l].key_rank;
+    layer.value_rank = plan.layers[l].value_rank;
     config.layers.push_back(std::move(layer));
   }
   return config;

@@ -100,6 +100,10 @@ class LayerwiseMeter final : public PlanMeter {
       for (size_t w = 0; w < text.windows.size(); ++w)
         text.scored.emplace_back(*runner_, text.windows[w].size(), *reference.streams.back()[w], threads_);
     }
+    if (plan.rank) {
+      throw Error(Status::kUnsupported,
+                  "a plan with \"rank\" cannot be measured layer by layer; measure it on the running cache with kvmix eval");
+    }
     std::vector<LayerConfig> configs = cache_config(plan, model_->shape()).layers;
     // From the run that agrees longest; of two alike the older, which many plans are compared with, replacing the newer.
     const size_t older = 1 - text.newest;

@@ -278,6 +278,17 @@ const Weights& Layerwise::load(int layer) {
   return slot_.weights;
 }
 
+void Layerwise::replace(int layer, const std::string& name, std::span<const float> values) {
+  load(layer);
+  const std::string full = "blk." + std::to_string(layer) + "." + name;
+  ggml_tensor* tensor = slot_.weights.find(full + ".weight");
+  if (tensor == nullptr || ggml_nelements(tensor) != static_cast<int64_t>(values.size()))
+    throw Error(Status::kInternal, "layer " + std::to_string(layer) + " has no weights " + name + " of this size");
+  std::copy(values.begin(), values.end(), static_cast<float*>(tensor->data));
+  // A scale that stands beside them would act on these too.
+  if (ggml_tensor* scale = slot_.weights.find(full + ".scale")) *static_cast<float*>(scale->data) = 1;
+}
+
 void Layerwise::compute(ggml_cgraph* graph) {
   if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS)
     throw Error(Status::kInternal, "a layer's graph failed");

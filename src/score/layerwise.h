@@ -5,6 +5,7 @@
 #include <ggml-alloc.h>
 
 #include <span>
+#include <string>
 #include <vector>
 
 #include "engine/model.h"
@@ -25,6 +26,8 @@ class Layerwise {
   std::vector<float> embed(std::span<const Token> tokens);
   // Residual stream [n][model_dim] through one layer whose stored rows go through the codecs of `config`.
   std::vector<float> forward(int layer, const LayerConfig& config, std::span<const float> hidden);
+  // The layer's weights of this name from now on until another layer runs, in the tensor's order, as they act.
+  void replace(int layer, const std::string& name, std::span<const float> values);
   // Logits [rows.size()][vocab]; valid until the next call.
   std::span<const float> logits(std::span<const float> hidden, std::span<const int> rows);
 

@@ -35,7 +35,7 @@ TEST_F(Cli, EveryCommandHasHelpWithAnExample) {
     std::istringstream help(o.out.substr(0, o.out.find("Example:")));
     for (std::string shown; std::getline(help, shown);) EXPECT_LE(shown.size(), 80u) << name << ": " << shown;
   }
-  EXPECT_EQ(commands, 9);
+  EXPECT_EQ(commands, 10);
   EXPECT_EQ(run({"--version"}).status, 0);
 }
 

@@ -21,6 +21,14 @@ bool is_chosen(const std::string& text) {
   return sum.value() % kOneOf == 0;
 }
 
+// Any that fit: the engine has them from a file of their own.
+std::shared_ptr<const LatentFactors> factors(const LayerConfig& layer) {
+  auto f = std::make_shared<LatentFactors>();
+  for (auto& [heads, rank] : {std::pair(&f->key, layer.key_rank), std::pair(&f->value, layer.value_rank)})
+    heads->assign(kKvHeads, {0, rank, std::vector<float>(static_cast<size_t>(rank * kHeadDim), 0.1f)});
+  return f;
+}
+
 void use(const Plan& plan) {
   ModelShape shape;
   shape.layers.assign(plan.layers.size(), {2, kKvHeads, kHeadDim, 0, 0.2f, 0});
@@ -28,6 +36,9 @@ void use(const Plan& plan) {
   check_plan(plan, shape, true);
   CacheConfig config = cache_config(plan, shape);
   config.max_bytes = size_t{64} << 20;
+  for (LayerConfig& layer : config.layers) {
+    if (layer.latent()) layer.factors = factors(layer);
+  }
   if (predict_bytes(config, 1000) == 0) throw std::logic_error("a cache without bytes");
   if (plan.layers.size() > kMostLayers) return;
   Cache cache(config);
@@ -78,8 +89,15 @@ std::vector<fuzz::Seed> seeds() {
   centred.layers[0].key.transform.center.assign(kKvHeads * kHeadDim, 0.25f);
   Plan thin = centred;
   thin.channels = PolicySpec{"think", {{"keep", 0.5}, {"window", 16.0}}};
-  return {fuzz::whole(to_json(plan)), fuzz::whole(to_json(dropping)), fuzz::whole(to_json(centred)),
-          fuzz::whole(to_json(thin))};
+  Plan latent;
+  latent.model = latent.fingerprint = "m";
+  latent.planner = "by hand";
+  latent.rank = RankSpec{"factors.gguf", "1", "palu"};
+  latent.layers.resize(2);
+  latent.layers[0].key.codec = testing::key_codec(4, 32);
+  for (Plan::Layer& layer : latent.layers) layer.key_rank = layer.value_rank = kKvHeads * kHeadDim;  // the least is all of them
+  return {fuzz::whole(to_json(plan)), fuzz::whole(to_json(dropping)), fuzz::whole(to_json(centred)), fuzz::whole(to_json(thin)),
+          fuzz::whole(to_json(latent))};
 }
 
 const fuzz::Registered registered({"plan", seeds, accepts, 6000});

@@ -57,6 +57,52 @@ TEST(Plans, NameAChannelPolicyAndHandItToTheCache) {
   }
 }
 
+TEST(Plans, NameFactorsAndTheirRanks) {
+  const ModelShape model = shape(2);
+  Plan plan = f16_plan(model);
+  plan.rank = RankSpec{"factors.gguf", "123", "palu"};
+  for (Plan::Layer& layer : plan.layers) {
+    layer.key_rank = 64;
+    layer.value_rank = 128;
+  }
+  const std::string good = to_json(plan);
+  const Plan same = parse_plan(good, "memory");
+  EXPECT_EQ(same.rank, plan.rank);
+  EXPECT_EQ(to_json(same), good);
+  check_plan(same, model, false);
+  const CacheConfig config = cache_config(same, model);
+  EXPECT_EQ(config.layers[1].key_rank, 64);
+  EXPECT_EQ(config.layers[1].value_rank, 128);
+  // 192 latents of 2 x 192 channels.
+  const auto bytes = [&](const CacheConfig& c) { return static_cast<double>(predict_bytes(c, 8192)); };
+  EXPECT_NEAR(bytes(config), 0.5 * bytes(cache_config(f16_plan(model), model)), 4096);
+
+  const auto refused = [&](const std::string& from, const std::string& to, const std::string& expected) {
+    std::string bad = good;
+    const size_t at = bad.find(from);
+    ASSERT_NE(at, std::string::npos) << from;
+    bad.replace(at, from.size(), to);
+    try {
+      check_plan(parse_plan(bad, "plan.json"), model, false, "plan.json");
+      ADD_FAILURE() << from << " -> " << to << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(expected), std::string::npos) << e.what();
+      EXPECT_EQ(std::string(e.what()).find('\n'), std::string::npos);
+    }
+  };
+  refused("\"rank\":64", "\"rank\":0", "layers[0].key.rank is 0");
+  refused("\"rank\":64", "\"rank\":1.5", "layers[0].key.rank");
+  refused("\"rank\":64", "\"rank\":72", "layer 0: rank 72 of keys does not fit; expected a multiple of 16 from 32 to 192");
+  refused("\"rank\":64", "\"rank\":208", "layer 0: rank 208 of keys");
+  refused("\"rank\":128", "\"rank\":16", "layer 0: rank 16 of values");
+  refused(",\"rank\":64", "", "layers[0].key.rank is missing");
+  refused("\"rank\":64", "\"rank\":64,\"hadamard\":true", "latents take no row maps");
+  refused("\"checksum\"", "\"sum\"", "rank.checksum is missing");
+  refused("\"method\"", "\"colour\": 1, \"method\"", "rank.colour is not a known field");
+  refused("\"rank\": {", "\"channels\": {\"policy\": \"think\"}, \"rank\": {", "a policy needs keys and values themselves");
+  refused("\"rank\": {", "\"tokens\": {\"policy\": \"snapkv\"}, \"rank\": {", "a policy needs keys and values themselves");
+}
+
 TEST(Files, WhatIsWrongIsNamed) {
   const ModelShape model = shape(2);
   PlannerRequest request;

@@ -162,7 +162,6 @@ void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const
   const auto l = static_cast<size_t>(layer_index);
   const Layer& layer = layers_[l];
   Scratch& scratch = threads_[static_cast<size_t>(worker.ith)];
-  const int dim = layer.config.head_dim;
   const auto start = Clock::now();
   const std::vector<Transcode>& transcodes = plan_->transcodes[l];
   for (size_t i = static_cast<size_t>(worker.ith); i < transcodes.size(); i += static_cast<size_t>(worker.nth)) {
@@ -175,7 +174,7 @@ void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const
   alignas(64) float rows[kRowsTogether * kMostWidth];
   int task = 0;
   for (const StepEntry& entry : plan_->entries) {
-    for (int head = 0; head < layer.config.kv_heads; ++head) {
+    for (int head = 0; head < layer.config.lists(); ++head) {
       const std::vector<PageEntry>& pages = entry.pages->layers[l].heads[static_cast<size_t>(head)].pages;
       for (int block = 0; block < entry.n_tokens; block += kAppendBlockTokens, ++task) {
         if (task % worker.nth != worker.ith) continue;
@@ -190,6 +189,7 @@ void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const
           std::byte* page = memory(pages[at].handle);
           const auto store = [&](const float* from, int64_t stride, const RowMapChain& maps, const TileFormat& side,
                                  const float* columns, std::byte* to) {
+            const int dim = side.width;
             for (int r = 0; r < n; ++r) {
               float* row = rows + r * dim;
               std::copy_n(from + (entry.row + t + r) * stride + head * dim, dim, row);

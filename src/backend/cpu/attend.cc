@@ -10,8 +10,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-std::byte* aligned(std::byte* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
-
 // Queries as they meet keys of chosen channels. Without any there are no pages of such, and the launch is of none.
 void pick_channels(std::span<const uint8_t> channels, int dim, int rows, const float* q, float* to) {
   for (int r = 0; r < rows; ++r, q += dim) {
@@ -25,6 +23,10 @@ void pick_channels(std::span<const uint8_t> channels, int dim, int rows, const f
 void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
                              Scratch& scratch) {
   const LayerConfig& config = layer.config;
+  if (config.latent()) {
+    attend_latents(layer, unit, q, q_stride, partial, scratch);
+    return;
+  }
   const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
   const auto l = static_cast<size_t>(&layer - layers_.data());
   const HeadPages pages(entry.pages->layers[l], unit.head, layer.ids.sinks);
@@ -100,7 +102,7 @@ void CpuBackend::attend_unit(const Layer& layer, const Unit& unit, const float* 
 
 // A row's sum over all parts of a unit's queries, in their order.
 void CpuBackend::merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& top, float& sum) const {
-  const int rows = unit.tokens * layer.heads_per_kv, dim = layer.config.head_dim;
+  const int rows = unit.tokens * layer.heads_per_kv, dim = layer.sum_width();
   const auto at = [&](int part) { return static_cast<ptrdiff_t>(unit.part_slot) + static_cast<ptrdiff_t>(part) * rows + row; };
   top = -INFINITY;
   for (int part = 0; part < unit.parts; ++part) top = std::max(top, parts_.m[static_cast<size_t>(at(part))]);
@@ -121,13 +123,17 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
   const Layer& layer = layers_[l];
   const LayerCut& cut = cuts_[l];
   Scratch& scratch = threads_[static_cast<size_t>(worker.ith)];
-  const int dim = layer.config.head_dim;
+  const int dim = layer.config.head_dim, width = layer.sum_width();
   const auto start = Clock::now();
   const auto write_out = [&](const Unit& unit, int row, const float* acc, float sum) {
     const StepEntry& entry = plan_->entries[static_cast<size_t>(unit.entry)];
     const int q_head = unit.head * layer.heads_per_kv + row % layer.heads_per_kv;
     float* to = out + (entry.row + unit.first_token + row / layer.heads_per_kv) * out_stride + q_head * dim;
     const float norm = sum > 0 ? 1.0f / sum : 0.0f;
+    if (layer.config.latent()) {
+      latent_output(layer, unit.head, acc, norm, to);
+      return;
+    }
     for (int i = 0; i < dim; ++i) to[i] = acc[i] * norm;
     layer.value_maps.output(unit.head, to);
   };
@@ -157,12 +163,12 @@ void CpuBackend::attend(int layer_index, const float* q, int64_t q_stride, float
       const Partial whole = scratch.whole.at_front();
       attend_unit(layer, unit, q, q_stride, whole, scratch);
       if (counted(unit)) add_mass(layer, unit, whole, scratch);
-      for (int r = 0; r < rows; ++r) write_out(unit, r, whole.acc + static_cast<ptrdiff_t>(r) * dim, whole.l[r]);
+      for (int r = 0; r < rows; ++r) write_out(unit, r, whole.acc + static_cast<ptrdiff_t>(r) * width, whole.l[r]);
       continue;
     }
     const int slot = unit.part_slot + unit.part * rows;
     attend_unit(layer, unit, q, q_stride,
-                {parts_.m.data() + slot, parts_.l.data() + slot, parts_.acc.data() + static_cast<ptrdiff_t>(slot) * dim},
+                {parts_.m.data() + slot, parts_.l.data() + slot, parts_.acc.data() + static_cast<ptrdiff_t>(slot) * width},
                 scratch);
     // The last part to finish merges all of them; it also readies the counter for the next layer.
     std::atomic<int>& remaining = remaining_[static_cast<size_t>(unit.merge)];

@@ -58,6 +58,10 @@ CpuBackend::CpuBackend(const CacheConfig& config, const FormatTable& formats, st
         feedback_columns(layer.key_maps.feedback(h), dim, layer.key_columns.data() + h * square);
       }
     }
+    if (layer.config.latent()) {
+      kernels_used_.emplace_back("portable");
+      continue;
+    }
     AttendJob job = layer_job(layer.config);
     job.rows = layer.heads_per_kv;
     // What most pages take is what is reported; pages of all channels and of chosen ones must find a kernel.

@@ -3,6 +3,7 @@
 // counts what every query pays.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <vector>
@@ -133,6 +134,14 @@ class CpuBackend final : public Backend {
     // are not put through a softmax.
     std::vector<float> key_columns;
 
+    // Of an unnormalised output: head_dim, or the most value latents that a head is made of.
+    int sum_width() const {
+      int width = config.latent() ? 0 : config.head_dim;
+      if (config.latent()) {
+        for (const LatentFactors::Head& head : config.factors->value) width = std::max(width, head.count);
+      }
+      return width;
+    }
     const float* columns(int kv_head) const {
       const ptrdiff_t dim = config.head_dim;
       return key_columns.empty() ? nullptr : key_columns.data() + kv_head * dim * dim;
@@ -167,6 +176,17 @@ class CpuBackend final : public Backend {
   void cut(size_t layer);
   void attend_unit(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
                    Scratch& scratch);
+  // The same of a layer with latents, for one KV head over pages that all heads share (latents.cc).
+  void attend_latents(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
+                      Scratch& scratch) const;
+  // The latents of a head that slots [first, first + n) of a page hold over all lists, [n][head.count]; `tile`: room for one
+  // list's rows.
+  void latent_rows(const LayerPages& lists, size_t page, Side side, const LatentFactors::Head& head, int first, int n,
+                   float* tile, float* out) const;
+  // A head's output from its summed value latents.
+  static void latent_output(const Layer& layer, int kv_head, const float* acc, float norm, float* out);
+  static size_t latent_scratch_floats(const Layer& layer, int rows);
+  static std::byte* aligned(std::byte* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
   void merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& top, float& sum) const;
 
   const FormatTable& formats_;

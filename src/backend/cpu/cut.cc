@@ -40,7 +40,7 @@ void CpuBackend::cut(size_t l) {
   cut.part_rows = 0;
   const int heads = layer.config.kv_heads;
   const auto pages_of = [&](const StepEntry& entry, int head) {
-    return HeadPages(entry.pages->layers[l], head, layer.ids.sinks);
+    return HeadPages(entry.pages->layers[l], layer.config.latent() ? 0 : head, layer.ids.sinks);
   };
 
   int64_t decode_pages = 0;
@@ -103,16 +103,20 @@ void CpuBackend::cut(size_t l) {
   }
 
   // Everything that append and attend write to is there before they run.
-  const auto rows = static_cast<size_t>(most_rows), dim = static_cast<size_t>(layer.config.head_dim);
+  const auto rows = static_cast<size_t>(most_rows), dim = static_cast<size_t>(layer.config.head_dim),
+             width = static_cast<size_t>(layer.sum_width()),
+             stored =
+                 static_cast<size_t>(std::max(layer.config.stored_width(Side::kKey), layer.config.stored_width(Side::kValue)));
   grow(parts_.m, static_cast<size_t>(cut.part_rows));
   grow(parts_.l, static_cast<size_t>(cut.part_rows));
-  grow(parts_.acc, static_cast<size_t>(cut.part_rows) * dim);
+  grow(parts_.acc, static_cast<size_t>(cut.part_rows) * width);
   grow(references_, static_cast<size_t>(cut.mass_rows));
   grow(weights_, static_cast<size_t>(cut.mass_rows) * kPageTokens);
   size_t kernel_bytes = 0;
   for (const AttentionKernel* kernel : kernels_) {
     kernel_bytes = std::max(kernel_bytes, kernel->scratch_bytes(layer.config.head_dim, most_rows));
   }
+  if (layer.config.latent()) kernel_bytes = latent_scratch_floats(layer, most_rows) * sizeof(float);
   for (Scratch& t : threads_) {
     grow(t.kernel, kernel_bytes + 64);
     grow(t.q, rows * dim);
@@ -121,9 +125,9 @@ void CpuBackend::cut(size_t l) {
       if (room == &t.apart && layer.tiles.size() == 1) continue;
       grow(room->m, rows);
       grow(room->l, rows);
-      grow(room->acc, std::max(rows, size_t{1}) * dim);
+      grow(room->acc, std::max(rows, size_t{1}) * width);
     }
-    if (layer.tiles.size() > 1 && !plan_->transcodes[l].empty()) grow(t.half, kPageTokens * dim);
+    if (layer.tiles.size() > 1 && !plan_->transcodes[l].empty()) grow(t.half, kPageTokens * stored);
     if (layer.ids.thins && !plan_->transcodes[l].empty()) grow(t.thin_half, kPageTokens * dim);
     grow(t.positions, rows);
     const auto most = static_cast<size_t>(most_pages + (layer.config.sinks + kPageTokens - 1) / kPageTokens);

@@ -189,8 +189,8 @@ void DevicePool::release(uint32_t unit, size_t bytes) {
     spare_.push_back(index);
     return;
   }
+  if (chunk.free.empty() && (chunk.carved + 1) * bytes > chunk_bytes_) open.insert(index);  // it had no room
   chunk.free.push_back(static_cast<uint32_t>((offset - index * chunk_bytes_) / bytes));
-  open.insert(index);
 }
 
 void DevicePool::trim() {
