@@ -80,7 +80,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def ask(client, model, prompt, n=16):
+def ask(client, model, prompt, n=10):
     """The answer's tokens with the likeliest of each, and how many of the prompt's came from the prefix cache."""
     answer = client.completions.create(
         model=model, prompt=prompt, max_tokens=n, temperature=0, logprobs=2, extra_body={"ignore_eos": True}

@@ -148,8 +148,7 @@ class Runtime:
             raise UnsupportedError(
                 f"kvmix.vllm: the plan keeps the newest {self.plan.window} tokens unpacked, and blocks of a cached prefix are "
                 "packed: what a hit computes would not be what it stands for; make the plan with --window 0 (planner "
-                "kvmix-paper: --window none), or use "
-                "--no-enable-prefix-caching"
+                "kvmix-paper: --window none), or use --no-enable-prefix-caching"
             )
         self.force = os.environ.get("KVMIX_FORCE", "") == "1"
         cores, own = _cores(), os.sched_getaffinity(0)
