@@ -28,6 +28,13 @@ std::vector<float> heads_of(const std::vector<float>& all, int kv_heads, int fir
 }
 
 CacheConfig checked(const CacheConfig& config) {
+  for (size_t l = 0; l < config.layers.size(); ++l) {
+    if (config.layers[l].latent()) {
+      fail(Status::kUnsupported, "layer " + std::to_string(l) +
+                                     " has latents in place of keys and values, which blocks do not hold; take a plan without "
+                                     "low rank");
+    }
+  }
   const Cache checks(config);  // what a cache refuses is refused here with the same words
   if (config.device != "cpu") fail(Status::kUnsupported, "device is " + config.device + "; blocks are in the CPU's memory");
   if (config.tokens || config.channels) {

@@ -410,6 +410,7 @@ TEST(Paged, PlansThatBlocksCannotHoldAreRefused) {
   EXPECT_EQ(refused([](CacheConfig& c) { c.layers[0].sinks = kPageTokens + 1; }), Status::kUnsupported);
   EXPECT_EQ(refused([](CacheConfig& c) { c.layers[0].window.ratio_key = 0.1f; }), Status::kUnsupported);
   EXPECT_EQ(refused([](CacheConfig& c) { c.tokens = PolicySpec{.name = "streaming", .values = {}}; }), Status::kUnsupported);
+  EXPECT_EQ(refused([](CacheConfig& c) { c.layers[0].key_rank = c.layers[0].value_rank = 64; }), Status::kUnsupported);
   EXPECT_EQ(refused([](CacheConfig& c) { c.layers.clear(); }), Status::kInvalidArgument);
   EXPECT_EQ(refused([](CacheConfig&) {}, 0), Status::kInvalidArgument);
 }
