@@ -93,7 +93,7 @@ class Turns {
         contender.sequences = row.sequences;
         row.contender = make_contender(model, subjects[s], contender);
       });
-      add(row, before);
+      took(row, before, taken_bytes(options.device));
     }
   }
 
@@ -133,9 +133,8 @@ class Turns {
     }
   }
 
-  void add(Row& row, size_t before) const {
-    const size_t now = taken_bytes(options_.device);
-    row.bytes = options_.device == "cpu" ? row.bytes + now - std::min(before, now) : std::max(row.bytes, now);
+  void took(Row& row, size_t before, size_t peak) const {
+    row.bytes = options_.device == "cpu" ? row.bytes + peak - std::min(before, peak) : std::max(row.bytes, peak);
   }
 
   // The text up to the depth, which every sequence then has.
@@ -158,7 +157,7 @@ class Turns {
       row.contender->spread();
       peak = std::max(peak, taken_bytes(options_.device));
     });
-    row.bytes = options_.device == "cpu" ? row.bytes + peak - before : std::max(row.bytes, peak);
+    took(row, before, peak);
   }
 
   void decode(size_t s, bool warm_up) {

@@ -41,22 +41,17 @@ class Ours final : public Contender {
     return engine_->step(items_);
   }
   void spread() override {
-    for (size_t s = 1; s < ids_.size(); ++s) {
-      engine_->cache().remove(ids_[s]);
-      ids_[s] = engine_->cache().create();  // if there is no room for a copy
-    }
     if (sequences_ == 1) return;
+    for (; ids_.size() > 1; ids_.pop_back()) engine_->cache().remove(ids_.back());
     const int64_t n = engine_->cache().length(ids_[0]);
     // What the last chunk left to be sealed is sealed by the next step, and need not be copied.
     const Token token = 0;
     const EngineItem item{.sequence = ids_[0], .tokens = {&token, 1}, .no_logits = true};
     engine_->step({&item, 1});
     engine_->cache().truncate(ids_[0], n);
-    for (size_t s = 1; s < ids_.size(); ++s) {
-      const SequenceId empty = ids_[s];
-      ids_[s] = engine_->cache().copy(ids_[0]);
-      engine_->cache().remove(empty);
-      engine_->cache().truncate(ids_[s], shorter(n, s));
+    while (ids_.size() < static_cast<size_t>(sequences_)) {
+      ids_.push_back(engine_->cache().copy(ids_[0]));
+      engine_->cache().truncate(ids_.back(), shorter(n, ids_.size() - 1));
     }
   }
   void truncate(int64_t n) override {

@@ -31,6 +31,7 @@ int ChannelPolicy::stored(int width) const {
 std::span<const PolicyInfo> channel_policies() {
   static const std::vector<PolicyInfo> kInfos = [] {
     std::vector<PolicyInfo> infos;
+    infos.reserve(std::size(kPolicies));
     for (const ChannelPolicyEntry* entry : kPolicies) infos.push_back(entry->info);
     return infos;
   }();

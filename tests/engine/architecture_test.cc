@@ -7,27 +7,15 @@
 
 #include "kvmix/engine.h"
 #include "kvmix/error.h"
+#include "support/divergence.h"
 #include "support/tiny_model.h"
 
 namespace kvmix {
 namespace {
 
-constexpr size_t kTokens = 512;
+using testing::divergence;
 
-double divergence(std::span<const float> p, std::span<const float> q) {
-  const auto log_sum = [](std::span<const float> x) {
-    double total = 0;
-    for (const float v : x) total += std::exp(static_cast<double>(v));
-    return std::log(total);
-  };
-  const double lp = log_sum(p), lq = log_sum(q);
-  double kl = 0;
-  for (size_t i = 0; i < p.size(); ++i) {
-    const double a = static_cast<double>(p[i]) - lp;
-    kl += std::exp(a) * (a - (static_cast<double>(q[i]) - lq));
-  }
-  return kl;
-}
+constexpr size_t kTokens = 512;
 
 struct Agreement {
   double mean_kl = 0, top1 = 0;

@@ -15,6 +15,7 @@
 
 #include "engine/float_copy.h"
 #include "kvmix/engine.h"
+#include "support/divergence.h"
 #include "support/models.h"
 
 namespace kvmix {
@@ -28,17 +29,7 @@ struct Agreement {
 };
 
 void add(std::span<const float> p, std::span<const float> q, Agreement& sum) {
-  const auto log_sum = [](std::span<const float> x) {
-    const float top = *std::max_element(x.begin(), x.end());
-    double total = 0;
-    for (const float v : x) total += std::exp(static_cast<double>(v - top));
-    return static_cast<double>(top) + std::log(total);
-  };
-  const double lp = log_sum(p), lq = log_sum(q);
-  for (size_t i = 0; i < p.size(); ++i) {
-    const double a = static_cast<double>(p[i]) - lp, b = static_cast<double>(q[i]) - lq;
-    sum.kl += std::exp(a) * (a - b);
-  }
+  sum.kl += testing::divergence(p, q);
   const auto best = [](std::span<const float> x) { return std::max_element(x.begin(), x.end()) - x.begin(); };
   sum.top1 += best(p) == best(q) ? 1 : 0;
   ++sum.rows;

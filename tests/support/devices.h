@@ -38,14 +38,20 @@ inline bool must_be_there(const std::string& device) {
   return wanted != nullptr && device == wanted;
 }
 
+// For SetUp and bodies of tests, which go on only where it is true: fails or skips the test where there is no such device.
+inline bool has_device(const std::string& device) {
+  const std::string missing = missing_device(device);
+  const auto stop = [&] {
+    if (must_be_there(device)) FAIL() << "KVMIX_TEST_DEVICE asks for it, but: " << missing;
+    GTEST_SKIP() << missing;
+  };
+  if (!missing.empty()) stop();
+  return missing.empty();
+}
+
 class OnDevice : public ::testing::TestWithParam<const char*> {
  protected:
-  void SetUp() override {
-    const std::string missing = missing_device(GetParam());
-    if (missing.empty()) return;
-    if (must_be_there(GetParam())) FAIL() << "KVMIX_TEST_DEVICE asks for it, but: " << missing;
-    GTEST_SKIP() << missing;
-  }
+  void SetUp() override { has_device(GetParam()); }
   bool on_cpu() const { return std::string(GetParam()) == "cpu"; }
   CacheConfig here(CacheConfig config) const {
     config.device = GetParam();

@@ -26,28 +26,14 @@ struct Int8Avx2 {
   static constexpr int rows(int terms) { return terms == 1 ? 3 : 1; }
 
   static void prepare(const Source& from, int n, int terms, int rows, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
-    if (terms == 2) return prepare<2, 1>(from, n, w, term_stride, out);
+    if (terms == 2) return prepare_rows<Int8Avx2, 2, 1>(from, n, w, term_stride, out);
     switch (rows) {
       case 1:
-        return prepare<1, 1>(from, n, w, term_stride, out);
+        return prepare_rows<Int8Avx2, 1, 1>(from, n, w, term_stride, out);
       case 2:
-        return prepare<1, 2>(from, n, w, term_stride, out);
+        return prepare_rows<Int8Avx2, 1, 2>(from, n, w, term_stride, out);
       default:
-        return prepare<1, 3>(from, n, w, term_stride, out);
-    }
-  }
-
-  // The common lengths are unrolled.
-  template <int kTerms, int kRows>
-  static void prepare(const Source& from, int n, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
-    if (from.scale == nullptr) return prepare<kTerms, kRows, false, 0>(from, n, w, term_stride, out);
-    switch (n) {
-      case 64:
-        return prepare<kTerms, kRows, true, 64>(from, n, w, term_stride, out);
-      case 128:
-        return prepare<kTerms, kRows, true, 128>(from, n, w, term_stride, out);
-      default:
-        return prepare<kTerms, kRows, true, 0>(from, n, w, term_stride, out);
+        return prepare_rows<Int8Avx2, 1, 3>(from, n, w, term_stride, out);
     }
   }
 

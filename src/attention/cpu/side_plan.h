@@ -28,6 +28,20 @@ struct Source {
   const float *scale, *mid;
 };
 
+// Int8::prepare<kTerms, kRows, scaled, length> of an int8 kernel, with the common lengths as constants, which unrolls them.
+template <class Int8, int kTerms, int kRows>
+void prepare_rows(const Source& from, int n, int8_t* w, ptrdiff_t term_stride, Prepared& out) {
+  if (from.scale == nullptr) return Int8::template prepare<kTerms, kRows, false, 0>(from, n, w, term_stride, out);
+  switch (n) {
+    case 64:
+      return Int8::template prepare<kTerms, kRows, true, 64>(from, n, w, term_stride, out);
+    case 128:
+      return Int8::template prepare<kTerms, kRows, true, 128>(from, n, w, term_stride, out);
+    default:
+      return Int8::template prepare<kTerms, kRows, true, 0>(from, n, w, term_stride, out);
+  }
+}
+
 // One side of a layer as the kernels walk it (tile_layout.h). Scales vary either along `reduce`, with one set per `group`
 // lanes (they fold into the weights), or per lane, with one segment per `group` of reduce (they apply after the dot).
 struct SidePlan {

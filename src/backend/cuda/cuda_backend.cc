@@ -20,12 +20,6 @@ std::unique_ptr<Backend> make_cuda_backend(const CacheConfig& config, const Form
 namespace cuda {
 namespace {
 
-int current_device() {
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "device");
-  return device;
-}
-
 // [kv_heads][dim][dim], each matrix with rows and columns changed.
 std::vector<float> transposed(std::span<const float> matrices, size_t dim) {
   std::vector<float> out(matrices.size());

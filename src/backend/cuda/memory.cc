@@ -31,10 +31,18 @@ bool DeviceMemory::reserve(size_t bytes, const char* what) {
   return true;
 }
 
+bool PinnedMemory::reserve(size_t bytes, const char* what) {
+  if (bytes <= bytes_) return false;
+  check_cuda(cudaFreeHost(std::exchange(data_, nullptr)), what);
+  bytes_ = 0;
+  check_memory(cudaMallocHost(&data_, roomy(bytes)), roomy(bytes), what);
+  bytes_ = roomy(bytes);
+  return true;
+}
+
 StepInputs::~StepInputs() {
   for (const Half& half : halves_) {
     if (half.copied != nullptr) static_cast<void>(cudaEventDestroy(half.copied));
-    static_cast<void>(cudaFreeHost(half.data));
   }
 }
 
@@ -44,26 +52,21 @@ std::byte* StepInputs::begin(size_t bytes) {
   if (half.copied == nullptr) check_cuda(cudaEventCreateWithFlags(&half.copied, cudaEventDisableTiming), "step inputs");
   if (half.waiting) check_cuda(cudaEventSynchronize(half.copied), "step inputs: the copy before");
   half.waiting = false;
-  if (bytes > half.bytes) {
-    check_cuda(cudaFreeHost(std::exchange(half.data, nullptr)), "step inputs");
-    half.bytes = 0;
-    check_memory(cudaMallocHost(&half.data, roomy(bytes)), roomy(bytes), "pinned memory of step inputs");
-    half.bytes = roomy(bytes);
-  }
+  half.memory.reserve(bytes, "pinned memory of step inputs");
   device_.reserve(bytes, "device memory of step inputs");
-  return static_cast<std::byte*>(half.data);
+  return half.memory.data<std::byte>();
 }
 
 void StepInputs::upload(size_t bytes, cudaStream_t stream) {
   Half& half = halves_[turn_];
-  check_cuda(cudaMemcpyAsync(device_.data(), half.data, bytes, cudaMemcpyHostToDevice, stream), "step inputs: copy");
+  check_cuda(cudaMemcpyAsync(device_.data(), half.memory.data<std::byte>(), bytes, cudaMemcpyHostToDevice, stream),
+             "step inputs: copy");
   check_cuda(cudaEventRecord(half.copied, stream), "step inputs: event");
   half.waiting = true;
 }
 
 PageTables::~PageTables() {
   if (copied_ != nullptr) static_cast<void>(cudaEventDestroy(copied_));
-  static_cast<void>(cudaFreeHost(host_));
 }
 
 void PageTables::reserve(size_t rows, size_t ids_of_row, int64_t ids_of_head) {
@@ -76,8 +79,7 @@ void PageTables::reserve(size_t rows, size_t ids_of_row, int64_t ids_of_head) {
   const size_t bytes = more_rows * ids_of_row * static_cast<size_t>(more_ids) * sizeof(int32_t);
   rows_ = 0, stride = 0;  // until there is room for them
   revisions.clear();
-  check_cuda(cudaFreeHost(std::exchange(host_, nullptr)), "page tables");
-  check_memory(cudaMallocHost(reinterpret_cast<void**>(&host_), bytes), bytes, "pinned memory of page tables");
+  host_.reserve(bytes, "pinned memory of page tables");
   device_.reserve(bytes, "device memory of page tables");
   if (copied_ == nullptr) check_cuda(cudaEventCreateWithFlags(&copied_, cudaEventDisableTiming), "page tables");
   rows_ = more_rows, stride = more_ids;
@@ -91,7 +93,7 @@ void PageTables::wait() {
 
 void PageTables::copy(size_t at, size_t ids, size_t times, size_t step, cudaStream_t stream) {
   constexpr size_t kId = sizeof(int32_t);
-  check_cuda(cudaMemcpy2DAsync(device_.data() + at * kId, step * kId, host_ + at, step * kId, ids * kId, times,
+  check_cuda(cudaMemcpy2DAsync(device_.data() + at * kId, step * kId, host(at), step * kId, ids * kId, times,
                                cudaMemcpyHostToDevice, stream),
              "page tables: copy");
   check_cuda(cudaEventRecord(copied_, stream), "page tables: event");

@@ -28,6 +28,25 @@ class DeviceMemory {
   size_t bytes_ = 0;
 };
 
+// Of the host, so that copies to and from the device need not stop at it.
+class PinnedMemory {
+ public:
+  PinnedMemory() = default;
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+  ~PinnedMemory() { static_cast<void>(cudaFreeHost(data_)); }
+  // As DeviceMemory's.
+  bool reserve(size_t bytes, const char* what);
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 // Two buffers of pinned memory take turns, so that a step is written down while the copy of the one before may be waiting.
 class StepInputs {
  public:
@@ -43,8 +62,7 @@ class StepInputs {
 
  private:
   struct Half {
-    void* data = nullptr;
-    size_t bytes = 0;
+    PinnedMemory memory;
     cudaEvent_t copied = nullptr;
     bool waiting = false;
   };
@@ -67,7 +85,7 @@ class PageTables {
   void reserve(size_t rows, size_t ids_of_row, int64_t ids_of_head);
   // To be called before ids of rows that were copied are written.
   void wait();
-  int32_t* host(size_t at) { return host_ + at; }
+  int32_t* host(size_t at) { return host_.data<int32_t>() + at; }
   const int32_t* device(size_t at) const { return reinterpret_cast<const int32_t*>(device_.data()) + at; }
   // `ids` from `at` on, and as many in `times` places in all, `step` ids apart.
   void copy(size_t at, size_t ids, size_t times, size_t step, cudaStream_t stream);
@@ -76,7 +94,7 @@ class PageTables {
 
  private:
   size_t rows_ = 0;
-  int32_t* host_ = nullptr;
+  PinnedMemory host_;
   DeviceMemory device_;
   cudaEvent_t copied_ = nullptr;
   bool waiting_ = false;

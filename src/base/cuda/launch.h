@@ -16,11 +16,16 @@ inline void check_cuda(cudaError_t status, const char* what) {
                                      std::to_string(static_cast<int>(status)) + ")");
 }
 
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  return device;
+}
+
 // Of the current device.
 inline int device_attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "device");
-  check_cuda(cudaDeviceGetAttribute(&value, which, device), "device");
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, current_device()), "device");
   return value;
 }
 

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "backend/cuda/device.h"
+#include "backend/cuda/memory.h"
 #include "base/cuda/launch.h"
 #include "engine/cuda/device_weights.h"
 #include "engine/cuda/finite.h"
@@ -70,62 +71,23 @@ class Captured {
 
 struct CudaGraph : StepGraph {
   using StepGraph::StepGraph;
+  size_t product_bytes = 0;           // that rows of its products take (Products)
   bool ran = false;                   // queued once: libraries have what they allocate at first
   std::list<Captured> captured = {};  // most recently used first
 };
-
-// Memory that copies to and from the device need not stop at.
-class PinnedMemory {
- public:
-  PinnedMemory() = default;
-  PinnedMemory(const PinnedMemory&) = delete;
-  PinnedMemory& operator=(const PinnedMemory&) = delete;
-  ~PinnedMemory() { static_cast<void>(cudaFreeHost(data_)); }
-  // True where it is new.
-  bool reserve(size_t bytes) {
-    if (bytes <= bytes_) return false;
-    check_cuda(cudaFreeHost(std::exchange(data_, nullptr)), "pinned memory");
-    bytes_ = 0;
-    if (cudaMallocHost(&data_, bytes) != cudaSuccess) {
-      static_cast<void>(cudaGetLastError());
-      throw Error(Status::kOutOfMemory, "no " + std::to_string(bytes >> 20) +
-                                            " MiB of pinned memory are left for logits; ask for fewer rows at once");
-    }
-    bytes_ = bytes;
-    return true;
-  }
-  template <class T>
-  T* data() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t bytes_ = 0;
-};
-
-int current_device() {
-  check_device();
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "device");
-  return device;
-}
 
 class CudaRunner final : public Runner {
  public:
   explicit CudaRunner(const GgufModel& model)
       : model_(model),
-        device_(current_device()),
+        device_(present_device()),
         backend_(make_backend(device_)),
         stream_(stream_of(backend_.get())),
         products_(stream_),
         weights_(DeviceWeights::of(model)) {
-    check_cuda(cudaMalloc(&flag_, sizeof(int)), "flag of a step");
+    flag_.reserve(sizeof(int), "flag of a step");
   }
-  ~CudaRunner() override {
-    static_cast<void>(cudaStreamSynchronize(stream_));
-    static_cast<void>(cudaFree(flag_));
-  }
+  ~CudaRunner() override { static_cast<void>(cudaStreamSynchronize(stream_)); }
 
   void configure(CacheConfig& config) const override {
     config.stream = stream_;
@@ -138,14 +100,11 @@ class CudaRunner final : public Runner {
     graph_ = &recent_graph(graphs_, kCachedGraphs, tokens, wanted, [&](std::list<CudaGraph>& graphs) {
       Markers markers;
       graphs.emplace_front(model_, weights_->weights(), tokens, wanted, markers, ggml_backend_cuda_buffer_type(device_));
-      check_nodes(graphs.front());
+      look_at_nodes(graphs.front());
     });
-    size_t most = 0;
-    for (int i = 0; i < ggml_graph_n_nodes(graph_->graph); ++i) {
-      most = std::max(most, Products::input_bytes(ggml_graph_node(graph_->graph, i)));
-    }
-    const bool moved = inputs_.reserve(static_cast<size_t>(2 * tokens + wanted) * sizeof(Token)) |
-                       results_.reserve(sizeof(int) + logit_bytes(*graph_)) | products_.reserve(most);
+    const bool moved = inputs_.reserve(static_cast<size_t>(2 * tokens + wanted) * sizeof(Token), "pinned memory of tokens") |
+                       results_.reserve(sizeof(int) + logit_bytes(*graph_), "pinned memory of logits") |
+                       products_.reserve(graph_->product_bytes);
     if (moved) {  // captured copies are of the memory before
       for (CudaGraph& graph : graphs_) graph.captured.clear();
     }
@@ -178,6 +137,11 @@ class CudaRunner final : public Runner {
   double wait_seconds() const override { return wait_seconds_; }
 
  private:
+  static int present_device() {
+    check_device();
+    return current_device();
+  }
+
   static GgmlBackend make_backend(int device) {
     const LibraryCall call;
     GgmlBackend backend(ggml_backend_cuda_init(device));
@@ -188,10 +152,11 @@ class CudaRunner final : public Runner {
 
   static size_t logit_bytes(const StepGraph& graph) { return graph.logits == nullptr ? 0 : ggml_nbytes(graph.logits); }
 
-  void check_nodes(const CudaGraph& graph) const {
+  void look_at_nodes(CudaGraph& graph) const {
     ggml_backend_dev_t device = ggml_backend_get_device(backend_.get());
     for (int i = 0; i < ggml_graph_n_nodes(graph.graph); ++i) {
       const ggml_tensor* node = ggml_graph_node(graph.graph, i);
+      graph.product_bytes = std::max(graph.product_bytes, Products::input_bytes(node));
       if (node->op == GGML_OP_CUSTOM || ggml_backend_dev_supports_op(device, node)) continue;
       std::string weight;
       if (node->src[0] != nullptr)
@@ -210,7 +175,8 @@ class CudaRunner final : public Runner {
       check_cuda(cudaMemcpyAsync(input->data, from, ggml_nbytes(input), cudaMemcpyHostToDevice, stream_), "tokens of a step");
       from += ggml_nelements(input);
     }
-    check_cuda(cudaMemsetAsync(flag_, 0, sizeof(int), stream_), "flag of a step");
+    int* const flag = reinterpret_cast<int*>(flag_.data());
+    check_cuda(cudaMemsetAsync(flag, 0, sizeof(int), stream_), "flag of a step");
     const int nodes = ggml_graph_n_nodes(g.graph);
     products_.begin();
     int begin = 0, layer = 0;
@@ -230,17 +196,17 @@ class CudaRunner final : public Runner {
       cache.attend(layer, numbers(q), q->ne[0] * q->ne[1], static_cast<float*>(node->data), node->ne[0], 0, 1);
       // What is not finite in a layer makes all that follows so: the last one shows it.
       if (++layer == model_.parameters().layers)
-        mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag_, stream_);
+        mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag, stream_);
     }
     queue_nodes(backend_.get(), g.graph, begin, nodes);
     if (g.logits != nullptr) {
       const auto n = static_cast<size_t>(ggml_nelements(g.logits));
-      mark_not_finite(static_cast<const float*>(g.logits->data), n, 2, flag_, stream_);
+      mark_not_finite(static_cast<const float*>(g.logits->data), n, 2, flag, stream_);
       check_cuda(
           cudaMemcpyAsync(results_.data<float>() + 1, g.logits->data, n * sizeof(float), cudaMemcpyDeviceToHost, stream_),
           "logits of a step");
     }
-    check_cuda(cudaMemcpyAsync(results_.data<int>(), flag_, sizeof(int), cudaMemcpyDeviceToHost, stream_), "flag of a step");
+    check_cuda(cudaMemcpyAsync(results_.data<int>(), flag, sizeof(int), cudaMemcpyDeviceToHost, stream_), "flag of a step");
   }
 
   const Captured& captured(Cache& cache, uint64_t key) {
@@ -281,7 +247,7 @@ class CudaRunner final : public Runner {
   cudaStream_t stream_;
   Products products_;
   std::shared_ptr<const DeviceWeights> weights_;
-  int* flag_ = nullptr;
+  DeviceMemory flag_;
   PinnedMemory inputs_, results_;  // results: the flag, then logits
   std::list<CudaGraph> graphs_;
   CudaGraph* graph_ = nullptr;  // the prepared one

@@ -12,8 +12,6 @@ namespace kvmix::cuda {
 
 DeviceWeights::DeviceWeights(const GgufModel& model) {
   const LibraryCall call;
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "device");
   const auto& stored = model.stored_weights().all();
   tensors_.reset(ggml_init({(stored.size() + 1) * ggml_tensor_overhead(), nullptr, true}));
   for (const auto& [name, tensor] : stored) {
@@ -21,7 +19,7 @@ DeviceWeights::DeviceWeights(const GgufModel& model) {
     ggml_set_name(copy, name.c_str());
     weights_.add(name, copy);
   }
-  buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(tensors_.get(), ggml_backend_cuda_buffer_type(device)));
+  buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(tensors_.get(), ggml_backend_cuda_buffer_type(current_device())));
   if (buffer_ == nullptr) {
     size_t free = 0, total = 0;
     check_cuda(cudaMemGetInfo(&free, &total), "device memory");
