@@ -48,7 +48,7 @@ struct PagedMemory {
 class PagedAttention {
  public:
   // `most_sequences`: that are live at once, which rows beside the blocks are kept for. Throws kUnsupported naming what a plan
-  // asks for that blocks cannot do: policies, latents, windows that are ratios, more than kPageTokens sinks, other devices.
+  // asks for that blocks cannot do: policies, windows that are ratios, more than kPageTokens sinks, other devices.
   PagedAttention(const CacheConfig& config, int most_sequences);
   ~PagedAttention();
   PagedAttention(const PagedAttention&) = delete;
