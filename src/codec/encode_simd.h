@@ -275,11 +275,12 @@ class TileSeal {
     }
     if (spec.fit == Fit::kMinMax) return {saturate(S::div(range, top)), saturate(middle)};
 
-    V y[kMaxGroup], sums[kPartialSums] = {zero, zero, zero, zero};
+    V y[kMaxGroup], sums[kPartialSums] = {zero, zero, zero, zero}, squares[kPartialSums] = {zero, zero, zero, zero};
     for (int i = 0; i < n; i += 2 * kPartialSums) {
       for (int k = 0; k < 2 * kPartialSums; ++k) {
         y[i + k] = S::sub(x[i + k], middle);
         sums[k / 2] = S::add(sums[k / 2], y[i + k]);
+        if (spec.fit == Fit::kUnbiased) squares[k / 2] = S::fma(y[i + k], y[i + k], squares[k / 2]);
       }
     }
     const V sum_y = all(sums), mean_y = S::mul(sum_y, S::set1(1.0f / static_cast<float>(n))), one = S::set1(1.0f);
@@ -296,7 +297,8 @@ class TileSeal {
       regress(y, n, {factor, offset}, sum_y, spec.zero_point, centre, top, best);
     }
     const Mask fits = S::less(zero, best.covariance);
-    const V scale = S::div(best.covariance, best.variance);
+    const V square_y = all(squares), spread = spec.zero_point ? S::sub(square_y, S::mul(mean_y, sum_y)) : square_y;
+    const V scale = S::select(S::less(zero, spread), S::div(spread, best.covariance), S::div(best.covariance, best.variance));
     const V mid = spec.zero_point ? S::sub(mean_y, S::mul(scale, S::sub(best.mean, centre))) : zero;
     return {saturate(S::select(fits, scale, S::div(range, top))), saturate(S::select(fits, S::add(middle, mid), middle))};
   }

@@ -6,6 +6,8 @@
 //
 // Sources: min-max as in KVmix b.3 (centred form: mid = min + scale * (2^b - 1) / 2); the least-squares fit takes the best of
 // several clipped ranges and then alternates rounding and regression of the values on their codes.
+// That regression shrinks: codes of b bits explain a share R^2 of the values' variance, and large values come back smaller by
+// so much. The unbiased fit takes the scale of the regression of codes on values instead, 1 / R^2 of the other.
 #pragma once
 
 #include <cmath>
@@ -119,13 +121,15 @@ KVMIX_HOST_DEVICE inline void regress(const FitSums& s, float sum_y, float count
   if (better) best = {covariance, variance, mean};
 }
 
-// Fits n values of a range; sums(map) sums their codes under a map of y, sum_y is the sum of y. The line y = mid + scale (c -
+// Fits n values of a range; sums(map) sums their codes under a map of y, sum_y is the sum of y, square_y that of their squares
+// for an unbiased fit and 0 for one of least squares. The line y = mid + scale (c -
 // centre) through the means has scale covariance / variance, and as a map of y the factor 1 / (scale top).
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable  // `sums` is the host's or the device's, as the caller
 #endif
 template <class Sums>
-KVMIX_HOST_DEVICE inline GroupScale fit_scale(CodedRange r, int n, int bits, bool zero_point, float sum_y, const Sums& sums) {
+KVMIX_HOST_DEVICE inline GroupScale fit_scale(CodedRange r, int n, int bits, bool zero_point, float sum_y, float square_y,
+                                              const Sums& sums) {
   const float top = static_cast<float>((1 << bits) - 1), centre = code_centre(bits), count = static_cast<float>(n);
   const float share = 1.0f / count, unit = 1.0f / top, mean_y = sum_y * share;
   const float whole = r.range > 0.0f ? 1.0f / r.range : 0.0f;
@@ -139,7 +143,9 @@ KVMIX_HOST_DEVICE inline GroupScale fit_scale(CodedRange r, int n, int bits, boo
     regress(sums(CodeMap{factor, offset}), sum_y, count, share, centre, zero_point, best);
   }
   if (!(best.covariance > 0.0f)) return min_max_scale(r, top);
-  const float scale = best.covariance / best.variance, mid = zero_point ? mean_y - scale * (best.mean - centre) : 0.0f;
+  const float spread = zero_point ? square_y - mean_y * sum_y : square_y;
+  const float scale = spread > 0.0f ? spread / best.covariance : best.covariance / best.variance;
+  const float mid = zero_point ? mean_y - scale * (best.mean - centre) : 0.0f;
   return {saturate_f16(scale), saturate_f16(r.middle + mid)};
 }
 
@@ -153,14 +159,16 @@ inline GroupScale quantize_group(const float* x, int n, int bits, Fit fit, bool 
   const float top = static_cast<float>((1 << bits) - 1);
   const CodedRange range = coded_range(limits, zero_point);
   GroupScale stored = min_max_scale(range, top);
-  if (fit == Fit::kLeastSquares) {
+  if (fit != Fit::kMinMax) {
     const auto all = [](const float(&p)[kPartialSums]) { return (p[0] + p[1]) + (p[2] + p[3]); };
-    float y[kMaxGroup], sum_y[kPartialSums] = {};
+    float y[kMaxGroup], sum_y[kPartialSums] = {}, square_y[kPartialSums] = {};
     for (int i = 0; i < n; ++i) {
       y[i] = x[i] - range.middle;
       sum_y[i / 2 % kPartialSums] += y[i];
+      if (fit == Fit::kUnbiased)
+        square_y[i / 2 % kPartialSums] = fused_multiply_add(y[i], y[i], square_y[i / 2 % kPartialSums]);
     }
-    stored = fit_scale(range, n, bits, zero_point, all(sum_y), [&](CodeMap map) {
+    stored = fit_scale(range, n, bits, zero_point, all(sum_y), all(square_y), [&](CodeMap map) {
       float code = 0.0f, squared = 0.0f, product[kPartialSums] = {};
       for (int i = 0; i < n; ++i) {
         const float c = quantize_code(y[i], map, top);

@@ -1,6 +1,7 @@
-// Lists of accepted values in messages.
+// Words of spellings and plans, and lists of accepted values in messages.
 #pragma once
 
+#include <array>
 #include <span>
 #include <string>
 
@@ -11,5 +12,9 @@ namespace kvmix {
 // "1, 2 or 3", "1,2,3" (for braces).
 std::string one_of(std::span<const int> values);
 std::string alternatives(std::span<const int> values);
+
+// What a Fit is called, in the order of its numbers.
+inline constexpr std::array kFitNames = {"minmax", "fitted", "unbiased"};
+inline const char* fit_name(Fit fit) { return kFitNames[static_cast<size_t>(fit)]; }
 
 }  // namespace kvmix

@@ -32,7 +32,7 @@ const std::array<CodecInfo, kCodecBits.size()> kInfos = {{
 std::string spelled(const CodecSpec& spec) {
   if (spec.is_f16()) return "f16";
   return "int" + std::to_string(spec.bits) + (spec.axis == Axis::kChannel ? ".channel" : ".token") + ".g" +
-         std::to_string(spec.group) + (spec.fit == Fit::kMinMax ? ".minmax" : ".fitted") + (spec.zero_point ? ".zero" : ".sym");
+         std::to_string(spec.group) + "." + fit_name(spec.fit) + (spec.zero_point ? ".zero" : ".sym");
 }
 
 template <class List>
@@ -51,7 +51,7 @@ class Uniform final : public Codec {
       if (bits == kF16Bits) continue;
       for (const Axis axis : {Axis::kChannel, Axis::kToken}) {
         for (const int group : kCodecGroups) {
-          for (const Fit fit : {Fit::kMinMax, Fit::kLeastSquares}) {
+          for (const Fit fit : {Fit::kMinMax, Fit::kLeastSquares, Fit::kUnbiased}) {
             for (const bool zero : {true, false}) specs.push_back({bits, axis, group, fit, zero});
           }
         }
@@ -64,7 +64,7 @@ class Uniform final : public Codec {
     std::vector<int> bits(kCodecBits.begin(), kCodecBits.end());
     std::erase(bits, kF16Bits);
     return "f16 or int{" + alternatives(bits) + "}.{channel,token}.g{" + alternatives(kCodecGroups) +
-           "}.{minmax,fitted}.{zero,sym}";
+           "}.{minmax,fitted,unbiased}.{zero,sym}";
   }
   std::string row_spellings() const override {
     return "int" + std::to_string(kRowBits) + ".token.g{" + alternatives(kCodecGroups) + "}.minmax.{zero,sym}";

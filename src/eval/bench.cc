@@ -46,19 +46,19 @@ size_t taken_bytes(const std::string& device) {
 
 // Sequences of up to `tokens` tokens that a row can have in so much device memory.
 int sequences_in(size_t memory, const Model& model, const EvalSubject& subject, int64_t tokens) {
-  constexpr double kRest = 1.25 * (1 << 30);  // the driver's, work space and the graph of a chunk
+  constexpr double kRest = 1.5 * (1 << 30);  // the driver's, work space and the graph of a chunk
   const double logits = 2.0 * sizeof(float) * model.vocab_size();
   const double room = static_cast<double>(memory) - static_cast<double>(model.weight_bytes()) - kRest;
   int n = 0;
   if (subject.plan) {
     CacheConfig config = cache_config(*subject.plan, model.shape());
     config.device = "cuda";
-    // Lengths differ by up to a page, so the last pages are filled by half on average; one in a hundred for what is sealed.
+    // Lengths differ by up to a page, so the last pages are filled by half on average; two in a hundred for what is sealed.
     constexpr int kSamples = 16, kPasses = 3;
     double cache = 0;
     for (int i = 0; i < kSamples; ++i) {
       const int64_t length = std::max<int64_t>(tokens - i * kPageTokens / kSamples, 1);
-      cache += 1.01 * static_cast<double>(predict_bytes(config, length)) / kSamples;
+      cache += 1.02 * static_cast<double>(predict_bytes(config, length)) / kSamples;
     }
     // What the allocator rounds up, all sequences share.
     n = static_cast<int>(room / (cache + logits));

@@ -56,9 +56,10 @@ Plan make(const PlannerRequest& request) {
     plan.layers[l].key.codec = {key_top[l] ? key_high : key_low, Axis::kChannel, group, Fit::kMinMax, true};
     plan.layers[l].value.codec = {value_top[l] ? value_high : value_low, Axis::kToken, group, Fit::kMinMax, true};
   }
-  if (options.choice("window", "ratio", {"ratio", "fixed"}) == "ratio") {
+  const std::string window = options.choice("window", "ratio", {"ratio", "fixed", "none"});
+  if (window != "fixed") plan.window.tokens = 0;
+  if (window == "ratio") {
     // One rule for the plan: the ratio of the width that most layers have.
-    plan.window.tokens = 0;
     plan.window.ratio_key = ratio_of(key_fraction > 0.5 ? key_high : key_low);
     plan.window.ratio_value = ratio_of(value_fraction > 0.5 ? value_high : value_low);
   }
@@ -83,7 +84,7 @@ const Planner kKvmixPaperPlanner = {{"kvmix-paper",
                                       {"group", "32 as the paper, 64 or 128 (32)"},
                                       {"sinks", "first tokens kept fp16 (0, as the paper)"},
                                       {"shuffle", "a seed above 0 gives the high widths to random layers: the control (0)"},
-                                      {"window", "ratio as the paper, or fixed at 128 (ratio)"}},
+                                      {"window", "ratio as the paper, fixed at 128, or none (ratio)"}},
                                      true,
                                      false,
                                      false},

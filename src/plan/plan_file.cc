@@ -29,7 +29,7 @@ ordered_json side_json(const SideConfig& side) {
     if (!c.is_f16()) {
       j["axis"] = c.axis == Axis::kChannel ? "channel" : "token";
       j["group"] = c.group;
-      j["fit"] = c.fit == Fit::kMinMax ? "minmax" : "fitted";
+      j["fit"] = fit_name(c.fit);
       j["zero_point"] = c.zero_point;
     }
   } else {
@@ -51,9 +51,10 @@ CodecSpec parse_uniform(JsonObject& object) {
   if (c.is_f16()) return c;
   const std::string axis = object.text("axis"), fit = object.text("fit");
   if (axis != "channel" && axis != "token") object.fail("axis", "expected \"channel\" or \"token\"");
-  if (fit != "minmax" && fit != "fitted") object.fail("fit", "expected \"minmax\" or \"fitted\"");
+  const auto* const named = std::find(kFitNames.begin(), kFitNames.end(), fit);
+  if (named == kFitNames.end()) object.fail("fit", "expected \"minmax\", \"fitted\" or \"unbiased\"");
   c.axis = axis == "channel" ? Axis::kChannel : Axis::kToken;
-  c.fit = fit == "minmax" ? Fit::kMinMax : Fit::kLeastSquares;
+  c.fit = static_cast<Fit>(named - kFitNames.begin());
   c.group = one("group", kCodecGroups);
   c.zero_point = object.boolean("zero_point");
   return c;

@@ -19,7 +19,7 @@ Plan make(const PlannerRequest& request) {
   if (group != 0 && std::find(kCodecGroups.begin(), kCodecGroups.end(), group) == kCodecGroups.end()) {
     throw Error(Status::kInvalidArgument, "planner uniform: option group must be " + one_of(kCodecGroups));
   }
-  const std::string fit = options.choice("codec-fit", "recipe", {"recipe", "minmax", "fitted"});
+  const std::string fit = options.choice("codec-fit", "recipe", {"recipe", "minmax", "fitted", "unbiased"});
   for (size_t l = 0; l < plan.layers.size(); ++l) {
     Plan::Layer& layer = plan.layers[l];
     layer.key = recipe_key(key_bits, rotate_keys);
@@ -29,7 +29,8 @@ Plan make(const PlannerRequest& request) {
     for (SideConfig* side : {&layer.key, &layer.value}) {
       if (side->codec.is_f16()) continue;
       if (group != 0) side->codec.group = group;
-      if (fit != "recipe") side->codec.fit = fit == "minmax" ? Fit::kMinMax : Fit::kLeastSquares;
+      if (fit != "recipe")
+        side->codec.fit = fit == "minmax" ? Fit::kMinMax : (fit == "fitted" ? Fit::kLeastSquares : Fit::kUnbiased);
     }
   }
   plan.note = "keys " + to_string(plan.layers.front().key.codec) + ", values " + to_string(plan.layers.front().value.codec);

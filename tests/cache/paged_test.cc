@@ -411,6 +411,20 @@ TEST(Paged, PlansThatBlocksCannotHoldAreRefused) {
   EXPECT_EQ(refused([](CacheConfig& c) { c.layers[0].window.ratio_key = 0.1f; }), Status::kUnsupported);
   EXPECT_EQ(refused([](CacheConfig& c) { c.tokens = PolicySpec{.name = "streaming", .values = {}}; }), Status::kUnsupported);
   EXPECT_EQ(refused([](CacheConfig& c) { c.layers.clear(); }), Status::kInvalidArgument);
+  // What a cache takes.
+  const auto latents = [](CacheConfig& c) {
+    auto factors = std::make_shared<LatentFactors>();
+    factors->key.assign(2, {0, 32, std::vector<float>(size_t{32} * 64, 0.1f)});
+    factors->value = factors->key;
+    c.layers[0].key_rank = c.layers[0].value_rank = 32;
+    c.layers[0].factors = factors;
+  };
+  EXPECT_EQ(refused(latents), Status::kUnsupported);
+  CacheConfig low = good;
+  latents(low);
+  low.kernel.clear();
+  EXPECT_NO_THROW(Cache{low});
+  EXPECT_EQ(status_of([&] { part_of_heads(low, 0, 2); }), Status::kUnsupported);
   EXPECT_EQ(refused([](CacheConfig&) {}, 0), Status::kInvalidArgument);
 }
 

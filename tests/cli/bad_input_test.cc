@@ -264,7 +264,7 @@ TEST_F(Cli, FilesOfNoKindAreSaidToBeSo) {
                                     "\x7f"
                                     "ELF"}) {
     testing::write_bytes(file, content);
-    refuses(1, {"inspect", file}, {"no GGUF model, plan, profile or saved cache"});
+    refuses(1, {"inspect", file}, {"no GGUF model, plan, profile, factors file or saved cache"});
   }
   refuses(2, {"inspect", folder_.file("")}, {"directory"});
   refuses(1, {"generate", "smollm3", "-p", "a"}, {"smollm3", "smollm2"});

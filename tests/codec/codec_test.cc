@@ -147,6 +147,40 @@ TEST(Codec, DistortionOfGaussians) {
   }
 }
 
+// How much of a Gaussian value comes back: the slope of what is read on what was stored. Least squares shrink it by 1 - R^2, an
+// unbiased scale does not at one bit, where codes are signs whatever the scale; at more bits its codes are rounded anew, and
+// more of them stay inside the range.
+TEST(Codec, UnbiasedScalesShrinkLess) {
+  const auto slope = [](int bits, Axis axis, bool zero_point, Fit fit) {
+    Tile tile({bits, axis, 128, fit, zero_point}, Side::kKey, 128);
+    fill_gaussian(tile, 6);
+    tile.encode();
+    double product = 0, square = 0;
+    tile.each([&](int, int, float from, float to) {
+      product += static_cast<double>(from) * static_cast<double>(to);
+      square += static_cast<double>(from) * static_cast<double>(from);
+    });
+    return product / square;
+  };
+  const struct {
+    int bits;
+    double most_fitted, least_unbiased;
+  } kExpected[] = {{1, 0.68, 0.98}, {2, 0.91, 0.93}, {3, 0.973, 0.975}, {4, 0.994, 0.9945}};
+  for (const auto& expected : kExpected) {
+    for (const Axis axis : {Axis::kChannel, Axis::kToken}) {
+      for (const bool zero_point : {true, false}) {
+        const double fitted = slope(expected.bits, axis, zero_point, Fit::kLeastSquares);
+        const double unbiased = slope(expected.bits, axis, zero_point, Fit::kUnbiased);
+        EXPECT_LT(fitted, unbiased) << expected.bits;
+        if (!zero_point) continue;
+        EXPECT_LT(fitted, expected.most_fitted) << expected.bits;
+        EXPECT_GT(unbiased, expected.least_unbiased) << expected.bits;
+        EXPECT_LT(unbiased, 1.02) << expected.bits;
+      }
+    }
+  }
+}
+
 TEST(Codec, OddInputsHaveStatedResults) {
   for (const CodecSpec& spec : codec_registry().front()->specs()) {
     Tile tile(spec, Side::kValue, 32);

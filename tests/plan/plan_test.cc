@@ -71,6 +71,19 @@ TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
   EXPECT_DOUBLE_EQ(mean_bits(make_plan("kvmix-paper", request), Side::kKey), 2.0 + 4.0 / 32);
 }
 
+TEST(Planners, ThePapersWindowIsARatioOrFixedOrNone) {
+  const ModelShape model = shape(4);
+  const Profile scores = profile(model);
+  PlannerRequest request = request_for(model, scores);
+  const auto window = [&](const std::string& choice) {
+    request.options["window"] = choice;
+    return make_plan("kvmix-paper", request).window;
+  };
+  EXPECT_EQ(window("ratio"), (WindowRule{.tokens = 0, .ratio_key = 0.2f, .ratio_value = 0.2f}));
+  EXPECT_EQ(window("fixed"), WindowRule{});
+  EXPECT_EQ(window("none"), WindowRule{.tokens = 0});
+}
+
 TEST(Planners, EveryOneMeetsItsBudgetAndRoundTrips) {
   const ModelShape model = shape(30);
   const Profile scores = measured_profile(model);

@@ -147,8 +147,8 @@ class Runtime:
         if self.plan.window > 0 and cache.enable_prefix_caching and any(k != "f16" or v != "f16" for k, v in self.plan.layers):
             raise UnsupportedError(
                 f"kvmix.vllm: the plan keeps the newest {self.plan.window} tokens unpacked, and blocks of a cached prefix are "
-                "packed: what a hit computes would not be what it stands for; make the plan with --window 0, or use "
-                "--no-enable-prefix-caching"
+                "packed: what a hit computes would not be what it stands for; make the plan with --window 0 (planner "
+                "kvmix-paper: --window none), or use --no-enable-prefix-caching"
             )
         self.force = os.environ.get("KVMIX_FORCE", "") == "1"
         cores, own = _cores(), os.sched_getaffinity(0)

@@ -89,8 +89,10 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
                .value = {nullptr, value_scales, nullptr, nullptr, constant(v.matrix), v.hadamard},
                .query = {nullptr, nullptr, key_scales, nullptr, constant(transposed(k.matrix_inverse, dim)), k.hadamard},
                .output = {nullptr, nullptr, nullptr, value_scales, constant(v.matrix_inverse), v.hadamard},
-               .keys_fitted = layer.key.codec.fit == Fit::kLeastSquares,
-               .values_fitted = layer.value.codec.fit == Fit::kLeastSquares};
+               .keys_fitted = layer.key.codec.fit != Fit::kMinMax,
+               .values_fitted = layer.value.codec.fit != Fit::kMinMax,
+               .keys_unbiased = layer.key.codec.fit == Fit::kUnbiased,
+               .values_unbiased = layer.value.codec.fit == Fit::kUnbiased};
     // A side that stays fp16 has no scales; the other one's kind is the kernel's.
     if (format.key_bits == kF16Bits) made.keys_fitted = made.values_fitted;
     if (format.value_bits == kF16Bits) made.values_fitted = made.keys_fitted;

@@ -111,7 +111,7 @@ class CudaBackend final : public Backend {
     size_t shape;
     RowOps key, value, query, output;
     kvmix_cuda_transform key_feedback{}, value_feedback{};
-    bool keys_fitted, values_fitted;
+    bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
     // Of the step, places in its inputs.
     size_t open_ids_at = 0, record_ids_at = 0;
     int seals = 0;        // pages, of all heads each

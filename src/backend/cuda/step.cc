@@ -266,7 +266,11 @@ void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
   p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
   p.stream = stream;
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
-  cuda::seal(p, {.keys_fitted = layer.keys_fitted, .values_fitted = layer.values_fitted, .ids_of_heads = true});
+  cuda::seal(p, {.keys_fitted = layer.keys_fitted,
+                 .values_fitted = layer.values_fitted,
+                 .keys_unbiased = layer.keys_unbiased,
+                 .values_unbiased = layer.values_unbiased,
+                 .ids_of_heads = true});
 }
 
 uint64_t CudaBackend::launch_key() {

@@ -20,7 +20,7 @@ __device__ inline uint32_t code_sums(uint32_t sum) {
 // Fits the groups of a warp: eight rows (tokens) from `line` on, or columns, kValues * kPartialSums values each from `first`
 // on. Lanes 4 r .. 4 r + 3 take group r, lane j of them partial sum j's values.
 template <int kValues, int row_halves>
-__device__ GroupScale fit_values(const __half* tile, bool columns, int line, int first, int bits) {
+__device__ GroupScale fit_values(const __half* tile, bool columns, int line, int first, int bits, bool unbiased) {
   constexpr uint32_t kInteger = 0x4b400000u;  // the bits of kRoundToInteger
   static_assert(kInteger == 301u << 22);
   const float top = static_cast<float>((1 << bits) - 1);
@@ -49,15 +49,16 @@ __device__ GroupScale fit_values(const __half* tile, bool columns, int line, int
   }
   const float2 low = __half22float2(lows), high = __half22float2(highs);
   const CodedRange range = coded_range({fminf(low.x, low.y), fmaxf(high.x, high.y)}, true);
-  float y[kValues], sum_y = 0.0f;
+  float y[kValues], sum_y = 0.0f, square_y = 0.0f;
 #pragma unroll
   for (int i = 0; i < kValues; i += 2) {
     const float2 pair = __half22float2(half2_of(x[i / 2]));
     y[i] = pair.x - range.middle, y[i + 1] = pair.y - range.middle;
     sum_y += y[i];
     sum_y += y[i + 1];
+    if (unbiased) square_y = __fmaf_rn(y[i + 1], y[i + 1], __fmaf_rn(y[i], y[i], square_y));
   }
-  return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), [&](CodeMap map) {
+  return fit_scale(range, kValues * kPartialSums, bits, true, all(sum_y), all(square_y), [&](CodeMap map) {
     float product = 0.0f;
     if (bits > 4) {  // sums of wide codes, rarely wanted, in a loop of their own over the tile
       const int step = columns ? row_halves : 1;

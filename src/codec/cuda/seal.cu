@@ -32,7 +32,7 @@ struct SealArguments {
   const int32_t* record_ids;
   int64_t id_page_step, id_head_step;
   RecordShape shape;
-  bool keys_fitted, values_fitted;
+  bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
   kvmix_cuda_transform key_transform, value_transform;
 };
 
@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
         const int at = job / kPartialSums, i = at % width, g = at / width, first = g * side.group;
         const int line = i - thread % 32 / kPartialSums;
         const auto fit = [&](auto values) {
-          return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits);
+          return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits,
+                                                      key ? args.keys_unbiased : args.values_unbiased);
         };
         GroupScale stored;
         // A last group of channels may be shorter.
@@ -411,7 +412,8 @@ SealKernel kernel_of(const kvmix_cuda_seal_params& p, bool keys_fitted, bool val
 }  // namespace
 
 void seal(const kvmix_cuda_seal_params& p, const SealDetails& details) {
-  const bool keys_fitted = p.fitted != 0 || details.keys_fitted, values_fitted = p.fitted != 0 || details.values_fitted;
+  const bool keys_fitted = p.fitted != 0 || details.keys_fitted || details.keys_unbiased;
+  const bool values_fitted = p.fitted != 0 || details.values_fitted || details.values_unbiased;
   const SealArguments a{static_cast<const uint8_t*>(p.open_pages),
                         p.open_page_stride,
                         p.open_head_stride,
@@ -425,6 +427,8 @@ void seal(const kvmix_cuda_seal_params& p, const SealDetails& details) {
                         record_shape(p.format),
                         keys_fitted,
                         values_fitted,
+                        details.keys_unbiased,
+                        details.values_unbiased,
                         p.key_transform,
                         p.value_transform};
   const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
