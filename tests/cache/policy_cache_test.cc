@@ -113,18 +113,20 @@ TEST(PolicyCache, KeepsWhatThePolicyDecides) {
 }
 
 TEST(PolicyCache, ChunkedPromptsAreWholeOnes) {
+  constexpr int kTokens = 500;  // past three pages, and more than any policy keeps
   for (const CodecSpec& recent : kRecents) {
     for (const PolicySpec& spec : running_policies()) {
       std::mt19937 random(2);
       CacheConfig config = two_layers(spec, recent);
       config.layers.erase(config.layers.begin() + 1);  // sliding windows seal inside prompts
       Cache cache(config);
-      const Rows rows = random_rows(config.layers[0], kPrompt, random);
+      const Rows rows = random_rows(config.layers[0], kTokens, random);
       const SequenceId whole = cache.create();
-      feed(cache, whole, rows, kPrompt, kPrompt);
-      for (const int chunk : {17, 128, 500}) {
+      feed(cache, whole, rows, kTokens, kTokens);
+      EXPECT_LT(cache.kept(whole, 0)[0].size(), static_cast<size_t>(kTokens)) << to_string(spec);
+      for (const int chunk : {17, 128, 300}) {
         const SequenceId id = cache.create();
-        feed(cache, id, rows, kPrompt, chunk);
+        feed(cache, id, rows, kTokens, chunk);
         EXPECT_EQ(all_positions(cache, id), all_positions(cache, whole)) << to_string(spec) << " chunk " << chunk;
         EXPECT_EQ(contents(cache, id), contents(cache, whole)) << to_string(spec) << " chunk " << chunk;
         cache.remove(id);
@@ -229,10 +231,11 @@ TEST(PolicyCache, PagesThatWereFreedDoNotMatter) {
     const CacheConfig config = two_layers(spec);
     Cache cache(config), busy(config);
     const SequenceId a = cache.create(), b = busy.create();
-    const Rows rows = random_rows(config.layers[0], kPrompt, random), other = random_rows(config.layers[0], 2000, random);
+    const Rows rows = random_rows(config.layers[0], kPrompt, random),
+               other = random_rows(config.layers[0], kPrompt + 100, random);
     feed(cache, a, rows, kPrompt, kPrompt);
     feed(busy, b, rows, kPrompt, kPrompt);
-    feed(busy, busy.create(), other, 2000, 2000);  // takes the freed pages and writes over them
+    feed(busy, busy.create(), other, kPrompt + 100, kPrompt + 100);  // needs more than was freed, so it writes over all of it
     for (int i = 0; i < 5; ++i) {
       Rows one = random_rows(config.layers[0], 1, random), two = one;
       step(cache, {{a, 1}}, one);
