@@ -357,11 +357,7 @@ int plan(const Arguments& arguments, const Common& common) {
   Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
   if (!arguments.factors.empty()) {
     const FactorsInfo factors = inspect_factors(arguments.factors);
-    if (factors.fingerprint != model->shape().fingerprint) {
-      throw Error(Status::kMismatch, arguments.factors + " was made for " +
-                                         other_model(factors.model, factors.fingerprint, model->shape()) +
-                                         ": factorise this one with kvmix factorise");
-    }
+    check_factors(factors, model->shape());
     made = with_factors(std::move(made), factors);
   }
   const std::string file = arguments.out.empty() ? "plan.json" : arguments.out;

@@ -169,6 +169,8 @@ struct FactorsInfo {
 };
 // Throws kNotFound, kIo, kCorrupt.
 FactorsInfo inspect_factors(const std::string& path);
+// Throws kMismatch unless they were made for this model, by fingerprint.
+void check_factors(const FactorsInfo& factors, const ModelShape& model);
 // The plan with all latents of these factors in place of keys and values, in its codecs, without its row maps.
 Plan with_factors(Plan plan, const FactorsInfo& factors);
 

@@ -2,15 +2,14 @@
 #include "kvmix/paged.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <deque>
-#include <exception>
 #include <unordered_map>
 #include <utility>
 
 #include "backend/backend.h"
 #include "backend/cpu/pool.h"
+#include "base/first_failure.h"
 #include "base/team.h"
 #include "cache/layout.h"
 #include "kvmix/error.h"
@@ -110,29 +109,19 @@ struct Layer {
   uint64_t clock = 0, last_spare = 0;
 };
 
-// A team's work must not throw, and every member must come to the barrier.
 struct TeamJob {
   Backend& backend;
   const float *k, *v, *q;
   float* out;
   int64_t k_stride, v_stride, q_stride, out_stride;
   bool stores, attends;
-  std::atomic<bool> failed{false};
-  std::exception_ptr failure = nullptr;
+  FirstFailure failure = {};
 
-  template <typename Body>
-  void guarded(const Body& body) {
-    try {
-      body();
-    } catch (...) {
-      if (!failed.exchange(true)) failure = std::current_exception();
-    }
-  }
   void work() {
     const Worker worker{Team::member(), Team::members()};
-    if (stores) guarded([&] { backend.append(0, k, k_stride, v, v_stride, worker); });
+    if (stores) failure.guard([&] { backend.append(0, k, k_stride, v, v_stride, worker); });
     if (stores && attends) Team::barrier();
-    if (attends && !failed) guarded([&] { backend.attend(0, q, q_stride, out, out_stride, worker); });
+    if (attends && !failure.failed()) failure.guard([&] { backend.attend(0, q, q_stride, out, out_stride, worker); });
   }
 };
 
@@ -396,7 +385,7 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
     TeamJob job{*layer.backend, k, v, q, out, k_stride, v_stride, q_stride, out_stride, stores, attends};
     impl.team.run(
         impl.config.threads, [](void* data) { static_cast<TeamJob*>(data)->work(); }, &job);
-    if (job.failure) std::rethrow_exception(job.failure);
+    job.failure.rethrow();
   };
   if (sealing.transcodes[0].empty()) {
     run(plan, true, true);

@@ -1,36 +1,24 @@
 // A layer of a step by threads of the cache's own.
-#include <atomic>
-#include <exception>
-
+#include "base/first_failure.h"
 #include "base/machine.h"
 #include "cache/state.h"
 
 namespace kvmix {
 namespace {
 
-// A team's work must not throw, and every member must come to the barrier.
 struct LayerJob {
   Cache& cache;
   int layer;
   const float *k, *v, *q;
   float* out;
   int64_t k_stride, v_stride, q_stride, out_stride;
-  std::atomic<bool> failed{false};
-  std::exception_ptr failure = nullptr;  // of the first that failed
+  FirstFailure failure = {};
 
-  template <typename Body>
-  void guarded(const Body& body) {
-    try {
-      body();
-    } catch (...) {
-      if (!failed.exchange(true)) failure = std::current_exception();
-    }
-  }
   void work() {
     const int ith = Team::member(), nth = Team::members();
-    guarded([&] { cache.append(layer, k, k_stride, v, v_stride, ith, nth); });
+    failure.guard([&] { cache.append(layer, k, k_stride, v, v_stride, ith, nth); });
     Team::barrier();
-    if (!failed) guarded([&] { cache.attend(layer, q, q_stride, out, out_stride, ith, nth); });
+    if (!failure.failed()) failure.guard([&] { cache.attend(layer, q, q_stride, out, out_stride, ith, nth); });
   }
 };
 
@@ -44,7 +32,7 @@ void Cache::step_layer(int layer, const float* k, int64_t k_stride, const float*
   LayerJob job{*this, layer, k, v, q, out, k_stride, v_stride, q_stride, out_stride};
   impl_->team->run(
       impl_->config.threads, [](void* data) { static_cast<LayerJob*>(data)->work(); }, &job);
-  if (job.failure) std::rethrow_exception(job.failure);
+  job.failure.rethrow();
 }
 
 }  // namespace kvmix

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "kvmix/codec.h"
 
@@ -16,5 +18,11 @@ std::string alternatives(std::span<const int> values);
 // What a Fit is called, in the order of its numbers.
 inline constexpr std::array kFitNames = {"minmax", "fitted", "unbiased"};
 inline const char* fit_name(Fit fit) { return kFitNames[static_cast<size_t>(fit)]; }
+inline std::optional<Fit> fit_named(std::string_view name) {
+  for (size_t i = 0; i < kFitNames.size(); ++i) {
+    if (name == kFitNames[i]) return static_cast<Fit>(i);
+  }
+  return std::nullopt;
+}
 
 }  // namespace kvmix

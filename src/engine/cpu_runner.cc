@@ -3,10 +3,8 @@
 #include <ggml-cpu.h>
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <mutex>
 
+#include "base/first_failure.h"
 #include "engine/runner.h"
 #include "kvmix/error.h"
 
@@ -17,31 +15,18 @@ constexpr size_t kCachedGraphs = 4;
 
 using Backend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
 
-// The first exception of any thread: graphs know no exceptions.
-struct Failure {
-  std::mutex mutex;
-  std::exception_ptr error;
-  std::atomic<bool> failed{false};
-
-  void catch_current() {
-    const std::lock_guard lock(mutex);
-    if (!error) error = std::current_exception();
-    failed = true;
-  }
-};
-
 // What the cache operations of one layer need at run time.
 struct LayerCall {
   Cache** cache;  // of the step
   int layer;
-  Failure* failure;
+  FirstFailure* failure;  // graphs know no exceptions
 };
 
 void append_op(ggml_tensor* out, int ith, int nth, void* data) {
   const auto& call = *static_cast<LayerCall*>(data);
-  if (call.failure->failed) return;
+  if (call.failure->failed()) return;
   const ggml_tensor *k = out->src[0], *v = out->src[1];
-  try {
+  call.failure->guard([&] {
     // Once a layer and step: what is not finite here makes all that follows so.
     for (const auto& [t, side] : {std::pair{k, "keys"}, std::pair{v, "values"}}) {
       if (ith == 0 && !all_finite({static_cast<const float*>(t->data), static_cast<size_t>(ggml_nelements(t))}))
@@ -50,22 +35,18 @@ void append_op(ggml_tensor* out, int ith, int nth, void* data) {
     (*call.cache)
         ->append(call.layer, static_cast<const float*>(k->data), k->ne[0] * k->ne[1], static_cast<const float*>(v->data),
                  v->ne[0] * v->ne[1], ith, nth);
-  } catch (...) {
-    call.failure->catch_current();
-  }
+  });
 }
 
 void attend_op(ggml_tensor* out, int ith, int nth, void* data) {
   const auto& call = *static_cast<LayerCall*>(data);
-  if (call.failure->failed) return;
+  if (call.failure->failed()) return;
   const ggml_tensor* q = out->src[0];
-  try {
+  call.failure->guard([&] {
     (*call.cache)
         ->attend(call.layer, static_cast<const float*>(q->data), q->ne[0] * q->ne[1], static_cast<float*>(out->data),
                  out->ne[0], ith, nth);
-  } catch (...) {
-    call.failure->catch_current();
-  }
+  });
 }
 
 // What makes a layer's latents, [model_dim, rank].
@@ -131,10 +112,9 @@ class CpuRunner final : public Runner {
     set(graph_->inputs.positions, rows.positions);
     if (graph_->inputs.rows != nullptr) set(graph_->inputs.rows, rows.wanted);
     cache_ = &cache;
-    failure_.error = nullptr;
-    failure_.failed = false;
+    failure_.clear();
     const ggml_status status = ggml_backend_graph_compute(backend_.get(), graph_->graph);
-    if (failure_.error) std::rethrow_exception(failure_.error);
+    failure_.rethrow();
     if (status != GGML_STATUS_SUCCESS)
       throw Error(Status::kInternal, std::string("the graph failed: ") + ggml_status_to_string(status));
     if (graph_->logits == nullptr) return {};
@@ -166,7 +146,7 @@ class CpuRunner final : public Runner {
   BackendBuffer down_buffer_;
   std::vector<DownProjections> down_;  // by layer; empty without latents
   Backend backend_;
-  Failure failure_;
+  FirstFailure failure_;
   Cache* cache_ = nullptr;  // of the step that runs
   std::vector<LayerCall> calls_;
   std::list<StepGraph> graphs_;

@@ -96,16 +96,28 @@ class FactorsReader {
   Checksum sum_;
 };
 
+FactorsInfo info_of(const Factors& f, const std::string& path) {
+  FactorsInfo info{path, f.method, f.note, f.model, f.fingerprint, f.checksum, {}};
+  for (const Factors::Layer& l : f.layers) {
+    info.layers.push_back({l.key.groups, l.key.groups * l.key.rank, static_cast<int>(l.key.energies.size()), l.value.groups,
+                           l.value.groups * l.value.rank, static_cast<int>(l.value.energies.size())});
+  }
+  return info;
+}
+
 }  // namespace
 
 Factors read_factors(const std::string& path) { return FactorsReader(path).read(); }
 
+void check_factors(const FactorsInfo& f, const ModelShape& shape) {
+  if (f.fingerprint == shape.fingerprint) return;
+  throw Error(Status::kMismatch, f.path + " was made for " + other_model(f.model, f.fingerprint, shape) +
+                                     ": factorise this one with kvmix factorise");
+}
+
 void check_factors(const Factors& f, const Model& model, bool forced, const std::string& path) {
   const ModelShape& shape = model.shape();
-  if (f.fingerprint != shape.fingerprint && !forced) {
-    throw Error(Status::kMismatch, path + " was made for " + other_model(f.model, f.fingerprint, shape) +
-                                       ": factorise this one with kvmix factorise");
-  }
+  if (!forced) check_factors(info_of(f, path), shape);
   const auto dim = static_cast<size_t>(gguf_model(model).parameters().model_dim);
   bool fits = f.layers.size() == shape.layers.size();
   for (size_t l = 0; fits && l < f.layers.size(); ++l) {
@@ -175,15 +187,7 @@ void write_factors(const Factors& f, const std::string& path) {
   file.commit();
 }
 
-FactorsInfo inspect_factors(const std::string& path) {
-  const Factors f = read_factors(path);
-  FactorsInfo info{path, f.method, f.note, f.model, f.fingerprint, f.checksum, {}};
-  for (const Factors::Layer& l : f.layers) {
-    info.layers.push_back({l.key.groups, l.key.groups * l.key.rank, static_cast<int>(l.key.energies.size()), l.value.groups,
-                           l.value.groups * l.value.rank, static_cast<int>(l.value.energies.size())});
-  }
-  return info;
-}
+FactorsInfo inspect_factors(const std::string& path) { return info_of(read_factors(path), path); }
 
 Plan with_factors(Plan plan, const FactorsInfo& info) {
   if (plan.layers.size() != info.layers.size())

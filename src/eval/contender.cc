@@ -19,7 +19,6 @@ class Ours final : public Contender {
     options.kernel = o.kernel;
     options.exact = o.exact;
     options.force_plan = o.force_plan;
-    on_cuda_ = o.device == "cuda";
     chooses_ = plan.tokens.has_value() || plan.channels.has_value();
     engine_ = std::make_unique<Engine>(std::move(model), plan, options);
     clear();
@@ -92,7 +91,7 @@ class Ours final : public Contender {
   size_t cache_bytes(int64_t) const override {
     const MemoryReport memory = engine_->cache().memory();
     // A device's memory comes in chunks, each for pages of one size, which one sequence does not fill: their rest is not its.
-    return (memory.total_bytes - (on_cuda_ ? memory.slack_bytes : 0)) / ids_.size();
+    return (memory.total_bytes - (engine_->cache().config().device == "cuda" ? memory.slack_bytes : 0)) / ids_.size();
   }
   std::string kernel() const override { return engine_->cache().stats().kernel; }
   std::pair<int64_t, double> host_seconds() const override {
@@ -109,7 +108,6 @@ class Ours final : public Contender {
   std::vector<SequenceId> ids_;
   std::optional<SequenceId> marked_;
   std::vector<EngineItem> items_;
-  bool on_cuda_ = false;
   bool chooses_ = false;  // what it keeps depends on where prompts end
   int64_t prompt_ = 0;
 };

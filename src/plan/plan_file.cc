@@ -51,10 +51,10 @@ CodecSpec parse_uniform(JsonObject& object) {
   if (c.is_f16()) return c;
   const std::string axis = object.text("axis"), fit = object.text("fit");
   if (axis != "channel" && axis != "token") object.fail("axis", "expected \"channel\" or \"token\"");
-  const auto* const named = std::find(kFitNames.begin(), kFitNames.end(), fit);
-  if (named == kFitNames.end()) object.fail("fit", "expected \"minmax\", \"fitted\" or \"unbiased\"");
+  const std::optional<Fit> named = fit_named(fit);
+  if (!named) object.fail("fit", "expected \"minmax\", \"fitted\" or \"unbiased\"");
   c.axis = axis == "channel" ? Axis::kChannel : Axis::kToken;
-  c.fit = static_cast<Fit>(named - kFitNames.begin());
+  c.fit = *named;
   c.group = one("group", kCodecGroups);
   c.zero_point = object.boolean("zero_point");
   return c;

@@ -29,8 +29,7 @@ Plan make(const PlannerRequest& request) {
     for (SideConfig* side : {&layer.key, &layer.value}) {
       if (side->codec.is_f16()) continue;
       if (group != 0) side->codec.group = group;
-      if (fit != "recipe")
-        side->codec.fit = fit == "minmax" ? Fit::kMinMax : (fit == "fitted" ? Fit::kLeastSquares : Fit::kUnbiased);
+      side->codec.fit = fit_named(fit).value_or(side->codec.fit);  // the recipe's own where none is named
     }
   }
   plan.note = "keys " + to_string(plan.layers.front().key.codec) + ", values " + to_string(plan.layers.front().value.codec);

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .._errors import UnsupportedError
+from .._fingerprint import SAMPLED, fingerprint
 from .._native import LayerShape, ModelShape
-
-_SAMPLED = 1024  # numbers of each attention weight, for the fingerprint
 
 
 def _refuse(model: PreTrainedModel, why: str) -> UnsupportedError:
@@ -48,16 +46,13 @@ def _attention_modules(model: PreTrainedModel, layers: int) -> list[torch.nn.Mod
 
 
 def _fingerprint(config: Any, modules: list[torch.nn.Module], windows: list[int]) -> str:
-    """Of shapes and of some weights, as bfloat16: the same however the model was loaded."""
-    digest = hashlib.sha256(f"{config.model_type} {windows}".encode())
-    for module in modules:
-        for name, weight in sorted(module.named_parameters()):
-            if weight.is_meta:
-                return ""
-            sample = weight.detach().flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Of the weights; "" where they are not there."""
+    named = [(name, weight) for module in modules for name, weight in sorted(module.named_parameters())]
+    if any(weight.is_meta for _, weight in named):
+        return ""
+    return fingerprint(
+        config.model_type, windows, ((name, weight.shape, weight.detach().flatten()[:SAMPLED]) for name, weight in named)
+    )
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:

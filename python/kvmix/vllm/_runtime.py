@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .. import _native
+from .. import _fingerprint, _native
 from .._errors import InvalidArgumentError, NotFoundError, UnsupportedError
 from .._native import LayerShape, ModelShape, Plan
 
 PLAN_FILE = "kvmix_plan.json"  # in a model's folder
 BLOCK_TOKENS = 128
-_SAMPLED = 1024  # as kvmix.transformers takes of each weight
 
 logger = logging.getLogger("vllm.kvmix")  # below vLLM's, so that it is shown as its own lines are
 
@@ -64,17 +63,17 @@ def fingerprint(model: str, model_type: str, windows: list[int]) -> str:
                     found.setdefault(int(layer), {})[rest] = (file, name)
     if sorted(found) != list(range(len(windows))):
         return ""
-    digest = hashlib.sha256(f"{model_type} {windows}".encode())
-    for layer in range(len(windows)):
-        for rest, (file, name) in sorted(found[layer].items()):
-            with safe_open(file, "pt") as weights:
-                part = weights.get_slice(name)
-                shape = part.get_shape()
-                width = shape[-1] if len(shape) > 1 else 1
-                sample = part[: -(-_SAMPLED // width)].flatten()[:_SAMPLED].to(torch.bfloat16)
-            digest.update(f"{rest} {tuple(shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+    def weights() -> Iterator[tuple[str, list[int], torch.Tensor]]:
+        for layer in range(len(windows)):
+            for rest, (file, name) in sorted(found[layer].items()):
+                with safe_open(file, "pt") as opened:
+                    part = opened.get_slice(name)
+                    shape = part.get_shape()
+                    width = shape[-1] if len(shape) > 1 else 1
+                    yield rest, shape, part[: -(-_fingerprint.SAMPLED // width)].flatten()[: _fingerprint.SAMPLED]
+
+    return _fingerprint.fingerprint(model_type, windows, weights())
 
 
 def _refuse_configuration(config: Any) -> None:
