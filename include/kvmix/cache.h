@@ -240,6 +240,23 @@ struct DeviceSpace {
 };
 DeviceSpace cuda_space();
 
+// What the device "cuda" takes in this build; throws kUnsupported in one without CUDA.
+struct CudaSupport {
+  std::string architectures;            // as CMake was given them: "80-real;90a-real"
+  std::string bits, groups, head_dims;  // lists: "1, 2, 4"; 16 bits are fp16
+};
+CudaSupport cuda_support();
+
+// The GPUs of this machine; throws kUnsupported where there is none, as cuda_space does.
+struct CudaDevice {
+  std::string name;
+  int capability = 0;  // major * 10 + minor
+  size_t total_bytes = 0;
+  std::vector<int> head_dims;   // that its shared memory has room for
+  bool prefill_kernel = false;  // compute capability 9.0, and compiled for it
+};
+std::vector<CudaDevice> cuda_devices();
+
 // What a saved cache says of itself, after its checksum was verified, without a model.
 struct SavedCacheInfo {
   int version;

@@ -21,6 +21,16 @@ Residency decode_residency(const RecordShape& shape) {
 
 }  // namespace
 
+int most_shared_bytes() {
+  constexpr int kOwn = 1024;  // what the kernels declare beside it, and the system's
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess)
+    return bytes - kOwn;
+  static_cast<void>(cudaGetLastError());  // no device: nothing to launch
+  return kMostSharedBytes;
+}
+
 void attend(const kvmix_cuda_attend_params& p, int sink_slots) {
   if (p.item_count == 0) return;
   const WorkspaceLayout space = workspace_layout(p);

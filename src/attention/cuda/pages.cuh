@@ -26,8 +26,8 @@ struct PageTile {
   static constexpr int key_row = dim + 8, value_row = kPageTokens + 8;  // halves; 4 banks further a row
   static constexpr int merge_row = dim + 8;                             // floats
   static constexpr int key_bytes = kPageTokens * key_row * 2;
-  static constexpr int page_bytes = key_bytes + dim * value_row * 2, merge_bytes = kTileRows * (merge_row + 2) * 4;
-  static constexpr int shared_bytes = page_bytes > merge_bytes ? page_bytes : merge_bytes;
+  static constexpr int shared_bytes = page_shared_bytes(dim);
+  static_assert(shared_bytes >= key_bytes + dim * value_row * 2 && shared_bytes >= kTileRows * (merge_row + 2) * 4);
 };
 
 // A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel.

@@ -16,6 +16,16 @@ void check_shape(const kvmix_cuda_attend_params& params);
 inline int heads_per_kv(const kvmix_cuda_attend_params& p) { return p.q_heads / p.kv_heads; }
 inline int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * heads_per_kv(p); }
 
+// Shared memory that a thread block of the page kernel takes: keys and values of a page as fp16, later all rows' sums.
+constexpr int page_shared_bytes(int head_dim) {
+  const int page = kPageTokens * (head_dim + 8) * 2 + head_dim * (kPageTokens + 8) * 2;
+  const int merge = kTileRows * (head_dim + 8 + 2) * 4;
+  return page > merge ? page : merge;
+}
+// What a thread block may take on the current device; without one, on compute capability 9.0.
+int most_shared_bytes();
+inline constexpr int kMostSharedBytes = 226 * 1024;
+
 // Thread blocks that the decode kernel gives each item.
 inline int row_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kRows - 1) / kRows; }
 

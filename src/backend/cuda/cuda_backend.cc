@@ -73,6 +73,13 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const kvmix_cuda_format format = layer_format(layer, "layer " + std::to_string(l));
+    if (page_shared_bytes(layer.head_dim) > most_shared_bytes()) {
+      throw Error(Status::kUnsupported, "layer " + std::to_string(l) + ": head_dim " + std::to_string(layer.head_dim) +
+                                            " takes " + std::to_string(page_shared_bytes(layer.head_dim)) +
+                                            " bytes of a thread block's shared memory, of which this GPU has " +
+                                            std::to_string(most_shared_bytes()) +
+                                            " (kvmix list --device cuda); take the device \"cpu\"");
+    }
     const Shape shape{format, layer.q_heads, layer.kv_heads, layer.sinks, layer.sliding_window, {}};
     const auto known = std::find(shapes_.begin(), shapes_.end(), shape);
     const auto index = static_cast<size_t>(known - shapes_.begin());
