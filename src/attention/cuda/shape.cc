@@ -62,7 +62,7 @@ namespace {
   throw Error(Status::kUnsupported, "CUDA is not available in this build; configure with -DKVMIX_CUDA=ON");
 }
 }  // namespace
-void attend(const kvmix_cuda_attend_params&, int) { no_cuda(); }
+void attend(const kvmix_cuda_attend_params&, const OpenPages&) { no_cuda(); }
 Residency residency(const kvmix_cuda_attend_params&) { no_cuda(); }
 bool has_prefill_kernel() { return false; }
 int most_shared_bytes() { return kMostSharedBytes; }

@@ -50,8 +50,13 @@ struct Residency {
 };
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
-// The open page of sinks has room for `sink_slots` tokens.
-void attend(const kvmix_cuda_attend_params& params, int sink_slots = kPageTokens);
+// What the ABI's parameters do not say of open pages: the sinks' room for tokens, and the shape of the others, fp16 rows or a
+// record of 8-bit rows (tile_layout.h).
+struct OpenPages {
+  int sink_slots = kPageTokens;
+  RecordShape shape{0, 16, 16, 128, 128};
+};
+void attend(const kvmix_cuda_attend_params& params, const OpenPages& open = {});
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
 // decode.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh
