@@ -76,6 +76,23 @@ def test_tokens_may_be_drawn(llama):  # noqa: F811
     assert answers[0].shape == (4, 150) and not torch.equal(*answers)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_several_answers_to_a_prompt(llama, share):  # noqa: F811
+    _, ours = llama
+    tokens, mask = padded(2)
+    generator = Generator(ours, kvmix.Plan.uniform(model_shape(ours), 4, 4))
+    one = [generator.prefill(tokens, mask).clone()] + [generator.step().clone() for _ in range(5)]
+    alone = generator.cache.pages.memory()["total_bytes"]
+    generator.prefill(tokens, mask)
+    generator.repeat(3, share=share)
+    # So few tokens are all in open pages, whose last is copied in any case.
+    assert share or generator.cache.pages.memory()["total_bytes"] > 2 * alone
+    for want in one[1:]:
+        given = generator.step()
+        assert torch.equal(given, want.repeat_interleave(3))
+    assert len(generator.cache.sequences) == 6
+
+
 def test_what_cannot_work_is_refused(llama):  # noqa: F811
     _, ours = llama
     plan = kvmix.Plan.f16(model_shape(ours))

@@ -297,15 +297,23 @@ class KVmixCache(Cache):
         self._next_layer = 0
         self._known_masks.clear()
 
-    def _replace(self, indices: list[int]) -> None:
-        """Rows of the batch become copies of others; pages are shared."""
+    def _replace(self, indices: list[int], share: bool = True) -> None:
+        """Rows of the batch become copies of others, which share pages or do not."""
         self._abort()
         if indices == list(range(len(self.sequences))):
             return
         for index in indices:
             if not 0 <= index < len(self.sequences):
                 raise InvalidArgumentError(f"row {index} of a cache of {len(self.sequences)} rows")
-        copies = [self.pages.fork(self.sequences[i]) for i in indices]
+        copy = self.pages.fork if share else self.pages.copy
+        copies: list[int] = []
+        try:
+            for i in indices:
+                copies.append(copy(self.sequences[i]))
+        except BaseException:
+            for sequence in copies:
+                self.pages.remove(sequence)
+            raise
         for sequence in self.sequences:
             self.pages.remove(sequence)
         self.sequences = copies
@@ -317,8 +325,9 @@ class KVmixCache(Cache):
         rows = torch.arange(len(self.sequences))[indices.cpu()]
         self._replace([int(i) for i in rows])
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace([i for i in range(len(self.sequences)) for _ in range(repeats)])
+    def batch_repeat_interleave(self, repeats: int, *, share: bool = True) -> None:
+        """`share`: rows share pages until they differ; else each has all of its own, as if it had come by itself."""
+        self._replace([i for i in range(len(self.sequences)) for _ in range(repeats)], share)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest -tokens_to_remove tokens; a positive number is the length to keep. What packing has lost stays

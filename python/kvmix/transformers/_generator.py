@@ -114,16 +114,32 @@ class Generator:
                 logits = self._logits(
                     input_ids[:, part], positions[:, part], None if attention_mask is None else attention_mask[:, : part.stop]
                 )
-            if self._tokens.shape[0] != rows:
-                self._tokens = torch.empty(rows, 1, dtype=torch.long, device=self._device)
-                self._positions = torch.empty_like(self._tokens)
-                self._ended = torch.empty(rows, dtype=torch.bool, device=self._device)
-                self._graphs.clear()  # they are of the tensors before
-                self._ran = False
+            self._make_room(rows)
             self._positions.copy_(positions[:, -1:] + 1)
             self._ended.zero_()
             self._take(self._choose(logits))
             return self._tokens[:, 0].clone()
+
+    def _make_room(self, rows: int) -> None:
+        if len(self._tokens) == rows:
+            return
+        self._tokens = torch.empty(rows, 1, dtype=torch.long, device=self._device)
+        self._positions = torch.empty_like(self._tokens)
+        self._ended = torch.empty(rows, dtype=torch.bool, device=self._device)
+        self._graphs.clear()  # they are of the tensors before
+        self._ran = False
+
+    @torch.no_grad()
+    def repeat(self, times: int, *, share: bool = True) -> None:
+        """After prefill: as many rows of each, for several answers to a prompt. `share` as KVmixCache.batch_repeat_interleave."""
+        if times < 1:
+            raise InvalidArgumentError(f"times is {times}; expected at least 1")
+        with self._on_stream():
+            self.cache.batch_repeat_interleave(times, share=share)
+            state = [x.repeat_interleave(times, 0) for x in (self._tokens, self._positions, self._ended)]
+            self._make_room(len(state[0]))
+            for to, rows in zip((self._tokens, self._positions, self._ended), state):
+                to.copy_(rows)
 
     def _logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None
