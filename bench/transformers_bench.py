@@ -154,8 +154,10 @@ def bench(name, given):
     shape = model_shape(model)
     plan = kvmix.Plan.uniform(shape, given.bits, given.bits)
     one = Ours(model, plan, prompt, 1, given)
-    more = int(memory / (one.generator.cache.pages.memory()["total_bytes"] * given.context / prompt_tokens) * 0.98)
-    del one
+    held = one.generator.cache.pages.memory()
+    pages = (held["total_bytes"] - held["slack_bytes"]) * given.context / prompt_tokens  # of one, in the end
+    more = int((0.99 * memory - held["scratch_bytes"]) / pages)
+    del one, held
     gc.collect()
     contenders = {"transformers": Own(model, rows, given)}
     contenders["kvmix, equal memory"] = Ours(model, plan, prompt, more, given)

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="kvmix.transformers needs torch")
 pytest.importorskip("transformers", reason="kvmix.transformers needs transformers")
 
-from test_transformers import assert_same_tokens, continued, f16, ids, llama, make_model, models  # noqa: E402, F401
+from test_transformers import assert_same_tokens, continued, ids, llama, make_model, models, page_bytes  # noqa: E402, F401
 
 import kvmix  # noqa: E402
 from kvmix.transformers import Generator, model_shape, use_kvmix  # noqa: E402
@@ -82,11 +82,11 @@ def test_several_answers_to_a_prompt(llama, share):  # noqa: F811
     tokens, mask = padded(2)
     generator = Generator(ours, kvmix.Plan.uniform(model_shape(ours), 4, 4))
     one = [generator.prefill(tokens, mask).clone()] + [generator.step().clone() for _ in range(5)]
-    alone = generator.cache.pages.memory()["total_bytes"]
+    alone = page_bytes(generator.cache)
     generator.prefill(tokens, mask)
     generator.repeat(3, share=share)
     # So few tokens are all in open pages, whose last is copied in any case.
-    assert share or generator.cache.pages.memory()["total_bytes"] > 2 * alone
+    assert share or page_bytes(generator.cache) > 2 * alone
     for want in one[1:]:
         given = generator.step()
         assert torch.equal(given, want.repeat_interleave(3))

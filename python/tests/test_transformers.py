@@ -286,13 +286,19 @@ def test_other_types_of_numbers(llama):
     assert (given.float() - want).pow(2).mean().sqrt() < 0.1 * want.std()
 
 
+def page_bytes(cache):
+    """Of pages in use: on a GPU memory is taken in chunks larger than all of these."""
+    memory = cache.pages.memory()
+    return memory["total_bytes"] - memory["slack_bytes"]
+
+
 def test_memory_is_the_plans(llama):
     _, ours = llama
     cache = packed(ours, 2)
     run(ours, cache, ids(1, 1500).split(128, 1))
     full = f16(ours)
     run(ours, full, ids(1, 1500).split(128, 1))
-    assert cache.pages.memory()["total_bytes"] * 3 < full.pages.memory()["total_bytes"]
+    assert page_bytes(cache) * 3 < page_bytes(full)
 
 
 def test_what_cannot_work_is_refused(llama):

@@ -59,7 +59,6 @@ class Generator:
         self.stream = torch.cuda.Stream(self._device) if on_gpu else None
         self._choose = choose
         self._graphs: OrderedDict[int, torch.cuda.CUDAGraph] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._ran = False  # a step of this many rows ran: libraries have what they allocate at first
         self.captures = 0
         with self._on_stream():
@@ -187,14 +186,16 @@ class Generator:
         if graph is not None:
             self._graphs.move_to_end(key)
             return graph
-        while len(self._graphs) >= _CAPTURED:
-            self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+        # None of them needs what another has left, so all share the memory of the first.
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        graph.capture_begin(pool=pool, capture_error_mode="relaxed")
         try:
             self._run()
         finally:
             graph.capture_end()
+        if len(self._graphs) == _CAPTURED:
+            self._graphs.popitem(last=False)
         self._graphs[key] = graph
         self.captures += 1
         return graph
