@@ -84,8 +84,8 @@ def test_pages_are_the_cpus():
     outs = []
     for cache, sequence, place in zip(caches, sequences, (torch.Tensor.cuda, lambda x: x)):
         outs.append([out for _, _, out in feed(cache, sequence, Rows(128), [512, 1, 1, 128, 1], place)])
-    for device, cpu in zip(*outs):
-        assert (device - cpu).abs().max() < 0.01
+    for device, cpu in zip(*outs):  # whose products are of bf16
+        assert (device - cpu).pow(2).mean().sqrt() < 0.02 * cpu.std()
     stored = [cache.read(s, 0, 1, "key", original_space=False) for cache, s in zip(caches, sequences)]
     assert np.array_equal(*stored)
     copy = caches[0].copy(sequences[0])
