@@ -321,15 +321,6 @@ int plan(const Arguments& arguments, const Common& common) {
   request.device = arguments.device;
   if (arguments.fit == "free" && arguments.device != "cuda")
     throw UsageError("--fit free asks a GPU for its memory: give --device cuda too, or a number of bytes");
-  if (arguments.device == "cuda") {
-    // What the device keeps, whatever a plan says: so sizes are its own.
-    const auto recent = request.options.find("recent");
-    if (recent != request.options.end() && recent->second != "f16")
-      throw UsageError("recent rows are f16 on --device cuda: leave --recent out");
-    if (std::any_of(planner.options.begin(), planner.options.end(),
-                    [](const auto& option) { return option.first == "recent"; }))
-      request.options["recent"] = "f16";
-  }
   std::unique_ptr<Profile> profile;
   if (!arguments.profile.empty()) profile = std::make_unique<Profile>(read_profile(arguments.profile));
   if (planner.needs_profile && !profile) {
