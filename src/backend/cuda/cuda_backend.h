@@ -108,9 +108,11 @@ class CudaBackend final : public Backend {
     const LayerConfig& config;
     LayerFormats ids;
     kvmix_cuda_format format;
+    RecordShape open;  // of pages that are not sealed, but the sinks'
     size_t shape;
     RowOps key, value, query, output;
     kvmix_cuda_transform key_feedback{}, value_feedback{};
+    const float* key_columns = nullptr;  // feedback of 8-bit keys as they come, as AppendRows
     bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
     // Of the step, places in its inputs.
     size_t open_ids_at = 0, record_ids_at = 0;
@@ -135,7 +137,7 @@ class CudaBackend final : public Backend {
   void join() const;
   void attend(const Layer& layer, const Launch& launch);
   const PageFormat& format(const PageEntry& page) const { return formats_[static_cast<FormatId>(page.format)]; }
-  const Layer& layer_of(const PageFormat& format) const;
+  RecordShape shape_of(const PageFormat& format) const;
   static int32_t id_of(PageHandle page) { return static_cast<int32_t>(page - 1); }
   std::byte* memory(PageHandle page) const { return pool_.base() + (page - 1) * kPageUnit; }
   std::vector<std::byte> host_copy(const PageEntry& page) const;

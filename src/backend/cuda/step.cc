@@ -270,7 +270,8 @@ void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
                  .values_fitted = layer.values_fitted,
                  .keys_unbiased = layer.keys_unbiased,
                  .values_unbiased = layer.values_unbiased,
-                 .ids_of_heads = true});
+                 .ids_of_heads = true,
+                 .open = layer.open});
 }
 
 uint64_t CudaBackend::launch_key() {
@@ -332,7 +333,9 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .places = input<RowPlace>(0),
        .table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at), tables_.stride, layer.config.sinks},
        .key = layer.key,
-       .value = layer.value},
+       .value = layer.value,
+       .open = layer.open,
+       .key_columns = layer.key_columns},
       stream_.get());
 }
 
@@ -357,7 +360,7 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   if (tickets > clean_bytes_)
     check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   clean_bytes_ = tickets;
-  cuda::attend(p, config.sinks);
+  cuda::attend(p, {config.sinks, layer.open});
 }
 
 void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {
