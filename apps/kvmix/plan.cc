@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 
 #include "command.h"
 #include "console.h"
@@ -26,6 +27,7 @@ struct Arguments {
   std::string factors;
   std::string device = "cpu";
   std::string model, planner = "kvmix", profile, out, fit, calibration, tasks, axes = "bits";
+  std::string tokens;
   double bits = 0;
   int64_t context = 8192;
   int sequences = 1;
@@ -147,7 +149,7 @@ Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRe
                const std::shared_ptr<const Model>& model, nlohmann::json& json) {
   const AxesChoice choice = choose_axes(model, axes_task(arguments, common, request, model), progress_reporter(common));
   const AxesCandidate& best = choice.candidates[choice.chosen];
-  std::vector<std::string> header = {"tokens", "K bits", "V bits", "of a sequence", "mean KL", "+-", "top-1"};
+  std::vector<std::string> header = {"tokens", "K bits", "V bits", "of a sequence", "windows", "mean KL", "+-", "top-1"};
   if (arguments.needles > 0) header.emplace_back("passkeys");
   Table table(std::move(header));
   json["axes"] = nlohmann::json::array();
@@ -161,13 +163,14 @@ Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRe
                                         fmt::format("{:.2f}", mean_bits(c.plan, Side::kKey)),
                                         fmt::format("{:.2f}", mean_bits(c.plan, Side::kValue)),
                                         human_bytes(c.bytes),
+                                        std::to_string(c.windows),
                                         fmt::format("{:.5f}", c.kl),
                                         fmt::format("{:.5f}", c.kl_error),
                                         fmt::format("{:.2f} %", 100 * c.top1)};
-      if (arguments.needles > 0) cells.push_back(fmt::format("{:.0f} %", 100 * c.found));
+      if (arguments.needles > 0) cells.push_back(std::isnan(c.found) ? "-" : fmt::format("{:.0f} %", 100 * c.found));
       table.add(std::move(cells));
-      row.update({{"bytes", c.bytes}, {"kl_mean", c.kl}, {"kl_stderr", c.kl_error}, {"top1", c.top1}});
-      if (arguments.needles > 0) row["passkeys"] = c.found;
+      row.update({{"bytes", c.bytes}, {"kl_mean", c.kl}, {"kl_stderr", c.kl_error}, {"top1", c.top1}, {"windows", c.windows}});
+      if (!std::isnan(c.found)) row["passkeys"] = c.found;
     }
     json["axes"].push_back(std::move(row));
   }
@@ -322,6 +325,10 @@ int plan(const Arguments& arguments, const Common& common) {
     throw UsageError("planner " + planner.name + " takes no budget to share between tokens and bits: leave --axes out");
   if (both && arguments.measurements > 0)
     throw UsageError("--axes tokens,bits measures by itself: leave --measure out, or refine the plan's bits afterwards");
+  std::optional<PolicySpec> tokens;
+  if (!arguments.tokens.empty()) tokens = parse_policy(arguments.tokens);
+  if (tokens && (both || arguments.pareto || arguments.measurements > 0 || !arguments.factors.empty()))
+    throw UsageError("--tokens says which tokens stay: leave --axes tokens,bits, --pareto, --measure and --factors out");
   if (!both && arguments.needles > 0) throw UsageError("--needles decide between tokens and bits: give --axes tokens,bits");
   const bool text_given = !arguments.calibration.empty() || arguments.seed >= 0 || arguments.windows > 0;
   if (!both && arguments.measurements == 0 && text_given)
@@ -354,7 +361,9 @@ int plan(const Arguments& arguments, const Common& common) {
     request.measurements = arguments.measurements;
   }
   nlohmann::json json;
-  Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
+  Plan made = both     ? plan_axes(arguments, common, request, model, json)
+              : tokens ? plan_with_tokens(arguments.planner, request, *tokens)
+                       : make_plan(arguments.planner, request);
   if (!arguments.factors.empty()) {
     const FactorsInfo factors = inspect_factors(arguments.factors);
     check_factors(factors, model->shape());
@@ -449,6 +458,10 @@ void add_plan(CommandContext& context) {
                    "where text measured with a running cache says so; with --pareto both axes in one picture")
       ->check(CLI::IsMember({"bits", "tokens,bits", "bits,tokens"}))
       ->capture_default_str();
+  command->add_option(
+      "--tokens", arguments->tokens,
+      "Tokens that stay: a policy of kvmix list with parameters, such as \"snapkv keep=0.25\"; the budget's bytes "
+      "then go to the bits of these");
   command
       ->add_option(
           "--needles", arguments->needles,

@@ -1,6 +1,7 @@
 // Budgets over two axes: how many tokens stay, and in how many bits.
 #pragma once
 
+#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,7 +15,7 @@ namespace kvmix::app {
 struct AxesTask {
   std::string planner;
   PlannerRequest request;  // without a meter
-  // Windows that candidates are compared on, and others that the choice is checked on; each window's first half is the prompt.
+  // Windows that candidates are compared on, and others that the choice is checked on; the last quarter of each is scored.
   std::vector<std::vector<Token>> searched, held_out;
   int threads = 0;
   int needles = 0;  // passkeys per depth; 0: text alone decides
@@ -26,7 +27,8 @@ struct AxesCandidate {
   std::string tokens;  // "all", "snapkv keep=0.5"
   double bytes = 0;
   double kl = 0, kl_error = 0, top1 = 0;  // on the searched text
-  double found = 0;                       // part of the passkeys
+  double found = NAN;                     // part of the passkeys; NaN where none were asked for
+  size_t windows = 0;                     // of the searched text that it was measured on
   std::string lost;                       // why there is no such plan; empty if there is
 };
 
@@ -38,9 +40,14 @@ struct AxesChoice {
   std::string why;
 };
 
+// The largest plan with these tokens that the budget holds; of a planner without a budget its plan with them. Throws as
+// make_plan, and BudgetError if there is none.
+Plan plan_with_tokens(const std::string& planner, const PlannerRequest& request, const PolicySpec& tokens);
+
 // Every candidate takes as many of the budget's bytes as the planner can spend beside its policy. The one with the least
-// divergence is chosen among those that find as many passkeys as bits alone, but for a tenth; if held-out text does not bear it
-// out, bits alone are. Throws as make_plan, and BudgetError if no candidate meets the budget.
+// divergence is chosen, of the few that did best on a first window and bits alone, among those that find as many passkeys as
+// bits alone, but for a tenth; if held-out text does not bear it out, bits alone are. Throws as make_plan, and BudgetError if
+// no candidate meets the budget.
 AxesChoice choose_axes(const std::shared_ptr<const Model>& model, const AxesTask& task, const Progress& progress);
 
 // For every choice of tokens the planner's curve, measured: [choice][size].
