@@ -16,7 +16,7 @@ class Results:
         self.generate = {}  # (model, group, row): row
         self.bench, self.long, self.longtext, self.axes = [], {}, {}, {}
         for path in sorted(pathlib.Path(folder).glob("*.json")):
-            kind, group, *_, model = path.stem.rsplit(".json")[0].split(".")
+            kind, group, *_, model = path.stem.split(".")
             kind, _, context = kind.partition("-")
             result = json.loads(path.read_text())
             if kind in ("text", "needle"):
