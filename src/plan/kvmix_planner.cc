@@ -6,6 +6,7 @@
 #include "base/mean.h"
 #include "plan/candidates.h"
 #include "plan/planner.h"
+#include "plan/rank_allocation.h"
 #include "plan/refine.h"
 
 namespace kvmix {
@@ -39,8 +40,8 @@ std::string refine_plan(const PlannerRequest& request, const PricedChoices& pric
 
 // What the knapsack makes of a budget.
 struct Allocation {
-  Plan plan;  // its frame and recent rows; codecs as chosen
-  PricedChoices priced;
+  Plan plan;             // its frame and recent rows; codecs, and latents, as chosen
+  PricedChoices priced;  // without latents
   std::vector<size_t> chosen;
   int64_t spend = 0;
   double cost = 0;
@@ -50,6 +51,10 @@ struct Allocation {
 Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric) {
   const int64_t context = request.budget.context;
   Allocation made{std::move(plan), {}, {}, 0, 0};
+  if (request.factors != nullptr) {
+    made.cost = allocate_ranks(request, metric, made.plan);
+    return made;
+  }
   made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   made.spend = budget - made.priced.fixed_bytes;
@@ -93,11 +98,15 @@ Plan make(const PlannerRequest& request) {
         Status::kInvalidArgument,
         "planner kvmix moves bytes by divergence, not by answered tasks; use --planner kvtuner, or measure without tasks");
   }
+  if (request.factors != nullptr && metric.empty()) {
+    throw Error(Status::kInvalidArgument,
+                "ranks are weighed against measured widths; measure some with kvmix profile --sensitivity fisher");
+  }
   Allocation made = best_allocation(request, frame, metric, recent);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
   Plan& plan = made.plan;
-  const double cost = made.priced.apply(made.chosen, plan);
+  const double cost = request.factors != nullptr ? made.cost : made.priced.apply(made.chosen, plan);
   if (!metric.empty()) plan.predicted = Plan::Prediction{metric, cost};
   char note[256];
   std::snprintf(note, sizeof note, "%.3f bits per element at %lld tokens, by %s; predicted cost %.5g",
@@ -118,6 +127,7 @@ const Planner kKvmixPlanner = {
       kLocalSinksOption,
       kWindowOption,
       {"recent", "rows not sealed yet: 8 (bits), f16 (twice the bytes), or best (what predicts less)"}},
+     true,
      true,
      true,
      true},
