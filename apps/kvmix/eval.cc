@@ -93,11 +93,9 @@ int eval_text(const Arguments& arguments, const Common& common) {
     if (common.json) {
       nlohmann::json json = nlohmann::json::array();
       for (const EvalRow& r : rows) json.push_back(text_json(r, full));
-      nlohmann::json all = {{"model", model->shape().name},
-                            {"fingerprint", model->shape().fingerprint},
-                            {"context", options.context},
-                            {"float_weights", options.float_weights},
-                            {"rows", json}};
+      nlohmann::json all = {
+          {"model", model->shape().name}, {"fingerprint", model->shape().fingerprint}, {"context", options.context},
+          {"scored", options.scored},     {"float_weights", options.float_weights},    {"rows", json}};
       if (interrupted) all["interrupted"] = true;
       print_json(all);
       return;
@@ -114,8 +112,9 @@ int eval_text(const Arguments& arguments, const Common& common) {
                  fmt::format("{:.2f} %", 100 * r.top1)});
     }
     table.print();
-    fmt::print("\n{}: {} scored tokens, the second half of each window of {}; KL in nats per token against the first row{}\n",
-               model->shape().name, rows.front().scored_tokens, options.context,
+    fmt::print("\n{}: {} scored tokens, the {} of each window of {}; KL in nats per token against the first row{}\n",
+               model->shape().name, rows.front().scored_tokens,
+               options.scored > 0 ? fmt::format("last {}", options.scored) : std::string("second half"), options.context,
                options.float_weights ? "; weights in fp32" : "");
     if (interrupted) fmt::print("stopped before the end: the rows are of the windows that were complete\n");
   };
@@ -149,6 +148,8 @@ int eval_needle(const Arguments& arguments, const Common& common) {
                         {"trials", c.trials},
                         {"nll", c.nll},
                         {"margin", c.margin},
+                        {"kept", c.kept},
+                        {"bits_per_element", c.bits_per_element},
                         {"answers", c.answers}});
         if (!c.lost.empty()) json.back()["lost"] = c.lost;
       }
@@ -157,13 +158,15 @@ int eval_needle(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    std::vector<std::string> header = {"cache", "context", "needle"};
+    std::vector<std::string> header = {"cache", "context", "needle", "kept", "bits"};
     for (const double depth : options.depths) header.push_back(fmt::format("at {:.0f} %", 100 * depth));
     for (const char* name : {"all", "95 % interval", "nll", "margin"}) header.emplace_back(name);
     Table table(header);
     for (size_t i = 0; i < cells.size(); i += options.depths.size()) {
       if (!cells[i].lost.empty()) continue;
-      std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context), cells[i].kind};
+      std::vector<std::string> row = {cells[i].name, std::to_string(cells[i].context), cells[i].kind,
+                                      fmt::format("{:.1f} %", 100 * cells[i].kept),
+                                      fmt::format("{:.2f}", cells[i].bits_per_element)};
       int hits = 0, trials = 0, tokens = 0;
       double nll = 0, margin = 0;
       for (size_t d = 0; d < options.depths.size(); ++d) {
@@ -213,7 +216,11 @@ int eval_generation(const Arguments& arguments, const Common& common) {
         json.push_back({{"name", r.name},
                         {"agreement", r.agreement},
                         {"repetition", r.repetition},
+                        {"kept", r.kept},
                         {"bits_per_element", r.bits_per_element}});
+        for (const GenerationPoint& point : r.course)
+          json.back()["course"].push_back(
+              {{"tokens", point.tokens}, {"cache_bytes", point.cache_bytes}, {"tokens_per_s", point.tokens_per_s}});
         if (!r.lost.empty()) json.back()["lost"] = r.lost;
       }
       nlohmann::json all = {{"model", model->shape().name},           {"fingerprint", model->shape().fingerprint},
@@ -223,11 +230,15 @@ int eval_generation(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    Table table({"cache", "bits", "agrees for", "shortest", "whole", "repeated"});
+    Table table(
+        {"cache", "kept", "bits", "most bytes", "tokens/s, first", "last", "agrees for", "shortest", "whole", "repeated"});
     for (const GenerationRow& r : rows) {
       if (!r.lost.empty()) continue;
       const auto n = static_cast<double>(r.agreement.size());
-      table.add({r.name, fmt::format("{:.2f}", r.bits_per_element),
+      double most = 0;
+      for (const GenerationPoint& point : r.course) most = std::max(most, point.cache_bytes);
+      table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element), human_bytes(most),
+                 fmt::format("{:.1f}", r.course.front().tokens_per_s), fmt::format("{:.1f}", r.course.back().tokens_per_s),
                  fmt::format("{:.1f}", std::accumulate(r.agreement.begin(), r.agreement.end(), 0.0) / n),
                  fmt::format("{}", *std::min_element(r.agreement.begin(), r.agreement.end())),
                  fmt::format("{}/{}", std::count(r.agreement.begin(), r.agreement.end(), options.tokens), r.agreement.size()),
@@ -257,8 +268,13 @@ void add_eval(CommandContext& context) {
   command->add_option("--text", arguments->text, "UTF-8 text to score, - for standard input");
   add_subject_options(command, arguments->subjects);
   EvalOptions& options = arguments->options;
-  command->add_option("--context", options.context, "Tokens of a window; its second half is scored")
+  command->add_option("--context", options.context, "Tokens of a window")
       ->check(CLI::Range(int64_t{8}, int64_t{1} << 20))
+      ->capture_default_str();
+  command
+      ->add_option("--scored", options.scored,
+                   "Last tokens of a window that are scored; 0 is its second half. What stands before is the prompt")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->capture_default_str();
   command->add_option("--windows", options.windows, "Windows; 0 takes all that the text has")
       ->check(CLI::Range(0, 1 << 20))

@@ -27,6 +27,7 @@ struct Arguments {
   std::string factors;
   std::string device = "cpu";
   std::string model, planner = "kvmix", profile, out, fit, calibration, tasks, axes = "bits";
+  std::string tokens;
   double bits = 0;
   int64_t context = 8192;
   int sequences = 1;
@@ -154,7 +155,7 @@ Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRe
   if (axes.tokens) header.emplace_back("tokens");
   if (axes.channels) header.emplace_back("channels");
   if (axes.ranks) header.insert(header.end(), {"ranks", "K kept", "V kept"});
-  header.insert(header.end(), {"K bits", "V bits", "of a sequence", "mean KL", "+-", "top-1"});
+  header.insert(header.end(), {"K bits", "V bits", "of a sequence", "windows", "mean KL", "+-", "top-1"});
   if (arguments.needles > 0) header.emplace_back("passkeys");
   Table table(std::move(header));
   json["axes"] = nlohmann::json::array();
@@ -179,12 +180,12 @@ Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRe
     } else {
       cells.insert(cells.end(),
                    {fmt::format("{:.2f}", mean_bits(c.plan, Side::kKey)),
-                    fmt::format("{:.2f}", mean_bits(c.plan, Side::kValue)), human_bytes(c.bytes), fmt::format("{:.5f}", c.kl),
-                    fmt::format("{:.5f}", c.kl_error), fmt::format("{:.2f} %", 100 * c.top1)});
-      if (arguments.needles > 0) cells.push_back(fmt::format("{:.0f} %", 100 * c.found));
+                    fmt::format("{:.2f}", mean_bits(c.plan, Side::kValue)), human_bytes(c.bytes), std::to_string(c.windows),
+                    fmt::format("{:.5f}", c.kl), fmt::format("{:.5f}", c.kl_error), fmt::format("{:.2f} %", 100 * c.top1)});
+      if (arguments.needles > 0) cells.push_back(std::isnan(c.found) ? "-" : fmt::format("{:.0f} %", 100 * c.found));
       table.add(std::move(cells));
-      row.update({{"bytes", c.bytes}, {"kl_mean", c.kl}, {"kl_stderr", c.kl_error}, {"top1", c.top1}});
-      if (arguments.needles > 0) row["passkeys"] = c.found;
+      row.update({{"bytes", c.bytes}, {"kl_mean", c.kl}, {"kl_stderr", c.kl_error}, {"top1", c.top1}, {"windows", c.windows}});
+      if (!std::isnan(c.found)) row["passkeys"] = c.found;
     }
     json["axes"].push_back(std::move(row));
   }
@@ -337,6 +338,10 @@ int plan(const Arguments& arguments, const Common& common) {
   if (both && arguments.measurements > 0)
     throw UsageError("--axes " + arguments.axes +
                      " measures by itself: leave --measure out, or refine the plan's bits afterwards");
+  std::optional<PolicySpec> tokens;
+  if (!arguments.tokens.empty()) tokens = parse_policy(arguments.tokens);
+  if (tokens && (both || arguments.pareto || arguments.measurements > 0 || !arguments.factors.empty()))
+    throw UsageError("--tokens says which tokens stay: leave --axes, --pareto, --measure and --factors out");
   if (!both && arguments.needles > 0) throw UsageError("--needles decide between axes: give e.g. --axes tokens,bits");
   if (arguments.pareto && (axes.channels || axes.ranks))
     throw UsageError("--pareto draws curves of bits or of tokens,bits: leave channels and rank out of --axes");
@@ -389,7 +394,9 @@ int plan(const Arguments& arguments, const Common& common) {
                               arguments.factors, 100 * kept_share(*factors)));
     request.factors = &*factors;
   }
-  Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
+  Plan made = both     ? plan_axes(arguments, common, request, model, json)
+              : tokens ? plan_with_tokens(arguments.planner, request, *tokens)
+                       : make_plan(arguments.planner, request);
   if (factors && !axes.ranks) made = with_factors(std::move(made), *factors);
   const std::string file = arguments.out.empty() ? "plan.json" : arguments.out;
   write_plan(made, file);
@@ -480,6 +487,10 @@ void add_plan(CommandContext& context) {
                    "keys: think) and rank (latents, with --factors), where text measured with a running cache says so; with "
                    "--pareto bits and tokens in one picture")
       ->capture_default_str();
+  command->add_option(
+      "--tokens", arguments->tokens,
+      "Tokens that stay: a policy of kvmix list with parameters, such as \"snapkv keep=0.25\"; the budget's bytes "
+      "then go to the bits of these");
   command
       ->add_option("--needles", arguments->needles,
                    "--axes: passkeys per depth that a plan must find about as often as bits alone (0: text decides)")

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <span>
 #include <sstream>
 
 #include "kvmix/error.h"
@@ -17,6 +18,7 @@ namespace {
 constexpr double kNeedleTolerance = 0.1;
 constexpr int64_t kNeedleContext = 1024;
 constexpr int kBisections = 14;
+constexpr size_t kFinalists = 2;  // that are measured on all windows, beside bits alone
 
 // Which tokens a plan may keep: all, the same number in every head, or a layer's divided between its heads.
 std::vector<std::optional<PolicySpec>> token_choices() {
@@ -37,9 +39,9 @@ std::string text_of(const std::optional<PolicySpec>& policy) { return policy ? t
 
 std::string name_of(const AxesCandidate& c) { return "tokens " + c.tokens + ", channels " + c.channels + ", ranks " + c.ranks; }
 
-double bytes_of(const Plan& plan, const AxesTask& task) {
-  const Budget& budget = task.request.budget;
-  const CacheConfig config = cache_config(plan, *task.request.model);
+double bytes_of(const Plan& plan, const PlannerRequest& request) {
+  const Budget& budget = request.budget;
+  const CacheConfig config = cache_config(plan, *request.model);
   const size_t bytes = predict_bytes(config, budget.context);
   return static_cast<double>(bytes + (budget.slack ? predict_slack_bytes(config, budget.context, budget.sequences) /
                                                          static_cast<size_t>(budget.sequences)
@@ -48,13 +50,14 @@ double bytes_of(const Plan& plan, const AxesTask& task) {
 
 // The largest plan with these policies that the budget holds. The planner knows all tokens and channels only: what it is given
 // is more.
-Plan fitted(const AxesTask& task, const std::optional<PolicySpec>& tokens, const std::optional<PolicySpec>& channels) {
-  PlannerRequest request = task.request;
+Plan fitted(const std::string& planner, const PlannerRequest& given, const std::optional<PolicySpec>& tokens,
+            const std::optional<PolicySpec>& channels) {
+  PlannerRequest request = given;
   request.factors = nullptr;
-  if (!tokens && !channels) return make_plan(task.planner, request);
-  const Budget& budget = task.request.budget;
-  const Plan full = f16_plan(*task.request.model);
-  const double elements = live_elements(cache_config(full, *task.request.model), budget.context);
+  if (!tokens && !channels) return make_plan(planner, request);
+  const Budget& budget = given.budget;
+  const Plan full = f16_plan(*given.model);
+  const double elements = live_elements(cache_config(full, *given.model), budget.context);
   const double target = budget.bits > 0 ? budget.bits * elements / 8 : static_cast<double>(budget.bytes) / budget.sequences;
   request.budget = {.context = budget.context};
   double low = 0, high = 16.5;  // bits of all tokens
@@ -62,13 +65,13 @@ Plan fitted(const AxesTask& task, const std::optional<PolicySpec>& tokens, const
   for (int i = 0; i < kBisections; ++i) {
     request.budget.bits = (low + high) / 2;
     try {
-      Plan plan = make_plan(task.planner, request);
+      Plan plan = make_plan(planner, request);
       plan.tokens = tokens;
       plan.channels = channels;
       if (channels) {  // whose rounding knows nothing of channels that go
         for (Plan::Layer& layer : plan.layers) layer.key.transform.feedback.clear();
       }
-      if (bytes_of(plan, task) <= target) {
+      if (bytes_of(plan, given) <= target) {
         best = std::move(plan);
         low = request.budget.bits;
       } else {
@@ -92,21 +95,36 @@ std::vector<EvalSubject> subjects_of(const std::vector<AxesCandidate*>& candidat
   return subjects;
 }
 
-// Divergence on the searched text and, if the task asks for needles, passkeys.
-void measure(const std::shared_ptr<const Model>& model, const AxesTask& task, const std::vector<AxesCandidate*>& candidates,
-             const Progress& progress) {
-  if (candidates.empty()) return;
-  const std::vector<EvalSubject> subjects = subjects_of(candidates);
+EvalOptions text_options(const AxesTask& task) {
   EvalOptions options;
   options.threads = task.threads;
-  const std::vector<EvalRow> rows = evaluate_tokens(model, task.searched, subjects, options, progress);
+  options.scored = static_cast<int64_t>(task.searched.front().size()) / 4;
+  return options;
+}
+
+// Divergence on the searched windows [from, to), beside what was measured before.
+void measure(const std::shared_ptr<const Model>& model, const AxesTask& task, size_t from, size_t to,
+             const std::vector<AxesCandidate*>& candidates, const Progress& progress) {
+  if (from == to || candidates.empty()) return;
+  const std::span<const std::vector<Token>> windows(task.searched);
+  const std::vector<EvalRow> rows =
+      evaluate_tokens(model, windows.subspan(from, to - from), subjects_of(candidates), text_options(task), progress);
   for (size_t i = 0; i < candidates.size(); ++i) {
+    AxesCandidate& c = *candidates[i];
     const EvalRow& row = rows[i + 1];  // the first is the reference
-    candidates[i]->kl = row.kl_mean;
-    candidates[i]->kl_error = row.kl_stderr;
-    candidates[i]->top1 = row.top1;
+    const auto before = static_cast<double>(c.windows), more = static_cast<double>(to - from), all = before + more;
+    c.kl = (c.kl * before + row.kl_mean * more) / all;
+    c.kl_error = std::hypot(c.kl_error * before, row.kl_stderr * more) / all;
+    c.top1 = (c.top1 * before + row.top1 * more) / all;
+    c.windows += to - from;
   }
-  if (task.needles == 0) return;
+}
+
+// Passkeys, if the task asks for them.
+void measure_needles(const std::shared_ptr<const Model>& model, const AxesTask& task,
+                     const std::vector<AxesCandidate*>& candidates, const Progress& progress) {
+  if (task.needles == 0 || candidates.empty()) return;
+  const std::vector<EvalSubject> subjects = subjects_of(candidates);
   NeedleOptions needle;
   needle.contexts = {std::min(kNeedleContext, model->shape().context_tokens)};
   needle.kinds = {"key", "keys"};
@@ -128,7 +146,7 @@ template <typename Make>
 void add(const AxesTask& task, AxesCandidate candidate, std::vector<AxesCandidate>& all, const Make& make) {
   try {
     candidate.plan = make();
-    candidate.bytes = bytes_of(candidate.plan, task);
+    candidate.bytes = bytes_of(candidate.plan, task.request);
   } catch (const BudgetError& error) {
     candidate.lost = error.what();
   }
@@ -137,30 +155,29 @@ void add(const AxesTask& task, AxesCandidate candidate, std::vector<AxesCandidat
 
 void add_policies(const AxesTask& task, const std::optional<PolicySpec>& tokens, const std::optional<PolicySpec>& channels,
                   std::vector<AxesCandidate>& all) {
-  add(task, {.tokens = text_of(tokens), .channels = text_of(channels)}, all, [&] { return fitted(task, tokens, channels); });
+  add(task, {.tokens = text_of(tokens), .channels = text_of(channels)}, all,
+      [&] { return fitted(task.planner, task.request, tokens, channels); });
 }
 
-// Measures what was not yet.
+// Measures what was not yet, on the first window: it tells what is worth the others.
 void measure_from(const std::shared_ptr<const Model>& model, const AxesTask& task, size_t first,
                   std::vector<AxesCandidate>& all, const Progress& progress) {
   std::vector<AxesCandidate*> made;
   for (size_t i = first; i < all.size(); ++i) {
     if (all[i].lost.empty()) made.push_back(&all[i]);
   }
-  measure(model, task, made, progress);
+  measure(model, task, 0, 1, made, progress);
 }
 
 // Plans of bits and ranks, at prices that two plans of ranks alone were measured to have.
 void add_ranks(const std::shared_ptr<const Model>& model, const AxesTask& task, const AxesCandidate& bits_alone,
                AxesChoice& choice, const Progress& progress) {
   const RankProbes probes = rank_probes(task.request);
-  AxesTask text = task;
-  text.needles = 0;
   std::vector<AxesCandidate> measured(2);
   measured[0].plan = probes.key;
   measured[1].plan = probes.value;
   measured[1].ranks = "of values";
-  measure(model, text, {&measured[0], &measured[1]}, progress);
+  measure(model, task, 0, 1, {&measured[0], &measured[1]}, progress);
   choice.key_probe = measured[0].kl;
   choice.value_probe = measured[1].kl;
   // Widths are priced in the profile's metric: what it predicts of bits alone beside what was measured of them makes it one.
@@ -195,6 +212,14 @@ Axes parse_axes(const std::string& list) {
   }
   if (!bits) throw UsageError("--axes " + list + " has no bits, which every plan chooses; give bits too");
   return axes;
+}
+
+Plan plan_with_tokens(const std::string& planner, const PlannerRequest& request, const PolicySpec& tokens) {
+  if (request.budget.bits > 0 || request.budget.bytes > 0) return fitted(planner, request, tokens, std::nullopt);
+  Plan plan = make_plan(planner, request);
+  plan.tokens = tokens;
+  plan.note += "; tokens " + to_string(tokens);
+  return plan;
 }
 
 AxesChoice choose_axes(const std::shared_ptr<const Model>& model, const AxesTask& task, const Progress& progress) {
@@ -239,25 +264,29 @@ AxesChoice choose_axes(const std::shared_ptr<const Model>& model, const AxesTask
   }
   if (made.empty())
     throw Error(Status::kInvalidArgument, "no choice of " + std::string("the axes meets the budget: ") + all.back().lost);
+  std::vector<AxesCandidate*> worth = made;
+  std::stable_sort(worth.begin(), worth.end(), [](const auto* a, const auto* b) { return a->kl < b->kl; });
+  worth.resize(std::min(worth.size(), kFinalists));
+  if (bits_fit && std::find(worth.begin(), worth.end(), &all.front()) == worth.end()) worth.push_back(&all.front());
+  measure(model, task, 1, task.searched.size(), worth, progress);
+  measure_needles(model, task, worth, progress);
   const AxesCandidate* bits_alone = bits_fit ? &all.front() : nullptr;
   const double least_found = bits_alone != nullptr ? bits_alone->found - kNeedleTolerance : 0;
   const AxesCandidate* best = nullptr;
-  for (const AxesCandidate* c : made) {
+  for (const AxesCandidate* c : worth) {
     if (task.needles > 0 && c->found < least_found) continue;
     if (best == nullptr || c->kl < best->kl) best = c;
   }
-  if (best == nullptr) best = made.front();
-  EvalOptions options;
-  options.threads = task.threads;
+  if (best == nullptr) best = worth.front();
   std::vector<EvalSubject> checked = {{name_of(*best), best->plan, ""}};
   if (bits_alone != nullptr && bits_alone != best) checked.push_back({name_of(*bits_alone), bits_alone->plan, ""});
-  const std::vector<EvalRow> rows = evaluate_tokens(model, task.held_out, checked, options, progress);
+  const std::vector<EvalRow> rows = evaluate_tokens(model, task.held_out, checked, text_options(task), progress);
   choice.held_out = rows[1].kl_mean;
   choice.held_out_bits = checked.size() > 1 ? rows[2].kl_mean : bits_alone == best ? rows[1].kl_mean : NAN;
   if (best == bits_alone) {
     choice.why = "bits only: no other plan diverges less";
     const AxesCandidate* next = nullptr;
-    for (const AxesCandidate* c : made) {
+    for (const AxesCandidate* c : worth) {
       if (c != best && (next == nullptr || c->kl < next->kl)) next = c;
     }
     if (next != nullptr)
@@ -289,7 +318,7 @@ std::vector<std::vector<AxesCandidate>> axes_curves(const std::shared_ptr<const 
       candidate.plan = plan;
       candidate.plan.tokens = tokens;
       candidate.tokens = text_of(tokens);
-      candidate.bytes = bytes_of(candidate.plan, task);
+      candidate.bytes = bytes_of(candidate.plan, task.request);
     }
   }
   // One choice of tokens at a time: every row keeps a cache.
@@ -297,7 +326,7 @@ std::vector<std::vector<AxesCandidate>> axes_curves(const std::shared_ptr<const 
     std::vector<AxesCandidate*> rows;
     rows.reserve(line.size());
     for (AxesCandidate& c : line) rows.push_back(&c);
-    measure(model, task, rows, progress);
+    measure(model, task, 0, task.searched.size(), rows, progress);
   }
   return curves;
 }

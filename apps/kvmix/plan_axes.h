@@ -25,7 +25,7 @@ struct AxesTask {
   std::string planner;
   PlannerRequest request;  // without a meter; with factors where `axes` has ranks
   Axes axes;
-  // Windows that candidates are compared on, and others that the choice is checked on; each window's first half is the prompt.
+  // Windows that candidates are compared on, and others that the choice is checked on; the last quarter of each is scored.
   std::vector<std::vector<Token>> searched, held_out;
   int threads = 0;
   int needles = 0;  // passkeys per depth; 0: text alone decides
@@ -38,8 +38,9 @@ struct AxesCandidate {
   std::string tokens = "all", channels = "all", ranks = "none";
   double bytes = 0;
   double kl = 0, kl_error = 0, top1 = 0;  // on the searched text
-  double found = 0;                       // part of the passkeys
-  std::string lost = {};                       // why there is no such plan; empty if there is
+  size_t windows = 0;                     // of the searched text that it was measured on
+  double found = NAN;                     // part of the passkeys; NaN where none were asked for
+  std::string lost = {};                  // why there is no such plan; empty if there is
 };
 
 struct AxesChoice {
@@ -52,11 +53,16 @@ struct AxesChoice {
   std::string why;
 };
 
+// The largest plan with these tokens that the budget holds; of a planner without a budget its plan with them. Throws as
+// make_plan, and BudgetError if there is none.
+Plan plan_with_tokens(const std::string& planner, const PlannerRequest& request, const PolicySpec& tokens);
+
 // Every candidate takes as many of the budget's bytes as the planner can spend beside its policy. The one with the least
-// divergence is chosen among those that find as many passkeys as bits alone, but for a tenth; if held-out text does not bear it
-// out, bits alone are. Fewer tokens and fewer channels are tried together where each is better than bits alone. Ranks and bits
-// share the budget layer by layer, at the price that leaving out a quarter of all latents was measured to have, a quarter of it
-// and four times it. Throws as make_plan, and Error if no candidate meets the budget.
+// divergence is chosen, of the two that did best on a first window and bits alone, among those that find as many passkeys as
+// bits alone, but for a tenth; if held-out text does not bear it out, bits alone are. Fewer tokens and fewer channels are tried
+// together where each is better than bits alone. Ranks and bits share the budget layer by layer, at the price that leaving out
+// a quarter of all latents was measured to have, a quarter of it and four times it. Throws as make_plan, and Error if no
+// candidate meets the budget.
 AxesChoice choose_axes(const std::shared_ptr<const Model>& model, const AxesTask& task, const Progress& progress);
 
 // Of the axes tokens and bits: for every choice of tokens the planner's curve, measured: [choice][size].

@@ -32,7 +32,8 @@ struct BenchRow;
 
 struct EvalOptions {
   int64_t context = 2048;
-  int windows = 8;  // 0: as many as the text has
+  int64_t scored = 0;  // last tokens of a window; 0: its second half
+  int windows = 8;     // 0: as many as the text has
   int threads = 0;
   std::string device = "cpu";  // as in EngineOptions, of all rows
   bool exact = false;
@@ -48,7 +49,7 @@ struct EvalRow {
   double kl_mean = 0, kl_p99 = 0, kl_max = 0, kl_stderr = 0;  // nats per token against our f16 cache
   double top1 = 0;                                            // share of positions with the same most likely token as f16
   double bits_per_element = 0;                                // all bytes, at the end of a window, by what f16 would keep
-  double kept = 1;         // part of the tokens that a token policy left, at the end of a window; the prompt is its first half
+  double kept = 1;  // part of the tokens that a token policy left, at the end of a window; what is not scored is the prompt
   size_t cache_bytes = 0;  // for one sequence of `context` tokens
   int64_t scored_tokens = 0;
   std::vector<std::pair<int64_t, double>> kl_by_position;  // position in the window, mean KL around it
@@ -56,12 +57,12 @@ struct EvalRow {
   std::string lost;  // why a peer has no numbers; empty if it has
 };
 
-// Scores the second half of each window of `context` tokens. Rows are evaluated in lockstep with the f16 reference, chunk
-// by chunk, so memory stays at one cache per row. The first row returned is our f16 cache.
+// Scores the second half of each window of `context` tokens, or the last `scored`. Rows are evaluated in lockstep with the f16
+// reference, chunk by chunk, so memory stays at one cache per row. The first row returned is our f16 cache.
 std::vector<EvalRow> evaluate(std::shared_ptr<const Model> model, const std::string& text,
                               std::span<const EvalSubject> subjects, const EvalOptions& options, const Progress& progress);
 
-// The same over windows given as tokens, each scored in its second half; options.context and windows are not used.
+// The same over windows given as tokens; options.context and windows are not used.
 std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> windows,
                                      std::span<const EvalSubject> subjects, const EvalOptions& options,
                                      const Progress& progress);
@@ -90,6 +91,8 @@ struct NeedleCell {
   // Of the right answer's tokens, given those before: negative log-likelihood in nats, and logit above the best other one's.
   double nll = 0, margin = 0;
   int answer_tokens = 0;
+  // Where prompts end, mean over trials and depths: part of the tokens that are kept, all bytes by what f16 would keep.
+  double kept = 1, bits_per_element = 0;
   std::vector<std::string> answers = {};  // what was written, trial by trial
   std::string lost = {};
 };
@@ -112,11 +115,19 @@ struct GenerationOptions {
   std::function<void(const GenerationRow&)> on_row = {};
 };
 inline constexpr int kRepeatedNgram = 4;
+// While a row writes, mean over prompts: what a sequence took after so many tokens, and the speed of those since the last
+// point.
+struct GenerationPoint {
+  int tokens = 0;
+  double cache_bytes = 0, tokens_per_s = 0;
+};
 struct GenerationRow {
   std::string name;
   std::vector<int> agreement;      // of each prompt: tokens up to the first that differs from our f16 cache's
   std::vector<double> repetition;  // of each prompt: repetition_rate of kRepeatedNgram
   double bits_per_element = 0;     // all bytes, at the end
+  double kept = 1;                 // part of the tokens, at the end
+  std::vector<GenerationPoint> course;
   std::string lost;
 };
 // The first row is our f16 cache. Throws kInvalidArgument for lengths beyond the model's context or too short a text,

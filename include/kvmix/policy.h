@@ -47,6 +47,8 @@ struct PolicySpec {
 };
 // "snapkv keep=0.25 window=32".
 std::string to_string(const PolicySpec& spec);
+// The inverse, checked as check_policy does.
+PolicySpec parse_policy(const std::string& text);
 
 // Throws kInvalidArgument in one line: an unknown policy or parameter with those there are, a value out of range, a budget
 // smaller than sinks and window.

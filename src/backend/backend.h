@@ -28,6 +28,7 @@ struct LayerFormats {
   // PageList::mass is kept: of each decoded query, and of a prompt's unless that is the window's, the mean, or the largest, of
   // the softmax weights of a KV head's query heads.
   bool mass = false, mass_of_prompts = false, mass_of_largest = false;
+  int mass_every = 1;  // of decoded tokens those at multiples of this position pay, each that many times
   // Sealed pages of lists that have chosen channels of keys (PageList::channels), by the squares of that many last queries of a
   // prompt, which are wanted of every layer that could.
   FormatId thin = 0;

@@ -160,6 +160,7 @@ Cache::Impl::Impl(CacheConfig c)
     f.mass = needs.mass != MassReduce::kNone;
     f.mass_of_prompts = f.mass && !needs.mass_from_window;
     f.mass_of_largest = needs.mass == MassReduce::kMax;
+    f.mass_every = needs.mass_every;
   }
   if (on_cuda(config)) ledger.write_late();
   backend = on_cuda(config) ? make_cuda_backend(config, formats, ids) : make_cpu_backend(config, formats, ids);

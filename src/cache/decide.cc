@@ -71,6 +71,17 @@ std::vector<float> mass_of_window(std::span<const float> window, size_t tokens, 
   return mass;
 }
 
+void add_unpaid(PageList& list) {
+  const auto tokens = static_cast<size_t>(list.tokens());
+  if (list.mass.capacity() != mass_room(list.tokens())) {
+    std::vector<float> next;
+    next.reserve(mass_room(list.tokens()));
+    next.assign(list.mass.begin(), list.mass.end());
+    list.mass = std::move(next);
+  }
+  list.mass.resize(tokens);
+}
+
 void set_mass(PageList& list, std::span<const float> mass) {
   std::vector<float> next;
   next.reserve(mass_room(static_cast<int64_t>(mass.size())));
@@ -166,6 +177,11 @@ void Cache::Impl::take_mass(const StepEntry& entry) {
     LayerPages& layer = sequence.layers[l];
     for (size_t h = 0; h < layer.heads.size(); ++h) {
       const Backend::Mass fresh = backend->mass(entry.id, static_cast<int>(l), static_cast<int>(h));
+      if (fresh.tokens == nullptr && !entry.prompt) {
+        // Its queries are not counted: its tokens are there all the same.
+        add_unpaid(layer.heads[h]);
+        continue;
+      }
       if (fresh.tokens != nullptr) std::swap(layer.heads[h].mass, *fresh.tokens);
       if (fresh.low != nullptr && !layer.low.empty()) std::swap(layer.low[h].mass, *fresh.low);
     }

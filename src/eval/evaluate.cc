@@ -17,6 +17,8 @@ namespace {
 
 constexpr int kPositionBins = 32;
 
+int64_t first_scored(int64_t context, int64_t scored) { return scored > 0 ? context - scored : context / 2; }
+
 struct Tally {
   std::vector<float> kl;
   std::vector<double> bin_kl = std::vector<double>(kPositionBins), bin_count = std::vector<double>(kPositionBins);
@@ -53,7 +55,7 @@ class Evaluation {
   void window(std::span<const Token> tokens, const std::function<void(int64_t)>& fed) {
     tokens_ = tokens;
     options_.context = static_cast<int64_t>(tokens.size());
-    first_scored_ = options_.context / 2;
+    first_scored_ = first_scored(options_.context, options_.scored);
     rows_.clear();
     rows_base_ = first_scored_;
     reference_->clear();
@@ -219,6 +221,11 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
   double total = 0;
   for (const auto& window : windows) {
     if (window.size() < 8) throw Error(Status::kInvalidArgument, "a window needs at least 8 tokens");
+    if (options.scored < 0 || options.scored == 1 || options.scored >= static_cast<int64_t>(window.size())) {
+      throw Error(Status::kInvalidArgument, "scored is " + std::to_string(options.scored) + " of a window of " +
+                                                std::to_string(window.size()) +
+                                                " tokens; take 0 for its second half, or 2 to all but one");
+    }
     longest = std::max(longest, window.size());
     total += static_cast<double>(window.size() * (subjects.size() + 1));
   }
@@ -244,10 +251,9 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
       for (int b = 0; r > 0 && b < kPositionBins; ++b) {
         const auto bin = static_cast<size_t>(b);
         if (tallies[r].bin_count[bin] == 0) continue;
-        const auto half = static_cast<int64_t>(longest / 2);
-        rows.back().kl_by_position.emplace_back(
-            half + (2 * b + 1) * (static_cast<int64_t>(longest) - half) / (2 * kPositionBins),
-            tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
+        const auto end = static_cast<int64_t>(longest), from = first_scored(end, options.scored);
+        rows.back().kl_by_position.emplace_back(from + (2 * b + 1) * (end - from) / (2 * kPositionBins),
+                                                tallies[r].bin_kl[bin] / tallies[r].bin_count[bin]);
       }
     }
     return rows;

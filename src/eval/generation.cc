@@ -1,5 +1,6 @@
 // Greedy continuations: how long a cache says what the f16 cache says, and whether it falls into repetition.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <set>
 
@@ -9,6 +10,9 @@
 #include "kvmix/error.h"
 
 namespace kvmix {
+namespace {
+constexpr int kCourseTokens = 128;
+}
 
 double repetition_rate(std::span<const Token> tokens, int n) {
   if (n < 1 || tokens.size() < static_cast<size_t>(n)) return 0;
@@ -60,6 +64,7 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
     contender.force_plan = true;  // checked above; a copy of the weights has another fingerprint
     GenerationRow row;
     row.name = subject.name;
+    double kept = 0;
     std::unique_ptr<Contender> runner;
     try {
       runner = make_contender(model, subject, contender);
@@ -81,6 +86,8 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
         at = end;
       }
       std::vector<Token> said;
+      auto since = std::chrono::steady_clock::now();
+      size_t measured = 0, point = 0;
       Token token = prompt.back();
       while (said.size() < static_cast<size_t>(options.tokens)) {
         const auto logits = runner->decode({&token, 1}).first(vocab);
@@ -92,6 +99,16 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
         }
         said.push_back(token);
         report(1, subject.name);
+        if (said.size() % kCourseTokens != 0 && said.size() != static_cast<size_t>(options.tokens)) continue;
+        const auto now = std::chrono::steady_clock::now();
+        const double rate = static_cast<double>(said.size() - measured) / std::chrono::duration<double>(now - since).count();
+        if (p == 0) row.course.push_back({static_cast<int>(said.size()), 0, 0});
+        const auto length = static_cast<int64_t>(prompt.size() + said.size()) - 1;
+        row.course[point].cache_bytes += static_cast<double>(runner->cache_bytes(length)) / static_cast<double>(prompts.size());
+        row.course[point].tokens_per_s += rate / static_cast<double>(prompts.size());
+        ++point;
+        measured = said.size();
+        since = std::chrono::steady_clock::now();
       }
       if (rows.empty()) reference.push_back(said);
       const auto differs = std::mismatch(said.begin(), said.end(), reference[p].begin()).first;
@@ -100,7 +117,9 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
       row.bits_per_element += static_cast<double>(runner->cache_bytes(context)) * 8 /
                               live_elements(cache_config(f16_plan(model->shape()), model->shape()), context) /
                               static_cast<double>(prompts.size());
+      kept += runner->kept(context - 1);
     }
+    row.kept = kept / static_cast<double>(prompts.size());
     if (options.on_row) options.on_row(row);
     rows.push_back(std::move(row));
   }

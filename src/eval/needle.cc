@@ -235,6 +235,8 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
         continue;
       }
       int hits = 0, asked = 0;
+      double kept = 0, bits = 0;
+      const double elements = live_elements(cache_config(f16_plan(model->shape()), model->shape()), contender.context);
       const auto feed = [&](std::span<const Token> tokens, bool again) {
         for (size_t i = 0; i < tokens.size(); i += kChunk) {
           const size_t n = std::min(kChunk, tokens.size() - i);
@@ -306,13 +308,19 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
           cell.answers.push_back(std::move(said));
           cell.hits += hit ? 1 : 0;
           ++cell.trials;
+          kept += row->kept(static_cast<int64_t>(prompt.size()));
           hits += hit ? 1 : 0;
           ++asked;
         }
+        // What was marked stands on pages of its own; a fork of the sequence does not.
+        row->mark();
+        bits += static_cast<double>(row->cache_bytes(contender.context)) * 8 / elements;
       }
       for (size_t i = first; i < cells.size(); ++i) {
         cells[i].nll /= std::max(1, cells[i].answer_tokens);
         cells[i].margin /= std::max(1, cells[i].answer_tokens);
+        cells[i].kept = kept / asked;
+        cells[i].bits_per_element = bits / options.trials;
       }
       show();
     }

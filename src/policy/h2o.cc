@@ -15,13 +15,14 @@ class H2o final : public Policy {
       : sinks_(values.integer("sinks")),
         recent_(values.number("recent")),
         budget_(values.budget(sinks_ + (recent_ < 1 ? 0 : static_cast<int64_t>(recent_)))),
+        every_(values.integer("every")),
         mean_(values.choice("score") == "mean"),
         evict_(values.choice("decode") == "evict") {
     if (recent_ >= 1 && recent_ != std::floor(recent_))
       values.fail("recent is neither a fraction nor a whole number of tokens");
   }
 
-  Needs needs() const override { return {.mass = MassReduce::kMean, .every_step = evict_}; }
+  Needs needs() const override { return {.mass = MassReduce::kMean, .mass_every = every_, .every_step = evict_}; }
   Protection protection(const LayerShape& shape, int64_t prompt_length) const override {
     if (recent_ >= 1) return {sinks_, static_cast<int64_t>(recent_)};
     const int64_t capacity = budget_.capacity(shape, prompt_length, {sinks_, 0});
@@ -79,6 +80,7 @@ class H2o final : public Policy {
   int64_t sinks_;
   double recent_;
   Budget budget_;
+  int every_;
   bool mean_, evict_;
 };
 
@@ -92,7 +94,7 @@ const PolicyEntry kH2oPolicy = {
      {keep_parameter(), tokens_parameter(), sinks_parameter(0),
       number_parameter("recent", 0.5, 0, 1 << 16, "newest tokens always kept: below 1 a fraction of the budget, else a count"),
       choice_parameter("score", {"sum", "mean"}, "attention summed over queries, or per query that could see the token"),
-      decode_parameter()}},
+      every_parameter(), decode_parameter()}},
     [](const PolicyValues& values) -> std::unique_ptr<Policy> { return std::make_unique<H2o>(values); }};
 
 }  // namespace kvmix

@@ -17,13 +17,18 @@ class LeanKv final : public Policy {
         low_(values.number("low")),
         kept_{values.integer("sinks"), values.integer("window")},
         queries_(values.integer("queries")),
+        every_(values.integer("every")),
         tiers_{TierBits{values.bits("high-k-bits"), values.bits("high-v-bits")},
                TierBits{values.bits("low-k-bits"), values.bits("low-v-bits")}} {
     if (low_ > high_) values.fail("low is above high; tokens below low are dropped, those below high lose precision");
   }
 
   Needs needs() const override {
-    return {.mass = MassReduce::kMax, .mass_from_window = true, .window_queries = queries_, .every_step = true};
+    return {.mass = MassReduce::kMax,
+            .mass_from_window = true,
+            .mass_every = every_,
+            .window_queries = queries_,
+            .every_step = true};
   }
   std::array<TierBits, kTiers> tiers() const override { return tiers_; }
   bool has_low_tier() const override { return true; }
@@ -120,7 +125,7 @@ class LeanKv final : public Policy {
 
   double high_, low_;
   Protection kept_;
-  int queries_;
+  int queries_, every_;
   std::array<TierBits, kTiers> tiers_;
 };
 
@@ -134,7 +139,7 @@ const PolicyEntry kLeankvPolicy = {
      {number_parameter("high", 1, 0, 1e6, "a token whose mean attention is below high / length loses precision"),
       number_parameter("low", 0.02, 0, 1e6, "one below low / length is dropped"), sinks_parameter(0),
       window_parameter(64, "newest tokens that stay in high precision"),
-      integer_parameter("queries", 64, 1, 4096, "last queries of the prompt whose attention counts"),
+      integer_parameter("queries", 64, 1, 4096, "last queries of the prompt whose attention counts"), every_parameter(),
       bits_parameter("high-k-bits", 8), bits_parameter("high-v-bits", 4), bits_parameter("low-k-bits", 4),
       bits_parameter("low-v-bits", 2)}},
     [](const PolicyValues& values) -> std::unique_ptr<Policy> { return std::make_unique<LeanKv>(values); }};

@@ -177,12 +177,42 @@ PolicyParameter window_parameter(int fallback, const char* help) {
 PolicyParameter decode_parameter() {
   return choice_parameter("decode", {"evict", "append"}, "new tokens push others out (evict) or add to the prompt's (append)");
 }
+PolicyParameter every_parameter() {
+  return integer_parameter("every", 4, 1, 1 << 16,
+                           "decoded tokens whose attention counts: one in so many, that many times; 1 counts every one");
+}
 PolicyParameter bits_parameter(const char* name, int fallback) {
   return integer_parameter(name, fallback, 0, 16, "width: 1 to 6, 8 or 16 bits; 0 is the plan's");
 }
 
 std::string default_text(const PolicyParameter& parameter) {
   return parameter.kind == PolicyParameter::Kind::kChoice ? parameter.choices.front() : number_text(parameter.fallback);
+}
+
+PolicySpec parse_policy(const std::string& text) {
+  PolicySpec spec;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find(' ', at), text.size());
+    const std::string word = text.substr(at, end - at);
+    at = end + 1;
+    if (word.empty()) continue;
+    if (spec.name.empty()) {
+      spec.name = word;
+      continue;
+    }
+    const size_t equals = word.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      throw Error(Status::kInvalidArgument, "token policy " + spec.name + ": '" + word +
+                                                "' is no parameter; write name=value after the policy, e.g. keep=0.25");
+    }
+    const std::string name = word.substr(0, equals), value = word.substr(equals + 1);
+    if (spec.values.contains(name))
+      throw Error(Status::kInvalidArgument, "token policy " + spec.name + ": " + name + " is given twice");
+    double number = 0;
+    spec.values[name] = as_number(value, number) ? PolicyValue(number) : PolicyValue(value);
+  }
+  check_policy(spec);
+  return spec;
 }
 
 std::string to_string(const PolicySpec& spec) {

@@ -63,6 +63,7 @@ PolicyParameter tokens_parameter();
 PolicyParameter sinks_parameter(int fallback);
 PolicyParameter window_parameter(int fallback, const char* help = "newest tokens always kept");
 PolicyParameter decode_parameter();
+PolicyParameter every_parameter();  // Needs::mass_every
 PolicyParameter bits_parameter(const char* name, int fallback);
 
 }  // namespace kvmix

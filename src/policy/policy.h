@@ -33,6 +33,9 @@ struct Needs {
   // At a prompt's end the mass is not that of all its queries but of its window rows: the mean or max over query heads of
   // their sums. Then prompts need the window pass only.
   bool mass_from_window = false;
+  // Decoded tokens pay where their position is a multiple of this, so many times: an unbiased estimate of what all of them pay.
+  // 1 counts every one.
+  int mass_every = 1;
   // Softmax rows of the last this many queries of a prompt, summed, per query head.
   int window_queries = 0;
   bool every_step = false;

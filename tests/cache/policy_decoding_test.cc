@@ -22,14 +22,19 @@ using testing::two_layers;
 using testing::used_bytes;
 using testing::value_codec;
 
-// Decoding under policies that act on every token: what stays, from the attention that was counted. Rows are fp16, so the
-// reference knows the keys.
+// Decoding under policies that act on every token: what stays, from the attention that was counted, of every token or of some
+// that stand for the others. Rows are fp16, so the reference knows the keys.
 TEST(PolicyDecoding, KeepsWhatThePolicyDecides) {
-  const std::vector<PolicySpec> specs = {
-      {"streaming", {{"tokens", 200.0}}},
-      {"h2o", {{"tokens", 200.0}}},
-      {"h2o", {{"tokens", 200.0}, {"score", "mean"}, {"recent", 40.0}}},
-      {"leankv", {{"low", 0.7}, {"high-k-bits", 16.0}, {"high-v-bits", 16.0}, {"low-k-bits", 16.0}, {"low-v-bits", 16.0}}}};
+  const std::vector<PolicySpec> specs = {{"streaming", {{"tokens", 200.0}}},
+                                         {"h2o", {{"tokens", 200.0}, {"every", 1.0}}},
+                                         {"h2o", {{"tokens", 200.0}, {"score", "mean"}, {"recent", 40.0}}},
+                                         {"leankv",
+                                          {{"low", 0.7},
+                                           {"every", 1.0},
+                                           {"high-k-bits", 16.0},
+                                           {"high-v-bits", 16.0},
+                                           {"low-k-bits", 16.0},
+                                           {"low-v-bits", 16.0}}}};
   constexpr int kTokens = 300, kDim = 32;
   for (const PolicySpec& spec : specs) {
     std::mt19937 random(21);
@@ -44,6 +49,7 @@ TEST(PolicyDecoding, KeepsWhatThePolicyDecides) {
     // Of every position: its key, what was paid to it, by head.
     std::vector<std::vector<float>> keys(2), mass(2);
     const auto count = [&](int h, const float* q, int64_t position, const std::vector<int64_t>& here) {
+      if (position % needs.mass_every != 0) return;
       std::vector<float> near;
       for (const int64_t p : here) {
         const auto at = keys[static_cast<size_t>(h)].begin() + p * kDim;
@@ -52,7 +58,8 @@ TEST(PolicyDecoding, KeepsWhatThePolicyDecides) {
       std::vector<float> row(2 * here.size()), paid(here.size(), 0.0f);
       score_row({2, kDim, layer.scale, layer.softcap, near, here}, q, position, row);
       needs.mass == MassReduce::kMax ? add_max_mass(row, paid) : add_mean_mass(row, paid);
-      for (size_t i = 0; i < here.size(); ++i) mass[static_cast<size_t>(h)][static_cast<size_t>(here[i])] += paid[i];
+      for (size_t i = 0; i < here.size(); ++i)
+        mass[static_cast<size_t>(h)][static_cast<size_t>(here[i])] += static_cast<float>(needs.mass_every) * paid[i];
     };
     const auto append = [&](const Rows& from, int n) {
       for (int h = 0; h < 2; ++h) {

@@ -210,6 +210,22 @@ TEST_F(CliPlans, TokensAndBitsShareABudget) {
   EXPECT_GT(curves["plans"].size(), 8u);
   EXPECT_NE(testing::read_bytes(curves["picture"]).find("snapkv keep=0.25"), std::string::npos);
 
+  // The same with the tokens given: as many bytes, and nothing is measured.
+  const std::vector<std::string> given = {"plan", model_,      "--profile", profile_, "--bits",
+                                          "5",    "--context", "1024",      "-o",     plan};
+  std::vector<std::string> kept = given;
+  kept.insert(kept.end(), {"--tokens", "snapkv keep=0.5", "--json"});
+  const json half = json::parse(run(kept).out);
+  EXPECT_LE(half["bytes"].get<double>(), 1.02 * budget);
+  EXPECT_GT(half["mean_key_bits"].get<double>(), 6);
+  EXPECT_EQ(json::parse(testing::read_bytes(plan))["tokens"]["policy"], "snapkv");
+  std::vector<std::string> wrong = given;
+  wrong.insert(wrong.end(), {"--tokens", "snapvk"});
+  refuses(2, wrong, {"snapvk", "snapkv"});
+  wrong.back() = "h2o";
+  wrong.insert(wrong.end(), {"--axes", "tokens,bits"});
+  refuses(2, wrong, {"--tokens", "--axes"});
+
   refuses(2, {"plan", model_, "--planner", "uniform", "--axes", "tokens,bits"}, {"uniform", "--axes"});
   refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "tokens,bits", "--measure", "3"}, {"--measure"});
   refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--needles", "3"}, {"--needles", "--axes"});

@@ -49,6 +49,21 @@ TEST(Evaluate, WiderCodesAreCloserToF16) {
   EXPECT_GT(rows[4].perplexity, rows[0].perplexity);
   EXPECT_LT(rows[4].cache_bytes, rows[3].cache_bytes);
   EXPECT_LT(rows[3].cache_bytes, rows[0].cache_bytes);
+
+  // The end of a window alone: what a policy keeps is then nearly what its prompt left.
+  Plan quarter = uniform(*model, "8");
+  quarter.tokens = parse_policy("snapkv keep=0.25");
+  const EvalSubject kept{"quarter", quarter, ""};
+  options.context = 512;
+  options.scored = 64;
+  const auto end = evaluate(model, testing::long_text(60), {&kept, 1}, options, {});
+  EXPECT_EQ(end[0].scored_tokens, 63);
+  EXPECT_DOUBLE_EQ(end[1].kept, (112 + 64) / 512.0);
+  EXPECT_EQ(end[1].kl_by_position.front().first, 512 - 64 + 1);
+  for (const int64_t wrong : {1, 512, -1}) {
+    options.scored = wrong;
+    EXPECT_THROW(evaluate(model, testing::long_text(60), {&kept, 1}, options, {}), Error) << wrong;
+  }
 }
 
 // The same window through libllama, scored here from the definition: only arithmetic noise lies between the two.
@@ -106,6 +121,13 @@ TEST(Generation, AgreesWithItselfAndNotForLongAtOneBit) {
   EXPECT_LT(together(rows[3]), together(rows[2]));
   EXPECT_LT(rows[3].bits_per_element, rows[2].bits_per_element);
   EXPECT_LT(rows[2].bits_per_element, rows[0].bits_per_element);
+  for (const GenerationRow& row : rows) {
+    EXPECT_EQ(row.kept, 1);
+    ASSERT_EQ(row.course.size(), 1u);
+    EXPECT_EQ(row.course[0].tokens, 48);
+    EXPECT_GT(row.course[0].tokens_per_s, 0);
+  }
+  EXPECT_LT(rows[3].course[0].cache_bytes, rows[0].course[0].cache_bytes);
   options.tokens = 1 << 20;
   EXPECT_THROW(evaluate_generation(model, testing::long_text(60), subjects, options, {}), Error);
   options.tokens = 48;
@@ -156,6 +178,8 @@ TEST(Needle, IsFoundInAnF16CacheAtAThousandTokens) {
     EXPECT_EQ(cell.hits, cell.trials) << "at " << cell.depth;
     EXPECT_EQ(cell.answers.size(), 1u);
     EXPECT_GT(cell.nll, 0);
+    EXPECT_EQ(cell.kept, 1);
+    EXPECT_NEAR(cell.bits_per_element, 16, 1.5);
   }
 }
 

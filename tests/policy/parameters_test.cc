@@ -99,6 +99,24 @@ TEST(PolicyValues, NumbersMayBeText) {
             "snapkv keep=0.25 pooling=avg window=16");
 }
 
+TEST(ParsePolicy, ReadsWhatToStringWrites) {
+  for (const char* text : {"snapkv keep=0.25 pooling=avg window=16", "h2o", "leankv high=1.5 low=0.02"}) {
+    EXPECT_EQ(to_string(parse_policy(text)), text);
+  }
+  const PolicySpec spec = parse_policy("  snapkv   keep=0.5 ");
+  EXPECT_EQ(spec, (PolicySpec{"snapkv", {{"keep", 0.5}}}));
+  for (const auto& [text, part] : {std::pair{"", "\"\" is unknown"}, std::pair{"snapkv keep", "'keep' is no parameter"},
+                                   std::pair{"snapkv =1", "'=1' is no parameter"}, std::pair{"snapkv keep=1 keep=1", "twice"},
+                                   std::pair{"snapkv keep=half", "expected a number"}, std::pair{"keep=0.5", "unknown"}}) {
+    try {
+      parse_policy(text);
+      FAIL() << text << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+    }
+  }
+}
+
 // Whole products may come out a hair below.
 TEST(Budget, FractionsAreOfThePrompt) {
   const LayerShape shape;

@@ -157,7 +157,9 @@ class CpuBackend final : public Backend {
   // scratch.scores[rows][tokens]: dots of the queries and the first `tokens` tokens.
   void dots(const HeadPages& pages, std::span<const float> queries, size_t dim, size_t tokens, Scratch& scratch);
   bool counts_mass(const Layer& layer, const StepEntry& entry) const {
-    return layer.ids.mass && (!entry.prompt || layer.ids.mass_of_prompts);
+    if (!layer.ids.mass || (entry.prompt && !layer.ids.mass_of_prompts)) return false;
+    const int64_t every = layer.ids.mass_every;
+    return entry.prompt || (entry.start + every - 1) / every * every < entry.end();
   }
   void begin_mass(size_t layer, size_t entry);
   // A KV head of a prompt: what the step's queries pay to all tokens, query by query.

@@ -1,8 +1,9 @@
 // What queries pay to each stored token, for token policies that count all of them.
 //
 // Of decoded tokens the attention kernels hand out their softmax weights, each page's against the largest score so far; once a
-// head's softmax is complete they are scaled and added. Of prompts every query scores all keys once more, in the arithmetic and
-// the order of attention/scores.h, so that the mass is equal to the bit however the prompt was cut into chunks.
+// head's softmax is complete they are scaled and added; with mass_every only of every so many, which stand for the others. Of
+// prompts every query scores all keys once more, in the arithmetic and the order of attention/scores.h, so that the mass is
+// equal to the bit however the prompt was cut into chunks.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -147,7 +148,8 @@ void CpuBackend::add_mass(const Layer& layer, const Unit& unit, const Partial& s
   HeadMass& mass = mass_[static_cast<size_t>(unit.entry)][l][static_cast<size_t>(unit.head)];
   const int heads = layer.heads_per_kv, rows = unit.tokens * heads;
   const auto pay_rows = layer.ids.mass_of_largest ? pay<true> : pay<false>;
-  const float part = layer.ids.mass_of_largest ? 1.0f : 1.0f / static_cast<float>(heads);
+  const auto every = static_cast<float>(layer.ids.mass_every);
+  const float part = layer.ids.mass_of_largest ? every : every / static_cast<float>(heads);
   float* weights = weights_.data() + unit.mass_slot * kPageTokens;
   const float* references = references_.data() + unit.mass_slot;
   // A row's factor stays as it is while its reference does, from page to page nearly always.
@@ -155,7 +157,9 @@ void CpuBackend::add_mass(const Layer& layer, const Unit& unit, const Partial& s
   const auto update_factors = [&] {
     for (int r = 0; r < rows; ++r) {
       float &known = scratch.references[static_cast<size_t>(r)], &factor = scratch.factors[static_cast<size_t>(r)];
-      if (references[r] == -INFINITY || !(softmax.l[r] > 0)) {  // saw nothing of the page; its weights may be anything
+      const bool pays = (entry.start + unit.first_token + r / heads) % layer.ids.mass_every == 0;
+      // What saw nothing of the page has weights that may be anything.
+      if (!pays || references[r] == -INFINITY || !(softmax.l[r] > 0)) {
         std::fill_n(weights + static_cast<ptrdiff_t>(r) * kPageTokens, kPageTokens, 0.0f);
         factor = 0, known = NAN;
       } else if (known != references[r]) {
