@@ -5,7 +5,8 @@
 
 Random fp16 weights in the shape of the model. transformers: StaticCache, torch.compile with CUDA graphs, PyTorch's scaled dot
 product attention, as many sequences as fit the memory. Ours: as many as fit the same memory, each with pages of its own, and as
-many as theirs. The contenders of a model take turns, and medians of rounds are printed: milliseconds a step, tokens a second.
+many as theirs. The contenders of a model run one after the other, each with the memory that the one before has given back, and
+medians of rounds are printed: milliseconds a step, tokens a second.
 """
 
 import argparse
@@ -87,9 +88,9 @@ class Own:
 
 
 class Ours:
-    def __init__(self, model, plan, prompt, rows, given, graph=None, steps=0):
+    def __init__(self, model, plan, prompt, rows, given, graph=None, compile=None, steps=0):
         self.model, self.steps = model, steps or given.steps
-        self.generator = Generator(model, plan, graph=graph)
+        self.generator = Generator(model, plan, graph=graph, compile=compile)
         self.generator.prefill(prompt)
         self.generator.repeat(rows, share=False)
 
@@ -122,23 +123,34 @@ class Quantized:
             out = self.model(self.tokens, past_key_values=self.cache, use_cache=True)
             self.tokens = out.logits[:, -1:].argmax(-1)
 
+    def bytes(self):
+        return 0  # it has no word for it
 
-def measure(contenders, rounds):
-    seconds = {name: [] for name in contenders}
+
+def measure(name, rows, contender, rounds):
+    """Seconds a step and bytes of the cache; prints both."""
+    seconds = []
     for turn in range(-1, rounds):  # the first warms up
-        for name, contender in contenders.items():
-            wait()
-            began = time.perf_counter()
-            contender.run()
-            wait()
-            if turn >= 0:
-                seconds[name].append((time.perf_counter() - began) / contender.steps)
-    return {name: statistics.median(all) for name, all in seconds.items()}
+        wait()
+        began = time.perf_counter()
+        contender.run()
+        wait()
+        if turn >= 0:
+            seconds.append((time.perf_counter() - began) / contender.steps)
+    step, held = statistics.median(seconds), contender.bytes()
+    print(
+        f"  {name:34} {rows:4} sequences  {1e3 * step:8.2f} ms a step  {rows / step:8.1f} tokens/s"
+        + (f"  {held / 2**30:6.2f} GiB of cache" if held else ""),
+        flush=True,
+    )
+    return step, held
 
 
-def show(name, rows, seconds, bytes=None):
-    held = "" if bytes is None else f", {bytes / 2**30:.2f} GiB of cache"
-    print(f"  {name:28} {rows:4} sequences  {1e3 * seconds:8.2f} ms a step  {rows / seconds:8.1f} tokens/s{held}", flush=True)
+def give_back():
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -160,35 +172,27 @@ def bench(name, given):
     more = int((0.99 * memory - held["scratch_bytes"]) / pages)
     del one, held
     gc.collect()
-    contenders = {"transformers": Own(model, rows, given)}
-    contenders["kvmix, equal memory"] = Ours(model, plan, prompt, more, given)
-    contenders["kvmix, equal batch"] = Ours(model, plan, prompt, rows, given)
+    print(f"{name}, {config.num_hidden_layers} layers, context {given.context}, {given.bits} bits, {given.gib:g} GiB:", flush=True)
+    own, _ = measure("transformers", rows, Own(model, rows, given), given.rounds)
+    give_back()
+    ours = [("equal memory", more, {}), ("equal batch", rows, {})]
+    for backend in given.compile:
+        ours += [(f"{which}, {backend}", count, {"compile": backend}) for which, count, _ in ours[:2]]
     if given.eager:
-        contenders["kvmix, equal batch, no graph"] = Ours(model, plan, prompt, rows, given, graph=False, steps=16)
-    took = measure(contenders, given.rounds)
-    print(f"{name}, {config.num_hidden_layers} layers, context {given.context}, {given.bits} bits, {given.gib:g} GiB:")
-    for which, seconds in took.items():
-        count = more if which == "kvmix, equal memory" else rows
-        show(which, count, seconds, contenders[which].bytes())
-    assert contenders["kvmix, equal memory"].bytes() <= memory, "ours takes more than it may"
-    own = rows / took["transformers"]
-    for which in ("equal memory", "equal batch"):
-        count = more if which == "equal memory" else rows
-        print(f"  {which}: {count / took[f'kvmix, {which}'] / own:.2f} times transformers' tokens/s", flush=True)
-    captures = contenders["kvmix, equal memory"].generator.captures
-    print(f"  {captures} captures; {time.monotonic() - began:.0f} s in all", flush=True)
-    contenders.clear()
-    gc.collect()
-    torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        ours.append(("equal batch, no graph", rows, {"graph": False, "steps": 16}))
+    took = {}
+    for which, count, options in ours:
+        took[which], held = measure(f"kvmix, {which}", count, Ours(model, plan, prompt, count, given, **options), given.rounds)
+        assert held <= memory, "ours takes more than it may"
+        print(f"    {count / took[which] / (rows / own):.2f} times transformers' tokens/s", flush=True)
+        give_back()
     for backend in given.quantized:
         quantized = Quantized(model, prompt, rows, backend, given.quantized_bits)
-        seconds = measure({"it": quantized}, 2)["it"]
-        show(f"QuantizedCache {backend}", rows, seconds)
-        print(f"  kvmix, equal batch: {seconds / took['kvmix, equal batch']:.2f} times its tokens/s", flush=True)
+        step, _ = measure(f"QuantizedCache {backend}", rows, quantized, 2)
+        print(f"    kvmix, equal batch: {step / took['equal batch']:.2f} times its tokens/s", flush=True)
         del quantized
-        gc.collect()
+        give_back()
+    print(f"  {time.monotonic() - began:.0f} s in all", flush=True)
 
 
 def main():
@@ -202,6 +206,7 @@ def main():
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--steps", type=int, default=128, help="of ours in a round: as many as a page has tokens (128)")
     arguments.add_argument("--eager", action="store_true", help="our steps one by one as well")
+    arguments.add_argument("--compile", action="append", default=[], help="ours compiled by this backend as well: inductor")
     arguments.add_argument("--quantized", action="append", default=[], choices=("quanto", "hqq", "fp8"))
     arguments.add_argument("--quantized-bits", type=int, default=2, choices=(1, 2, 3, 4, 8))
     given = arguments.parse_args()

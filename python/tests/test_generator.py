@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="kvmix.transformers needs torch")
 pytest.importorskip("transformers", reason="kvmix.transformers needs transformers")
 
-from test_transformers import assert_same_tokens, continued, ids, llama, make_model, models, page_bytes  # noqa: E402, F401
+from test_transformers import assert_same_tokens, continued, f16, ids, llama, make_model, models, page_bytes  # noqa: E402, F401
 
 import kvmix  # noqa: E402
 from kvmix.transformers import Generator, model_shape, use_kvmix  # noqa: E402
@@ -44,6 +44,27 @@ def test_captured_steps_are_steps_one_by_one(llama):  # noqa: F811
         own.generate(tokens[1:2], max_new_tokens=20)[0], eager.generate(tokens[1:2], max_new_tokens=20)[0]
     )
     assert torch.equal(own.generate(tokens, mask, max_new_tokens=new), want)
+
+
+def test_compiled_steps_give_the_same_tokens(llama):  # noqa: F811
+    """One compilation a number of rows, whatever the length."""
+    exact, ours = llama
+    tokens, mask = padded()
+    want = continued(exact, tokens, attention_mask=mask, max_new_tokens=24)
+    backend = "inductor" if ours.device.type == "cuda" else "eager"
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator = Generator(ours, kvmix.Plan.f16(model_shape(ours)), compile=backend)
+    assert_same_tokens(generator.generate(tokens, mask, max_new_tokens=24), want, 130)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert generator.cache.get_seq_length() == 143
+
+
+def test_a_model_compiled_otherwise_is_refused(llama):  # noqa: F811
+    _, ours = llama
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="Generator.compile="):
+        torch.compile(ours, backend="eager", fullgraph=True)(ids(1, 4).to(ours.device), past_key_values=f16(ours))
 
 
 def test_rows_end_by_their_tokens(llama):  # noqa: F811

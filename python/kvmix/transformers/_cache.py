@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .._cache import Cache as PageCache
 from .._errors import InvalidArgumentError, MismatchError, UnsupportedError
 from .._native import Plan
-from ._attention import HANDLE, NAME
+from ._attention import HANDLE, NAME, check_compiled
 from ._shape import model_shape
 
 
@@ -43,6 +43,9 @@ class KVmixLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            check_compiled()
+            return key_states, value_states
         self.owner.expect(self.index, key_states, value_states)
         self.is_initialized = True
         key = key_states.view(key_states.shape)  # a tensor of our own for the attribute
@@ -76,10 +79,11 @@ class KVmixLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         # Earlier 5.x hands over the positions instead of their number.
         new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        return self.owner.seen + new, 0
+        return self.get_seq_length() + new, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return self.owner.seen
+        # A compiled step is one for all lengths; its positions are given, and its masks not looked at.
+        return 0 if torch.compiler.is_compiling() else self.owner.seen
 
     def get_max_length(self) -> int:
         return -1

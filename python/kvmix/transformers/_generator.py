@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .._errors import InvalidArgumentError, UnsupportedError
 from .._native import Plan
-from ._attention import use_kvmix
+from ._attention import compiled_for, number_of, use_kvmix
 from ._cache import KVmixCache
 
 _CAPTURED = 4  # graphs that are kept: work lists of other lengths, mostly
@@ -36,10 +36,12 @@ class Generator:
 
     def __init__(
         self, model: PreTrainedModel, plan: Plan, *, force: bool = False, max_bytes: int = 0, graph: bool | None = None,
-        choose: Callable[[torch.Tensor], torch.Tensor] = greedy,
+        compile: str | None = None, choose: Callable[[torch.Tensor], torch.Tensor] = greedy,
     ) -> None:  # fmt: skip
-        """`graph`: False runs steps one by one, True refuses models on the CPU, None: where there is a GPU. `choose`: from logits
-        [rows, vocabulary] to tokens [rows], captured too, so it must not wait for the device. The rest as KVmixCache.
+        """`graph`: False runs steps one by one, True refuses models on the CPU, None: where there is a GPU. `compile`: a
+        backend of torch.compile, e.g. "inductor", for a step's arithmetic but attention: fewer launches, after a compilation for
+        each number of rows. `choose`: from logits [rows, vocabulary] to tokens [rows], captured too, so it must not wait for the
+        device. The rest as KVmixCache.
 
         Raises as KVmixCache does, and UnsupportedError for rotary embeddings that depend on the length.
         """
@@ -58,11 +60,13 @@ class Generator:
                 )
         self.stream = torch.cuda.Stream(self._device) if on_gpu else None
         self._choose = choose
+        self._decode = torch.compile(self._logits, backend=compile, fullgraph=True, dynamic=False) if compile else self._logits
         self._graphs: OrderedDict[int, torch.cuda.CUDAGraph] = OrderedDict()
         self._ran = False  # a step of this many rows ran: libraries have what they allocate at first
         self.captures = 0
         with self._on_stream():
             self.cache = KVmixCache(plan, model, force=force, max_bytes=max_bytes)
+        self._number = number_of(self.cache) if compile else 0
         self._tokens = torch.empty(0, 1, dtype=torch.long, device=self._device)
         self._positions = torch.empty_like(self._tokens)
         self._ended = torch.empty(0, dtype=torch.bool, device=self._device)
@@ -158,7 +162,8 @@ class Generator:
         self._tokens.copy_(chosen[:, None])
 
     def _run(self) -> None:
-        logits = self._logits(self._tokens, self._positions)
+        with compiled_for(self._number):
+            logits = self._decode(self._tokens, self._positions)
         self._positions += 1
         self._take(self._choose(logits))
 
