@@ -96,12 +96,14 @@ TEST(Planners, RanksAndBitsShareABudget) {
     return sum;
   };
   request.factors = &flat;
+  request.key_price = request.value_price = 1e6;
   const Plan kept = make_plan("kvmix", request);
-  for (size_t l = 0; l < kept.layers.size(); ++l) {  // half of them explain half: none goes
+  for (size_t l = 0; l < kept.layers.size(); ++l) {  // at this price none goes
     const int all = steep.layers[l].key_rank;
     EXPECT_TRUE(kept.layers[l].key_rank == 0 || kept.layers[l].key_rank == all) << kept.layers[l].key_rank;
   }
   request.factors = &steep;
+  request.key_price = request.value_price = 1;
   const Plan cut = make_plan("kvmix", request);
   ASSERT_TRUE(cut.rank);
   EXPECT_EQ(cut.rank->checksum, "7");
