@@ -66,6 +66,10 @@ TEST_P(Latents, OfFullRankAreTheModel) {
     auto e = engine(plan(method, 1.0, f16()));
     EXPECT_LT(difference(wanted, last(*e, e->cache().create(), tokens_)), 5e-3) << method;
   }
+  Plan partly = plan("palu", 1.0, f16());  // one layer keeps keys and values themselves
+  partly.layers[1].key_rank = partly.layers[1].value_rank = 0;
+  auto mixed = engine(partly);
+  EXPECT_LT(difference(wanted, last(*mixed, mixed->cache().create(), tokens_)), 5e-3);
   auto half = engine(plan("lorc", 0.5, f16()));
   EXPECT_GT(difference(wanted, last(*half, half->cache().create(), tokens_)), 1e-2);
 }

@@ -145,10 +145,7 @@ const float* CudaBackend::constant(std::span<const float> numbers) {
   return reinterpret_cast<const float*>(constants_.back().data());
 }
 
-PageHandle CudaBackend::allocate(const PageFormat& format) {
-  use_device();
-  return PageHandle{pool_.allocate(format.bytes)} + 1;
-}
+PageHandle CudaBackend::allocate(const PageFormat& format) { return PageHandle{pool_.allocate(format.bytes)} + 1; }
 
 void CudaBackend::release(PageHandle page, const PageFormat& format) {
   pool_.release(static_cast<uint32_t>(page - 1), format.bytes);

@@ -27,20 +27,18 @@ __device__ inline void store_halves(const float (&x)[dim / 32], int slot, int la
 template <int dim, int rows>
 struct RowCodes {
   static constexpr int kPerLane = dim / 32, kBits = 8;
-  GroupScale scale[rows][kPerLane];  // of the group that channels 32 i to 32 i + 31 belong to
-  uint8_t code[rows][kPerLane];
+  static constexpr float kTop = static_cast<float>((1 << kBits) - 1);
+  float scale[rows][kPerLane], mid[rows][kPerLane];  // of the group that channels 32 i to 32 i + 31 belong to, fp16 numbers
+  float code[rows][kPerLane];
 
-  // `columns`: null or one head's feedback_columns (codec/row.h), [dim][dim].
-  __device__ void encode(const float (&x)[rows][kPerLane], int group, const float* columns, int lane) {
-    constexpr float kTop = static_cast<float>((1 << kBits) - 1);
-    float scales[rows][kPerLane], mids[rows][kPerLane];
-    CodeMap map[rows][kPerLane];
+  // Rows as encode_rows takes them; what is not finite becomes 0.
+  __device__ void encode(float (&x)[rows][kPerLane], int group) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       float low[kPerLane], high[kPerLane];
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        low[i] = high[i] = finite_or_zero(x[r][i]);
+        low[i] = high[i] = x[r][i] = finite_or_zero(x[r][i]);
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
           low[i] = fminf(low[i], __shfl_xor_sync(~0u, low[i], step));
@@ -55,36 +53,55 @@ struct RowCodes {
           if (32 * j / group != 32 * i / group) continue;
           limits = {fminf(limits.low, low[j]), fmaxf(limits.high, high[j])};
         }
-        scale[r][i] = min_max_scale(coded_range(limits, true), kTop);
-        scales[r][i] = f16_to_f32(scale[r][i].scale), mids[r][i] = f16_to_f32(scale[r][i].mid);
-        map[r][i] = code_map(scales[r][i], mids[r][i], kTop);
-        code[r][i] = static_cast<uint8_t>(quantize_code(finite_or_zero(x[r][i]), map[r][i], kTop));
+        const GroupScale stored = min_max_scale(coded_range(limits, true), kTop);
+        scale[r][i] = f16_to_f32(stored.scale), mid[r][i] = f16_to_f32(stored.mid);
+        code[r][i] = quantize_code(x[r][i], code_map(scale[r][i], mid[r][i], kTop), kTop);
       }
     }
-    if (columns == nullptr) return;
-    // Channel after channel, as encode_with_feedback: all lanes round what they want of theirs, and the one whose turn it is
-    // says its error. Weights of earlier channels are zero.
+  }
+
+  // Codes of encoded rows once more, with error feedback: channel after channel, as encode_with_feedback. All lanes round what
+  // they want of theirs, and the one whose turn it is says its error. `columns`: feedback_columns (codec/row.h) of the head,
+  // [dim][dim], whose weights of earlier channels are zero.
+  __device__ void feed_back(const float (&x)[rows][kPerLane], const float* columns, int lane) {
+    constexpr int kAhead = 4;  // turns whose weights are asked for beforehand
     float wanted[rows][kPerLane];
+    CodeMap map[rows][kPerLane];
 #pragma unroll
     for (int r = 0; r < rows; ++r)
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) wanted[r][i] = finite_or_zero(x[r][i]);
+      for (int i = 0; i < kPerLane; ++i) wanted[r][i] = x[r][i], map[r][i] = code_map(scale[r][i], mid[r][i], kTop);
+    float ahead[kAhead][kPerLane];
+    const auto ask = [&](int channel, int first) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+        for (int j = first; j < kPerLane; ++j) {
+          ahead[k][j] = channel + k < dim ? __ldg(columns + (channel + k) * dim + 32 * j + lane) : 0.0f;
+        }
+    };
+    ask(0, 0);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-#pragma unroll 4
-      for (int turn = 0; turn < 32; ++turn) {
-        const float* const column = columns + (32 * i + turn) * dim + lane;
-        float weight[kPerLane];
+#pragma unroll 1
+      for (int turn = 0; turn < 32; turn += kAhead) {
+        float weight[kAhead][kPerLane];
 #pragma unroll
-        for (int j = i; j < kPerLane; ++j) weight[j] = __ldg(column + 32 * j);
+        for (int k = 0; k < kAhead; ++k)
 #pragma unroll
-        for (int r = 0; r < rows; ++r) {
-          const float rounded = quantize_code(finite_or_zero(wanted[r][i]), map[r][i], kTop);
-          const float mine = finite_or_zero(x[r][i]) - (mids[r][i] + scales[r][i] * (rounded - code_centre(kBits)));
-          const float error = __shfl_sync(~0u, mine, turn);
-          if (lane == turn) code[r][i] = static_cast<uint8_t>(rounded);
+          for (int j = i; j < kPerLane; ++j) weight[k][j] = ahead[k][j];
+        ask(32 * i + turn + kAhead, i);
 #pragma unroll
-          for (int j = i; j < kPerLane; ++j) wanted[r][j] = wanted[r][j] + weight[j] * error;
+        for (int k = 0; k < kAhead; ++k) {
+#pragma unroll
+          for (int r = 0; r < rows; ++r) {
+            const float rounded = quantize_code(finite_or_zero(wanted[r][i]), map[r][i], kTop);
+            const float mine = x[r][i] - (mid[r][i] + scale[r][i] * (rounded - code_centre(kBits)));
+            const float error = __shfl_sync(~0u, mine, turn + k);
+            if (lane == turn + k) code[r][i] = rounded;
+#pragma unroll
+            for (int j = i; j < kPerLane; ++j) wanted[r][j] = wanted[r][j] + weight[k][j] * error;
+          }
         }
       }
     }
@@ -99,11 +116,11 @@ struct RowCodes {
       const CodeCell cell = code_cell(key, slot, 32 * i + lane);
       const CodePlace place = code_place(kBits, cell.at.reg, cell.field);
       part[cell.block * block_bytes(kBits) + word_offset(kBits, cell.at.lane, place.word) + 2 * cell.at.half + place.bit / 8] =
-          code[r][i];
+          static_cast<uint8_t>(code[r][i]);
       if (lane != 0 || 32 * i % side.group != 0) continue;
       const int at = side.scale_at(slot, 32 * i);
-      meta[at] = scale[r][i].scale;
-      meta[at + kMidStep] = scale[r][i].mid;
+      meta[at] = f32_to_f16(scale[r][i]);
+      meta[at + kMidStep] = f32_to_f16(mid[r][i]);
     }
   }
 

@@ -79,8 +79,8 @@ struct OpenSlot {
   int slot = 0, slots = 0;
   bool rows = false;  // fp16 rows next to each other
 };
-template <int dim, int rows, bool key>
-__device__ inline void store_rows(const float (&x)[rows][dim / 32], const RecordShape& open, const float* columns,
+template <int dim, int rows, bool key, bool feedback>
+__device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape& open, const float* columns,
                                   const OpenSlot (&to)[rows]) {
   const int lane = lane_of();
   const SideShape side = key ? open.key() : open.value();
@@ -101,7 +101,10 @@ __device__ inline void store_rows(const float (&x)[rows][dim / 32], const Record
   }
   if (!coded) return;
   RowCodes<dim, rows> codes;
-  codes.encode(x, side.group, columns, lane);
+  codes.encode(x, side.group);
+  if constexpr (key && feedback) {
+    if (columns != nullptr) codes.feed_back(x, columns, lane);
+  }
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
     if (to[r].page != nullptr && !to[r].rows) codes.template store<key>(r, side, to[r].slot, lane, to[r].page + part);
@@ -109,8 +112,8 @@ __device__ inline void store_rows(const float (&x)[rows][dim / 32], const Record
 }
 
 // A warp takes `rows` rows of a head: beside each other they hide what feedback waits for.
-template <int dim, int rows, bool key>
-__device__ inline void append(const AppendRows& job, int64_t row0, int head, float* room) {
+template <int dim, int rows, bool key, bool feedback>
+__device__ inline void append(const AppendRows& job, int row0, int head, float* room) {
   const int lane = lane_of();
   float x[rows][dim / 32] = {};
   OpenSlot to[rows];
@@ -131,21 +134,20 @@ __device__ inline void append(const AppendRows& job, int64_t row0, int head, flo
     to[r] = {table.pages + static_cast<int64_t>(~id) * kUnitBytes, sink ? place.position : behind % kPageTokens,
              sink ? table.sinks : kPageTokens, sink || !job.open.has_codes()};
   }
-  const float* const columns =
-      key && job.key_columns != nullptr ? job.key_columns + static_cast<int64_t>(head) * dim * dim : nullptr;
-  store_rows<dim, rows, key>(x, job.open, columns, to);
+  const float* const columns = feedback ? job.key_columns + static_cast<int64_t>(head) * dim * dim : nullptr;
+  store_rows<dim, rows, key, feedback>(x, job.open, columns, to);
 }
 
-template <int dim, int rows>
-__global__ void __launch_bounds__(kRowThreads) append_kernel(const __grid_constant__ AppendRows job) {
+// Blocks of one head and side, so that they share what feedback reads.
+template <int dim, int rows, bool feedback>
+__global__ void __launch_bounds__(kRowThreads, feedback ? 2 : 4) append_kernel(const __grid_constant__ AppendRows job) {
   __shared__ float room[kRowWarps][dim];
-  const int64_t task = row_of(), row = task / 2 / job.kv_heads * rows;
+  const int warp = static_cast<int>(threadIdx.x) / 32, row = (static_cast<int>(blockIdx.x) * kRowWarps + warp) * rows;
   if (row >= job.rows) return;
-  const int head = static_cast<int>(task / 2 % job.kv_heads);
-  if (task % 2 == 0) {
-    append<dim, rows, true>(job, row, head, room[threadIdx.x / 32]);
+  if (blockIdx.z == 0) {
+    append<dim, rows, true, feedback>(job, row, static_cast<int>(blockIdx.y), room[warp]);
   } else {
-    append<dim, rows, false>(job, row, head, room[threadIdx.x / 32]);
+    append<dim, rows, false, feedback>(job, row, static_cast<int>(blockIdx.y), room[warp]);
   }
 }
 
@@ -203,31 +205,39 @@ __device__ inline float number_of(const SideShape& side, bool key, const uint8_t
   return float_of(scales[kMidStep]) + float_of(scales[0]) * (static_cast<float>(code) - centre);
 }
 
-constexpr int kRowsTogether = 4;
+// Rows that a warp feeds errors back in at once.
+__host__ __device__ constexpr int rows_together(int head_dim) { return head_dim <= 128 ? 4 : 2; }
 
-// A warp takes kRowsTogether tokens of a side.
+// A warp takes some tokens of a side.
 template <int dim>
 __global__ void __launch_bounds__(kRowThreads)
     open_kernel(const uint8_t* record, RecordShape shape, uint8_t* page, RecordShape open, const float* columns) {
-  const int task = static_cast<int>(row_of()), token = task / 2 * kRowsTogether, lane = lane_of();
+  constexpr int kRows = rows_together(dim);
+  const int task = static_cast<int>(row_of()), token = task / 2 * kRows, lane = lane_of();
   const auto bring = [&](auto key) {
     const SideShape side = key ? shape.key() : shape.value();
     const uint8_t* const part = record + (key ? kHeaderBytes : shape.key_bytes());
-    float x[kRowsTogether][dim / 32];
-    OpenSlot to[kRowsTogether];
+    float x[kRows][dim / 32];
+    OpenSlot to[kRows];
 #pragma unroll
-    for (int r = 0; r < kRowsTogether; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int i = 0; i < dim / 32; ++i) x[r][i] = number_of(side, key, part, token + r, 32 * i + lane);
       to[r] = {page, token + r, kPageTokens, !open.has_codes()};
     }
-    store_rows<dim, kRowsTogether, key>(x, open, key ? columns : nullptr, to);
+    store_rows<dim, kRows, key, true>(x, open, columns, to);
   };
   if (task % 2 == 0) {
     bring(std::true_type{});
   } else {
     bring(std::false_type{});
   }
+}
+
+constexpr unsigned kPatchThreads = 128;
+__global__ void patch_kernel(int32_t* ids, const TablePatch* patches, size_t count) {
+  const size_t at = size_t{blockIdx.x} * kPatchThreads + threadIdx.x;
+  if (at < count) ids[patches[at].at] = patches[at].id;
 }
 
 unsigned blocks_of(int64_t warps) { return static_cast<unsigned>((warps + kRowWarps - 1) / kRowWarps); }
@@ -240,17 +250,28 @@ void with_head_dim(int head_dim, const char* what, const Body& body) {
 
 }  // namespace
 
+void patch_table(int32_t* ids, const TablePatch* patches, size_t count, cudaStream_t stream) {
+  if (count == 0) return;
+  patch_kernel<<<static_cast<unsigned>((count + kPatchThreads - 1) / kPatchThreads), kPatchThreads, 0, stream>>>(ids, patches,
+                                                                                                                 count);
+  check_cuda(cudaGetLastError(), "page tables: launch");
+}
+
 void append_rows(const AppendRows& job, cudaStream_t stream) {
-  // With feedback rows together, as soon as they are so many that a warp each would not be faster.
-  constexpr int64_t kManyRows = 2048;
-  const bool together = job.key_columns != nullptr && static_cast<int64_t>(job.rows) * job.kv_heads >= kManyRows;
-  const int each = together ? kRowsTogether : 1;
-  const unsigned blocks = blocks_of(static_cast<int64_t>((job.rows + each - 1) / each) * job.kv_heads * 2);
+  const auto grid = [&](int rows_of_warp) {
+    const int of_block = kRowWarps * rows_of_warp;
+    return dim3(static_cast<unsigned>((job.rows + of_block - 1) / of_block), static_cast<unsigned>(job.kv_heads), 2);
+  };
+  constexpr int64_t kManyRows = 2048;  // with fewer a warp each is faster
+  const bool many = static_cast<int64_t>(job.rows) * job.kv_heads >= kManyRows;
   with_head_dim(job.head_dim, "append rows: launch", [&](auto dim) {
-    if (together) {
-      append_kernel<dim.value, kRowsTogether><<<blocks, kRowThreads, 0, stream>>>(job);
+    constexpr int kTogether = rows_together(dim.value);
+    if (job.key_columns == nullptr) {
+      append_kernel<dim.value, 1, false><<<grid(1), kRowThreads, 0, stream>>>(job);
+    } else if (many) {
+      append_kernel<dim.value, kTogether, true><<<grid(kTogether), kRowThreads, 0, stream>>>(job);
     } else {
-      append_kernel<dim.value, 1><<<blocks, kRowThreads, 0, stream>>>(job);
+      append_kernel<dim.value, 1, true><<<grid(1), kRowThreads, 0, stream>>>(job);
     }
   });
 }
@@ -271,7 +292,7 @@ void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page,
                  cudaStream_t stream) {
   with_head_dim(shape.head_dim, "open a sealed page: launch", [&](auto dim) {
     open_kernel<dim.value>
-        <<<blocks_of(2 * kPageTokens / kRowsTogether), kRowThreads, 0, stream>>>(record, shape, page, open, columns);
+        <<<blocks_of(2 * kPageTokens / rows_together(dim.value)), kRowThreads, 0, stream>>>(record, shape, page, open, columns);
   });
 }
 

@@ -36,6 +36,13 @@ struct PageTable {
   int sinks;  // slots of page 0 of each head, if there are
 };
 
+// An id of the tables that is another one from this step on.
+struct TablePatch {
+  int64_t at;
+  int32_t id;
+};
+void patch_table(int32_t* ids, const TablePatch* patches, size_t count, cudaStream_t stream);
+
 struct AppendRows {
   const float *k, *v;  // [rows][kv_heads][head_dim]
   int64_t k_stride, v_stride;
