@@ -3,7 +3,8 @@
 
     bench/vllm_load.py FOLDER --plan plan.json --memory 64 --requests 24
 
-Prints tokens that fit, seconds of each round, answered tokens a second by medians, and their ratio.
+Prints tokens that fit, seconds of each round, answered tokens a second by medians, and their ratio. The same by seconds of
+processors, which others on the machine change less: all that the server's processes took.
 """
 
 import argparse
@@ -54,6 +55,23 @@ def wait(process, port, log):
             time.sleep(1)
 
 
+def processor_seconds(root):
+    """Of a process and all below it."""
+    parents, seconds = {}, {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        parents[int(folder.name)] = int(fields[1])
+        seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def below(pid):
+        return pid == root or (pid in parents and below(parents[pid]))
+
+    return sum(taken for pid, taken in seconds.items() if below(pid))
+
+
 async def burst(client, given, seed):
     """Seconds that all take; prompts are new each time, so that no cached prefix helps."""
     draw = random.Random(seed)
@@ -77,17 +95,23 @@ async def compare(given, servers):
         for name, (_, port, _) in servers.items()
     }
     seconds = {name: [] for name in servers}
+    processors = {name: [] for name in servers}
     for turn in range(-1, given.rounds):  # the first warms up
         for name in sorted(servers, reverse=turn % 2 == 0):
+            before = processor_seconds(servers[name][0].pid)
             took = await burst(clients[name], given, turn)
+            processor = processor_seconds(servers[name][0].pid) - before
             if turn >= 0:
                 seconds[name].append(took)
-                print(f"round {turn} {name}: {took:.1f} s", flush=True)
-    rate = {name: given.requests * given.new / statistics.median(all) for name, all in seconds.items()}
+                processors[name].append(processor)
+                print(f"round {turn} {name}: {took:.1f} s, {processor:.1f} s of processors", flush=True)
+    answered = given.requests * given.new
+    rate = {name: answered / statistics.median(all) for name, all in seconds.items()}
+    by_processor = {name: answered / statistics.median(all) for name, all in processors.items()}
     for name, (_, _, log) in servers.items():
         fits = re.search(r"KV cache size: ([\d,]+) tokens", log.read_text()).group(1)
-        print(f"{name}: {fits} tokens fit, {rate[name]:.1f} tokens/s")
-    print(f"ratio {rate['kvmix'] / rate['stock']:.2f}")
+        print(f"{name}: {fits} tokens fit, {rate[name]:.1f} tokens/s, {by_processor[name]:.1f} a second of processors")
+    print(f"ratio {rate['kvmix'] / rate['stock']:.2f}, by processors {by_processor['kvmix'] / by_processor['stock']:.2f}")
 
 
 def main():

@@ -1,6 +1,6 @@
 # Targets `llama` and `ggml::ggml`. An installed llama.cpp is taken if there is one; otherwise the pinned release is obtained
 # from the Python package index (package llama-cpp-python, whose source archive carries llama.cpp), checked by hash, and built
-# once into a cache folder outside the build tree: $KVMIX_CACHE_DIR, or kvmix in $XDG_CACHE_HOME or ~/.cache. With KVMIX_CUDA it is
+# once into a cache folder outside the build tree: $KVMIX_CACHE_DIR, or kvmix in $XDG_CACHE_HOME or ~/.cache. With KVMIX_ENGINE_CUDA it is
 # always the pinned release, with its CUDA backend (about 30 minutes of one core for each architecture): the engine reaches behind
 # its headers.
 # Target `kvmix_jinja`: llama.cpp's engine for chat templates, which no installation has, compiled from the same archive.
@@ -63,7 +63,7 @@ function(kvmix_build_llama prefix)
   file(REMOVE_RECURSE ${work})
 endfunction()
 
-if(KVMIX_SYSTEM_LLAMA AND NOT KVMIX_CUDA)
+if(KVMIX_SYSTEM_LLAMA AND NOT KVMIX_ENGINE_CUDA)
   find_package(llama QUIET GLOBAL)
 endif()
 set(llama_cc ${CMAKE_C_COMPILER})
@@ -78,7 +78,7 @@ if(KVMIX_FUZZ)  # clang is for our code: libllama is the one that GCC makes for 
 endif()
 set(llama_options "")
 set(llama_duration "a few minutes")
-if(KVMIX_CUDA)
+if(KVMIX_ENGINE_CUDA)
   set(llama_compiler "${llama_compiler} CUDA ${CMAKE_CUDA_COMPILER_VERSION} ${CMAKE_CUDA_ARCHITECTURES}")
   string(REPLACE ";" "\\;" architectures "${CMAKE_CUDA_ARCHITECTURES}")
   set(llama_options -DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_COMPILER=${CMAKE_CUDA_COMPILER}

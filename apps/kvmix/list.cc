@@ -1,6 +1,9 @@
 // kvmix list: the registries.
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "command.h"
@@ -9,6 +12,7 @@
 #include "kvmix/engine.h"
 #include "kvmix/measure.h"
 #include "kvmix/plan.h"
+#include "text.h"
 
 namespace kvmix::app {
 namespace {
@@ -38,6 +42,58 @@ CacheStats probe_kernel() {
     cache.end_step();
   }
   return cache.stats();
+}
+
+// What the device "cuda" runs, and which GPUs are here. A build for GPUs on a machine without one says so and lists the rest.
+int list_cuda(const Common& common) {
+  const CudaSupport support = cuda_support();
+  std::vector<CudaDevice> devices;
+  std::string none;
+  try {
+    devices = cuda_devices();
+  } catch (const Error& e) {
+    none = e.what();
+  }
+  const auto capability = [](const CudaDevice& d) { return fmt::format("{}.{}", d.capability / 10, d.capability % 10); };
+  if (common.json) {
+    nlohmann::json json = {{"architectures", support.architectures},
+                           {"bits", support.bits},
+                           {"groups", support.groups},
+                           {"head_dims", support.head_dims},
+                           {"devices", nlohmann::json::array()}};
+    if (!none.empty()) json["no_device"] = none;
+    for (const CudaDevice& d : devices) {
+      json["devices"].push_back({{"name", d.name},
+                                 {"compute_capability", capability(d)},
+                                 {"memory_bytes", d.total_bytes},
+                                 {"head_dims", d.head_dims},
+                                 {"prefill_kernel", d.prefill_kernel}});
+    }
+    print_json(json);
+    return kExitOk;
+  }
+  fmt::print("GPUs\n");
+  if (!none.empty()) fmt::print("  none: {}\n", none);
+  for (const CudaDevice& d : devices) {
+    fmt::print("  {}, compute capability {}, {}: head_dim {}; prefill on {}\n", d.name, capability(d),
+               human_bytes(d.total_bytes), fmt::join(d.head_dims, ", "),
+               d.prefill_kernel ? "its own kernel" : "the page kernel");
+  }
+  fmt::print("\nbuilt for            {}\n", support.architectures);
+  fmt::print("widths               {} bits, uniform with a zero point; keys' scales per channel are fast, per token slow\n",
+             support.bits);
+  fmt::print("groups               {}\n", support.groups);
+  fmt::print("head_dim             {}\n", support.head_dims);
+  fmt::print("not on a GPU         token and channel policies, ranks, other codecs, the exact kernel\n\n");
+  fmt::print("what older and newer GPUs lack\n");
+  fmt::print("  {:<18} {}\n", "9.0 (H100, H200)", "nothing: where all was measured");
+  fmt::print("  {:<18} {}\n", "8.0 (A100)",
+             "the prefill kernel, which needs warpgroup instructions: chunks run on the page kernel; not measured");
+  fmt::print("  {:<18} {}\n", "8.6, 8.9 (Ada)",
+             "that too, and head_dim 256: a thread block has 99 KiB of shared memory there; not measured");
+  fmt::print("  {:<18} {}\n", "10.0 and later",
+             "the prefill kernel; a build with 90-virtual is compiled when first used; not measured");
+  return kExitOk;
 }
 
 int list(const Common& common) {
@@ -100,7 +156,9 @@ int list(const Common& common) {
 void add_list(CommandContext& context) {
   CLI::App* command =
       add_command(context, "list", "Codecs, planners, architectures, kernels, instruction set in use", "kvmix list");
-  command->callback([&context] { context.action = list; });
+  const auto device = std::make_shared<std::string>("cpu");
+  add_device_option(command, *device);
+  command->callback([&context, device] { context.action = *device == "cuda" ? list_cuda : list; });
 }
 
 }  // namespace kvmix::app

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 
 #include "command.h"
 #include "console.h"
@@ -130,7 +131,8 @@ std::string predicted_text(const Plan& plan) {
 
 AxesTask axes_task(const Arguments& arguments, const Common& common, const PlannerRequest& request,
                    const std::shared_ptr<const Model>& model) {
-  AxesTask task{.planner = arguments.planner, .request = request, .searched = {}, .held_out = {}};
+  AxesTask task{
+      .planner = arguments.planner, .request = request, .axes = parse_axes(arguments.axes), .searched = {}, .held_out = {}};
   const uint64_t usual = request.profile != nullptr ? request.profile->seed + 1 : 1;
   MeasuredText text =
       measured_text(arguments, common.threads, model, arguments.seed >= 0 ? static_cast<uint64_t>(arguments.seed) : usual,
@@ -142,28 +144,43 @@ AxesTask axes_task(const Arguments& arguments, const Common& common, const Plann
   return task;
 }
 
-// The plan of a budget over both axes; prints what the alternatives gave.
+// The plan of a budget over the axes; prints what the alternatives gave.
 Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRequest& request,
                const std::shared_ptr<const Model>& model, nlohmann::json& json) {
   const AxesChoice choice = choose_axes(model, axes_task(arguments, common, request, model), progress_reporter(common));
   const AxesCandidate& best = choice.candidates[choice.chosen];
-  std::vector<std::string> header = {"tokens", "K bits", "V bits", "of a sequence", "mean KL", "+-", "top-1"};
+  const Axes axes = parse_axes(arguments.axes);
+  std::vector<std::string> header;
+  if (axes.tokens) header.emplace_back("tokens");
+  if (axes.channels) header.emplace_back("channels");
+  if (axes.ranks) header.insert(header.end(), {"ranks", "K kept", "V kept"});
+  header.insert(header.end(), {"K bits", "V bits", "of a sequence", "mean KL", "+-", "top-1"});
   if (arguments.needles > 0) header.emplace_back("passkeys");
   Table table(std::move(header));
   json["axes"] = nlohmann::json::array();
   for (const AxesCandidate& c : choice.candidates) {
-    nlohmann::json row{{"tokens", c.tokens}, {"chosen", &c == &best}};
+    nlohmann::json row{{"chosen", &c == &best}};
+    std::vector<std::string> cells;
+    if (axes.tokens) cells.push_back(c.tokens), row["tokens"] = c.tokens;
+    if (axes.channels) cells.push_back(c.channels), row["channels"] = c.channels;
+    if (axes.ranks) {
+      const auto kept = [&](Side side) { return c.lost.empty() ? kept_latents(c.plan, *request.model, side) : NAN; };
+      for (const auto& [name, side] : {std::pair{"keys_kept", Side::kKey}, {"values_kept", Side::kValue}})
+        row[name] = kept(side);
+      row["ranks"] = c.ranks;
+      cells.insert(cells.end(), {c.ranks, fmt::format("{:.1f} %", 100 * kept(Side::kKey)),
+                                 fmt::format("{:.1f} %", 100 * kept(Side::kValue))});
+    }
+    if (&c == &best) cells.front() += " *";
     if (!c.lost.empty()) {
       row["lost"] = c.lost;
-      table.add({c.tokens, "-", "-", "does not fit"});
+      cells.insert(cells.end(), {"-", "-", "does not fit"});
+      table.add(std::move(cells));
     } else {
-      std::vector<std::string> cells = {c.tokens + (&c == &best ? " *" : ""),
-                                        fmt::format("{:.2f}", mean_bits(c.plan, Side::kKey)),
-                                        fmt::format("{:.2f}", mean_bits(c.plan, Side::kValue)),
-                                        human_bytes(c.bytes),
-                                        fmt::format("{:.5f}", c.kl),
-                                        fmt::format("{:.5f}", c.kl_error),
-                                        fmt::format("{:.2f} %", 100 * c.top1)};
+      cells.insert(cells.end(),
+                   {fmt::format("{:.2f}", mean_bits(c.plan, Side::kKey)),
+                    fmt::format("{:.2f}", mean_bits(c.plan, Side::kValue)), human_bytes(c.bytes), fmt::format("{:.5f}", c.kl),
+                    fmt::format("{:.5f}", c.kl_error), fmt::format("{:.2f} %", 100 * c.top1)});
       if (arguments.needles > 0) cells.push_back(fmt::format("{:.0f} %", 100 * c.found));
       table.add(std::move(cells));
       row.update({{"bytes", c.bytes}, {"kl_mean", c.kl}, {"kl_stderr", c.kl_error}, {"top1", c.top1}});
@@ -174,8 +191,13 @@ Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRe
   json["held_out"] = {{"kl_mean", choice.held_out}};
   if (!std::isnan(choice.held_out_bits)) json["held_out"]["bits_alone"] = choice.held_out_bits;
   json["why"] = choice.why;
+  if (axes.ranks) json["quarter_left_out"] = {{"keys", choice.key_probe}, {"values", choice.value_probe}};
   if (!common.json) {
     table.print();
+    if (axes.ranks) {
+      fmt::print("\nwithout a quarter of all latents, in fp16: of keys KL {:.5f}, of values {:.5f}\n", choice.key_probe,
+                 choice.value_probe);
+    }
     fmt::print("\n* chosen: {}. Held-out text: KL {:.5f}", choice.why, choice.held_out);
     if (!std::isnan(choice.held_out_bits)) fmt::print(", bits alone {:.5f}", choice.held_out_bits);
     fmt::print("\n\n");
@@ -299,15 +321,6 @@ int plan(const Arguments& arguments, const Common& common) {
   request.device = arguments.device;
   if (arguments.fit == "free" && arguments.device != "cuda")
     throw UsageError("--fit free asks a GPU for its memory: give --device cuda too, or a number of bytes");
-  if (arguments.device == "cuda") {
-    // What the device keeps, whatever a plan says: so sizes are its own.
-    const auto recent = request.options.find("recent");
-    if (recent != request.options.end() && recent->second != "f16")
-      throw UsageError("recent rows are f16 on --device cuda: leave --recent out");
-    if (std::any_of(planner.options.begin(), planner.options.end(),
-                    [](const auto& option) { return option.first == "recent"; }))
-      request.options["recent"] = "f16";
-  }
   std::unique_ptr<Profile> profile;
   if (!arguments.profile.empty()) profile = std::make_unique<Profile>(read_profile(arguments.profile));
   if (planner.needs_profile && !profile) {
@@ -317,21 +330,30 @@ int plan(const Arguments& arguments, const Common& common) {
     throw UsageError("planner " + planner.name + " does not measure plans: leave --measure out");
   if (arguments.pareto && !planner.needs_budget)
     throw UsageError("planner " + planner.name + " takes no budget, so it has no curve: leave --pareto out");
-  const bool both = arguments.axes != "bits";
+  const Axes axes = parse_axes(arguments.axes);
+  const bool both = axes.any();
   if (both && !planner.needs_budget)
-    throw UsageError("planner " + planner.name + " takes no budget to share between tokens and bits: leave --axes out");
+    throw UsageError("planner " + planner.name + " takes no budget to share between axes: leave --axes out");
   if (both && arguments.measurements > 0)
-    throw UsageError("--axes tokens,bits measures by itself: leave --measure out, or refine the plan's bits afterwards");
-  if (!both && arguments.needles > 0) throw UsageError("--needles decide between tokens and bits: give --axes tokens,bits");
+    throw UsageError("--axes " + arguments.axes +
+                     " measures by itself: leave --measure out, or refine the plan's bits afterwards");
+  if (!both && arguments.needles > 0) throw UsageError("--needles decide between axes: give e.g. --axes tokens,bits");
+  if (arguments.pareto && (axes.channels || axes.ranks))
+    throw UsageError("--pareto draws curves of bits or of tokens,bits: leave channels and rank out of --axes");
+  if (axes.ranks && arguments.factors.empty())
+    throw UsageError("--axes " + arguments.axes + " needs --factors FILE; make one with: kvmix factorise " + arguments.model +
+                     " --keep 1");
+  if (axes.ranks && (!planner.ranks || arguments.device != "cpu"))
+    throw UsageError("ranks share a budget with bits by planner kvmix, on the device cpu: leave rank out of --axes");
   const bool text_given = !arguments.calibration.empty() || arguments.seed >= 0 || arguments.windows > 0;
   if (!both && arguments.measurements == 0 && text_given)
-    throw UsageError("text is for measuring: give --measure or --axes tokens,bits");
+    throw UsageError("text is for measuring: give --measure, or --axes of more than bits");
   if (!arguments.calibration.empty()) read_text_file(arguments.calibration);  // refuses what is no text
-  if (!arguments.factors.empty() &&
+  if (!arguments.factors.empty() && !axes.ranks &&
       (planner.needs_budget || both || arguments.pareto || arguments.measurements > 0 || arguments.device != "cpu"))
     throw UsageError(
         "--factors goes with a planner that takes no budget, such as uniform, on the device cpu: its bytes follow from ranks "
-        "and bits");
+        "and bits; or with --axes bits,rank");
   const auto model = load_model(arguments.model);
   request.model = &model->shape();
   request.profile = profile.get();
@@ -354,12 +376,21 @@ int plan(const Arguments& arguments, const Common& common) {
     request.measurements = arguments.measurements;
   }
   nlohmann::json json;
-  Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
+  std::optional<FactorsInfo> factors;
   if (!arguments.factors.empty()) {
-    const FactorsInfo factors = inspect_factors(arguments.factors);
-    check_factors(factors, model->shape());
-    made = with_factors(std::move(made), factors);
+    factors = inspect_factors(arguments.factors);
+    check_factors(*factors, model->shape());
   }
+  if (axes.ranks) {
+    if (kept_share(*factors) < 1)
+      throw Error(Status::kInvalidArgument,
+                  fmt::format("{} holds {:.0f} % of all latents, and --axes chooses among all: make it "
+                              "with kvmix factorise --keep 1",
+                              arguments.factors, 100 * kept_share(*factors)));
+    request.factors = &*factors;
+  }
+  Plan made = both ? plan_axes(arguments, common, request, model, json) : make_plan(arguments.planner, request);
+  if (factors && !axes.ranks) made = with_factors(std::move(made), *factors);
   const std::string file = arguments.out.empty() ? "plan.json" : arguments.out;
   write_plan(made, file);
   const CacheConfig config = cache_config(made, model->shape());
@@ -445,28 +476,27 @@ void add_plan(CommandContext& context) {
       ->needs(measure);
   command
       ->add_option("--axes", arguments->axes,
-                   "What the budget is spent on: bits of all tokens, or tokens,bits: fewer tokens (snapkv, adakv) of more bits "
-                   "where text measured with a running cache says so; with --pareto both axes in one picture")
-      ->check(CLI::IsMember({"bits", "tokens,bits", "bits,tokens"}))
+                   "What the budget is spent on: bits alone, or bits with any of tokens (fewer: snapkv, adakv), channels (of "
+                   "keys: think) and rank (latents, with --factors), where text measured with a running cache says so; with "
+                   "--pareto bits and tokens in one picture")
       ->capture_default_str();
   command
-      ->add_option(
-          "--needles", arguments->needles,
-          "--axes tokens,bits: passkeys per depth that a plan must find about as often as bits alone (0: text decides)")
+      ->add_option("--needles", arguments->needles,
+                   "--axes: passkeys per depth that a plan must find about as often as bits alone (0: text decides)")
       ->check(CLI::Range(0, 1000))
       ->capture_default_str();
   command->add_option("--calib", arguments->calibration,
-                      "--measure, --axes tokens,bits: text as for kvmix profile; the last third is held out");
-  command
-      ->add_option("--windows", arguments->windows,
-                   "--measure, --axes tokens,bits: windows of up to 2048 tokens to search with (2)")
+                      "--measure, --axes: text as for kvmix profile; the last third is held out");
+  command->add_option("--windows", arguments->windows, "--measure, --axes: windows of up to 2048 tokens to search with (2)")
       ->check(CLI::Range(1, 64));
   command
       ->add_option("--seed", arguments->seed,
-                   "--measure, --axes tokens,bits: seed of the text that the model writes (the profile's plus 1)")
+                   "--measure, --axes: seed of the text that the model writes (the profile's plus 1)")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 62));
-  command->add_option("--factors", arguments->factors,
-                      "Latents in place of keys and values, by what kvmix factorise wrote, in the planner's codecs");
+  command->add_option(
+      "--factors", arguments->factors,
+      "Latents in place of keys and values, by what kvmix factorise wrote, in the planner's codecs; --axes: the "
+      "ranks to choose from, of a file of all latents (--keep 1)");
   command->add_option("-o,--out", arguments->out, "The plan file to write (plan.json); with --pareto the folder (plans)");
   // Every planner's own options, so that a new planner's appear here by themselves.
   std::map<std::string, std::string> helps;

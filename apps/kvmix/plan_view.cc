@@ -118,6 +118,17 @@ void print_plan_table(const Plan& plan, const Profile* profile) {
   for (size_t i = 0; i < codecs.size(); ++i) fmt::print("{:<2} {}\n", letters(i), codecs[i]);
 }
 
+double kept_latents(const Plan& plan, const ModelShape& model, Side side) {
+  double kept = 0, all = 0;
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    const int rank = side == Side::kKey ? plan.layers[l].key_rank : plan.layers[l].value_rank,
+              rows = model.layers[l].kv_heads * model.layers[l].head_dim;
+    kept += rank > 0 ? rank : rows;
+    all += rows;
+  }
+  return kept / all;
+}
+
 double kept_share(const FactorsInfo& factors) {
   double kept = 0, all = 0;
   for (const FactorsInfo::Layer& l : factors.layers) {

@@ -17,6 +17,8 @@ void print_score_table(const Profile& profile);
 void print_plan_costs(const Plan& plan, const ModelShape& model);
 nlohmann::json plan_costs_json(const Plan& plan, const ModelShape& model);
 
+// Part of a side's numbers that a plan's latents are: 1 where layers store rows themselves.
+double kept_latents(const Plan& plan, const ModelShape& model, Side side);
 // Layer by layer: latents of keys and values, in how many groups.
 void print_factors_table(const FactorsInfo& factors);
 nlohmann::json factors_json(const FactorsInfo& factors);

@@ -99,7 +99,7 @@ void bench(const char* name, const std::vector<LayerConfig>& kinds, int layers, 
   for (int i = 0; i < 64; ++i) step(all, true);
   const MemoryReport m = cache.memory();
   std::printf(
-      "%-22s %4d x %6d, %2d layers: %8.1f MiB in use, %6.1f slack, %6.1f scratch; step %7.3f ms on the device, storing alone "
+      "%-27s %4d x %6d, %2d layers: %8.1f MiB in use, %6.1f slack, %6.1f scratch; step %7.3f ms on the device, storing alone "
       "%.3f; host %.3f, of which begin %.3f; %s\n",
       name, sequences, depth, layers, static_cast<double>(m.total_bytes - m.slack_bytes) / (1 << 20),
       static_cast<double>(m.slack_bytes) / (1 << 20), static_cast<double>(m.scratch_bytes) / (1 << 20), median(device), storing,
@@ -136,10 +136,16 @@ int main(int argc, char** argv) {
     const char* const v3 = "int3.token.g64.minmax.zero";
     const char* const v1 = "int1.token.g64.fitted.zero";
     bench("f16", {kind("f16", "f16", false)}, layers, sequences, depth, rows, out, stream);
-    bench("2/2", {kind(k2, v2, false)}, layers, sequences, depth, rows, out, stream);
-    bench("2/2 transformed", {kind(k2, v2, true)}, layers, sequences, depth, rows, out, stream);
-    bench("mix", {kind(k2, v2, true), kind(k3, v2, true), kind(k2, v1, true), kind(k4, v3, true)}, layers, sequences, depth,
-          rows, out, stream);
+    for (const char* const recent : {"f16", "int8.token.g64.minmax.zero"}) {
+      const auto bench_rows = [&](const char* name, std::vector<LayerConfig> kinds) {
+        for (LayerConfig& layer : kinds) layer.recent = parse_codec(recent);
+        const std::string whole = std::string(name) + (kinds.front().recent.is_f16() ? ", f16 rows" : ", 8-bit rows");
+        bench(whole.c_str(), kinds, layers, sequences, depth, rows, out, stream);
+      };
+      bench_rows("2/2", {kind(k2, v2, false)});
+      bench_rows("2/2 transformed", {kind(k2, v2, true)});
+      bench_rows("mix", {kind(k2, v2, true), kind(k3, v2, true), kind(k2, v1, true), kind(k4, v3, true)});
+    }
     check(cudaFree(rows)), check(cudaFree(out));
     check(cudaStreamDestroy(stream));
     return 0;

@@ -110,9 +110,9 @@ struct CacheConfig {
   size_t max_bytes = 0;  // pool limit; 0: none. Exceeding it throws kOutOfMemory and leaves the cache as it was
   std::string kernel;    // "" best available, or a name from attention_kernels(); one that cannot run throws kUnsupported
   bool exact = false;    // attention arithmetic at least bf16-exact also where int8 would do
-  // Where pages are and attention is computed: "cpu", or "cuda", the calling thread's current CUDA device. There recent rows
-  // are fp16 whatever the layers say, token policies are refused, and `threads`, `kernel` and `exact` are the device's own
-  // matter: threads of one call but the first have nothing to do.
+  // Where pages are and attention is computed: "cpu", or "cuda", the calling thread's current CUDA device. There token policies
+  // are refused, and `threads`, `kernel` and `exact` are the device's own matter: threads of one call but the first have nothing
+  // to do.
   std::string device = "cpu";
   // Of "cuda". `stream`: a cudaStream_t that all work is queued on; null: one of the cache's own. `device_rows`: k, v, q and
   // out are device memory, and append and attend only queue; otherwise they are copied, and attend waits.
@@ -239,6 +239,23 @@ struct DeviceSpace {
   size_t free_bytes, total_bytes;
 };
 DeviceSpace cuda_space();
+
+// What the device "cuda" takes in this build; throws kUnsupported in one without CUDA.
+struct CudaSupport {
+  std::string architectures;            // as CMake was given them: "80-real;90a-real"
+  std::string bits, groups, head_dims;  // lists: "1, 2, 4"; 16 bits are fp16
+};
+CudaSupport cuda_support();
+
+// The GPUs of this machine; throws kUnsupported where there is none, as cuda_space does.
+struct CudaDevice {
+  std::string name;
+  int capability = 0;  // major * 10 + minor
+  size_t total_bytes = 0;
+  std::vector<int> head_dims;   // that its shared memory has room for
+  bool prefill_kernel = false;  // compute capability 9.0, and compiled for it
+};
+std::vector<CudaDevice> cuda_devices();
 
 // What a saved cache says of itself, after its checksum was verified, without a model.
 struct SavedCacheInfo {

@@ -159,14 +159,6 @@ struct ArchitectureInfo {
 };
 std::vector<ArchitectureInfo> architectures();
 
-// What a factors file holds (kvmix factorise; docs/rank.md).
-struct FactorsInfo {
-  std::string path, method, note, model, fingerprint, checksum;
-  struct Layer {
-    int key_groups, key_rank, key_channels, value_groups, value_rank, value_channels;
-  };
-  std::vector<Layer> layers;
-};
 // Throws kNotFound, kIo, kCorrupt.
 FactorsInfo inspect_factors(const std::string& path);
 // Throws kMismatch unless they were made for this model, by fingerprint.

@@ -90,6 +90,17 @@ struct RankSpec {
   friend bool operator==(const RankSpec&, const RankSpec&) = default;
 };
 
+// What a factors file holds (kvmix factorise; docs/rank.md).
+struct FactorsInfo {
+  std::string path, method, note, model, fingerprint, checksum;
+  struct Layer {
+    int key_groups, key_rank, key_channels, value_groups, value_rank, value_channels;
+    // [0 .. latents of a group]: part of the squared error of none that so many latents of each group leave, from 1 down.
+    std::vector<double> key_left, value_left;
+  };
+  std::vector<Layer> layers;
+};
+
 struct Plan {
   std::string fingerprint, model, planner;
   std::string note;  // how it was made: the planner's arguments in words
@@ -108,7 +119,7 @@ struct Plan {
   std::optional<RankSpec> rank;        // absent: keys and values themselves
   struct Layer {
     SideConfig key, value;
-    int key_rank = 0, value_rank = 0;  // with `rank`: latents of the layer, of all KV heads together
+    int key_rank = 0, value_rank = 0;  // with `rank`: latents of the layer, of all KV heads together; both 0: none
   };
   std::vector<Layer> layers;
 };
@@ -185,15 +196,28 @@ struct PlannerRequest {
   PlanMeter* meter = nullptr;
   int measurements = 0;
   Progress progress;  // of measuring; may be empty
+  // For planners that take ranks: latents may stand for keys and values, layer by layer, where that is cheaper. What leaving
+  // latents out costs is reckoned from what the side loses at 2 bits, times these prices; infinite: all of a side stay.
+  const FactorsInfo* factors = nullptr;
+  double key_price = 1, value_price = 1;
   // Free-form options, e.g. {"k-bits","3"}; a planner throws kInvalidArgument for one it does not know.
   std::map<std::string, std::string> options;
 };
+
+// Two f16 plans with a request's factors, one without a quarter of keys' latents, one without a quarter of values', and what a
+// planner that takes ranks reckons them to cost at price 1: measured, they say what the prices are. Throws as make_plan.
+struct RankProbes {
+  Plan key, value;
+  double key_cost = 0, value_cost = 0;  // in the profile's metric
+};
+RankProbes rank_probes(const PlannerRequest& request);
 
 struct PlannerInfo {
   std::string name, description;
   std::vector<std::pair<std::string, std::string>> options;  // name, help with default
   bool needs_profile = false, needs_budget = false;
   bool measures = false;  // makes use of a meter
+  bool ranks = false;     // makes use of factors
 };
 std::span<const PlannerInfo> planners();
 // Throws kInvalidArgument for an unknown planner or a meter it has no use for, kMismatch for a foreign profile, BudgetError for

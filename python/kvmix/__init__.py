@@ -29,7 +29,7 @@ except ImportError as e:
 
 from ._api import EvalRow, attend, evaluate, plan, profile
 from ._cache import Cache, Step
-from ._native import LayerShape, Model, ModelShape, Plan, Profile, __version__, attention_kernels, codecs, planners
+from ._native import LayerShape, Model, ModelShape, Plan, Profile, __version__, attention_kernels, codecs, cuda_space, planners
 
 __all__ = [
     "BudgetError",

@@ -11,12 +11,23 @@ from typing import Any
 import numpy as np
 
 from . import _native
+from ._errors import InvalidArgumentError
 from ._native import ModelShape, Plan
 
 
-def _like(array: Any) -> Any:
+_CUDA = 2  # DLPack's number of the kind of device
+_DEFAULT_STREAM = 1  # DLPack's
+
+
+def _like(array: Any, gpu: int | None) -> Any:
     """An empty array of the same kind, shape and type."""
-    return array.new_empty(array.shape) if hasattr(array, "new_empty") else np.empty(np.shape(array), np.float32)
+    if hasattr(array, "new_empty"):
+        return array.new_empty(array.shape)
+    if gpu is not None:
+        raise InvalidArgumentError(
+            f"out: a {type(array).__name__} cannot make another of its kind on a GPU; pass an array of query's shape"
+        )
+    return np.empty(np.shape(array), np.float32)
 
 
 class Step:
@@ -50,9 +61,12 @@ class Step:
 class Cache:
     """Keys and values of any number of sequences, stored as a plan says; attention reads them packed.
 
-    Arrays are float32 in the CPU's memory and come through DLPack or the buffer protocol: NumPy, PyTorch (detached), and
-    others. Rows of a step's sequences stand one after the other, in the order in which the step names them. Keys are rotated
+    Arrays are float32 in the memory of the cache's device, the CPU's or a GPU's, and come through DLPack or the buffer protocol
+    without a copy: NumPy, PyTorch (detached), CuPy and others. Rows of a step's sequences stand one after the other, in the order in which the step names them. Keys are rotated
     (post-RoPE). Threads may share a cache; their calls come one after the other.
+
+    With device "cuda" the cache is on the thread's current GPU. All work is queued on `stream`, and what other streams have
+    queued on an array before it is handed over comes first (DLPack's rule); results are there in the order of `stream`.
     """
 
     def __init__(
@@ -66,8 +80,10 @@ class Cache:
         kernel: str = "",
         exact: bool = False,
         device: str = "cpu",
+        stream: int = 0,
     ) -> None:
-        """`threads`: that attend, 0: the cores that there are. `max_bytes`: limit of all pages, 0: none. `kernel`: one of
+        """`device`: "cpu" or "cuda". `stream`: of "cuda", a cudaStream_t as an integer, which outlives the cache, e.g.
+        torch.cuda.current_stream().cuda_stream; 0: the default stream. `threads`: that attend, 0: the cores that there are. `max_bytes`: limit of all pages, 0: none. `kernel`: one of
         attention_kernels(), "": the best. `exact`: no int8 products. `force`: take another model's plan of as many layers.
 
         Raises MismatchError for another model's plan, InvalidArgumentError for shapes and names that cannot work,
@@ -75,10 +91,12 @@ class Cache:
         """
         digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
         self._native = _native.NativeCache(
-            plan, shape, force, threads, max_bytes, kernel, exact, device, f"{shape.fingerprint}+{digest}"
+            plan, shape, force, threads, max_bytes, kernel, exact, device, stream, f"{shape.fingerprint}+{digest}"
         )
         self.plan = plan
         self.shape = shape
+        self.stream = stream
+        self._gpu = self._native.gpu
 
     def create(self) -> int:
         """A new, empty sequence."""
@@ -91,6 +109,10 @@ class Cache:
     def fork(self, sequence: int) -> int:
         """A copy that shares full pages."""
         return self._native.fork(sequence)
+
+    def copy(self, sequence: int) -> int:
+        """A copy that shares nothing."""
+        return self._native.copy(sequence)
 
     def truncate(self, sequence: int, tokens: int) -> None:
         """Keeps the first `tokens`. What a packed page has lost stays lost."""
@@ -124,9 +146,18 @@ class Cache:
         query; None: a new array of query's kind, which is returned. Raises InvalidArgumentError naming the argument.
         """
         if out is None:
-            out = _like(query)
-        self._native.attend(layer, query, key, value, out)
+            out = _like(query, self._gpu)
+        arrays = (query, key, value, out) if self._gpu is None else [self._handed(x) for x in (query, key, value, out)]
+        self._native.attend(layer, *arrays)
         return out
+
+    def _handed(self, array: Any) -> Any:
+        """An array of a GPU's, ready in the order of our stream."""
+        if not hasattr(array, "__dlpack_device__") or array.__dlpack_device__()[0] != _CUDA:
+            return array  # refused with its name
+        if getattr(array, "requires_grad", False):
+            return array
+        return array.__dlpack__(stream=self.stream or _DEFAULT_STREAM)
 
     def end_step(self) -> None:
         """Makes the step final, after all layers."""
@@ -135,6 +166,17 @@ class Cache:
     def abort_step(self) -> None:
         """Undoes the open step."""
         self._native.abort_step()
+
+    def launch_key(self) -> int:
+        """On the device "cuda", between begin_step and the first layer: steps with equal keys launch the same, so that what a
+        CUDA graph captured of one step's attend calls may be launched in another's place. Ask before capturing, too; the mode
+        is "relaxed". 0: a step that cannot be captured, as those with prompts are.
+        """
+        return self._native.launch_key()
+
+    def launched(self) -> None:
+        """A captured graph stands for all layers of the open step: end_step is next."""
+        self._native.launched()
 
     @property
     def in_step(self) -> bool:
@@ -160,6 +202,11 @@ class Cache:
     def kernel(self) -> str:
         """The attention kernels that ran, joined with '+'."""
         return self._native.kernel
+
+    @property
+    def device(self) -> str:
+        """"cpu", or "cuda:" and the GPU's number."""
+        return "cpu" if self._gpu is None else f"cuda:{self._gpu}"
 
     @property
     def threads(self) -> int:

@@ -16,6 +16,12 @@ namespace nb = nanobind;
 
 [[noreturn]] inline void refuse(const std::string& what) { throw Error(Status::kInvalidArgument, what); }
 
+// Whose memory arrays must be in: the CPU's, or that of a GPU by its number.
+struct Place {
+  int gpu = -1;
+  bool on_cpu() const { return gpu < 0; }
+};
+
 // float32 rows [rows][heads][head_dim] whose last two axes are contiguous.
 struct Rows {
   nb::ndarray<> array;
@@ -30,7 +36,8 @@ inline std::string shape_text(const nb::ndarray<>& array) {
 }
 
 // `rows` < 0: any number. Throws kInvalidArgument naming the argument and what it should be.
-inline Rows take_rows(nb::handle object, const char* name, int64_t rows, int64_t heads, int64_t head_dim, bool writable) {
+inline Rows take_rows(nb::handle object, const char* name, int64_t rows, int64_t heads, int64_t head_dim, bool writable,
+                      Place place = {}) {
   const std::string where = std::string(name) + " ";
   const std::string expected = "; expected float32 [" + (rows < 0 ? "rows" : std::to_string(rows)) + ", " +
                                std::to_string(heads) + ", " + std::to_string(head_dim) + "]";
@@ -46,8 +53,11 @@ inline Rows take_rows(nb::handle object, const char* name, int64_t rows, int64_t
            (writable ? ", or a read-only one" : "") + expected + ", of a tensor without gradients");
   }
   const nb::ndarray<>& array = result.array;
-  if (array.device_type() != nb::device::cpu::value)
+  if (place.on_cpu() && array.device_type() != nb::device::cpu::value)
     refuse(where + "is not in the CPU's memory: move it there, e.g. with .cpu()");
+  if (!place.on_cpu() && (array.device_type() != nb::device::cuda::value || array.device_id() != place.gpu))
+    refuse(where + "is not in the memory of GPU " + std::to_string(place.gpu) +
+           ", where the cache is: move it there, e.g. with .cuda()");
   if (array.dtype() != nb::dtype<float>()) refuse(where + "is not float32: convert it, e.g. with .float()" + expected);
   if (array.ndim() != 3 || static_cast<int64_t>(array.shape(1)) != heads || static_cast<int64_t>(array.shape(2)) != head_dim ||
       (rows >= 0 && static_cast<int64_t>(array.shape(0)) != rows)) {

@@ -15,14 +15,20 @@
 #include "arrays.h"
 #include "kvmix/plan.h"
 #include "module.h"
+#ifdef KVMIX_CUDA
+#include <cuda_runtime.h>
+#endif
 
 namespace kvmix::python {
 namespace {
 
 using namespace nb::literals;
 
+// CUDA's name for the stream that frameworks number 0 and start with.
+constexpr uintptr_t kDefaultStream = 1;
+
 CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int threads, size_t max_bytes,
-                      const std::string& kernel, bool exact, const std::string& device) {
+                      const std::string& kernel, bool exact, const std::string& device, uintptr_t stream) {
   check_plan(plan, shape, force);
   CacheConfig config = cache_config(plan, shape);
   config.threads = threads == 0 ? default_threads() : threads;
@@ -30,15 +36,34 @@ CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int
   config.kernel = kernel;
   config.exact = exact;
   config.device = device;
+  if (device == "cuda") {
+    config.threads = 1;
+    config.device_rows = true;
+    config.stream = reinterpret_cast<void*>(stream == 0 ? kDefaultStream : stream);
+  } else if (stream != 0) {
+    refuse("a stream belongs to the device \"cuda\"; leave it out on the device \"" + device + "\"");
+  }
   return config;
+}
+
+// The GPU that a cache just made on the device "cuda" is on.
+int current_gpu() {
+  int gpu = 0;
+#ifdef KVMIX_CUDA
+  if (const cudaError_t status = cudaGetDevice(&gpu); status != cudaSuccess)
+    throw Error(Status::kInternal, std::string("device \"cuda\": ") + cudaGetErrorString(status));
+#endif
+  return gpu;
 }
 
 // Calls from several Python threads come one after the other; a step's layers are attended to in order.
 class PythonCache {
  public:
   PythonCache(const Plan& plan, const ModelShape& shape, bool force, int threads, size_t max_bytes, const std::string& kernel,
-              bool exact, const std::string& device, const std::string& fingerprint)
-      : fingerprint_(fingerprint), cache_(config_of(plan, shape, force, threads, max_bytes, kernel, exact, device)) {}
+              bool exact, const std::string& device, uintptr_t stream, const std::string& fingerprint)
+      : fingerprint_(fingerprint), cache_(config_of(plan, shape, force, threads, max_bytes, kernel, exact, device, stream)) {
+    if (device == "cuda") place_.gpu = current_gpu();
+  }
 
   // Without the interpreter's lock.
   template <typename Body>
@@ -70,19 +95,37 @@ class PythonCache {
       refuse("layer " + std::to_string(layer) + " came where layer " + std::to_string(next_layer_) +
              " is next: each layer of a step is attended to once, in order");
     const LayerConfig& config = cache_.config().layers[static_cast<size_t>(layer)];
-    const Rows key = take_rows(k, "key", *rows_, config.kv_heads, config.head_dim, false);
-    const Rows value = take_rows(v, "value", *rows_, config.kv_heads, config.head_dim, false);
-    const Rows query = take_rows(q, "query", *rows_, config.q_heads, config.head_dim, false);
-    const Rows result = take_rows(out, "out", *rows_, config.q_heads, config.head_dim, true);
+    const Rows key = take_rows(k, "key", *rows_, config.kv_heads, config.head_dim, false, place_);
+    const Rows value = take_rows(v, "value", *rows_, config.kv_heads, config.head_dim, false, place_);
+    const Rows query = take_rows(q, "query", *rows_, config.q_heads, config.head_dim, false, place_);
+    const Rows result = take_rows(out, "out", *rows_, config.q_heads, config.head_dim, true, place_);
     const int64_t last = (*rows_ - 1) * query.stride + int64_t{config.q_heads} * config.head_dim;
     const int64_t end = (*rows_ - 1) * result.stride + int64_t{config.q_heads} * config.head_dim;
     if (result.data < query.data + last && query.data < result.data + end)
       refuse("out shares memory with query: give it an array of its own");
     call([&](Cache& cache) {
+      if (!place_.on_cpu()) {  // the device's threads are its own matter
+        cache.append(layer, key.data, key.stride, value.data, value.stride, 0, 1);
+        cache.attend(layer, query.data, query.stride, result.data, result.stride, 0, 1);
+        return;
+      }
       cache.step_layer(layer, key.data, key.stride, value.data, value.stride, query.data, query.stride, result.data,
                        result.stride);
     });
     ++next_layer_;
+  }
+
+  // Of a step that has attended to nothing yet; 0: it cannot be captured.
+  uint64_t launch_key() {
+    if (!rows_ || next_layer_ != 0) refuse("launch_key is asked between begin_step and the first layer");
+    if (place_.on_cpu()) refuse("launch_key is for the device \"cuda\"; this cache is on the device \"cpu\"");
+    return call([](Cache& cache) { return cache.launch_key(); });
+  }
+
+  // What was captured stands for all layers of this step.
+  void launched() {
+    if (!rows_ || place_.on_cpu()) refuse("launched is for an open step on the device \"cuda\"");
+    next_layer_ = static_cast<int>(cache_.config().layers.size());
   }
 
   void end_step() {
@@ -101,6 +144,7 @@ class PythonCache {
     call([](Cache& cache) { cache.abort_step(); });
   }
 
+  std::optional<int> gpu() const { return place_.on_cpu() ? std::nullopt : std::optional(place_.gpu); }
   bool in_step() const { return rows_.has_value(); }
   const Cache& cache() const { return cache_; }
   const std::string& fingerprint() const { return fingerprint_; }
@@ -108,6 +152,7 @@ class PythonCache {
  private:
   std::string fingerprint_;
   Cache cache_;
+  Place place_;
   std::mutex mutex_;
   std::optional<int64_t> rows_;  // of the open step
   int next_layer_ = 0;
@@ -156,14 +201,18 @@ void need_layer(PythonCache& c, int layer) {
 
 void bind_cache(nb::module_& m) {
   nb::class_<PythonCache>(m, "NativeCache")
-      .def(nb::init<const Plan&, const ModelShape&, bool, int, size_t, const std::string&, bool, const std::string&,
+      .def(nb::init<const Plan&, const ModelShape&, bool, int, size_t, const std::string&, bool, const std::string&, uintptr_t,
                     const std::string&>(),
-           "plan"_a, "shape"_a, "force"_a, "threads"_a, "max_bytes"_a, "kernel"_a, "exact"_a, "device"_a, "fingerprint"_a)
+           "plan"_a, "shape"_a, "force"_a, "threads"_a, "max_bytes"_a, "kernel"_a, "exact"_a, "device"_a, "stream"_a,
+           "fingerprint"_a)
       .def("create", [](PythonCache& c) { return c.call([](Cache& cache) { return cache.create(); }); })
       .def(
           "remove", [](PythonCache& c, SequenceId s) { c.call([s](Cache& cache) { cache.remove(s); }); }, "sequence"_a)
       .def(
           "fork", [](PythonCache& c, SequenceId s) { return c.call([s](Cache& cache) { return cache.fork(s); }); },
+          "sequence"_a)
+      .def(
+          "copy", [](PythonCache& c, SequenceId s) { return c.call([s](Cache& cache) { return cache.copy(s); }); },
           "sequence"_a)
       .def(
           "truncate", [](PythonCache& c, SequenceId s, int64_t n) { c.call([s, n](Cache& cache) { cache.truncate(s, n); }); },
@@ -176,6 +225,8 @@ void bind_cache(nb::module_& m) {
       .def("attend", &PythonCache::attend, "layer"_a, "query"_a, "key"_a, "value"_a, "out"_a)
       .def("end_step", &PythonCache::end_step)
       .def("abort_step", &PythonCache::abort_step)
+      .def("launch_key", &PythonCache::launch_key)
+      .def("launched", &PythonCache::launched)
       .def_prop_ro("in_step", &PythonCache::in_step)
       .def("memory", &memory_of)
       .def(
@@ -199,6 +250,7 @@ void bind_cache(nb::module_& m) {
       .def_prop_ro("kernel", [](PythonCache& c) { return c.call([](Cache& cache) { return cache.stats().kernel; }); })
       .def_prop_ro("sealed_pages",
                    [](PythonCache& c) { return c.call([](Cache& cache) { return cache.stats().sealed_pages; }); })
+      .def_prop_ro("gpu", &PythonCache::gpu)
       .def_prop_ro("threads", [](PythonCache& c) { return c.cache().config().threads; })
       .def("read", &read_rows, "sequence"_a, "layer"_a, "kv_head"_a, "side"_a, "original_space"_a)
       .def(
@@ -213,6 +265,15 @@ void bind_cache(nb::module_& m) {
             return c.call([&](Cache& cache) { return cache.load(path, c.fingerprint()); });
           },
           "path"_a);
+  m.def(
+      "cuda_space",
+      [] {
+        const DeviceSpace space = cuda_space();
+        return std::pair(space.free_bytes, space.total_bytes);
+      },
+      "Free and all bytes of the calling thread's current GPU. Raises UnsupportedError where there is none, or no CUDA in "
+      "this\n"
+      "build.");
   m.def(
       "attention_kernels",
       [] {

@@ -19,6 +19,26 @@ def cache_folder():
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kvmix"
 
 
+def why_no_gpu():
+    """Why tests of the device "cuda" cannot run here; "" if they can."""
+    try:
+        kvmix.cuda_space()
+    except kvmix.UnsupportedError as e:
+        return str(e)
+    try:
+        import torch
+    except ImportError:
+        return "tensors on a GPU need torch"
+    return "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
+
+
+def device_or_skip(name):
+    """With KVMIX_TEST_DEVICE=cuda in the environment what is missing fails tests instead of skipping them."""
+    if name == "cuda" and (why := why_no_gpu()):
+        (pytest.fail if os.environ.get("KVMIX_TEST_DEVICE") == "cuda" else pytest.skip)(why)
+    return name
+
+
 @pytest.fixture(scope="session")
 def smollm2_path():
     path = cache_folder() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from conftest import why_no_gpu
 
 import kvmix
 
@@ -196,8 +197,17 @@ def test_what_cannot_be_is_refused_when_it_is_made():
         kvmix.Cache(plan, SHAPE, kernel="nobody")
     with pytest.raises(kvmix.InvalidArgumentError, match="tpu"):
         kvmix.Cache(plan, SHAPE, device="tpu")
-    with pytest.raises(kvmix.UnsupportedError, match="CUDA"):
-        kvmix.Cache(plan, SHAPE, device="cuda")
+    if why_no_gpu():
+        with pytest.raises(kvmix.UnsupportedError, match="CUDA"):
+            kvmix.Cache(plan, SHAPE, device="cuda")
+        with pytest.raises(kvmix.UnsupportedError, match="CUDA"):
+            kvmix.cuda_space()
+    with pytest.raises(kvmix.InvalidArgumentError, match="stream"):
+        kvmix.Cache(plan, SHAPE, stream=7)
+    cache = kvmix.Cache(plan, SHAPE)
+    cache.begin_step([(cache.create(), 1)])
+    with pytest.raises(kvmix.InvalidArgumentError, match='"cuda"'):
+        cache.launch_key()
     with pytest.raises(kvmix.InvalidArgumentError, match="query heads"):
         odd = kvmix.ModelShape([kvmix.LayerShape(5, 2, 64)])
         kvmix.Cache(kvmix.Plan.f16(odd), odd)

@@ -1,5 +1,7 @@
 """Gradient scores by torch against those of the GGUF engine, of the same weights."""
 
+import os
+
 import gguf
 import numpy as np
 import pytest
@@ -85,6 +87,47 @@ def test_scores_equal_the_engines(tiny_pair, tmp_path):
     np.testing.assert_allclose(given.value_score, want.value_score, rtol=1e-3)
     assert before == [p.requires_grad for p in theirs.parameters()] and not theirs.training
     assert all(p.grad is None for p in theirs.parameters())
+
+
+def rank_correlation(a, b):
+    return np.corrcoef(*(np.argsort(np.argsort(x)) for x in (a, b)))[0, 1]
+
+
+@pytest.mark.skipif(
+    "KVMIX_PROFILE_TOKENS" not in os.environ, reason="takes minutes: set KVMIX_PROFILE_TOKENS=512, and -s to see the numbers"
+)
+def test_scores_of_a_real_model_are_the_engines(smollm2, smollm2_path, prose, tmp_path):
+    """SmolLM2, whose weights torch gets as ggml dequantises them, while ggml's own products round activations to 8 bits: layers
+    in the same order, and plans that lose as much."""
+    config = transformers.LlamaConfig(
+        vocab_size=smollm2.vocab_size, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    theirs = as_transformers(smollm2_path, config)
+    tokens = int(os.environ["KVMIX_PROFILE_TOKENS"])
+    (tmp_path / "text.txt").write_text(prose)
+    want = kvmix.profile(smollm2, text=tmp_path / "text.txt", prompts=1, tokens=tokens, sensitivity=None)
+    given = profile(theirs, [smollm2.tokenize(prose)[:tokens]])
+    assert given.tokens == want.tokens == tokens
+    for side in ("key_score", "value_score"):
+        engines, torchs = (np.array(getattr(p, side)) for p in (want, given))
+        print(
+            f"{side}: rank correlation {rank_correlation(engines, torchs):.5f}, "
+            f"largest difference {np.abs(torchs / engines - 1).max():.4f}"
+        )
+        assert rank_correlation(engines, torchs) > 0.99
+        np.testing.assert_allclose(torchs, engines, rtol=0.1)
+    # The two fingerprints differ, so torch's scores are put on the engine's shape.
+    moved = kvmix.Profile.from_scores(smollm2.shape, [given.key_score], [given.value_score], tokens)
+    plans = {name: kvmix.plan(smollm2, p, planner="kvmix-paper") for name, p in (("engine", want), ("torch", moved))}
+    alike = sum(a == b for a, b in zip(plans["engine"].layers, plans["torch"].layers, strict=True))
+    rows = {row.name: row for row in kvmix.evaluate(smollm2, prose, plans, context=512, windows=4)}
+    print(f"plans alike in {alike} of 30 layers")
+    for row in rows.values():
+        print(f"{row.name}: KL {row.kl_mean:.5f} +- {row.kl_stderr:.5f} at {row.bits_per_element:.3f} bits")
+    spread = np.hypot(rows["engine"].kl_stderr, rows["torch"].kl_stderr)
+    assert abs(rows["engine"].kl_mean - rows["torch"].kl_mean) < 3 * spread
 
 
 def test_plans_of_the_scores_run(tiny_pair):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "backend/page.h"
@@ -19,6 +20,7 @@ struct StepEntry {
   // Whether the tokens belong to a prompt, where that began, and whether it ends here.
   bool prompt, ends_prompt;
   int64_t prompt_start;
+  uint64_t revision = 0;  // of the pages before the step
 
   int64_t end() const { return start + n_tokens; }
 };
@@ -47,8 +49,24 @@ struct Gather {
   const PageEntry& to() const { return list->pages[index]; }
 };
 
+// A place in a page list that a change gives a new page. `before` is what stood there; its page, if any, goes on commit.
+struct PageChange {
+  // Whose the list is: an entry of the step, or -1 of other changes.
+  struct Owner {
+    int32_t entry = -1, layer = 0, kv_head = 0;
+  };
+  PageList* list;
+  size_t index;
+  PageEntry before;
+  bool copies;  // the new page starts as a copy of that one
+  Owner owner;
+
+  PageEntry& entry() const { return list->pages[index]; }
+};
+
 struct StepPlan {
   std::vector<StepEntry> entries;
+  std::span<const PageChange> changes;
   std::vector<std::vector<Transcode>> transcodes;  // by layer; done before the step's rows are appended
 
   bool decoding() const {

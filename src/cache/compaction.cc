@@ -116,7 +116,7 @@ void Ledger::move_together(const Compacting& job, std::span<const Kept> tokens, 
     }
     const auto live = static_cast<int32_t>(n);
     next.pages.push_back({kNoPage, format, tokens[n - 1].position - live + 1, live});
-    changes_.push_back({&next, next.pages.size() - 1, {}, false});
+    changes_.push_back({&next, next.pages.size() - 1, {}, false, {}});
     gathers_.push_back(std::move(gather));
     tokens = tokens.subspan(n);
   };

@@ -64,9 +64,8 @@ LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
   if (!on_cuda) return layout;
   const kvmix_cuda_format record = cuda::layer_format(layer, "a layer");
   layout.sinks.bytes = cuda::open_bytes(layout.sinks.slots, layer.head_dim);
-  layout.recent.rows = true;
-  layout.recent.bytes = cuda::open_bytes(kPageTokens, layer.head_dim);
-  layout.recent.value_offset = layout.recent.bytes / 2;
+  layout.recent.bytes = layout.recent.rows ? cuda::open_bytes(kPageTokens, layer.head_dim)
+                                           : cuda::record_bytes(cuda::open_format(layer, "a layer"));
   layout.sealed.bytes = cuda::record_bytes(record);
   return layout;
 }

@@ -18,7 +18,7 @@ struct LayerLayout {
   PageFormat sinks, recent, sealed;
   bool seals;  // false when both sides stay fp16
 };
-// On the device "cuda" recent rows are fp16; `key` and `value` then say what a file holds.
+// On the device "cuda" pages have sizes of their own; tiles, `key` and `value`, then say what a file holds.
 LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda = false);
 inline bool on_cuda(const CacheConfig& config) { return config.device == "cuda"; }
 // Throws kInvalidArgument unless the layer's latents, if it stores any, are as many as pages can hold.

@@ -51,17 +51,21 @@ void Ledger::settle(SequencePages& sequence) {
   }
 }
 
-// The length up to which steps neither begin a page nor seal one nor copy one that is shared; the present one if the next does.
+// The length up to which steps neither begin a page nor seal one, copy one that is shared or leave one behind a sliding window;
+// the present one if the next does.
 int64_t Ledger::quiet_length(const SequencePages& sequence) const {
   int64_t until = next_seal(sequence);
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (const PageList& list : sequence.layers[l].heads) {
+    for (const PageList& list : unlike(sequence.layers[l])) {
       if (list.pages.empty()) return sequence.length;
       const PageEntry& last = list.pages.back();
       const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
       const Due pages = ids_[l].seals_in(list) ? due(l, list) : Due{0, 0};
       if (!format.appendable() || shared(last.handle) || pages.end > pages.first) return sequence.length;
       until = std::min<int64_t>(until, last.first + format.slots);
+      const size_t oldest = body(l, list);
+      if (layers_[l].sliding_window > 0 && oldest < list.pages.size())
+        until = std::min<int64_t>(until, list.pages[oldest].first + kPageTokens + layers_[l].sliding_window - 1);
     }
   }
   return until;
@@ -119,6 +123,7 @@ size_t Ledger::body(size_t layer, const PageList& list) const {
 
 void Ledger::begin_change() {
   plan_.entries.clear();
+  plan_.changes = {};
   plan_.transcodes.resize(layers_.size());
   for (std::vector<Transcode>& transcodes : plan_.transcodes) transcodes.clear();
   changes_.clear();
@@ -135,9 +140,9 @@ Ledger::PromptPart Ledger::prompt_part(const StepItem& item, const SequencePages
   return {prompt, prompt && !item.more};
 }
 
-void Ledger::replace(PageList& list, size_t index, FormatId format, bool copies) {
+void Ledger::replace(PageList& list, size_t index, FormatId format, bool copies, const PageChange::Owner& owner) {
   PageEntry& entry = list.pages[index];
-  changes_.push_back({&list, index, entry, copies});
+  changes_.push_back({&list, index, entry, copies, owner});
   entry.handle = kNoPage;
   entry.format = format;
 }
@@ -171,30 +176,30 @@ Ledger::Due Ledger::due(size_t layer, const PageList& list) const {
 }
 
 // Recent pages that the window has passed become sealed ones.
-void Ledger::seal(size_t layer, int kv_head, PageList& list) {
-  const Due pages = due(layer, list);
+void Ledger::seal(const PageChange::Owner& owner, PageList& list, const Due& pages) {
+  const auto layer = static_cast<size_t>(owner.layer);
   for (size_t i = pages.first; i < pages.end; ++i) {
     const PageEntry open = list.pages[i];
-    replace(list, i, ids_[layer].sealed_in(list), false);
-    plan_.transcodes[layer].push_back({static_cast<int>(layer), kv_head, open, &list, i});
+    replace(list, i, ids_[layer].sealed_in(list), false, owner);
+    plan_.transcodes[layer].push_back({owner.layer, owner.kv_head, open, &list, i});
   }
 }
 
 int64_t Ledger::next_seal(const SequencePages& sequence) const {
   int64_t next = INT64_MAX;
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (const PageList& list : sequence.layers[l].heads) {
+    for (const PageList& list : unlike(sequence.layers[l])) {
       if (!ids_[l].seals_in(list)) continue;
       // Tokens behind what a step would seal now.
+      const size_t oldest = due(l, list).end;
       int64_t tail = 0;
-      for (size_t i = due(l, list).end; i < list.pages.size(); ++i) tail += list.pages[i].live;
+      for (size_t i = oldest; i < list.pages.size(); ++i) tail += list.pages[i].live;
       const int sinks = list.pages.size() > 1 ? 0 : layers_[l].sinks;
       const int64_t to_come = sinks > 0 && !list.pages.empty() ? sinks - list.pages[0].live : sinks;
       int64_t more = 1;
       if (uses_ratio(layers_[l])) {
         while (ratio_surplus_pages(layers_[l], tail + more) == 0) ++more;
       } else {
-        const size_t oldest = due(l, list).end;
         const bool whole = oldest + 1 < list.pages.size();  // a page that is not the last gets no more tokens
         const int64_t page = whole ? list.pages[oldest].live : kPageTokens;
         more = std::max<int64_t>(1, page + layers_[l].window.tokens - tail);
@@ -205,7 +210,8 @@ int64_t Ledger::next_seal(const SequencePages& sequence) const {
   return next;
 }
 
-void Ledger::open_list(size_t layer, PageList& list, const StepEntry& entry) {
+void Ledger::open_list(const PageChange::Owner& owner, PageList& list, const StepEntry& entry) {
+  const auto layer = static_cast<size_t>(owner.layer);
   const LayerConfig& config = layers_[layer];
   const int64_t end = entry.end();
   old_sizes_.push_back({&list, list.pages.size()});
@@ -217,7 +223,7 @@ void Ledger::open_list(size_t layer, PageList& list, const StepEntry& entry) {
     if (list.pages.size() == list.pages.capacity()) list.pages.reserve(list.pages.capacity() + kTableStep);
     const auto live = static_cast<int32_t>(std::min<int64_t>(end - next, slots));
     list.pages.push_back({kNoPage, format, static_cast<int32_t>(next), live});
-    changes_.push_back({&list, list.pages.size() - 1, {}, false});
+    changes_.push_back({&list, list.pages.size() - 1, {}, false, owner});
     next += live;
   };
   if (list.pages.empty()) {
@@ -228,7 +234,7 @@ void Ledger::open_list(size_t layer, PageList& list, const StepEntry& entry) {
     const PageFormat& format = formats_[static_cast<FormatId>(page.format)];
     // Unless its newest token was dropped, the last page goes on; one that a fork shares is copied before it is written to.
     if (format.appendable() && page.live < format.slots && page.first + page.live == entry.start) {
-      if (shared(page.handle)) replace(list, last, static_cast<FormatId>(page.format), true);
+      if (shared(page.handle)) replace(list, last, static_cast<FormatId>(page.format), true, owner);
       set_live(list, last, end);
       next += list.pages[last].live - page.live;
     }
@@ -236,15 +242,24 @@ void Ledger::open_list(size_t layer, PageList& list, const StepEntry& entry) {
   while (next < end) add(ids_[layer].recent, kPageTokens);
 }
 
-void Ledger::open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry) {
-  std::vector<PageList>& heads = sequence.layers[layer].heads;
+void Ledger::open_layer(size_t layer, size_t index) {
+  const StepEntry& entry = plan_.entries[index];
+  std::vector<PageList>& heads = growth_[index].sequence->layers[layer].heads;
+  PageChange::Owner owner{static_cast<int32_t>(index), static_cast<int32_t>(layer), 0};
   if (!(ids_[layer].waits() && entry.prompt)) {
     // Head by head, so that a head's pages come out next to each other.
+    Due pages{};
     for (size_t h = 0; h < heads.size(); ++h) {
-      if (ids_[layer].seals_in(heads[h])) seal(layer, static_cast<int>(h), heads[h]);
+      if (!ids_[layer].seals_in(heads[h])) continue;
+      if (h == 0 || !writes_late_) pages = due(layer, heads[h]);
+      owner.kv_head = static_cast<int32_t>(h);
+      seal(owner, heads[h], pages);
     }
   }
-  for (PageList& list : heads) open_list(layer, list, entry);
+  for (size_t h = 0; h < heads.size(); ++h) {
+    owner.kv_head = static_cast<int32_t>(h);
+    open_list(owner, heads[h], entry);
+  }
 }
 
 const StepPlan& Ledger::open(std::span<const StepItem> items) {
@@ -272,30 +287,38 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
                              .row = row,
                              .prompt = prompt,
                              .ends_prompt = ends,
-                             .prompt_start = prompt_start});
+                             .prompt_start = prompt_start,
+                             .revision = sequence.revision});
     growth_.push_back({&sequence, end, ends ? end : sequence.prompt_length, prompt_start, sequence.counted_from,
                        prompt && item.more, sequence.revision, writes_late_ && end <= sequence.quiet_until});
     row += item.n_tokens;
   }
   open_ = true;
-  for (const Growth& growth : growth_) {
-    if (!growth.quiet) settle(*growth.sequence);
+  loud_.clear();
+  for (size_t e = 0; e < growth_.size(); ++e) {
+    if (growth_[e].quiet) continue;
+    settle(*growth_[e].sequence);
+    loud_.push_back(e);
   }
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (size_t e = 0; e < plan_.entries.size(); ++e) {
-      if (growth_[e].quiet) continue;
+    for (const size_t e : loud_) {
       const size_t before = changes_.size();
-      open_layer(l, *growth_[e].sequence, plan_.entries[e]);
+      open_layer(l, e);
       if (changes_.size() > before) revise(*growth_[e].sequence);
     }
   }
   // New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among
   // what goes.
-  const auto age = [](const PageChange& change) { return change.before.handle != kNoPage ? -1 : change.entry().first; };
-  if (changes_.size() > 1) {
-    std::stable_sort(changes_.begin(), changes_.end(),
-                     [&](const PageChange& a, const PageChange& b) { return age(a) < age(b); });
+  ages_.clear();
+  for (const PageChange& change : changes_)
+    ages_.emplace_back(change.before.handle != kNoPage ? -1 : change.entry().first, ages_.size());
+  if (!std::is_sorted(ages_.begin(), ages_.end())) {
+    std::sort(ages_.begin(), ages_.end());
+    by_age_.clear();
+    for (const auto& [age, index] : ages_) by_age_.push_back(changes_[index]);
+    changes_.swap(by_age_);
   }
+  plan_.changes = changes_;
   return plan_;
 }
 
@@ -390,7 +413,7 @@ std::vector<FreedPage> Ledger::commit() {
     sequence.prompt_length = growth.prompt_length;
     sequence.prompt_start = growth.prompt_start;
     sequence.in_prompt = growth.in_prompt;
-    for (size_t l = 0; l < layers_.size() && cuts_.empty(); ++l) {
+    for (size_t l = 0; l < layers_.size() && cuts_.empty() && !growth.quiet; ++l) {
       if (layers_[l].sliding_window > 0) leave_window(l, sequence, freed);
     }
     if (growth.quiet) {

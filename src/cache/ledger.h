@@ -9,6 +9,7 @@
 #include <map>
 #include <span>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
@@ -18,16 +19,6 @@
 #include "kvmix/cache.h"
 
 namespace kvmix {
-
-// A place in a page list that a change gives a new page. `before` is what stood there; its page, if any, goes on commit.
-struct PageChange {
-  PageList* list;
-  size_t index;
-  PageEntry before;
-  bool copies;  // the new page starts as a copy of that one
-
-  PageEntry& entry() const { return list->pages[index]; }
-};
 
 // A page that nobody refers to any more.
 struct FreedPage {
@@ -127,8 +118,8 @@ class Ledger {
     float mass;
   };
 
-  void open_layer(size_t layer, SequencePages& sequence, const StepEntry& entry);
-  void open_list(size_t layer, PageList& list, const StepEntry& entry);
+  void open_layer(size_t layer, size_t entry);
+  void open_list(const PageChange::Owner& owner, PageList& list, const StepEntry& entry);
   void cut(size_t layer, int kv_head, PageList& list, bool low, int64_t n_tokens);
   // `added` come from another list.
   struct Compacting {
@@ -142,14 +133,18 @@ class Ledger {
   void compact(Compacting job);
   void move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, PageList& next);
   int64_t left_empty(const Compacting& job, size_t tokens, const PageList& next, const PageEntry& page) const;
-  void replace(PageList& list, size_t index, FormatId format, bool copies);
+  void replace(PageList& list, size_t index, FormatId format, bool copies, const PageChange::Owner& owner = {});
   void set_live(PageList& list, size_t index, int64_t end);
-  void seal(size_t layer, int kv_head, PageList& list);
   // Recent pages of a list that are due to be sealed: [first, end).
   struct Due {
     size_t first, end;
   };
   Due due(size_t layer, const PageList& list) const;
+  void seal(const PageChange::Owner& owner, PageList& list, const Due& pages);
+  // Lists that may differ in more than which pages they hold: where none is governed a layer's heads are alike.
+  std::span<const PageList> unlike(const LayerPages& layer) const {
+    return std::span(layer.heads).first(writes_late_ ? 1 : layer.heads.size());
+  }
   void drop(const PageEntry& entry, std::vector<FreedPage>& freed);
   void leave_window(size_t layer, SequencePages& sequence, std::vector<FreedPage>& freed);
   // Index of the first page behind the sinks.
@@ -171,11 +166,13 @@ class Ledger {
   bool writes_late_ = false;
   bool open_ = false;
   StepPlan plan_;
-  std::vector<PageChange> changes_;
+  std::vector<PageChange> changes_, by_age_;
+  std::vector<std::pair<int32_t, size_t>> ages_;  // of changes, with their places
   std::vector<Undo> undo_;
   std::vector<Size> old_sizes_;  // of lists that may have grown
   std::vector<Cut> cuts_;        // of lists that a truncation shortens on commit
   std::vector<Growth> growth_;
+  std::vector<size_t> loud_;  // entries of the step whose lists are written now
   std::deque<Compaction> compactions_;
   std::vector<Gather> gathers_;
 };

@@ -49,7 +49,7 @@ void attend_op(ggml_tensor* out, int ith, int nth, void* data) {
   });
 }
 
-// What makes a layer's latents, [model_dim, rank].
+// What makes a layer's latents, [model_dim, rank]; null in a layer without.
 struct DownProjections {
   ggml_tensor *key, *value;
 };
@@ -65,7 +65,8 @@ class CacheHooks final : public GraphHooks {
 
   ggml_tensor* attention(ggml_context* ctx, int64_t layer, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
     LayerCall* call = &calls_[static_cast<size_t>(layer)];
-    if (!down_.empty()) {  // latents in their place: the graph then never reaches k and v
+    if (!down_.empty() &&
+        down_[static_cast<size_t>(layer)].key != nullptr) {  // latents in their place: the graph then never reaches k and v
       const auto latents = [&](ggml_tensor* down) {
         ggml_tensor* z = ggml_mul_mat(ctx, down, input_);
         return ggml_reshape_3d(ctx, z, z->ne[0], 1, z->ne[1]);
@@ -131,10 +132,14 @@ class CpuRunner final : public Runner {
     const auto tensor = [&](const std::vector<float>& numbers) {
       return ggml_new_tensor_2d(down_context_.get(), GGML_TYPE_F32, dim, static_cast<int64_t>(numbers.size()) / dim);
     };
-    for (const LayerLatents& l : latents) down_.push_back({tensor(l.key_down), tensor(l.value_down)});
+    for (const LayerLatents& l : latents) {
+      const bool none = l.factors == nullptr;
+      down_.push_back({none ? nullptr : tensor(l.key_down), none ? nullptr : tensor(l.value_down)});
+    }
     down_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(down_context_.get(), ggml_backend_cpu_buffer_type()));
     if (down_buffer_ == nullptr) throw Error(Status::kOutOfMemory, "not enough memory for the plan's factors");
     for (size_t l = 0; l < latents.size(); ++l) {
+      if (down_[l].key == nullptr) continue;
       std::copy(latents[l].key_down.begin(), latents[l].key_down.end(), static_cast<float*>(down_[l].key->data));
       std::copy(latents[l].value_down.begin(), latents[l].value_down.end(), static_cast<float*>(down_[l].value->data));
     }

@@ -96,11 +96,26 @@ class FactorsReader {
   Checksum sum_;
 };
 
+// FactorsInfo::Layer::key_left.
+std::vector<double> left_of(const SideFactors& s) {
+  const size_t part = s.energies.size() / static_cast<size_t>(s.groups);
+  std::vector<double> left(part + 1, 0.0);
+  for (size_t i = part; i-- > 0;) {
+    left[i] = left[i + 1];
+    for (size_t g = 0; g < static_cast<size_t>(s.groups); ++g) left[i] += static_cast<double>(s.energies[g * part + i]);
+  }
+  const double all = left.front();
+  for (double& x : left) x = all > 0 ? x / all : 0.0;
+  left.resize(static_cast<size_t>(s.rank) + 1);
+  return left;
+}
+
 FactorsInfo info_of(const Factors& f, const std::string& path) {
   FactorsInfo info{path, f.method, f.note, f.model, f.fingerprint, f.checksum, {}};
   for (const Factors::Layer& l : f.layers) {
     info.layers.push_back({l.key.groups, l.key.groups * l.key.rank, static_cast<int>(l.key.energies.size()), l.value.groups,
-                           l.value.groups * l.value.rank, static_cast<int>(l.value.energies.size())});
+                           l.value.groups * l.value.rank, static_cast<int>(l.value.energies.size()), left_of(l.key),
+                           left_of(l.value)});
   }
   return info;
 }

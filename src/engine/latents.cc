@@ -111,6 +111,7 @@ std::vector<LayerLatents> load_latents(const GgufModel& model, const Plan& plan,
   for (size_t l = 0; l < file.layers.size(); ++l) {
     const Plan::Layer& planned = plan.layers[l];
     LayerLatents& latents = layers.emplace_back();
+    if (planned.key_rank == 0) continue;  // keys and values themselves
     auto f = std::make_shared<LatentFactors>();
     const auto turns = [](const CodecSpec& codec) { return !codec.is_f16() && codec.axis == Axis::kToken; };
     const std::string where = "layer " + std::to_string(l);

@@ -7,6 +7,7 @@
 #include "base/mean.h"
 #include "plan/candidates.h"
 #include "plan/planner.h"
+#include "plan/rank_allocation.h"
 #include "plan/refine.h"
 
 namespace kvmix {
@@ -43,8 +44,8 @@ constexpr double kRecallWeight = 0.05;
 
 // What the knapsack makes of a budget.
 struct Allocation {
-  Plan plan;  // its frame and recent rows; codecs as chosen
-  PricedChoices priced;
+  Plan plan;             // its frame and recent rows; codecs, and latents, as chosen
+  PricedChoices priced;  // without latents
   std::vector<size_t> chosen;
   int64_t spend = 0;
   double cost = 0;  // that of answers too, weighted
@@ -54,6 +55,10 @@ struct Allocation {
 Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric, double recall_weight) {
   const int64_t context = request.budget.context;
   Allocation made{std::move(plan), {}, {}, 0, 0};
+  if (request.factors != nullptr) {
+    made.cost = allocate_ranks(request, metric, made.plan);
+    return made;
+  }
   made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device, recall_weight);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   made.spend = budget - made.priced.fixed_bytes;
@@ -84,13 +89,13 @@ Allocation best_allocation(const PlannerRequest& request, const Plan& frame, con
 std::string next_bits(const Allocation& made, bool recalls) {
   const auto more = static_cast<int64_t>(made.priced.elements * 0.1 / 8);
   const std::vector<size_t> chosen = allocate(made.priced.items, made.spend + more);
-  double cost = 0, next = 0;
+  double cost = 0, next = 0;  // by the metric
   for (size_t i = 0; i < chosen.size(); ++i) {
     cost += made.priced.sides[i][made.chosen[i]].cost;
     next += made.priced.sides[i][chosen[i]].cost;
   }
   char text[160];
-  int n =
+  const int n =
       std::snprintf(text, sizeof text, "; .1 bits more: cost %.5g (%+.0f %%)", next, 100 * (next / std::max(cost, 1e-30) - 1));
   if (recalls) std::snprintf(text + n, sizeof text - static_cast<size_t>(n), ", of answers %.4g", made.priced.recall(chosen));
   return text;
@@ -103,13 +108,13 @@ Plan make(const PlannerRequest& request) {
   const std::string recent = options.choice("recent", "best", {"best", "8", "f16"});
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
-  const bool recalls = !metric.empty() && metric != "output" && has_recall(*request.profile);
+  const bool measured_recall = has_recall(*request.profile);
+  const bool recalls = measured_recall && !metric.empty() && metric != "output" && request.factors == nullptr;
   if (!recalls && request.options.contains("recall")) {
-    throw Error(Status::kInvalidArgument,
-                "recall weighs what answers cost beside kl or fisher, and " +
-                    (has_recall(*request.profile) ? "this goes by " + (metric.empty() ? "gradient scores" : metric)
-                                                  : std::string("the profile has no recall sensitivities")) +
-                    "; measure both with kvmix profile --sensitivity fisher");
+    std::string why = "the profile has no recall sensitivities; measure them with kvmix profile --sensitivity fisher";
+    if (measured_recall) why = "this goes by " + (metric.empty() ? "gradient scores" : metric) + "; leave --metric out";
+    if (request.factors != nullptr) why = "latents have no recall sensitivities; leave --recall out";
+    throw Error(Status::kInvalidArgument, "--recall weighs what answers cost beside kl or fisher, and " + why);
   }
   const double recall_weight = recalls ? options.number("recall", kRecallWeight, 0, 1e6) : 0;
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
@@ -122,11 +127,15 @@ Plan make(const PlannerRequest& request) {
         Status::kInvalidArgument,
         "planner kvmix moves bytes by divergence, not by answered tasks; use --planner kvtuner, or measure without tasks");
   }
+  if (request.factors != nullptr && metric.empty()) {
+    throw Error(Status::kInvalidArgument,
+                "ranks are weighed against measured widths; measure some with kvmix profile --sensitivity fisher");
+  }
   Allocation made = best_allocation(request, frame, metric, recent, recall_weight);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
   Plan& plan = made.plan;
-  const double cost = made.priced.apply(made.chosen, plan);
+  const double cost = request.factors != nullptr ? made.cost : made.priced.apply(made.chosen, plan);
   if (!metric.empty()) plan.predicted = Plan::Prediction{metric, cost};
   char note[256];
   std::snprintf(note, sizeof note, "%.3f bits per element at %lld tokens, by %s; predicted cost %.5g",
@@ -136,11 +145,11 @@ Plan make(const PlannerRequest& request) {
   if (recalls) {
     std::snprintf(note, sizeof note, ", of answers far back %.4g (weight %g)", made.priced.recall(made.chosen), recall_weight);
     plan.note += note;
-  } else if (!metric.empty()) {
+  } else if (!metric.empty() && !measured_recall) {
     plan.note += "; the profile has no recall sensitivities, so answers far back do not count";
   }
   plan.note += measured;
-  if (!metric.empty()) plan.note += next_bits(made, recalls);
+  if (!metric.empty() && request.factors == nullptr) plan.note += next_bits(made, recalls);
   return std::move(plan);
 }
 
@@ -156,6 +165,7 @@ const Planner kKvmixPlanner = {
       kWindowOption,
       {"recall", "weight of answers far back beside text, where the profile has both (0.05; 0 goes by text alone)"},
       {"recent", "rows not sealed yet: 8 (bits), f16 (twice the bytes), or best (what predicts less)"}},
+     true,
      true,
      true,
      true},

@@ -68,14 +68,14 @@ CodecSpec parse_spelling(JsonObject& object, const char* key) {
   }
 }
 
-// `rank`: of a plan with latents, else null.
+// `rank`: of a plan with latents, else null; left alone where the layer has none.
 SideConfig parse_side(JsonObject object, int* rank) {
   SideConfig side;
-  if (rank != nullptr) *rank = static_cast<int>(object.integer("rank", 1, 65536));
+  if (rank != nullptr && object.has("rank")) *rank = static_cast<int>(object.integer("rank", 1, 65536));
   side.codec = object.has("codec") ? parse_spelling(object, "codec") : parse_uniform(object);
   side.transform = read_transform(object);
   object.finish();
-  if (rank != nullptr && side.transform != TransformSpec{})
+  if (rank != nullptr && *rank > 0 && side.transform != TransformSpec{})
     object.fail("rank", "latents take no row maps; leave \"hadamard\", \"center\" and their like out");
   return side;
 }
@@ -135,8 +135,8 @@ std::string to_json(const Plan& plan) {
     ordered_json layer;
     layer["key"] = side_json(plan.layers[l].key);
     layer["value"] = side_json(plan.layers[l].value);
-    if (plan.rank) layer["key"]["rank"] = plan.layers[l].key_rank;
-    if (plan.rank) layer["value"]["rank"] = plan.layers[l].value_rank;
+    if (plan.layers[l].key_rank > 0) layer["key"]["rank"] = plan.layers[l].key_rank;
+    if (plan.layers[l].value_rank > 0) layer["value"]["rank"] = plan.layers[l].value_rank;
     layers += (l == 0 ? "\n    " : ",\n    ") + layer.dump();
   }
   layers += "\n  ]";
@@ -188,6 +188,8 @@ Plan parse_plan(const std::string& json, const std::string& name) {
     Plan::Layer parsed;
     parsed.key = parse_side(layer.object("key"), plan.rank ? &parsed.key_rank : nullptr);
     parsed.value = parse_side(layer.object("value"), plan.rank ? &parsed.value_rank : nullptr);
+    if ((parsed.key_rank > 0) != (parsed.value_rank > 0))
+      layer.fail(parsed.key_rank > 0 ? "value" : "key", "the other side has a rank; give both one, or neither");
     layer.finish();
     plan.layers.push_back(std::move(parsed));
   }

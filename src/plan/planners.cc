@@ -91,6 +91,11 @@ Plan make_plan(const std::string& name, const PlannerRequest& request) {
     if (request.meter != nullptr && !planner->info.measures) {
       throw Error(Status::kInvalidArgument, "planner " + name + " does not measure plans");
     }
+    if (request.factors != nullptr && (!planner->info.ranks || request.meter != nullptr || request.device != "cpu")) {
+      throw Error(Status::kInvalidArgument,
+                  "planner " + name + " does not share a budget between bits and ranks" +
+                      (planner->info.ranks ? " with a meter, or on another device than \"cpu\"" : ""));
+    }
     if (request.device != "cpu" && request.device != "cuda")
       throw Error(Status::kInvalidArgument, "device \"" + request.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
     Plan plan = fitted_plan(*planner, request);

@@ -82,7 +82,11 @@ class Factoriser {
       if (progress_ && !progress_(static_cast<double>(l), static_cast<double>(layers), "layer " + std::to_string(l)))
         throw Error(Status::kCancelled, "stopped while factorising");
       Matrix gram, centred;
-      if (calibrated) gram_of(l, hidden, gram, centred);
+      if (calibrated) {
+        gram_of(l, hidden, gram, centred);
+      } else {
+        gram = norm_gain(l).cwiseAbs2().asDiagonal();  // the truncated SVD of W diag(gain)
+      }
       Factors::Layer& layer = out.layers.emplace_back();
       layer.key = side(l, Side::kKey, static_cast<int>(ranks.key[l]), gram, centred);
       layer.value = side(l, Side::kValue, static_cast<int>(ranks.value[l]), gram, centred);
@@ -107,6 +111,13 @@ class Factoriser {
     const std::vector<float> w = projection_weights(model_, layer, side);
     return Eigen::Map<const RowMajor>(w.data(), heads_ * dim_, model_.parameters().model_dim).cast<double>();
   }
+  // Of the norm before the projections, which is as much a part of them as W is: they are W diag(gain) of what it normalises.
+  Eigen::VectorXd norm_gain(size_t layer) const {
+    const ggml_tensor* norm = model_.original("blk." + std::to_string(layer) + ".attn_norm.weight");
+    Eigen::VectorXf gain(model_.parameters().model_dim);
+    dequantise_row(norm, 0, gain.data());
+    return gain.cast<double>();
+  }
   // The nearest total rank that pages can hold, and `groups` divide.
   int fitting(double rank, int groups) const {
     const int step = std::lcm(step_, groups), n = heads_ * dim_, least = (2 * step_ + step - 1) / step * step;
@@ -116,8 +127,9 @@ class Factoriser {
   Sides progressive() const {
     std::vector<double> key, value;
     for (size_t l = 0; l < model_.shape().layers.size(); ++l) {
-      key.push_back(rank::log_condition(rank::singular_values(weights(l, Side::kKey))));
-      value.push_back(rank::log_condition(rank::singular_values(weights(l, Side::kValue))));
+      const Eigen::VectorXd gain = norm_gain(l);
+      key.push_back(rank::log_condition(rank::singular_values(weights(l, Side::kKey) * gain.asDiagonal())));
+      value.push_back(rank::log_condition(rank::singular_values(weights(l, Side::kValue) * gain.asDiagonal())));
     }
     Sides ranks;
     for (const int r :
@@ -155,10 +167,7 @@ class Factoriser {
   void gram_of(size_t layer, std::span<const std::vector<float>> hidden, Matrix& gram, Matrix& centred) const {
     const HyperParameters& p = model_.parameters();
     const auto d = static_cast<Eigen::Index>(p.model_dim);
-    const ggml_tensor* norm = model_.original("blk." + std::to_string(layer) + ".attn_norm.weight");
-    std::vector<float> weight(static_cast<size_t>(d));
-    dequantise_row(norm, 0, weight.data());
-    const Eigen::VectorXd gain = Eigen::Map<const Eigen::VectorXf>(weight.data(), d).cast<double>();
+    const Eigen::VectorXd gain = norm_gain(layer);
     gram = Matrix::Zero(d, d);
     Eigen::VectorXd sum = Eigen::VectorXd::Zero(d);
     double tokens = 0;
@@ -196,8 +205,7 @@ class Factoriser {
       Matrix rows(part, d);
       for (size_t i = 0; i < heads.size(); ++i)
         rows.middleRows(static_cast<Eigen::Index>(i) * dim_, dim_) = w.middleRows(heads[i] * dim_, dim_);
-      const rank::Factors f =
-          options_.method == "lorc" ? rank::plain_factors(rows, rank) : rank::whitened_factors(rows, gram, rank);
+      const rank::Factors f = rank::whitened_factors(rows, gram, rank);
       down.middleRows(static_cast<Eigen::Index>(g) * rank, rank) = f.down.cast<float>();
       energies.row(g) = f.energies.transpose().cast<float>();
       for (size_t i = 0; i < heads.size(); ++i) {
@@ -232,9 +240,11 @@ class Factoriser {
 }  // namespace
 
 std::vector<FactorisationInfo> factorisations() {
-  return {{"lorc", "LoRC (arXiv 2410.03111): SVD of the weights alone, ranks that fall with depth; needs no text"},
-          {"palu", "Palu (arXiv 2407.21118): whitened by text, groups of heads, ranks by a profile's gradients"},
-          {"recalkv", "ReCalKV (arXiv 2505.24357): keys in groups of similar heads, values of all heads together"}};
+  return {
+      {"lorc",
+       "LoRC (arXiv 2410.03111): SVD of the weights alone, norms' gains in them, ranks that fall with depth; needs no text"},
+      {"palu", "Palu (arXiv 2407.21118): whitened by text, groups of heads, ranks by a profile's gradients"},
+      {"recalkv", "ReCalKV (arXiv 2505.24357): keys in groups of similar heads, values of all heads together"}};
 }
 
 void factorise(std::shared_ptr<const Model> model, std::span<const std::vector<Token>> windows, const FactoriseOptions& options,

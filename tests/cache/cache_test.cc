@@ -474,16 +474,21 @@ TEST(Cache, WhatADeviceCannotDoIsNamed) {
       {make_layer(2, 1, 64, key_codec(5), value_codec(2)), "int5"},
       {make_layer(2, 1, 64, key_codec(2), key_codec(2)), "per token"},
       {make_layer(2, 1, 64, {2, Axis::kChannel, 128, Fit::kMinMax, false}, value_codec(2)), "zero point"},
-      {make_layer(2, 1, 64, key_codec(2), value_codec(2), 300), "300 sinks"}};
+      {make_layer(2, 1, 64, key_codec(2), value_codec(2), 300), "300 sinks"},
+      {with_recent(layer, {8, Axis::kToken, 64, Fit::kMinMax, false}), "recent rows"}};
   for (const auto& [unfit, word] : layers) {
     EXPECT_NE(refused(on(unfit, "cuda"), Status::kUnsupported).find(word), std::string::npos) << word;
     EXPECT_THROW(predict_bytes(on(unfit, "cuda"), 1000), Error) << word;
   }
-  // 16 sinks, six sealed pages and, of fp16 rows whatever the plan says, 216 tokens in two.
-  const CacheConfig config = on(with_recent(layer, kRecents.back()), "cuda");
-  const size_t tables = predict_bytes(config, 0) + 16 * 16;
-  const size_t codes = 128 * 64 * 2 / 8, record = 16 + 2 * codes + 64 * 4 + 128 * 4;
-  EXPECT_EQ(predict_bytes(config, 1000) - tables, 2 * 16 * 64 * 2 + 6 * ((record + 127) / 128 * 128) + 2 * 2 * 128 * 64 * 2);
+  // 16 sinks, six sealed pages and 216 tokens in two open ones.
+  const auto whole = [](size_t bytes) { return (bytes + 127) / 128 * 128; };
+  for (const CodecSpec& recent : kRecents) {
+    const CacheConfig config = on(with_recent(layer, recent), "cuda");
+    const size_t tables = predict_bytes(config, 0) + 16 * 16;
+    const size_t codes = 128 * 64 * 2 / 8, record = 16 + 2 * codes + 64 * 4 + 128 * 4;
+    const size_t open = recent.is_f16() ? 2 * 128 * 64 * 2 : 16 + 2 * (128 * 64 + 128 * 4);
+    EXPECT_EQ(predict_bytes(config, 1000) - tables, 2 * 16 * 64 * 2 + 6 * whole(record) + 2 * whole(open));
+  }
 }
 
 }  // namespace

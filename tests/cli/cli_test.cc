@@ -216,6 +216,44 @@ TEST_F(CliPlans, TokensAndBitsShareABudget) {
   refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "ranks"}, {"--axes"});
 }
 
+TEST_F(CliPlans, RanksAndChannelsShareABudgetWithBits) {
+  const std::string factors = folder_.file("all.gguf"), plan = folder_.file("axes.json"), half = folder_.file("half.gguf");
+  ASSERT_EQ(run({"factorise", model_, "--method", "lorc", "--keep", "1", "-o", factors}).status, 0);
+  const std::vector<std::string> command = {"plan", model_,      "--profile", profile_, "--bits",
+                                            "4",    "--context", "1024",      "--axes", "bits,channels,rank",
+                                            "-o",   plan,        "--windows", "1",      "--factors"};
+  const auto with = [&](const std::string& file) {
+    std::vector<std::string> all = command;
+    all.push_back(file);
+    return all;
+  };
+  std::vector<std::string> as_json = with(factors);
+  as_json.emplace_back("--json");
+  const Outcome o = run(as_json);
+  ASSERT_EQ(o.status, 0) << o.err;
+  const json made = json::parse(o.out);
+  int ranks = 0, thin = 0;
+  for (const auto& row : made["axes"]) {
+    if (row.contains("lost")) continue;
+    ranks += row["ranks"] != "none" ? 1 : 0;
+    thin += row["channels"] != "all" ? 1 : 0;
+    EXPECT_LE(row["bytes"].get<double>(), 1.02 * made["axes"][0]["bytes"].get<double>()) << row;
+    EXPECT_GT(row["keys_kept"], 0.4) << row;
+  }
+  EXPECT_EQ(ranks, 3);
+  EXPECT_GT(thin, 0);
+  EXPECT_GT(made["quarter_left_out"]["keys"], 0);
+  EXPECT_FALSE(made["why"].get<std::string>().empty());
+  EXPECT_EQ(run({"generate", model_, "-p", "a tide", "-n", "2", "--plan", plan}).status, 0);
+
+  ASSERT_EQ(run({"factorise", model_, "--method", "lorc", "--keep", "0.5", "-o", half}).status, 0);
+  refuses(1, with(half), {"half.gguf", "--keep 1"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "bits,rank"}, {"--factors", "kvmix factorise"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "tokens,rank"}, {"no bits"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "bits,bits"}, {"twice"});
+  refuses(2, {"plan", model_, "--profile", profile_, "--pareto", "--axes", "bits,channels"}, {"--pareto", "--axes"});
+}
+
 TEST_F(CliPlans, ReportsShowWhichTokensStay) {
   json plan = json::parse(testing::read_bytes(plan_file()));
   plan["tokens"] = {{"policy", "leankv"}, {"high", 2.0}, {"low", 0.5}};

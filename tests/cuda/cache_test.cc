@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
@@ -40,7 +42,8 @@ void add_random(std::vector<float>& to, size_t n, float least, float most, std::
 }
 
 // Every head_dim; fast and slow formats, fits of one side and of both, row maps of all kinds, feedback, sinks and none, windows
-// fixed, none and by ratio, a sliding window, soft-capped scores, a side that stays fp16 and both.
+// fixed, none and by ratio, a sliding window, soft-capped scores, a side that stays fp16 and both, recent rows of 8 bits in all
+// groups and of fp16.
 std::vector<LayerConfig> every_kind() {
   std::mt19937 random(3);
   std::vector<LayerConfig> layers;
@@ -72,6 +75,10 @@ std::vector<LayerConfig> every_kind() {
   capped.value.transform.hadamard = true;
   layers.push_back(capped);
   layers.push_back(make_layer(16, 1, 128, CodecSpec{}, CodecSpec{}, 1, 128));
+  const int groups[] = {64, 32, 64, 0, 128, 32};
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (groups[l] != 0) layers[l].recent = {8, Axis::kToken, groups[l], Fit::kMinMax, true};
+  }
   return layers;
 }
 
@@ -345,35 +352,39 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
   EXPECT_EQ(both.cuda.memory().total_bytes, 0u) << "a page leaks";
 }
 
-// Files of one device on the other: the same rows.
+std::string bytes_of(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+// Files of both devices are the same to the bit, and each takes the other's.
 TEST_F(CudaCache, FilesAreTheCpus) {
   for (const bool from_cuda : {false, true}) {
     for (const CodecSpec& recent : testing::kRecents) {
       std::vector<LayerConfig> layers = every_kind();
       for (LayerConfig& layer : layers) layer.recent = recent;
       Pair both(layers, 0, 4);
-      both.compares = recent.is_f16();  // the CPU's are rounded to codes
       std::mt19937 random(5);
       const SequenceId id = both.cpu.create();
       ASSERT_EQ(both.cuda.create(), id);
       for (const int n : {300, 250, 1}) ASSERT_TRUE(both.step({{id, n}}, random));
       Cache &from = from_cuda ? both.cuda : both.cpu, &to = from_cuda ? both.cpu : both.cuda;
       const std::string path = ::testing::TempDir() + "/kvmix_both_" + std::to_string(getpid());
+      to.save(id, path, "f");
+      const std::string saved = bytes_of(path);
       from.save(id, path, "f");
-      const size_t size = std::filesystem::file_size(path);
+      EXPECT_TRUE(bytes_of(path) == saved) << to_string(recent);
       const SequenceId loaded = to.load(path, "f");
       for (size_t l = 0; l < layers.size(); ++l) {
         std::vector<float> a(static_cast<size_t>(from.length(id) * layers[l].head_dim)), b(a.size());
         from.read(id, static_cast<int>(l), 0, Side::kValue, false, a.data());
         to.read(loaded, static_cast<int>(l), 0, Side::kValue, false, b.data());
-        // Rows of 8-bit codes are rounded on the way to fp16, or to codes.
         for (size_t i = 0; i < a.size(); ++i) {
-          if (std::isnan(a[i]) && std::isnan(b[i])) continue;
-          ASSERT_NEAR(a[i], b[i], recent.is_f16() ? 0.0f : 0.05f * (1 + std::abs(a[i]))) << "layer " << l << " number " << i;
+          ASSERT_TRUE(a[i] == b[i] || (std::isnan(a[i]) && std::isnan(b[i]))) << "layer " << l << " number " << i;
         }
       }
       to.save(loaded, path, "f");
-      EXPECT_EQ(std::filesystem::file_size(path), size);
+      EXPECT_TRUE(bytes_of(path) == saved) << to_string(recent);
       std::filesystem::remove(path);
     }
   }

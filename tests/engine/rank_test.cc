@@ -66,6 +66,10 @@ TEST_P(Latents, OfFullRankAreTheModel) {
     auto e = engine(plan(method, 1.0, f16()));
     EXPECT_LT(difference(wanted, last(*e, e->cache().create(), tokens_)), 5e-3) << method;
   }
+  Plan partly = plan("palu", 1.0, f16());  // one layer keeps keys and values themselves
+  partly.layers[1].key_rank = partly.layers[1].value_rank = 0;
+  auto mixed = engine(partly);
+  EXPECT_LT(difference(wanted, last(*mixed, mixed->cache().create(), tokens_)), 5e-3);
   auto half = engine(plan("lorc", 0.5, f16()));
   EXPECT_GT(difference(wanted, last(*half, half->cache().create(), tokens_)), 1e-2);
 }
@@ -121,6 +125,25 @@ TEST_P(Latents, WhatDoesNotFitIsRefused) {
   testing::write_bytes(factors_, bytes);
   EXPECT_NE(message(made).find("damaged factors file"), std::string::npos) << message(made);
 }
+
+// Projections of inputs that the norm before them silences in all but 24 channels have rank 24, whatever their weights are.
+class LatentsOfSilencedInputs : public Latents {};
+
+TEST_P(LatentsOfSilencedInputs, AreFewWithoutText) {
+  auto exact = engine(f16());
+  const std::vector<float> wanted = last(*exact, exact->cache().create(), tokens_);
+  auto e = engine(plan("lorc", 0.5, f16()));
+  EXPECT_LT(difference(wanted, last(*e, e->cache().create(), tokens_)), 5e-3);
+}
+
+INSTANTIATE_TEST_SUITE_P(Lorc, LatentsOfSilencedInputs,
+                         ::testing::Values(testing::TinyModel{.architecture = "llama", .attention_inputs = 24},
+                                           testing::TinyModel{.architecture = "gemma3",
+                                                              .layers = 7,
+                                                              .qk_norm = true,
+                                                              .post_norms = true,
+                                                              .sliding_window = 96,
+                                                              .attention_inputs = 24}));
 
 INSTANTIATE_TEST_SUITE_P(All, Latents, ::testing::ValuesIn(testing::tiny_models()),
                          [](const auto& tiny) { return std::to_string(tiny.index) + "_" + testing::tiny_name(tiny.param); });

@@ -116,22 +116,22 @@ TEST(Generation, AgreesWithItselfAndNotForLongAtOneBit) {
 TEST(Contender, RewindsToWhatWasMarked) {
   const std::string path = testing::model_file("smollm2");
   const auto model = Model::load(path);
-  const std::vector<Token> tokens = testing::long_text_tokens(*model, 1301);
+  const std::vector<Token> tokens = testing::long_text_tokens(*model, 589);
   std::vector<Token> detour(tokens.rbegin(), tokens.rend());
   const std::span<const Token> text(tokens);
   ContenderOptions options;
-  options.context = 1536;
+  options.context = 768;
   options.threads = 2;
   for (const EvalSubject& subject : {EvalSubject{"2/2", uniform(*model, "2"), ""}, EvalSubject{"peer", std::nullopt, "q8_0"}}) {
     const auto finish = [&](Contender& row) {
-      row.feed(text.subspan(512, 512), false);
-      row.feed(text.subspan(1024, 276), false);
-      const auto logits = row.decode(text.subspan(1300, 1));
+      row.feed(text.subspan(256, 256), false);
+      row.feed(text.subspan(512, 76), false);
+      const auto logits = row.decode(text.subspan(588, 1));
       return std::vector<float>(logits.begin(), logits.end());
     };
     const auto alone = make_contender(model, subject, options), shared = make_contender(model, subject, options);
-    alone->feed(text.first(512), false);
-    shared->feed(text.first(512), false);
+    alone->feed(text.first(256), false);
+    shared->feed(text.first(256), false);
     shared->mark();
     for (int i = 0; i < 2; ++i) {
       shared->feed(std::span<const Token>(detour).first(200), false);  // enough to seal a page

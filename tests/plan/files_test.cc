@@ -73,6 +73,12 @@ TEST(Plans, NameFactorsAndTheirRanks) {
   const CacheConfig config = cache_config(same, model);
   EXPECT_EQ(config.layers[1].key_rank, 64);
   EXPECT_EQ(config.layers[1].value_rank, 128);
+  // A layer may store keys and values themselves, row maps and all.
+  Plan partly = plan;
+  partly.layers[0].key_rank = partly.layers[0].value_rank = 0;
+  partly.layers[0].value.transform.hadamard = true;
+  EXPECT_EQ(to_json(parse_plan(to_json(partly), "memory")), to_json(partly));
+  EXPECT_FALSE(cache_config(partly, model).layers[0].latent());
   // 192 latents of 2 x 192 channels.
   const auto bytes = [&](const CacheConfig& c) { return static_cast<double>(predict_bytes(c, 8192)); };
   EXPECT_NEAR(bytes(config), 0.5 * bytes(cache_config(f16_plan(model), model)), 4096);
@@ -95,7 +101,7 @@ TEST(Plans, NameFactorsAndTheirRanks) {
   refused("\"rank\":64", "\"rank\":72", "layer 0: rank 72 of keys does not fit; expected a multiple of 16 from 32 to 192");
   refused("\"rank\":64", "\"rank\":208", "layer 0: rank 208 of keys");
   refused("\"rank\":128", "\"rank\":16", "layer 0: rank 16 of values");
-  refused(",\"rank\":64", "", "layers[0].key.rank is missing");
+  refused(",\"rank\":64", "", "the other side has a rank");
   refused("\"rank\":64", "\"rank\":64,\"hadamard\":true", "latents take no row maps");
   refused("\"checksum\"", "\"sum\"", "rank.checksum is missing");
   refused("\"method\"", "\"colour\": 1, \"method\"", "rank.colour is not a known field");

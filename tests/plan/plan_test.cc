@@ -101,6 +101,60 @@ TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
   EXPECT_DOUBLE_EQ(mean_bits(make_plan("kvmix-paper", request), Side::kKey), 2.0 + 4.0 / 32);
 }
 
+// Ranks and widths in one budget: what latents explain decides.
+FactorsInfo factors_of(const ModelShape& model, double decay) {
+  FactorsInfo factors{"factors.gguf", "palu", "", model.name, model.fingerprint, "7", {}};
+  for (const auto& layer : model.layers) {
+    const int n = layer.kv_heads * layer.head_dim;
+    FactorsInfo::Layer& f = factors.layers.emplace_back(FactorsInfo::Layer{1, n, n, 1, n, n, {}, {}});
+    for (int i = 0; i <= n; ++i) f.key_left.push_back((std::pow(decay, i) - std::pow(decay, n)) / (1 - std::pow(decay, n)));
+    f.value_left = f.key_left;
+  }
+  return factors;
+}
+
+TEST(Planners, RanksAndBitsShareABudget) {
+  const ModelShape model = shape(12);
+  const Profile scores = measured_profile(model);
+  PlannerRequest request = request_for(model, scores);
+  request.budget = {.bits = 2, .context = 8192};
+  const Plan bits = make_plan("kvmix", request);
+  const FactorsInfo steep = factors_of(model, 0.9), flat = factors_of(model, 0.9999);
+  const auto latents = [](const Plan& plan) {
+    int sum = 0;
+    for (const Plan::Layer& layer : plan.layers) sum += layer.key_rank + layer.value_rank;
+    return sum;
+  };
+  request.factors = &flat;
+  const Plan kept = make_plan("kvmix", request);
+  for (size_t l = 0; l < kept.layers.size(); ++l) {  // half of them explain half: none goes
+    const int all = steep.layers[l].key_rank;
+    EXPECT_TRUE(kept.layers[l].key_rank == 0 || kept.layers[l].key_rank == all) << kept.layers[l].key_rank;
+  }
+  request.factors = &steep;
+  const Plan cut = make_plan("kvmix", request);
+  ASSERT_TRUE(cut.rank);
+  EXPECT_EQ(cut.rank->checksum, "7");
+  EXPECT_LT(cut.predicted->cost, bits.predicted->cost);
+  EXPECT_LE(predict_bits_per_element(cache_config(cut, model), 8192), 2.0);
+  EXPECT_LT(latents(cut), 12 * 2 * steep.layers[0].key_rank);
+  check_plan(parse_plan(to_json(cut), "memory"), model, false);
+  request.key_price = request.value_price = INFINITY;
+  const Plan whole = make_plan("kvmix", request);
+  for (const Plan::Layer& layer : whole.layers) EXPECT_TRUE(layer.key_rank == 0 || layer.key_rank == steep.layers[0].key_rank);
+  EXPECT_LE(whole.predicted->cost, bits.predicted->cost * 1.001);
+  EXPECT_THROW(make_plan("uniform", request), Error);
+  request.budget.bits = 0.01;
+  EXPECT_THROW(make_plan("kvmix", request), BudgetError);
+
+  request.budget.bits = 2;
+  const RankProbes probes = rank_probes(request);
+  EXPECT_LT(probes.key.layers[0].key_rank, steep.layers[0].key_rank);
+  EXPECT_EQ(probes.key.layers[0].value_rank, steep.layers[0].value_rank);
+  EXPECT_EQ(probes.value.layers[0].key_rank, steep.layers[0].key_rank);
+  EXPECT_GT(probes.value_cost, 0);
+}
+
 TEST(Planners, ThePapersWindowIsARatioOrFixedOrNone) {
   const ModelShape model = shape(4);
   const Profile scores = profile(model);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <set>
+#include <tuple>
 
 #include "attention/scores.h"
 #include "kvmix/error.h"
@@ -17,9 +18,17 @@ namespace kvmix::testing {
 
 inline constexpr int kPrompt = 900;
 
-// Specs of every registered policy, as it comes and with choices that need less or more of attention.
-inline std::vector<PolicySpec> running_policies() {
+#if defined(__SANITIZE_THREAD__)
+inline constexpr bool kThreadsWatched = true;
+#else
+inline constexpr bool kThreadsWatched = false;
+#endif
+
+// Specs of every registered policy, as it comes and with choices that need less or more of attention. How threads meet depends
+// on what a policy needs and on its tiers, not on what it chooses: where they are watched, one policy of each kind will do.
+inline std::vector<PolicySpec> running_policies(bool one_of_a_kind = kThreadsWatched) {
   std::vector<PolicySpec> specs;
+  std::set<std::tuple<MassReduce, bool, bool, bool, bool>> kinds;
   for (const PolicyInfo& info : policies()) {
     for (PolicySpec spec :
          {PolicySpec{info.name, {}}, PolicySpec{info.name, {{"decode", "append"}}}, PolicySpec{info.name, {{"host", "h2o"}}}}) {
@@ -34,7 +43,12 @@ inline std::vector<PolicySpec> running_policies() {
       } catch (const Error&) {
         continue;
       }
-      specs.push_back(spec);
+      const std::unique_ptr<Policy> policy = make_policy(spec);
+      const Needs needs = policy->needs();
+      const bool first =
+          kinds.emplace(needs.mass, needs.mass_from_window, needs.window_queries > 0, needs.every_step, policy->has_low_tier())
+              .second;
+      if (first || !one_of_a_kind) specs.push_back(spec);
     }
   }
   return specs;

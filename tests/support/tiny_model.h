@@ -37,6 +37,7 @@ struct TinyModel {
   bool half = false;                                 // matrices in fp16
   std::string extra_tensor = {}, extra_number = {};  // names of a vector, and of a key that is set to 1
   std::string not_finite = {};                       // tensor with a NaN
+  int attention_inputs = kDim;                       // gains of attn_norm that are not 0
   std::string name_ending = {};
   std::string pre = {};  // the pre-tokenizer of a vocabulary of byte pairs
   std::string chat_template = {};
@@ -171,6 +172,7 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
     auto* values = static_cast<float*>(t->data);
     for (int64_t i = 0; i < ne0 * ne1; ++i) values[i] = mean + deviation * normal(random);
     if (name == m.not_finite) values[ne0 * ne1 / 2] = NAN;
+    if (name.ends_with("attn_norm.weight")) std::fill(values + m.attention_inputs, values + ne0, 0.0f);
     if (m.half && ne1 > 1) {
       ggml_tensor* rounded = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, ne0, ne1);
       ggml_set_name(rounded, name.c_str());

@@ -28,7 +28,8 @@ if not (5, 19) <= _version < (6, 0):
 
 from ._attention import use_kvmix
 from ._cache import KVmixCache
+from ._generator import Generator, greedy
 from ._profile import profile
 from ._shape import model_shape
 
-__all__ = ["KVmixCache", "model_shape", "profile", "use_kvmix"]
+__all__ = ["Generator", "KVmixCache", "greedy", "model_shape", "profile", "use_kvmix"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .._cache import Cache as PageCache
 from .._errors import InvalidArgumentError, MismatchError, UnsupportedError
 from .._native import Plan
-from ._attention import HANDLE, NAME
+from ._attention import HANDLE, NAME, check_compiled
 from ._shape import model_shape
 
 
@@ -42,6 +43,9 @@ class KVmixLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            check_compiled()
+            return key_states, value_states
         self.owner.expect(self.index, key_states, value_states)
         self.is_initialized = True
         key = key_states.view(key_states.shape)  # a tensor of our own for the attribute
@@ -75,10 +79,11 @@ class KVmixLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         # Earlier 5.x hands over the positions instead of their number.
         new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        return self.owner.seen + new, 0
+        return self.get_seq_length() + new, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return self.owner.seen
+        # A compiled step is one for all lengths; its positions are given, and its masks not looked at.
+        return 0 if torch.compiler.is_compiling() else self.owner.seen
 
     def get_max_length(self) -> int:
         return -1
@@ -89,7 +94,7 @@ class KVmixLayer(CacheLayerMixin):
         self.owner.reset()
 
     def offload(self) -> None:
-        raise UnsupportedError("a KVmixCache is not offloaded: it lies in the CPU's memory")
+        raise UnsupportedError("a KVmixCache is not offloaded: it stays in the memory of the model's device")
 
     prefetch = offload
 
@@ -104,8 +109,9 @@ class KVmixCache(Cache):
     """`model.generate(..., past_key_values=KVmixCache(plan, model))`, or any forward pass with it.
 
     One cache serves one batch; `reset()` makes it empty. Rows of the batch may be padded on the left, which takes no memory.
-    Tensors are on the CPU; keys and values of any floating type are stored as the plan says. `pages` is the kvmix.Cache
-    with the bytes that it takes.
+    The cache is on the model's device, the CPU or one GPU; there it is bound to the stream that is torch's current one when it is
+    made. Keys and values of any floating type are stored as the plan says. `pages` is the kvmix.Cache with the bytes that
+    it takes.
     """
 
     def __init__(
@@ -123,15 +129,23 @@ class KVmixCache(Cache):
                 )
         self.shape = model_shape(model)
         self._config = model.config.get_text_config(decoder=True)
-        self.pages = PageCache(
-            plan, self.shape, force=force, threads=threads, max_bytes=max_bytes, kernel=kernel, exact=exact
-        )
+        self.device = model.get_input_embeddings().weight.device
+        if self.device.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"the model is on {self.device}; a KVmixCache is on the CPU or an NVIDIA GPU: move it there")
+        options: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            options = {"device": "cuda", "stream": torch.cuda.current_stream(self.device).cuda_stream}
+        with contextlib.nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device):
+            self.pages = PageCache(
+                plan, self.shape, force=force, threads=threads, max_bytes=max_bytes, kernel=kernel, exact=exact, **options
+            )
         self.sequences: list[int] = []
         self.seen = 0  # tokens of a row, padding included
         self._next_layer = 0
         self._rows: torch.Tensor | None = None  # of the open step, among batch x tokens: those that are no padding
         self._pad: list[int] = []  # of each row, in front of its first token
         self._known_masks: list[tuple[torch.Tensor, int]] = []
+        self._given_step = False  # begin_decode opened it
         super().__init__(layers=[KVmixLayer(self, i) for i in range(len(self.shape.layers))])
 
     def expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -141,16 +155,17 @@ class KVmixCache(Cache):
                 f"the model attends with '{self._config._attn_implementation}', which cannot read a KVmixCache: "
                 "call kvmix.transformers.use_kvmix(model) first"
             )
-        if layer == 0:
+        if layer == 0 and not self._given_step:
             self._abort()
         if layer != self._next_layer:
             raise InvalidArgumentError(
                 f"layer {layer} came where layer {self._next_layer} is next: a KVmixCache takes a model's layers in order"
             )
         for name, tensor in (("keys", key), ("values", value)):
-            if tensor.device.type != "cpu":
+            if tensor.device != self.device:
                 raise UnsupportedError(
-                    f"layer {layer}: {name} are on {tensor.device}; a KVmixCache is on the CPU: move the model there"
+                    f"layer {layer}: {name} are on {tensor.device}, the KVmixCache is on {self.device}: "
+                    "make the cache once the whole model is where it runs"
                 )
             if not tensor.is_floating_point():
                 raise InvalidArgumentError(f"layer {layer}: {name} are {tensor.dtype}; expected a floating type")
@@ -172,9 +187,17 @@ class KVmixCache(Cache):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         batch, heads, tokens, head_dim = query.shape
-        if layer == 0:
-            self._begin(batch, tokens, mask)
-        self._check_mask(layer, mask, batch, tokens)
+        if self.device.type == "cuda":
+            current = torch.cuda.current_stream(self.device).cuda_stream
+            if current != self.pages.stream:
+                raise InvalidArgumentError(
+                    f"the current stream is {current:#x}, the cache was made on {self.pages.stream:#x}: "
+                    "make and use a KVmixCache within the same torch.cuda.stream"
+                )
+        if not self._given_step:  # or it was opened for one token of each row, whatever masks say
+            if layer == 0:
+                self._begin(batch, tokens, mask)
+            self._check_mask(layer, mask, batch, tokens)
         rows = [x.detach().transpose(1, 2).reshape(batch * tokens, -1, head_dim).float() for x in (query, key, value)]
         if self._rows is not None:
             rows = [x[self._rows] for x in rows]
@@ -185,17 +208,33 @@ class KVmixCache(Cache):
         else:
             out = q  # nothing but padding
         if self._rows is not None:
-            padded = torch.zeros(batch * tokens, heads, head_dim)
+            padded = torch.zeros(batch * tokens, heads, head_dim, device=self.device)
             padded[self._rows] = out
             out = padded
         self._next_layer = layer + 1
-        if self._next_layer == len(self.layers):
+        if self._next_layer == len(self.layers) and self._given_step:
+            self._next_layer = 0
+        elif self._next_layer == len(self.layers):
             if self.pages.in_step:
                 self.pages.end_step()
             self._next_layer = 0
             self._known_masks.clear()
             self.seen += tokens
         return out.reshape(batch, tokens, heads, head_dim).to(query.dtype)
+
+    def begin_decode(self) -> None:
+        """Opens a step of one token of each row, for a loop that runs or launches the model's layers and then calls end_decode."""
+        self._abort()
+        if not self.sequences:
+            raise InvalidArgumentError("begin_decode of an empty cache: run the model over a prompt first")
+        self._rows = None
+        self.pages.begin_step([(s, 1) for s in self.sequences])
+        self._given_step = True
+
+    def end_decode(self) -> None:
+        self._given_step = False
+        self.pages.end_step()
+        self.seen += 1
 
     def _begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:
         if not self.sequences:
@@ -238,13 +277,14 @@ class KVmixCache(Cache):
         window = self.shape.layers[layer].sliding_window
         if any(known is mask and w == window for known, w in self._known_masks):
             return
-        keys = torch.arange(self.seen + tokens)
-        queries = torch.arange(self.seen, self.seen + tokens)[:, None]
-        expected = (keys <= queries)[None] & (keys >= torch.tensor(self._pad)[:, None])[:, None]
+        keys = torch.arange(self.seen + tokens, device=mask.device)
+        queries = torch.arange(self.seen, self.seen + tokens, device=mask.device)[:, None]
+        pad = torch.tensor(self._pad, device=mask.device)[:, None]
+        expected = (keys <= queries)[None] & (keys >= pad)[:, None]
         if window:
             expected &= (keys > queries - window)[None]
         given = mask[:, 0].expand(batch, -1, -1)
-        real = queries[:, 0] >= torch.tensor(self._pad)[:, None]  # what padding sees is of no interest
+        real = queries[:, 0] >= pad  # what padding sees is of no interest
         if mask.shape[1] != 1 or not bool(((given == expected) | ~real[:, :, None]).all()):
             raise UnsupportedError(
                 f"layer {layer}: an attention_mask that is not causal with padding on the left"
@@ -257,18 +297,27 @@ class KVmixCache(Cache):
         """What a forward pass that failed has left."""
         if self.pages.in_step:
             self.pages.abort_step()
+        self._given_step = False
         self._next_layer = 0
         self._known_masks.clear()
 
-    def _replace(self, indices: list[int]) -> None:
-        """Rows of the batch become copies of others; pages are shared."""
+    def _replace(self, indices: list[int], share: bool = True) -> None:
+        """Rows of the batch become copies of others, which share pages or do not."""
         self._abort()
         if indices == list(range(len(self.sequences))):
             return
         for index in indices:
             if not 0 <= index < len(self.sequences):
                 raise InvalidArgumentError(f"row {index} of a cache of {len(self.sequences)} rows")
-        copies = [self.pages.fork(self.sequences[i]) for i in indices]
+        copy = self.pages.fork if share else self.pages.copy
+        copies: list[int] = []
+        try:
+            for i in indices:
+                copies.append(copy(self.sequences[i]))
+        except BaseException:
+            for sequence in copies:
+                self.pages.remove(sequence)
+            raise
         for sequence in self.sequences:
             self.pages.remove(sequence)
         self.sequences = copies
@@ -280,8 +329,9 @@ class KVmixCache(Cache):
         rows = torch.arange(len(self.sequences))[indices.cpu()]
         self._replace([int(i) for i in rows])
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace([i for i in range(len(self.sequences)) for _ in range(repeats)])
+    def batch_repeat_interleave(self, repeats: int, *, share: bool = True) -> None:
+        """`share`: rows share pages until they differ; else each has all of its own, as if it had come by itself."""
+        self._replace([i for i in range(len(self.sequences)) for _ in range(repeats)], share)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest -tokens_to_remove tokens; a positive number is the length to keep. What packing has lost stays

@@ -30,7 +30,8 @@ struct AttendArguments {
   float* partial_sums;  // [slots][rows][2]: maximum, sum
   int32_t* tickets;
   int kv_heads, group, q_tokens, sinks, sliding_window;
-  int sink_slots;  // of page 0, if there are sinks; other open pages have kPageTokens
+  int sink_slots;    // of page 0, if there are sinks; other open pages have kPageTokens
+  RecordShape open;  // of these
   bool bf16;
   float scale, softcap;
   const uint8_t *new_keys, *new_values;  // null: rows stand in open pages already
@@ -46,7 +47,11 @@ __device__ inline float2 load_query_pair(const AttendArguments& args, int64_t at
   const uint32_t v = static_cast<const uint32_t*>(args.q)[at / 2];
   return args.bf16 ? make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)) : __half22float2(half2_of(v));
 }
-// Rows from the first key to the first value of an open page.
+// Whether an open page is fp16 rows, as sinks are, and not a record.
+__device__ inline bool is_rows(const AttendArguments& args, int page) {
+  return !args.open.has_codes() || (args.sinks > 0 && page == 0);
+}
+// Rows from the first key to the first value of an open page of rows.
 __device__ inline int value_row(const AttendArguments& args, int page) {
   return args.sinks > 0 && page == 0 ? args.sink_slots : kPageTokens;
 }

@@ -21,13 +21,24 @@ Residency decode_residency(const RecordShape& shape) {
 
 }  // namespace
 
-void attend(const kvmix_cuda_attend_params& p, int sink_slots) {
+int most_shared_bytes() {
+  constexpr int kOwn = 1024;  // what the kernels declare beside it, and the system's
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess)
+    return bytes - kOwn;
+  static_cast<void>(cudaGetLastError());  // no device: nothing to launch
+  return kMostSharedBytes;
+}
+
+void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   if (p.item_count == 0) return;
   const WorkspaceLayout space = workspace_layout(p);
   if (p.workspace_bytes < space.bytes(p.item_count)) {
     throw Error(Status::kInvalidArgument, "attend: workspace_bytes " + std::to_string(p.workspace_bytes) + " is below the " +
                                               std::to_string(space.bytes(p.item_count)) + " that kvmix_cuda_cut asks for");
   }
+  require(p.new_keys == nullptr || !open.shape.has_codes(), "attend: new rows are stored into open pages of fp16 alone");
   constexpr float kLog2E = 1.44269504088896f;
   auto* const base = static_cast<uint8_t*>(p.workspace);
   AttendArguments a{};
@@ -42,7 +53,8 @@ void attend(const kvmix_cuda_attend_params& p, int sink_slots) {
   a.partial_sums = reinterpret_cast<float*>(base + space.ticket_bytes);
   a.partials = reinterpret_cast<float*>(base + space.ticket_bytes + space.sum_bytes * static_cast<size_t>(p.item_count));
   a.kv_heads = p.kv_heads, a.group = p.q_heads / p.kv_heads, a.q_tokens = p.q_tokens;
-  a.sinks = p.sinks, a.sink_slots = sink_slots, a.sliding_window = p.sliding_window, a.bf16 = p.bf16 != 0;
+  a.sinks = p.sinks, a.sink_slots = open.sink_slots, a.open = open.shape, a.sliding_window = p.sliding_window,
+  a.bf16 = p.bf16 != 0;
   a.scale = (p.scale > 0.0f ? p.scale : 1.0f / std::sqrt(static_cast<float>(p.format.head_dim))) * kLog2E;
   a.softcap = p.softcap * kLog2E;
   a.new_keys = static_cast<const uint8_t*>(p.new_keys), a.new_values = static_cast<const uint8_t*>(p.new_values);

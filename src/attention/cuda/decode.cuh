@@ -12,6 +12,7 @@
 // One long file: its parts work on one set of registers.
 #pragma once
 
+#include "attention/cuda/dequantise.cuh"
 #include "attention/cuda/launch.h"
 #include "attention/cuda/page_copies.cuh"
 #include "attention/cuda/partials.cuh"
@@ -298,6 +299,38 @@ struct Warp {
     }
   }
 
+  // The same of a page of 8-bit rows, whose quarter is a chunk of each block: numbers are made in registers.
+  __device__ void coded_scores(const uint8_t* part, const SideShape& side, int quarter, const uint2* query,
+                               const float (&factor)[2], float (&s)[2][4], int lane) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = 0.0f;
+    each_quarter_tile<Operand::kKeysPerToken>(part, side, quarter, lane, [&](int c, int j, const uint32_t(&a)[4]) {
+      const uint2 q = query[c * 32 + lane];
+      mma(s[j], a, q.x, q.y);
+    });
+    const float plain = power(-kQueryLift);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] *= factor[i & 1] * plain;
+  }
+
+  __device__ void coded_values(const uint8_t* part, const SideShape& side, int live, int quarter, const uint32_t (&p)[2][2],
+                               int lane) {
+    add_sum(p, lane);
+    float sums[4];
+    each_quarter_tile<Operand::kValues>(part, side, quarter, lane, [&](int c, int j, uint32_t(&a)[4]) {
+      mask_tokens(a, 32 * quarter + 16 * j, live, lane);
+      if (j == 0) sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+      mma(sums, a, p[j][0], p[j][1]);
+      if (j == 0) return;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[c][i] = fmaf(sums[i], power(-kCodeLift), acc[c][i]);
+    });
+  }
+
   // Of columns: the sum of weights, and what the codes' midpoints of a group and the centre of `bits` give.
   __device__ float sum_of(int column, int lane) const { return __shfl_sync(~0u, side[column], 4 * kSumRow + lane % 4); }
   __device__ float zero_of(int column, int group, int bits, int lane) const {
@@ -307,6 +340,36 @@ struct Warp {
   static constexpr int kCodeLift = 23;
 
  private:
+  // Calls tile(channel tile, token tile of the quarter, operand A).
+  template <Operand what, class Tile>
+  __device__ void each_quarter_tile(const uint8_t* part, const SideShape& side, int quarter, int lane, const Tile& tile) {
+    constexpr int kAhead = kTiles < 8 ? 2 : 4;  // as of rows
+    LaneScales<what> scales[2] = {{part + side.meta(), side, lane}, {part + side.meta(), side, lane}};
+    const auto* const codes = reinterpret_cast<const uint4*>(part + 512 * quarter) + lane;
+    static_assert(kTiles % kAhead == 0);
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kAhead) {
+      uint4 words[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) words[i] = __ldg(codes + (first + i) * (block_bytes(8) / 16));
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int c = first + i;
+        const uint32_t w[block_words(8)] = {words[i].x, words[i].y, words[i].z, words[i].w};
+        const bool new_group = (16 * c & (side.group - 1)) == 0;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (new_group) scales[j].load(static_cast<unsigned>(32 * quarter + 16 * j), static_cast<unsigned>(16 * c), true);
+          uint32_t a[4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            a[r] = bits_of(__hfma2(scales[j].scale[r], centred_codes<8>(w, r, j), scales[j].mid[r]));
+          }
+          tile(c, j, a);
+        }
+      }
+    }
+  }
   template <int tiles>
   __device__ void add_sum(const uint32_t (&p)[tiles][2], int lane) {
     const uint32_t ones = lane / 4 == kSumRow ? kOnes : 0u, rows[4] = {ones, 0u, ones, 0u};
@@ -421,8 +484,17 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   for (unsigned rest = open; warp < 4 && rest != 0; rest &= rest - 1) {
     const int at = __ffs(static_cast<int>(rest)) - 1, page = item.page_begin + at;
     const int live = live_tokens(page, first_token(page)) - 32 * quarter;
-    const uint8_t* const keys = args.open_pages + static_cast<int64_t>(~__shfl_sync(~0u, here, at)) * args.open_page_stride +
-                                item.kv_head * args.open_head_stride + 32 * quarter * dim * 2;
+    const uint8_t* keys = args.open_pages + static_cast<int64_t>(~__shfl_sync(~0u, here, at)) * args.open_page_stride +
+                          item.kv_head * args.open_head_stride;
+    if (!is_rows(args, page)) {
+      for (int line = lane; live > 0 && line < 4 * kTiles; line += 32) {
+        const int place = kHeaderBytes + line / 4 * block_bytes(8) + 512 * quarter + line % 4 * 128;
+        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + place));
+        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + args.open.key_bytes() - kHeaderBytes + place));
+      }
+      continue;
+    }
+    keys += 32 * quarter * dim * 2;
     for (int line = lane; line * 128 < min(live, 32) * dim * 2; line += 32) {
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + line * 128));
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + value_row(args, page) * dim * 2 + line * 128));
@@ -482,15 +554,25 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
       const bool of_mine = turn == warp / 4;
       turn = turn + 1 < turns ? turn + 1 : 0;
       if (!of_mine || 32 * quarter >= live) continue;
-      const __half* const keys = reinterpret_cast<const __half*>(
-          args.open_pages + static_cast<int64_t>(open_id) * args.open_page_stride + item.kv_head * args.open_head_stride);
+      const uint8_t* const record =
+          args.open_pages + static_cast<int64_t>(open_id) * args.open_page_stride + item.kv_head * args.open_head_stride;
+      const auto* const keys = reinterpret_cast<const __half*>(record);
+      const bool rows_of_fp16 = is_rows(args, page);
       float s[2][4];
       uint32_t p[2][2];
-      state.open_scores(keys, live, quarter, query, factor, s, lane);
+      if (rows_of_fp16) {
+        state.open_scores(keys, live, quarter, query, factor, s, lane);
+      } else {
+        state.coded_scores(record + kHeaderBytes, args.open.key(), quarter, query, factor, s, lane);
+      }
       state.softmax(
           s, p, from, true, [&](int column) { return seen(column, from, min(first + live, from + 32)); }, args.softcap, 0, wide,
           lane);
-      state.open_values(keys + value_row(args, page) * dim, live, quarter, p, lane);
+      if (rows_of_fp16) {
+        state.open_values(keys + value_row(args, page) * dim, live, quarter, p, lane);
+      } else {
+        state.coded_values(record + args.open.key_bytes(), args.open.value(), live, quarter, p, lane);
+      }
     }
   }
 

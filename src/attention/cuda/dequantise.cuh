@@ -102,13 +102,28 @@ __device__ inline void copy_block(const uint8_t* codes, unsigned block, int lane
 #pragma unroll
   for (unsigned field = first; field < first + count; ++field) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(codes + block * block_bytes(16) + 512 * field) + lane);
-    store(16 * field, 16 * block, {v.x, v.y, v.z, v.w});
+    uint32_t a[4] = {v.x, v.y, v.z, v.w};
+    store(16 * field, 16 * block, a);
   }
 }
 
-// Calls body with what a side is and its width as constants.
-template <bool key, class Body>
+// Operand A of values without the tokens from `live` on, which may be anything; `token0` is the tile's first.
+__device__ inline void mask_tokens(uint32_t (&a)[4], int token0, int live, int lane) {
+#pragma unroll
+  for (int reg = 0; reg < 4; ++reg) {
+    const int token = token0 + 2 * (lane % 4) + reg / 2 * 8;
+    if (token + 1 >= live) a[reg] &= token < live ? 0xffffu : 0u;
+  }
+}
+
+// Calls body with what a side is and its width as constants; `open`: of an open page.
+template <bool key, bool open, class Body>
 __device__ inline void with_format(const SideShape& side, const Body& body) {
+  if constexpr (open) {
+    constexpr Operand what = key ? Operand::kKeysPerToken : Operand::kValues;
+    List<8, 16>::visit(side.bits, [&](auto bits) { body(std::integral_constant<Operand, what>{}, bits); });
+    return;
+  }
   const auto with_width = [&](auto what) { Widths::visit(side.bits, [&](auto bits) { body(what, bits); }); };
   if constexpr (!key) {
     with_width(std::integral_constant<Operand, Operand::kValues>{});

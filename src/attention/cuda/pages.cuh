@@ -26,20 +26,22 @@ struct PageTile {
   static constexpr int key_row = dim + 8, value_row = kPageTokens + 8;  // halves; 4 banks further a row
   static constexpr int merge_row = dim + 8;                             // floats
   static constexpr int key_bytes = kPageTokens * key_row * 2;
-  static constexpr int page_bytes = key_bytes + dim * value_row * 2, merge_bytes = kTileRows * (merge_row + 2) * 4;
-  static constexpr int shared_bytes = page_bytes > merge_bytes ? page_bytes : merge_bytes;
+  static constexpr int shared_bytes = page_shared_bytes(dim);
+  static_assert(shared_bytes >= key_bytes + dim * value_row * 2 && shared_bytes >= kTileRows * (merge_row + 2) * 4);
 };
 
-// A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel.
-template <int dim, bool key>
-__device__ inline void expand_side(const uint8_t* part, const SideShape& side, __half* out) {
+// A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel. Values of an open page
+// become zero from `live` on.
+template <int dim, bool key, bool open>
+__device__ inline void expand_side(const uint8_t* part, const SideShape& side, int live, __half* out) {
   constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row;
   constexpr unsigned kBlocks = dim / 16;
-  with_format<key>(side, [&](auto what, auto width) {
+  with_format<key, open>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
     __half* const mine = out + lane / 4 * kRow + 2 * (lane % 4);
-    const auto store = [&](unsigned token0, unsigned channel0, const uint32_t(&a)[4]) {
+    const auto store = [&](unsigned token0, unsigned channel0, uint32_t(&a)[4]) {
+      if constexpr (open && !key) mask_tokens(a, static_cast<int>(token0), live, lane);
       __half* const at = mine + (key ? token0 * kRow + channel0 : channel0 * kRow + token0);
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) *reinterpret_cast<uint32_t*>(at + reg % 2 * 8 * kRow + reg / 2 * 8) = a[reg];
@@ -166,12 +168,17 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     __syncthreads();
     if (id >= 0) {
       const uint8_t* record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-      expand_side<dim, true>(record + kHeaderBytes, arguments.key, keys);
-      expand_side<dim, false>(record + arguments.value_start, arguments.value, values);
+      expand_side<dim, true, false>(record + kHeaderBytes, arguments.key, live, keys);
+      expand_side<dim, false, false>(record + arguments.value_start, arguments.value, live, values);
     } else {
-      const auto* const open = reinterpret_cast<const __half*>(
-          args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride);
-      copy_open<dim>(open, live, value_row(args, page), keys, values);
+      const uint8_t* const open =
+          args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride;
+      if (is_rows(args, page)) {
+        copy_open<dim>(reinterpret_cast<const __half*>(open), live, value_row(args, page), keys, values);
+      } else {
+        expand_side<dim, true, true>(open + kHeaderBytes, args.open.key(), live, keys);
+        expand_side<dim, false, true>(open + args.open.key_bytes(), args.open.value(), live, values);
+      }
     }
     __syncthreads();
     for (int chunk = split_tokens ? warp : 0; chunk < (split_tokens ? warp + 1 : kPageTokens / kChunkTokens); ++chunk) {

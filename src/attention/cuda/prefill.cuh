@@ -68,19 +68,21 @@ class Walk {
   int page_end_, sinks_, length_, seen_begin_, seen_end_;
 };
 
-// A stretch of a packed side to shared memory, by the block's first threads; ready() waits until it may be written.
-template <int dim, bool key, int threads, class Ready>
-__device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, uint32_t to,
+// A stretch of a packed side to shared memory, by the block's first threads; ready() waits until it may be written. Values of
+// an open page become zero from the stretch's token `live` on.
+template <int dim, bool key, bool open, int threads, class Ready>
+__device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, int live, uint32_t to,
                                           const Ready& ready) {
   constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim, kStep = threads / 32;
   constexpr unsigned kBlocks = dim / 16;
   const unsigned warp = threadIdx.x / 32;
-  with_format<key>(side, [&](auto what, auto width) {
+  with_format<key, open>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
     const uint32_t mine = to + static_cast<uint32_t>((lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16);
-    const auto store = [&](unsigned token0, unsigned channel0, const uint32_t(&a)[4]) {
+    const auto store = [&](unsigned token0, unsigned channel0, uint32_t(&a)[4]) {
       const unsigned token = token0 % kTokens, row0 = key ? token : channel0, column0 = key ? channel0 : token;
+      if constexpr (open && !key) mask_tokens(a, static_cast<int>(token), live, lane);
       store_tiles((mine ^ (column0 % 64 * 2)) + column0 / 64 * panel_bytes(kRows) + row0 * 128, a);
     };
     const auto bring = [&](auto first_field) {
@@ -111,7 +113,7 @@ __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideS
   });
 }
 
-// A stretch of an open page's side; slots without a token become zero.
+// A stretch of a side of fp16 rows; slots without a token become zero.
 template <int dim, bool key, int threads>
 __device__ inline void copy_stretch(const __half* rows, int live, uint8_t* to) {
   constexpr int kTokens = PrefillTile<dim>::tokens, kOctets = dim / 8;
@@ -166,25 +168,28 @@ __device__ inline void bring_stretch(const PrefillArguments& arguments, const kv
   using Tile = PrefillTile<dim>;
   const AttendArguments& args = arguments.attend;
   const uint8_t* const record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-  const auto* const open = reinterpret_cast<const __half*>(args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride +
-                                                           item.kv_head * args.open_head_stride);
-  if (id >= 0) {
-    dequantise_stretch<dim, true, threads>(record + kHeaderBytes, arguments.key, part, shared_address(keys), [&] { ready(0); });
-  } else {
-    ready(0);
-    copy_stretch<dim, true, threads>(open + part * Tile::tokens * dim, live, keys);
-  }
-  publish_stores();
-  done(0);
-  if (id >= 0) {
-    dequantise_stretch<dim, false, threads>(record + arguments.value_start, arguments.value, part, shared_address(values),
-                                            [&] { ready(1); });
-  } else {
-    ready(1);
-    copy_stretch<dim, false, threads>(open + (value_row(args, page) + part * Tile::tokens) * dim, live, values);
-  }
-  publish_stores();
-  done(1);
+  const uint8_t* const open =
+      args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride;
+  const auto bring = [&](auto key, uint8_t* to) {
+    constexpr int kSide = key ? 0 : 1;
+    const auto wait = [&] { ready(kSide); };
+    if (id >= 0) {
+      dequantise_stretch<dim, key, false, threads>(record + (key ? kHeaderBytes : arguments.value_start),
+                                                   key ? arguments.key : arguments.value, part, live, shared_address(to), wait);
+    } else if (is_rows(args, page)) {
+      wait();
+      copy_stretch<dim, key, threads>(
+          reinterpret_cast<const __half*>(open) + ((key ? 0 : value_row(args, page)) + part * Tile::tokens) * dim, live, to);
+    } else {
+      dequantise_stretch<dim, key, true, threads>(open + (key ? kHeaderBytes : args.open.key_bytes()),
+                                                  key ? args.open.key() : args.open.value(), part, live, shared_address(to),
+                                                  wait);
+    }
+    publish_stores();
+    done(kSide);
+  };
+  bring(std::true_type{}, keys);
+  bring(std::false_type{}, values);
 }
 
 // Writes the images of an item's pages, gridDim.y blocks an item.

@@ -5,13 +5,12 @@
 namespace kvmix::cuda {
 
 bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
-  constexpr int kMostRows = 16;            // two blocks an item; with more of them the page kernel reads less
-  constexpr int kMostShared = 226 * 1024;  // of a block, compute capability 9.0
-  constexpr int kMostValueGroups = 7;      // Warp::side
+  constexpr int kMostRows = 16;        // two blocks an item; with more of them the page kernel reads less
+  constexpr int kMostValueGroups = 7;  // Warp::side
   const kvmix_cuda_format& f = p.format;
   const RecordShape shape = record_shape(f);
   return query_rows(p) <= kMostRows && f.key_per_token == 0 && CodeWidths::has(f.key_bits) && CodeWidths::has(f.value_bits) &&
-         shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= kMostShared;
+         shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= most_shared_bytes();
 }
 
 bool uses_images(const kvmix_cuda_attend_params& p) {
@@ -63,9 +62,10 @@ namespace {
   throw Error(Status::kUnsupported, "CUDA is not available in this build; configure with -DKVMIX_CUDA=ON");
 }
 }  // namespace
-void attend(const kvmix_cuda_attend_params&, int) { no_cuda(); }
+void attend(const kvmix_cuda_attend_params&, const OpenPages&) { no_cuda(); }
 Residency residency(const kvmix_cuda_attend_params&) { no_cuda(); }
 bool has_prefill_kernel() { return false; }
+int most_shared_bytes() { return kMostSharedBytes; }
 #endif
 
 }  // namespace kvmix::cuda

@@ -16,6 +16,16 @@ void check_shape(const kvmix_cuda_attend_params& params);
 inline int heads_per_kv(const kvmix_cuda_attend_params& p) { return p.q_heads / p.kv_heads; }
 inline int query_rows(const kvmix_cuda_attend_params& p) { return p.q_tokens * heads_per_kv(p); }
 
+// Shared memory that a thread block of the page kernel takes: keys and values of a page as fp16, later all rows' sums.
+constexpr int page_shared_bytes(int head_dim) {
+  const int page = kPageTokens * (head_dim + 8) * 2 + head_dim * (kPageTokens + 8) * 2;
+  const int merge = kTileRows * (head_dim + 8 + 2) * 4;
+  return page > merge ? page : merge;
+}
+// What a thread block may take on the current device; without one, on compute capability 9.0.
+int most_shared_bytes();
+inline constexpr int kMostSharedBytes = 226 * 1024;
+
 // Thread blocks that the decode kernel gives each item.
 inline int row_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kRows - 1) / kRows; }
 
@@ -40,8 +50,13 @@ struct Residency {
 };
 
 // Defined in the .cu files, or where the build has no CUDA by functions that throw kUnsupported.
-// The open page of sinks has room for `sink_slots` tokens.
-void attend(const kvmix_cuda_attend_params& params, int sink_slots = kPageTokens);
+// What the ABI's parameters do not say of open pages: the sinks' room for tokens, and the shape of the others, fp16 rows or a
+// record of 8-bit rows (tile_layout.h).
+struct OpenPages {
+  int sink_slots = kPageTokens;
+  RecordShape shape{0, 16, 16, 128, 128};
+};
+void attend(const kvmix_cuda_attend_params& params, const OpenPages& open = {});
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
 // decode.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh

@@ -184,7 +184,7 @@ class CpuBackend final : public Backend {
   void latent_rows(const LayerPages& lists, size_t page, Side side, const LatentFactors::Head& head, int first, int n,
                    float* tile, float* out) const;
   // A head's output from its summed value latents.
-  static void latent_output(const Layer& layer, int kv_head, const float* acc, float norm, float* out);
+  void latent_output(const Layer& layer, int kv_head, const float* acc, float norm, float* out) const;
   static size_t latent_scratch_floats(const Layer& layer, int rows);
   static std::byte* aligned(std::byte* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
   void merge_parts(const Layer& layer, const Unit& unit, int row, float* acc, float& top, float& sum) const;

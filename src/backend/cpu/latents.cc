@@ -2,41 +2,48 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/cpu/latent_ops.h"
 #include "backend/cpu/cpu_backend.h"
 
 namespace kvmix {
 namespace {
 
-// rows [n][count] times up [count][dim].
-void rebuild(const float* rows, int n, const LatentFactors::Head& head, int dim, float* out) {
-  for (int t = 0; t < n; ++t, rows += head.count, out += dim) {
-    std::fill_n(out, dim, 0.0f);
-    const float* up = head.up.data();
-    for (int i = 0; i < head.count; ++i, up += dim) {
-      for (int c = 0; c < dim; ++c) out[c] += rows[i] * up[c];
-    }
-  }
-}
+constexpr int kMostPairs = 128;  // of the widest heads
 
-void finish_key(const LatentFactors& f, int kv_head, int dim, int64_t position, float* key) {
-  if (!f.key_bias.empty()) {
-    for (int c = 0; c < dim; ++c) key[c] += f.key_bias[static_cast<size_t>(kv_head * dim + c)];
-  }
-  if (!f.key_norm.empty()) {
-    float sum = 0;
-    for (int c = 0; c < dim; ++c) sum += key[c] * key[c];
-    const float scale = 1.0f / std::sqrt(sum / static_cast<float>(dim) + f.norm_epsilon);
-    for (int c = 0; c < dim; ++c) key[c] *= scale * f.key_norm[static_cast<size_t>(c)];
-  }
+// Bias, norm and rotation of rebuilt keys at positions first, first + 1, ... Angles go on from token to token, in fp64: over a
+// page that is as exact as sines and cosines of every position.
+void finish_keys(const LatentFactors& f, int kv_head, int dim, int64_t first, int n, float* keys) {
   const auto pairs = static_cast<int>(f.angles.size());
+  double cosine[kMostPairs], sine[kMostPairs], step_cosine[kMostPairs], step_sine[kMostPairs];
   for (int i = 0; i < pairs; ++i) {
-    const double angle = static_cast<double>(position) * f.angles[static_cast<size_t>(i)];
-    const float cosine = static_cast<float>(std::cos(angle)) * f.magnitude,
-                sine = static_cast<float>(std::sin(angle)) * f.magnitude;
-    float &a = key[f.neighbours ? 2 * i : i], &b = key[f.neighbours ? 2 * i + 1 : i + pairs];
-    const float x = a, y = b;
-    a = x * cosine - y * sine;
-    b = x * sine + y * cosine;
+    const double step = f.angles[static_cast<size_t>(i)], angle = static_cast<double>(first) * step;
+    cosine[i] = std::cos(angle) * static_cast<double>(f.magnitude);
+    sine[i] = std::sin(angle) * static_cast<double>(f.magnitude);
+    step_cosine[i] = std::cos(step);
+    step_sine[i] = std::sin(step);
+  }
+  const int stride = f.neighbours ? 2 : 1, other = f.neighbours ? 1 : pairs;
+  for (int t = 0; t < n; ++t) {
+    float* key = keys + static_cast<ptrdiff_t>(t) * dim;
+    if (!f.key_bias.empty()) {
+      for (int c = 0; c < dim; ++c) key[c] += f.key_bias[static_cast<size_t>(kv_head * dim + c)];
+    }
+    if (!f.key_norm.empty()) {
+      float sum = 0;
+      for (int c = 0; c < dim; ++c) sum += key[c] * key[c];
+      const float scale = 1.0f / std::sqrt(sum / static_cast<float>(dim) + f.norm_epsilon);
+      for (int c = 0; c < dim; ++c) key[c] *= scale * f.key_norm[static_cast<size_t>(c)];
+    }
+    for (int i = 0; i < pairs; ++i) {
+      const auto turn = static_cast<float>(cosine[i]), lift = static_cast<float>(sine[i]);
+      float &a = key[stride * i], &b = key[stride * i + other];
+      const float x = a, y = b;
+      a = x * turn - y * lift;
+      b = x * lift + y * turn;
+      const double next = cosine[i] * step_cosine[i] - sine[i] * step_sine[i];
+      sine[i] = cosine[i] * step_sine[i] + sine[i] * step_cosine[i];
+      cosine[i] = next;
+    }
   }
 }
 
@@ -70,6 +77,7 @@ void CpuBackend::latent_rows(const LayerPages& lists, size_t page, Side side, co
 
 void CpuBackend::attend_latents(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
                                 Scratch& scratch) const {
+  const LatentOps& ops = latent_ops(forced_kernel_ == "portable");
   const LayerConfig& config = layer.config;
   const LatentFactors& factors = *config.factors;
   const LatentFactors::Head &key_head = factors.key[static_cast<size_t>(unit.head)],
@@ -96,8 +104,8 @@ void CpuBackend::attend_latents(const Layer& layer, const Unit& unit, const floa
       const int64_t first = page.first + slot;
       if (first + n <= oldest || first > newest) continue;
       latent_rows(lists, at, Side::kKey, key_head, slot, n, tile, latents);
-      rebuild(latents, n, key_head, dim, keys);
-      for (int t = 0; t < n; ++t) finish_key(factors, unit.head, dim, first + t, keys + static_cast<ptrdiff_t>(t) * dim);
+      ops.rebuild(latents, n, key_head.count, key_head.up.data(), dim, keys);
+      finish_keys(factors, unit.head, dim, first, n, keys);
       latent_rows(lists, at, Side::kValue, value_head, slot, n, tile, latents);
       for (int r = 0; r < rows; ++r) {
         const int token = unit.first_token + r / layer.heads_per_kv;
@@ -108,16 +116,10 @@ void CpuBackend::attend_latents(const Layer& layer, const Unit& unit, const floa
                    end = static_cast<int>(std::clamp<int64_t>(last + 1 - first, 0, n));
         if (begin >= end) continue;
         float top = -INFINITY;
+        ops.dots(query, keys + static_cast<ptrdiff_t>(begin) * dim, end - begin, dim, scores + begin);
         for (int t = begin; t < end; ++t) {
-          const float* key = keys + static_cast<ptrdiff_t>(t) * dim;
-          constexpr int kSums = 16;  // of a dot product side by side; head_dim is a multiple
-          float sums[kSums] = {}, sum = 0;
-          for (int c = 0; c < dim; c += kSums) {
-            for (int j = 0; j < kSums; ++j) sums[j] += query[c + j] * key[c + j];
-          }
-          for (const float s : sums) sum += s;
-          sum *= config.scale;
-          scores[t] = config.softcap > 0 ? config.softcap * std::tanh(sum / config.softcap) : sum;
+          const float score = scores[t] * config.scale;
+          scores[t] = config.softcap > 0 ? config.softcap * std::tanh(score / config.softcap) : score;
           top = std::max(top, scores[t]);
         }
         float* acc = partial.acc + static_cast<ptrdiff_t>(r) * width;
@@ -128,20 +130,20 @@ void CpuBackend::attend_latents(const Layer& layer, const Unit& unit, const floa
           partial.m[r] = top;
         }
         for (int t = begin; t < end; ++t) {
-          const float p = std::exp(scores[t] - partial.m[r]);
-          partial.l[r] += p;
-          const float* z = latents + static_cast<ptrdiff_t>(t) * value_head.count;
-          for (int c = 0; c < value_head.count; ++c) acc[c] += p * z[c];
+          scores[t] = std::exp(scores[t] - partial.m[r]);
+          partial.l[r] += scores[t];
         }
+        ops.add(scores + begin, latents + static_cast<ptrdiff_t>(begin) * value_head.count, end - begin, value_head.count, acc);
       }
     }
   }
 }
 
-void CpuBackend::latent_output(const Layer& layer, int kv_head, const float* acc, float norm, float* out) {
+void CpuBackend::latent_output(const Layer& layer, int kv_head, const float* acc, float norm, float* out) const {
   const LatentFactors& f = *layer.config.factors;
   const int dim = layer.config.head_dim;
-  rebuild(acc, 1, f.value[static_cast<size_t>(kv_head)], dim, out);
+  const LatentFactors::Head& head = f.value[static_cast<size_t>(kv_head)];
+  latent_ops(forced_kernel_ == "portable").rebuild(acc, 1, head.count, head.up.data(), dim, out);
   for (int c = 0; c < dim; ++c) {
     out[c] *= norm;
     if (!f.value_bias.empty()) out[c] += f.value_bias[static_cast<size_t>(kv_head * dim + c)];

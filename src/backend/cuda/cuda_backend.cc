@@ -6,6 +6,7 @@
 #include "attention/cuda/shape.h"
 #include "backend/cuda/device.h"
 #include "base/cuda/launch.h"
+#include "codec/row.h"
 #include "kvmix/error.h"
 #include "rows/scale.h"
 
@@ -28,6 +29,16 @@ std::vector<float> transposed(std::span<const float> matrices, size_t dim) {
     out[(head * dim + column) * dim + row] = matrices[at];
   }
   return out;
+}
+
+// As AppendRows takes it, of feedback [kv_heads][dim (dim - 1) / 2].
+std::vector<float> columns_of(std::span<const float> feedback, int kv_heads, int dim) {
+  const auto square = static_cast<size_t>(dim) * static_cast<size_t>(dim), heads = static_cast<size_t>(kv_heads);
+  std::vector<float> columns(heads * square);
+  for (size_t h = 0; h < heads; ++h) {
+    feedback_columns(feedback.subspan(h * (feedback.size() / heads)).data(), dim, columns.data() + h * square);
+  }
+  return columns;
 }
 
 }  // namespace
@@ -73,6 +84,13 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const kvmix_cuda_format format = layer_format(layer, "layer " + std::to_string(l));
+    if (page_shared_bytes(layer.head_dim) > most_shared_bytes()) {
+      throw Error(Status::kUnsupported, "layer " + std::to_string(l) + ": head_dim " + std::to_string(layer.head_dim) +
+                                            " takes " + std::to_string(page_shared_bytes(layer.head_dim)) +
+                                            " bytes of a thread block's shared memory, of which this GPU has " +
+                                            std::to_string(most_shared_bytes()) +
+                                            " (kvmix list --device cuda); take the device \"cpu\"");
+    }
     const Shape shape{format, layer.q_heads, layer.kv_heads, layer.sinks, layer.sliding_window, {}};
     const auto known = std::find(shapes_.begin(), shapes_.end(), shape);
     const auto index = static_cast<size_t>(known - shapes_.begin());
@@ -84,6 +102,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     Layer made{.config = layer,
                .ids = layers[l],
                .format = format,
+               .open = record_shape(open_format(layer, "layer " + std::to_string(l))),
                .shape = index,
                .key = {constant(k.center), key_scales, nullptr, nullptr, constant(k.matrix), k.hadamard},
                .value = {nullptr, value_scales, nullptr, nullptr, constant(v.matrix), v.hadamard},
@@ -98,6 +117,8 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     if (format.value_bits == kF16Bits) made.values_fitted = made.keys_fitted;
     made.key_feedback.feedback = constant(k.feedback);
     made.value_feedback.feedback = constant(v.feedback);
+    if (!k.feedback.empty() && made.open.key_bits != kF16Bits)
+      made.key_columns = constant(columns_of(k.feedback, layer.kv_heads, layer.head_dim));
     layers_.push_back(made);
     kvmix_cuda_attend_params decode = attend_params(shape);
     decode.q_tokens = 1;
@@ -124,10 +145,7 @@ const float* CudaBackend::constant(std::span<const float> numbers) {
   return reinterpret_cast<const float*>(constants_.back().data());
 }
 
-PageHandle CudaBackend::allocate(const PageFormat& format) {
-  use_device();
-  return PageHandle{pool_.allocate(format.bytes)} + 1;
-}
+PageHandle CudaBackend::allocate(const PageFormat& format) { return PageHandle{pool_.allocate(format.bytes)} + 1; }
 
 void CudaBackend::release(PageHandle page, const PageFormat& format) {
   pool_.release(static_cast<uint32_t>(page - 1), format.bytes);
@@ -158,9 +176,11 @@ void CudaBackend::transcode(const Transcode& job) {
   if (!format(job.to()).appendable() || format(job.from).appendable())
     throw Error(Status::kInternal, "a page is sealed outside a step");
   join();
-  open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)),
-              record_shape(layers_[static_cast<size_t>(job.layer)].format), reinterpret_cast<uint8_t*>(memory(job.to().handle)),
-              stream_.get());
+  const Layer& layer = layers_[static_cast<size_t>(job.layer)];
+  const ptrdiff_t square = static_cast<ptrdiff_t>(layer.config.head_dim) * layer.config.head_dim;
+  open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)), record_shape(layer.format),
+              reinterpret_cast<uint8_t*>(memory(job.to().handle)), layer.open,
+              layer.key_columns == nullptr ? nullptr : layer.key_columns + job.kv_head * square, stream_.get());
 }
 
 void CudaBackend::gather(const Gather&, int) {

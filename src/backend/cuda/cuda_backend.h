@@ -108,9 +108,11 @@ class CudaBackend final : public Backend {
     const LayerConfig& config;
     LayerFormats ids;
     kvmix_cuda_format format;
+    RecordShape open;  // of pages that are not sealed, but the sinks'
     size_t shape;
     RowOps key, value, query, output;
     kvmix_cuda_transform key_feedback{}, value_feedback{};
+    const float* key_columns = nullptr;  // feedback of 8-bit keys as they come, as AppendRows
     bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
     // Of the step, places in its inputs.
     size_t open_ids_at = 0, record_ids_at = 0;
@@ -127,16 +129,25 @@ class CudaBackend final : public Backend {
   std::span<const int32_t> lengths(const Launch& launch);
   void write_work(const Shape& shape, const Launch& launch, std::byte* to);
   void write_tables();
+  void find_patches();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
-  void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const;
+  void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids);
   void seal(const Layer& layer, cudaStream_t stream);
   void seal_all();
   // Makes what is queued from here on wait for sealing, also of a step that was aborted.
   void join() const;
   void attend(const Layer& layer, const Launch& launch);
   const PageFormat& format(const PageEntry& page) const { return formats_[static_cast<FormatId>(page.format)]; }
-  const Layer& layer_of(const PageFormat& format) const;
+  RecordShape shape_of(const PageFormat& format) const;
   static int32_t id_of(PageHandle page) { return static_cast<int32_t>(page - 1); }
+  // What tables say of a page, and at which of a head's places.
+  int32_t table_id(const PageEntry& page) const {
+    return format(page).role == PageRole::kSealed ? id_of(page.handle) : ~id_of(page.handle);
+  }
+  static int64_t table_place(const Layer& layer, const PageEntry& page) {
+    if (page.format == layer.ids.sinks) return 0;
+    return (page.first - layer.config.sinks) / kPageTokens + (layer.config.sinks > 0 ? 1 : 0);
+  }
   std::byte* memory(PageHandle page) const { return pool_.base() + (page - 1) * kPageUnit; }
   std::vector<std::byte> host_copy(const PageEntry& page) const;
   template <class T>
@@ -168,8 +179,11 @@ class CudaBackend final : public Backend {
   bool keyed_ = false;  // launch_key was called: append and attend may be captured
   StepInputs inputs_;
   // Page tables stay on the device from step to step: of each layer [entries of a step][kv_heads][stride]. A row is written
-  // again where another sequence comes to stand in it or its pages have changed.
+  // again where another sequence comes to stand in it or its pages have changed, but by a step alone: then only what changed.
   PageTables tables_;
+  std::vector<TablePatch> patches_;
+  std::vector<int32_t> patched_row_;  // by entry of the plan; -1: not patched
+  std::vector<int> sealed_of_head_;
   DeviceMemory queries_, outputs_, workspace_;
   size_t clean_bytes_ = 0;                            // of the workspace, from its beginning: they are zero
   DeviceMemory host_q_, host_k_, host_v_, host_out_;  // of rows that come from the host

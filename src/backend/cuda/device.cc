@@ -2,6 +2,9 @@
 
 #ifdef KVMIX_CUDA
 #include <cuda_runtime.h>
+
+#include "attention/cuda/shape.h"
+#include "codec/cuda/format.h"
 #else
 #include "backend/backend.h"
 #endif
@@ -47,6 +50,50 @@ DeviceSpace cuda_space() {
 #endif
   return space;
 }
+
+#ifdef KVMIX_CUDA
+CudaSupport cuda_support() {
+  return {KVMIX_CUDA_ARCHITECTURES, cuda::Widths::text(), cuda::Groups::text(), cuda::HeadDims::text()};
+}
+
+std::vector<CudaDevice> cuda_devices() {
+  cuda::check_device();
+  const auto check = [](cudaError_t status) {
+    if (status != cudaSuccess)
+      throw Error(Status::kUnsupported,
+                  std::string("device \"cuda\": the GPUs cannot be asked: ") + cudaGetErrorString(status));
+  };
+  int count = 0, current = 0;
+  check(cudaGetDeviceCount(&count));
+  check(cudaGetDevice(&current));
+  std::vector<CudaDevice> devices;
+  for (int d = 0; d < count; ++d) {
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, d));
+    check(cudaSetDevice(d));
+    CudaDevice& device = devices.emplace_back();
+    device.name = properties.name;
+    device.capability = properties.major * 10 + properties.minor;
+    device.total_bytes = properties.totalGlobalMem;
+    device.prefill_kernel = cuda::has_prefill_kernel();
+    cuda::HeadDims::each([&](int dim) {
+      if (cuda::page_shared_bytes(dim) <= cuda::most_shared_bytes()) device.head_dims.push_back(dim);
+    });
+  }
+  check(cudaSetDevice(current));
+  return devices;
+}
+#else
+CudaSupport cuda_support() {
+  cuda::check_device();
+  return {};
+}
+
+std::vector<CudaDevice> cuda_devices() {
+  cuda::check_device();
+  return {};
+}
+#endif
 
 #ifndef KVMIX_CUDA
 std::unique_ptr<Backend> make_cuda_backend(const CacheConfig&, const FormatTable&, std::vector<LayerFormats>) {

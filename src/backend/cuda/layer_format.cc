@@ -1,5 +1,6 @@
 #include "backend/cuda/layer_format.h"
 
+#include "codec/row.h"
 #include "kvmix/error.h"
 #include "rows/scale.h"
 
@@ -50,7 +51,21 @@ kvmix_cuda_format layer_format(const LayerConfig& layer, const std::string& wher
   format.key_bits = key.bits, format.key_group = key.group, format.key_per_token = key.per_token && key.bits != kF16Bits;
   format.value_bits = value.bits, format.value_group = value.group;
   check_format(format);
+  open_format(layer, where);
   return format;
+}
+
+kvmix_cuda_format open_format(const LayerConfig& layer, const std::string& where) {
+  const CodecSpec& recent = layer.recent;
+  if (!recent.is_f16() && (!takes_rows(recent) || !recent.is_uniform() || !recent.zero_point || !Groups::has(recent.group))) {
+    throw Error(Status::kUnsupported, where + ": recent rows of " + to_string(recent) +
+                                          " cannot be on the device \"cuda\"; take f16, or int8 per token with a zero point "
+                                          "and groups of " +
+                                          Groups::text());
+  }
+  const auto bits = [&](const SideConfig& side) { return open_codec(recent, side.codec).is_f16() ? kF16Bits : recent.bits; };
+  const int group = recent.is_f16() ? kPageTokens : recent.group;
+  return {layer.head_dim, bits(layer.key), bits(layer.value), group, group, 1};
 }
 
 size_t record_bytes(const kvmix_cuda_format& format) { return whole_units(static_cast<size_t>(record_shape(format).bytes())); }

@@ -20,4 +20,8 @@ kvmix_cuda_format layer_format(const LayerConfig& layer, const std::string& wher
 size_t record_bytes(const kvmix_cuda_format& format);  // in the pool
 size_t open_bytes(int slots, int head_dim);            // fp16 keys, then values
 
+// A layer's open pages: of 16-bit sides fp16 rows next to each other, else a record of 8-bit rows (codec/cuda/tile_layout.h).
+// Throws as layer_format, which asks this too.
+kvmix_cuda_format open_format(const LayerConfig& layer, const std::string& where);
+
 }  // namespace kvmix::cuda

@@ -71,7 +71,8 @@ class StepInputs {
   DeviceMemory device_;
 };
 
-// An array of ids on the device that is written down in pinned memory and copied where it changed.
+// An array of ids on the device. Whole rows are written down in pinned memory and copied; single ids, which that memory does
+// not hear of, a kernel may change.
 class PageTables {
  public:
   PageTables() = default;
@@ -86,7 +87,7 @@ class PageTables {
   // To be called before ids of rows that were copied are written.
   void wait();
   int32_t* host(size_t at) { return host_.data<int32_t>() + at; }
-  const int32_t* device(size_t at) const { return reinterpret_cast<const int32_t*>(device_.data()) + at; }
+  int32_t* device(size_t at) const { return reinterpret_cast<int32_t*>(device_.data()) + at; }
   // `ids` from `at` on, and as many in `times` places in all, `step` ids apart.
   void copy(size_t at, size_t ids, size_t times, size_t step, cudaStream_t stream);
   size_t rows() const { return rows_; }

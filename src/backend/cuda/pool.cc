@@ -94,6 +94,8 @@ void DevicePool::throw_limit() const {
 
 void DevicePool::map(uint32_t index, size_t bytes) {
   Chunk& chunk = chunks_[index];
+  if (chunk.mapped >= bytes) return;
+  check_cuda(cudaSetDevice(device_), "pool: device");
   const CUmemAllocationProp properties = memory_of(device_);
   while (chunk.mapped < bytes) {
     const size_t part = std::min(part_bytes(taken_), chunk_bytes_ - chunk.mapped);
@@ -196,6 +198,14 @@ void DevicePool::release(uint32_t unit, size_t bytes) {
 void DevicePool::trim() {
   const size_t keep = used_ == 0 ? 0 : used_ / 16 / chunk_bytes_ + (part_bytes(taken_) < chunk_bytes_ ? 1 : 4);
   if (spare_.size() <= keep) return;
+  // Waiting is for what is worth it: what a step or two have left can go when the device has nothing to do.
+  const cudaError_t state = cudaStreamQuery(stream_);
+  if (state != cudaErrorNotReady) {
+    check_cuda(state, "pool: the stream");
+  } else {
+    static_cast<void>(cudaGetLastError());
+    if (spare_.size() <= 2 * keep) return;
+  }
   check_cuda(cudaStreamSynchronize(stream_), "pool: what was queued before memory is given back");
   while (spare_.size() > keep) {
     unmap(chunks_[spare_.back()], spare_.back());

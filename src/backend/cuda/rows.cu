@@ -2,8 +2,10 @@
 #include <cuda_fp16.h>
 
 #include <string>
+#include <type_traits>
 
 #include "backend/cuda/layer_format.h"
+#include "backend/cuda/row_codes.cuh"
 #include "backend/cuda/rows.h"
 #include "base/cuda/launch.h"
 #include "codec/cuda/format.h"
@@ -71,30 +73,82 @@ __device__ inline void apply(const RowOps& ops, int head, float (&x)[dim / 32], 
   __syncwarp();
 }
 
-template <int dim>
-__global__ void __launch_bounds__(kRowThreads) append_kernel(const __grid_constant__ AppendRows job) {
+// Rows of one head and side as an open page stores them, fp16 or codes: row r to `to[r]`, unless that is null.
+struct OpenSlot {
+  uint8_t* page = nullptr;
+  int slot = 0, slots = 0;
+  bool rows = false;  // fp16 rows next to each other
+};
+template <int dim, int rows, bool key, bool feedback>
+__device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape& open, const float* columns,
+                                  const OpenSlot (&to)[rows]) {
+  const int lane = lane_of();
+  const SideShape side = key ? open.key() : open.value();
+  const int part = key ? kHeaderBytes : open.key_bytes();
+  bool coded = false;
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+    if (to[r].page == nullptr) continue;
+    if (to[r].rows) {
+      auto* const halves = reinterpret_cast<__half*>(to[r].page) + ((key ? 0 : to[r].slots) + to[r].slot) * dim;
+#pragma unroll
+      for (int i = 0; i < dim / 32; ++i) halves[32 * i + lane] = __float2half_rn(x[r][i]);
+    } else if (side.bits == 16) {
+      store_halves<dim, key>(x[r], to[r].slot, lane, to[r].page + part);
+    } else {
+      coded = true;
+    }
+  }
+  if (!coded) return;
+  RowCodes<dim, rows> codes;
+  codes.encode(x, side.group);
+  if constexpr (key && feedback) {
+    if (columns != nullptr) codes.feed_back(x, columns, lane);
+  }
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+    if (to[r].page != nullptr && !to[r].rows) codes.template store<key>(r, side, to[r].slot, lane, to[r].page + part);
+  }
+}
+
+// A warp takes `rows` rows of a head: beside each other they hide what feedback waits for.
+template <int dim, int rows, bool key, bool feedback>
+__device__ inline void append(const AppendRows& job, int row0, int head, float* room) {
+  const int lane = lane_of();
+  float x[rows][dim / 32] = {};
+  OpenSlot to[rows];
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+    const int64_t row = row0 + r;
+    if (row >= job.rows) break;
+    const RowPlace place = job.places[row];
+    const float* const from = (key ? job.k + row * job.k_stride : job.v + row * job.v_stride) + head * dim;
+#pragma unroll
+    for (int i = 0; i < dim / 32; ++i) x[r][i] = from[32 * i + lane];
+    apply<dim>(key ? job.key : job.value, head, x[r], room);
+    const PageTable& table = job.table;
+    const bool sink = place.position < table.sinks;
+    const int behind = place.position - table.sinks;
+    const int page = sink ? 0 : behind / kPageTokens + (table.sinks > 0 ? 1 : 0);
+    const int32_t id = table.ids[(static_cast<int64_t>(place.entry) * job.kv_heads + head) * table.stride + page];
+    to[r] = {table.pages + static_cast<int64_t>(~id) * kUnitBytes, sink ? place.position : behind % kPageTokens,
+             sink ? table.sinks : kPageTokens, sink || !job.open.has_codes()};
+  }
+  const float* const columns = feedback ? job.key_columns + static_cast<int64_t>(head) * dim * dim : nullptr;
+  store_rows<dim, rows, key, feedback>(x, job.open, columns, to);
+}
+
+// Blocks of one head and side, so that they share what feedback reads.
+template <int dim, int rows, bool feedback>
+__global__ void __launch_bounds__(kRowThreads, feedback ? 2 : 4) append_kernel(const __grid_constant__ AppendRows job) {
   __shared__ float room[kRowWarps][dim];
-  const int64_t task = row_of(), tasks = static_cast<int64_t>(job.rows) * job.kv_heads * 2;
-  if (task >= tasks) return;
-  const int lane = lane_of(), head = static_cast<int>(task / 2 % job.kv_heads);
-  const bool key = task % 2 == 0;
-  const int64_t row = task / 2 / job.kv_heads;
-  const RowPlace place = job.places[row];
-  const float* const from = (key ? job.k + row * job.k_stride : job.v + row * job.v_stride) + head * dim;
-  float x[dim / 32];
-#pragma unroll
-  for (int i = 0; i < dim / 32; ++i) x[i] = from[32 * i + lane];
-  apply<dim>(key ? job.key : job.value, head, x, room[threadIdx.x / 32]);
-  const PageTable& table = job.table;
-  const bool sink = place.position < table.sinks;
-  const int behind = place.position - table.sinks;
-  const int page = sink ? 0 : behind / kPageTokens + (table.sinks > 0 ? 1 : 0);
-  const int slot = sink ? place.position : behind % kPageTokens, slots = sink ? table.sinks : kPageTokens;
-  const int32_t id = table.ids[(static_cast<int64_t>(place.entry) * job.kv_heads + head) * table.stride + page];
-  auto* const to =
-      reinterpret_cast<__half*>(table.pages + static_cast<int64_t>(~id) * kUnitBytes) + ((key ? 0 : slots) + slot) * dim;
-#pragma unroll
-  for (int i = 0; i < dim / 32; ++i) to[32 * i + lane] = __float2half_rn(x[i]);
+  const int warp = static_cast<int>(threadIdx.x) / 32, row = (static_cast<int>(blockIdx.x) * kRowWarps + warp) * rows;
+  if (row >= job.rows) return;
+  if (blockIdx.z == 0) {
+    append<dim, rows, true, feedback>(job, row, static_cast<int>(blockIdx.y), room[warp]);
+  } else {
+    append<dim, rows, false, feedback>(job, row, static_cast<int>(blockIdx.y), room[warp]);
+  }
 }
 
 // The place of a (row, query head) among the halves, in rows of head_dim.
@@ -151,17 +205,39 @@ __device__ inline float number_of(const SideShape& side, bool key, const uint8_t
   return float_of(scales[kMidStep]) + float_of(scales[0]) * (static_cast<float>(code) - centre);
 }
 
-constexpr int kOpenBlocks = 16;  // of a side
+// Rows that a warp feeds errors back in at once.
+__host__ __device__ constexpr int rows_together(int head_dim) { return head_dim <= 128 ? 4 : 2; }
 
-__global__ void open_kernel(const uint8_t* record, RecordShape shape, __half* open) {
-  const bool key = blockIdx.y == 0;
-  const SideShape side = key ? shape.key() : shape.value();
-  const uint8_t* const part = record + (key ? kHeaderBytes : shape.key_bytes());
-  __half* const to = open + (key ? 0 : kPageTokens * shape.head_dim);
-  const int step = static_cast<int>(gridDim.x * blockDim.x);
-  for (int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); at < kPageTokens * shape.head_dim; at += step) {
-    to[at] = __float2half_rn(number_of(side, key, part, at / shape.head_dim, at % shape.head_dim));
+// A warp takes some tokens of a side.
+template <int dim>
+__global__ void __launch_bounds__(kRowThreads)
+    open_kernel(const uint8_t* record, RecordShape shape, uint8_t* page, RecordShape open, const float* columns) {
+  constexpr int kRows = rows_together(dim);
+  const int task = static_cast<int>(row_of()), token = task / 2 * kRows, lane = lane_of();
+  const auto bring = [&](auto key) {
+    const SideShape side = key ? shape.key() : shape.value();
+    const uint8_t* const part = record + (key ? kHeaderBytes : shape.key_bytes());
+    float x[kRows][dim / 32];
+    OpenSlot to[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < dim / 32; ++i) x[r][i] = number_of(side, key, part, token + r, 32 * i + lane);
+      to[r] = {page, token + r, kPageTokens, !open.has_codes()};
+    }
+    store_rows<dim, kRows, key, true>(x, open, columns, to);
+  };
+  if (task % 2 == 0) {
+    bring(std::true_type{});
+  } else {
+    bring(std::false_type{});
   }
+}
+
+constexpr unsigned kPatchThreads = 128;
+__global__ void patch_kernel(int32_t* ids, const TablePatch* patches, size_t count) {
+  const size_t at = size_t{blockIdx.x} * kPatchThreads + threadIdx.x;
+  if (at < count) ids[patches[at].at] = patches[at].id;
 }
 
 unsigned blocks_of(int64_t warps) { return static_cast<unsigned>((warps + kRowWarps - 1) / kRowWarps); }
@@ -174,10 +250,30 @@ void with_head_dim(int head_dim, const char* what, const Body& body) {
 
 }  // namespace
 
+void patch_table(int32_t* ids, const TablePatch* patches, size_t count, cudaStream_t stream) {
+  if (count == 0) return;
+  patch_kernel<<<static_cast<unsigned>((count + kPatchThreads - 1) / kPatchThreads), kPatchThreads, 0, stream>>>(ids, patches,
+                                                                                                                 count);
+  check_cuda(cudaGetLastError(), "page tables: launch");
+}
+
 void append_rows(const AppendRows& job, cudaStream_t stream) {
-  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * 2);
-  with_head_dim(job.head_dim, "append rows: launch",
-                [&](auto dim) { append_kernel<dim.value><<<blocks, kRowThreads, 0, stream>>>(job); });
+  const auto grid = [&](int rows_of_warp) {
+    const int of_block = kRowWarps * rows_of_warp;
+    return dim3(static_cast<unsigned>((job.rows + of_block - 1) / of_block), static_cast<unsigned>(job.kv_heads), 2);
+  };
+  constexpr int64_t kManyRows = 2048;  // with fewer a warp each is faster
+  const bool many = static_cast<int64_t>(job.rows) * job.kv_heads >= kManyRows;
+  with_head_dim(job.head_dim, "append rows: launch", [&](auto dim) {
+    constexpr int kTogether = rows_together(dim.value);
+    if (job.key_columns == nullptr) {
+      append_kernel<dim.value, 1, false><<<grid(1), kRowThreads, 0, stream>>>(job);
+    } else if (many) {
+      append_kernel<dim.value, kTogether, true><<<grid(kTogether), kRowThreads, 0, stream>>>(job);
+    } else {
+      append_kernel<dim.value, 1, true><<<grid(1), kRowThreads, 0, stream>>>(job);
+    }
+  });
 }
 
 void map_queries(const HeadRows& job, cudaStream_t stream) {
@@ -192,9 +288,12 @@ void map_outputs(const HeadRows& job, cudaStream_t stream) {
                 [&](auto dim) { head_kernel<dim.value, false><<<blocks, kRowThreads, 0, stream>>>(job); });
 }
 
-void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* open, cudaStream_t stream) {
-  open_kernel<<<dim3(kOpenBlocks, 2), 256, 0, stream>>>(record, shape, reinterpret_cast<__half*>(open));
-  check_cuda(cudaGetLastError(), "open a sealed page: launch");
+void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* columns,
+                 cudaStream_t stream) {
+  with_head_dim(shape.head_dim, "open a sealed page: launch", [&](auto dim) {
+    open_kernel<dim.value>
+        <<<blocks_of(2 * kPageTokens / rows_together(dim.value)), kRowThreads, 0, stream>>>(record, shape, page, open, columns);
+  });
 }
 
 }  // namespace kvmix::cuda

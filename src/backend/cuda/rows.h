@@ -1,5 +1,5 @@
-// Rows between a model's fp32 and the pages' fp16, with the row maps of a layer: the same operations in the same order as
-// src/rows, so that what is stored equals the CPU's to the bit.
+// Rows between a model's fp32 and what pages hold, with the row maps of a layer: the same operations in the same order as
+// src/rows and, of 8-bit rows, src/codec, so that what is stored equals the CPU's to the bit.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,6 +36,13 @@ struct PageTable {
   int sinks;  // slots of page 0 of each head, if there are
 };
 
+// An id of the tables that is another one from this step on.
+struct TablePatch {
+  int64_t at;
+  int32_t id;
+};
+void patch_table(int32_t* ids, const TablePatch* patches, size_t count, cudaStream_t stream);
+
 struct AppendRows {
   const float *k, *v;  // [rows][kv_heads][head_dim]
   int64_t k_stride, v_stride;
@@ -43,6 +50,8 @@ struct AppendRows {
   const RowPlace* places;
   PageTable table;
   RowOps key, value;
+  RecordShape open;          // of pages but the sinks' (RecordShape::has_codes)
+  const float* key_columns;  // feedback of 8-bit keys, [kv_heads][head_dim][head_dim] (feedback_columns), or null
 };
 // Stores the step's rows in their slots of open pages.
 void append_rows(const AppendRows& job, cudaStream_t stream);
@@ -60,7 +69,8 @@ struct HeadRows {
 void map_queries(const HeadRows& job, cudaStream_t stream);
 void map_outputs(const HeadRows& job, cudaStream_t stream);
 
-// The rows of a record as those of an open page.
-void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* open, cudaStream_t stream);
+// The rows of a record as those of an open page of shape `open`; `columns`: of its head's keys, as key_columns.
+void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* columns,
+                 cudaStream_t stream);
 
 }  // namespace kvmix::cuda

@@ -86,7 +86,7 @@ void CudaBackend::write_work(const Shape& shape, const Launch& launch, std::byte
   std::fill(list.begin() + static_cast<ptrdiff_t>(launch.work_items), list.end(), none);
 }
 
-// Brings the tables up to what the step's sequences have.
+// Brings the tables up to what the step's sequences have, where a row is not what their step began with.
 void CudaBackend::write_tables() {
   size_t heads = 0;
   int64_t ids = 0;
@@ -98,7 +98,10 @@ void CudaBackend::write_tables() {
     layer.table_at = at;
     at += tables_.rows() * static_cast<size_t>(layer.config.kv_heads) * static_cast<size_t>(tables_.stride);
   }
-  const auto stale = [&](size_t row) { return tables_.revisions[row] != plan_->entries[order_[row]].pages->revision; };
+  const auto stale = [&](size_t row) {
+    const StepEntry& entry = plan_->entries[order_[row]];
+    return tables_.revisions[row] != entry.pages->revision && tables_.revisions[row] != entry.revision;
+  };
   bool waited = false;  // for the copies of the step before
   for (size_t first = 0; first < order_.size();) {
     if (!stale(first)) {
@@ -126,27 +129,44 @@ void CudaBackend::write_tables() {
   }
 }
 
+// What the step changes in rows that are what it began with.
+void CudaBackend::find_patches() {
+  patches_.clear();
+  patched_row_.assign(order_.size(), -1);
+  for (size_t row = 0; row < order_.size(); ++row) {
+    const StepEntry& entry = plan_->entries[order_[row]];
+    if (tables_.revisions[row] != entry.pages->revision) patched_row_[order_[row]] = static_cast<int32_t>(row);
+  }
+  for (const PageChange& change : plan_->changes) {
+    const PageChange::Owner& owner = change.owner;
+    const int64_t row = patched_row_[static_cast<size_t>(owner.entry)];
+    if (row < 0) continue;
+    const Layer& layer = layers_[static_cast<size_t>(owner.layer)];
+    const PageEntry& page = change.entry();
+    const int64_t list = row * layer.config.kv_heads + owner.kv_head;
+    patches_.push_back(
+        {static_cast<int64_t>(layer.table_at) + list * tables_.stride + table_place(layer, page), table_id(page)});
+  }
+}
+
 void CudaBackend::write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const {
-  const int sinks = layer.config.sinks;
   for (const PageList& list : entry.pages->layers[l].heads) {
     int64_t at = 0;
     for (const PageEntry& page : list.pages) {
-      const bool sink = page.format == layer.ids.sinks;
-      const int64_t place = sink ? 0 : (page.first - sinks) / kPageTokens + (sinks > 0 ? 1 : 0);
       // Pages that a sliding window left are not read.
-      while (at < place) table[at++] = 0;
-      const int32_t id = id_of(page.handle);
-      table[at++] = format(page).role == PageRole::kSealed ? id : ~id;
+      for (const int64_t place = table_place(layer, page); at < place;) table[at++] = 0;
+      table[at++] = table_id(page);
     }
     table += tables_.stride;
   }
 }
 
 // Any page of a head goes with any of another: [pages][kv_heads].
-void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) const {
-  std::vector<int> done(static_cast<size_t>(layer.config.kv_heads), 0);
+void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) {
+  if (layer.seals == 0) return;
+  sealed_of_head_.assign(static_cast<size_t>(layer.config.kv_heads), 0);
   for (const Transcode& job : plan_->transcodes[l]) {
-    const int page = done[static_cast<size_t>(job.kv_head)]++;
+    const int page = sealed_of_head_[static_cast<size_t>(job.kv_head)]++;
     const int at = page * layer.config.kv_heads + job.kv_head;
     if (page >= layer.seals) throw Error(Status::kInternal, "heads of a layer seal different numbers of pages");
     open_ids[at] = id_of(job.from.handle);
@@ -160,13 +180,16 @@ void CudaBackend::begin(const StepPlan& plan) {
   keyed_ = false;
   order_.resize(plan.entries.size());
   std::iota(order_.begin(), order_.end(), size_t{0});
-  std::stable_sort(order_.begin(), order_.end(),
-                   [&](size_t a, size_t b) { return plan.entries[a].n_tokens < plan.entries[b].n_tokens; });
+  const auto shorter = [&](size_t a, size_t b) { return plan.entries[a].n_tokens < plan.entries[b].n_tokens; };
+  if (!std::is_sorted(order_.begin(), order_.end(), shorter)) std::stable_sort(order_.begin(), order_.end(), shorter);
   rows_ = 0;
   for (const StepEntry& entry : plan.entries) rows_ += entry.n_tokens;
   lengths_.clear();
   for (const size_t entry : order_) lengths_.push_back(static_cast<int32_t>(plan.entries[entry].end()));
   for (Shape& shape : shapes_) cut(shape);
+
+  write_tables();
+  find_patches();
 
   // What goes where.
   size_t bytes = 0, most_query = 0, most_kv = 0, workspace = 0;
@@ -200,6 +223,7 @@ void CudaBackend::begin(const StepPlan& plan) {
     most_query = std::max(most_query, static_cast<size_t>(layer.config.q_heads) * dim);
     most_kv = std::max(most_kv, heads * dim);
   }
+  const size_t patches_at = place(patches_.size(), sizeof(TablePatch));
   const auto rows = static_cast<size_t>(rows_);
   queries_.reserve(rows * most_query * sizeof(uint16_t), "queries of a step");
   outputs_.reserve(rows * most_query * sizeof(uint16_t), "outputs of a step");
@@ -231,9 +255,14 @@ void CudaBackend::begin(const StepPlan& plan) {
     write_seals(layer, l, reinterpret_cast<int32_t*>(to + layer.open_ids_at),
                 reinterpret_cast<int32_t*>(to + layer.record_ids_at));
   }
+  std::copy(patches_.begin(), patches_.end(), reinterpret_cast<TablePatch*>(to + patches_at));
   join();
   inputs_.upload(bytes, stream_.get());
-  write_tables();
+  patch_table(tables_.device(0), input<TablePatch>(patches_at), patches_.size(), stream_.get());
+  for (const StepEntry& entry : plan.entries) {
+    const int32_t row = patched_row_[static_cast<size_t>(&entry - plan.entries.data())];
+    if (row >= 0) tables_.revisions[static_cast<size_t>(row)] = entry.pages->revision;
+  }
   seal_all();
 }
 
@@ -270,7 +299,8 @@ void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
                  .values_fitted = layer.values_fitted,
                  .keys_unbiased = layer.keys_unbiased,
                  .values_unbiased = layer.values_unbiased,
-                 .ids_of_heads = true});
+                 .ids_of_heads = true,
+                 .open = layer.open});
 }
 
 uint64_t CudaBackend::launch_key() {
@@ -332,7 +362,9 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .places = input<RowPlace>(0),
        .table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at), tables_.stride, layer.config.sinks},
        .key = layer.key,
-       .value = layer.value},
+       .value = layer.value,
+       .open = layer.open,
+       .key_columns = layer.key_columns},
       stream_.get());
 }
 
@@ -357,7 +389,7 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   if (tickets > clean_bytes_)
     check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   clean_bytes_ = tickets;
-  cuda::attend(p, config.sinks);
+  cuda::attend(p, {config.sinks, layer.open});
 }
 
 void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {

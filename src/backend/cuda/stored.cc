@@ -1,5 +1,4 @@
-// Pages on their way to the host: what they hold, and as files write them, which are the CPU's. Recent rows are fp16 here
-// whatever the plan's `recent` says; a file holds them as the plan says.
+// Pages on their way to the host: what they hold, and as files write them, which are the CPU's.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -20,7 +19,7 @@ struct FreeTile {
   void operator()(std::byte* tile) const { operator delete[](tile, kTileAlignment); }
 };
 using Tile = std::unique_ptr<std::byte[], FreeTile>;
-Tile make_tile(const TileFormat& format) { return Tile(new (kTileAlignment) std::byte[format.bytes]); }
+Tile make_tile(const TileFormat& format) { return Tile(new (kTileAlignment) std::byte[format.bytes]()); }
 
 struct Tiles {
   explicit Tiles(const PageFormat& format) : key(make_tile(format.key)), value(make_tile(format.value)) {}
@@ -33,18 +32,22 @@ const uint8_t* bytes_of(const std::byte* p) { return reinterpret_cast<const uint
 size_t saved_row_bytes(const TileFormat& side) {
   return side.spec.is_f16() ? static_cast<size_t>(side.width) * sizeof(uint16_t) : row_bytes(side.spec, side.width);
 }
-// Of an open page's fp16 rows, keys before values.
+// Of a page of fp16 rows, keys before values.
 size_t side_offset(const PageFormat& format, Side side) {
   return side == Side::kKey ? 0
                             : static_cast<size_t>(format.slots) * static_cast<size_t>(format.value.width) * sizeof(uint16_t);
 }
+bool is_rows(const PageFormat& format) { return format.rows || format.role == PageRole::kSinks; }
 
 }  // namespace
 
-// A layer whose pages have this format; what a record looks like is the same for all.
-const CudaBackend::Layer& CudaBackend::layer_of(const PageFormat& format) const {
-  return *std::find_if(layers_.begin(), layers_.end(),
-                       [&](const Layer& layer) { return &formats_[layer.ids.sealed] == &format; });
+// What a page that is not rows looks like: the same in all layers that have its format.
+RecordShape CudaBackend::shape_of(const PageFormat& format) const {
+  for (const Layer& layer : layers_) {
+    if (&formats_[layer.ids.sealed] == &format) return record_shape(layer.format);
+    if (&formats_[layer.ids.recent] == &format) return layer.open;
+  }
+  throw Error(Status::kInternal, "a page of a format that no layer has");
 }
 
 std::vector<std::byte> CudaBackend::host_copy(const PageEntry& page) const {
@@ -62,16 +65,16 @@ void CudaBackend::read(const PageEntry& page, Side side, float* rows) const {
   const TileFormat& t = side == Side::kKey ? f.key : f.value;
   const std::vector<std::byte> bytes = host_copy(page);
   const auto width = static_cast<size_t>(t.width), numbers = static_cast<size_t>(page.live) * width;
-  if (f.appendable()) {
+  if (is_rows(f)) {
     const auto* const halves = reinterpret_cast<const uint16_t*>(bytes.data() + side_offset(f, side));
     for (size_t i = 0; i < numbers; ++i) rows[i] = f16_to_f32(halves[i]);
     return;
   }
   const Tiles tiles(f);
-  tiles_from_record(record_shape(layer_of(f).format), bytes_of(bytes.data()), bytes_of(tiles.key.get()),
-                    bytes_of(tiles.value.get()));
+  tiles_from_record(shape_of(f), bytes_of(bytes.data()), bytes_of(tiles.key.get()), bytes_of(tiles.value.get()));
+  const std::byte* const tile = side == Side::kKey ? tiles.key.get() : tiles.value.get();
   std::vector<float> all(kPageTokens * width);
-  codec_of(t.spec).decode(t.spec, t.shape(), side == Side::kKey ? tiles.key.get() : tiles.value.get(), all.data());
+  codec_of(t.spec).decode(t.spec, t.shape(), tile, all.data());
   std::copy_n(all.begin(), numbers, rows);
 }
 
@@ -84,31 +87,26 @@ void CudaBackend::save(const PageEntry& page, std::string& to) const {
   const PageFormat& f = format(page);
   const std::vector<std::byte> bytes = host_copy(page);
   const auto add = [&](const std::byte* from, size_t n) { to.append(reinterpret_cast<const char*>(from), n); };
-  if (!f.appendable()) {
-    const Tiles tiles(f);
-    tiles_from_record(record_shape(layer_of(f).format), bytes_of(bytes.data()), bytes_of(tiles.key.get()),
-                      bytes_of(tiles.value.get()));
-    add(tiles.key.get(), f.key.bytes);
-    add(tiles.value.get(), f.value.bytes);
+  const auto live = static_cast<size_t>(page.live);
+  if (is_rows(f)) {
+    for (const TileFormat* side : {&f.key, &f.value})
+      add(bytes.data() + side_offset(f, side->side), live * saved_row_bytes(*side));
     return;
   }
+  const Tiles tiles(f);
+  tiles_from_record(shape_of(f), bytes_of(bytes.data()), bytes_of(tiles.key.get()), bytes_of(tiles.value.get()));
   for (const TileFormat* side : {&f.key, &f.value}) {
-    const std::byte* const rows = bytes.data() + side_offset(f, side->side);
-    const auto width = static_cast<size_t>(side->width);
-    if (side->spec.is_f16()) {
-      add(rows, static_cast<size_t>(page.live) * width * sizeof(uint16_t));
-      continue;
-    }
-    std::array<float, kMostWidth> row;
-    std::array<std::byte, kMostRowBytes> record;
-    for (int t = 0; t < page.live; ++t) {
-      for (size_t c = 0; c < width; ++c) {
-        uint16_t half;
-        std::memcpy(&half, rows + (static_cast<size_t>(t) * width + c) * sizeof half, sizeof half);
-        row[c] = f16_to_f32(half);
+    const std::byte* const tile = side == &f.key ? tiles.key.get() : tiles.value.get();
+    if (!f.appendable()) {
+      add(tile, side->bytes);
+    } else if (side->spec.is_f16()) {
+      add(tile, live * saved_row_bytes(*side));
+    } else {
+      std::array<std::byte, kMostRowBytes> record;
+      for (int t = 0; t < page.live; ++t) {
+        load_row(side->spec, side->side, side->width, tile, t, record.data());
+        add(record.data(), saved_row_bytes(*side));
       }
-      encode_rows(side->spec, side->width, 1, row.data(), nullptr, record.data());
-      add(record.data(), saved_row_bytes(*side));
     }
   }
 }
@@ -118,29 +116,29 @@ void CudaBackend::load(const PageEntry& page, const char* from) {
   join();
   const PageFormat& f = format(page);
   std::vector<std::byte> bytes(f.bytes);
-  if (!f.appendable()) {
-    const Tiles tiles(f);
-    std::memcpy(tiles.key.get(), from, f.key.bytes);
-    std::memcpy(tiles.value.get(), from + f.key.bytes, f.value.bytes);
-    record_from_tiles(record_shape(layer_of(f).format), bytes_of(tiles.key.get()), bytes_of(tiles.value.get()),
-                      bytes_of(bytes.data()));
-  } else {
+  const auto live = static_cast<size_t>(page.live);
+  if (is_rows(f)) {
     for (const TileFormat* side : {&f.key, &f.value}) {
-      std::byte* const rows = bytes.data() + side_offset(f, side->side);
-      const size_t record = saved_row_bytes(*side), width = static_cast<size_t>(side->width);
-      for (int t = 0; t < page.live; ++t, from += record) {
-        std::byte* const to = rows + static_cast<size_t>(t) * width * sizeof(uint16_t);
-        if (side->spec.is_f16()) {
-          std::memcpy(to, from, record);
-          continue;
-        }
-        std::array<float, kMostWidth> row;
-        std::array<uint16_t, kMostWidth> halves;
-        decode_row(side->spec, side->width, reinterpret_cast<const std::byte*>(from), row.data());
-        for (size_t c = 0; c < width; ++c) halves[c] = f32_to_f16(row[c]);
-        std::memcpy(to, halves.data(), width * sizeof(uint16_t));
-      }
+      const size_t n = live * saved_row_bytes(*side);
+      std::memcpy(bytes.data() + side_offset(f, side->side), from, n);
+      from += n;
     }
+  } else {
+    const Tiles tiles(f);
+    for (const TileFormat* side : {&f.key, &f.value}) {
+      std::byte* const tile = side == &f.key ? tiles.key.get() : tiles.value.get();
+      const size_t row = f.appendable() ? saved_row_bytes(*side) : 0, n = f.appendable() ? live * row : side->bytes;
+      if (!f.appendable() || side->spec.is_f16()) {
+        std::memcpy(tile, from, n);
+      } else {
+        for (int t = 0; t < page.live; ++t) {
+          store_row(side->spec, side->side, side->width,
+                    reinterpret_cast<const std::byte*>(from) + static_cast<size_t>(t) * row, t, tile);
+        }
+      }
+      from += n;
+    }
+    record_from_tiles(shape_of(f), bytes_of(tiles.key.get()), bytes_of(tiles.value.get()), bytes_of(bytes.data()));
   }
   check_cuda(cudaMemcpyAsync(memory(page.handle), bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream_.get()),
              "load a page");

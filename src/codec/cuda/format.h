@@ -20,6 +20,10 @@ struct List {
   KVMIX_HOST_DEVICE static bool visit(int v, const Body& body) {
     return ((v == values_ && (body(std::integral_constant<int, values_>{}), true)) || ...);
   }
+  template <class Body>
+  static void each(const Body& body) {
+    (body(values_), ...);
+  }
   static std::string text() {
     std::string out;
     ((out += (out.empty() ? "" : ", ") + std::to_string(values_)), ...);

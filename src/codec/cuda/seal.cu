@@ -31,7 +31,7 @@ struct SealArguments {
   const int32_t* open_ids;
   const int32_t* record_ids;
   int64_t id_page_step, id_head_step;
-  RecordShape shape;
+  RecordShape shape, open;
   bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
   kvmix_cuda_transform key_transform, value_transform;
 };
@@ -182,6 +182,44 @@ __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) 
   }
 }
 
+// The same from a side of an open page's record: numbers as Codec::decode gives them, rounded to fp16, what is not finite as 0.
+template <int dim, bool key>
+__device__ inline void load_record_tile(const uint8_t* part, const SideShape& side, __half* tile) {
+  const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
+  const auto put = [&](int block, int field, int lane, int reg, int half, auto number) {
+    const int row = lane / 4 + 8 * (reg % 2), column = 2 * (lane % 4) + 8 * (reg / 2) + half;  // fragment_cell's
+    const int token = 16 * field + (key ? row : column), channel = 16 * block + (key ? column : row);
+    tile[token * tile_row(dim) + channel] = number(token, channel);
+  };
+  // 16 bytes a turn: a field of fp16 numbers, or two of codes.
+  const int fields = side.bits == 16 ? 1 : 2, chunks = kFields / fields;
+  for (int at = static_cast<int>(threadIdx.x); at < dim / 16 * chunks * 32; at += kSealThreads) {
+    const int lane = at % 32, chunk = at / 32 % chunks, block = at / 32 / chunks;
+    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(part + block * block_bytes(side.bits) + 512 * chunk) + lane);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int reg = 0; reg < 4; ++reg) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bits = words[reg] >> (16 * half) & 0xffffu;
+        if (side.bits == 16) {
+          put(block, chunk, lane, reg, half, [&](int, int) { return __ushort_as_half(static_cast<unsigned short>(bits)); });
+          continue;
+        }
+#pragma unroll
+        for (int field = 0; field < 2; ++field) {
+          put(block, 2 * chunk + field, lane, reg, half, [&](int token, int channel) {
+            const uint16_t* const scale = meta + side.scale_at(token, channel);
+            const float code = static_cast<float>(bits >> (8 * field) & 0xffu);
+            const __half h = __float2half_rn(f16_to_f32(scale[kMidStep]) + f16_to_f32(scale[0]) * (code - code_centre(8)));
+            return __hisinf(h) || __hisnan(h) ? __float2half_rn(0.0f) : h;
+          });
+        }
+      }
+    }
+  }
+}
+
 // Every row of the tile as RowMapChain::store (rows/row_map.h) changes it, in its order of operations. A warp a row; lane l
 // holds channels l, l + 32, ...
 template <int dim>
@@ -250,15 +288,21 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
   auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
   const int64_t page = blockIdx.x * args.id_page_step + blockIdx.y * args.id_head_step;
-  const auto* const source = reinterpret_cast<const uint4*>(args.open_pages + args.open_ids[page] * args.open_page_stride +
-                                                            static_cast<int64_t>(blockIdx.y) * args.open_head_stride) +
-                             (key ? 0 : kPageTokens * dim / 8);
+  const uint8_t* const open =
+      args.open_pages + args.open_ids[page] * args.open_page_stride + static_cast<int64_t>(blockIdx.y) * args.open_head_stride;
   uint8_t* const record = args.records + args.record_ids[page] * args.record_page_stride +
                           static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
   uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
 
   const bool transformed = changed && (transform.center != nullptr || transform.hadamard != 0);
-  load_tile<dim>(source, transformed || side.bits == 16, tile);
+  if (!args.open.has_codes()) {
+    const auto* const source = reinterpret_cast<const uint4*>(open) + (key ? 0 : kPageTokens * dim / 8);
+    load_tile<dim>(source, transformed || side.bits == 16, tile);
+  } else if (key) {
+    load_record_tile<dim, true>(open + kHeaderBytes, args.open.key(), tile);
+  } else {
+    load_record_tile<dim, false>(open + args.open.key_bytes(), args.open.value(), tile);
+  }
   __syncthreads();
   if constexpr (changed) {
     if (transformed) transform_tile<dim>(transform, side.bits == 16, tile);
@@ -425,6 +469,8 @@ void seal(const kvmix_cuda_seal_params& p, const SealDetails& details) {
                         details.ids_of_heads ? p.kv_heads : 1,
                         details.ids_of_heads ? 1 : 0,
                         record_shape(p.format),
+                        {p.format.head_dim, details.open.key_bits, details.open.value_bits, details.open.key_group,
+                         details.open.value_group, true},
                         keys_fitted,
                         values_fitted,
                         details.keys_unbiased,

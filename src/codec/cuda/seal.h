@@ -1,16 +1,19 @@
 // Launches that write pages. Defined in seal.cu, or where the build has no CUDA by functions that throw kUnsupported.
 #pragma once
 
+#include "codec/cuda/tile_layout.h"
 #include "kvmix/kvmix_cuda.h"
 
 namespace kvmix::cuda {
 
 void check_seal(const kvmix_cuda_seal_params& params);
 void check_append(const kvmix_cuda_append_params& params);
-// What the ABI's parameters do not say: which sides are fitted (beside `fitted`, which means both), and without bias, and
-// whether ids are [pages][kv_heads], each of its own, instead of [pages].
+// What the ABI's parameters do not say: which sides are fitted (beside `fitted`, which means both), and without bias,
+// whether ids are [pages][kv_heads], each of its own, instead of [pages], and the shape of open pages, fp16 rows or 8-bit ones
+// (tile_layout.h).
 struct SealDetails {
   bool keys_fitted = false, values_fitted = false, keys_unbiased = false, values_unbiased = false, ids_of_heads = false;
+  RecordShape open{0, 16, 16, 128, 128};
 };
 void seal(const kvmix_cuda_seal_params& params, const SealDetails& details = {});
 void append(const kvmix_cuda_append_params& params);

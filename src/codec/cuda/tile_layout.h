@@ -21,6 +21,9 @@
 // Scales and midpoints of a group stand together, in an order that gives a lane those of its fragment with one load: for every
 // 16 of them (channels of keys, tokens otherwise) four lanes' 2 j, 2 j + 1, 2 j + 8, 2 j + 9, scales first. Groups stand in a
 // row. The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e.
+//
+// An open page of 8-bit rows is a record too, with scales per token on both sides and nothing in its header: a token's codes
+// and scales have places of their own, so rows are stored one by one. Slots without a token may hold anything there.
 #pragma once
 
 #include <cstdint>
@@ -148,6 +151,8 @@ struct RecordShape {
   int head_dim, key_bits, value_bits, key_group, value_group;
   bool key_per_token = false;
 
+  // Of an open page: false where it is fp16 rows next to each other instead of a record.
+  KVMIX_HOST_DEVICE constexpr bool has_codes() const { return key_bits != 16 || value_bits != 16; }
   KVMIX_HOST_DEVICE constexpr SideShape key() const { return {head_dim, key_bits, key_group, key_per_token}; }
   KVMIX_HOST_DEVICE constexpr SideShape value() const { return {head_dim, value_bits, value_group, true}; }
   KVMIX_HOST_DEVICE constexpr int key_groups() const { return key().groups(); }
