@@ -71,6 +71,7 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
     std::map<std::string, double> recent_costs;                          // by transform
     std::map<std::pair<std::string, std::string>, double> recall_costs;  // by codec and transform
     std::map<std::string, double> recent_recall_costs;
+    const bool recalls = has_recall(profile);
     for (const auto& s : profile.sensitivities) {
       if (s.metric == "recall" && s.layer == layer && s.side == side) {
         if (!s.recent) recall_costs[{s.codec, s.transform}] = std::max(s.cost, 0.0);
@@ -90,7 +91,7 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
       if (const auto recall = recall_costs.find({s.codec, s.transform}); recall != recall_costs.end()) {
         c.recall = recall->second;
         if (!recent.is_f16()) c.recall += recent_recall_costs[s.transform];
-      } else if (has_recall(profile)) {
+      } else if (recalls) {
         incomplete(" for answers (" + s.codec + ", " + s.transform + ")");
       }
       c.config.transform = named_transform(model, profile, layer, side, s.transform);

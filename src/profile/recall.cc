@@ -68,6 +68,7 @@ RecallText recall_text(const Model& model, std::span<const Token> text, uint64_t
     out.tokens.insert(out.tokens.end(), facts[f].tokens.begin(), facts[f].tokens.end());
   }
   for (; at < body; ++at) out.tokens.push_back(text[at]);
+  const std::vector<Token> front = out.tokens;
   const auto quote = [&](std::span<const Token> tokens, size_t begin, size_t end) {
     for (size_t i = 0; i < tokens.size(); ++i) {
       if (i >= begin && i < end && out.answers.size() < kMostAnswers)
@@ -77,7 +78,8 @@ RecallText recall_text(const Model& model, std::span<const Token> text, uint64_t
   };
   std::shuffle(facts.begin(), facts.end(), random);
   for (const Fact& fact : facts) quote(fact.tokens, fact.begin, fact.end);
-  for (size_t p = 0; p < passages; ++p) quote(text.subspan(1 + random() % (body - kPassage - 1), kPassage), kCue, kPassage);
+  for (size_t p = 0; p < passages; ++p)
+    quote(std::span(front).subspan(1 + random() % (front.size() - kPassage), kPassage), kCue, kPassage);
   return out;
 }
 

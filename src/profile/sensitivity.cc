@@ -281,10 +281,9 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens, fp16);
   const auto pass_options = [&](const std::string& what) {
     return PassOptions{
-        .threads = threads,
-
-        .rows = {},
-        .progress = [&report, what](double done, double total, const char* stage) { report(done, total, stage + what); }};
+        .threads = threads, .rows = {}, .progress = [&report, what](double done, double total, const char* stage) {
+          report(done, total, stage + what);
+        }};
   };
 
   // Prompts that are windows have their scores from the windows' passes and come first, then the others.
@@ -310,7 +309,8 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     add_scores(differentiate(inside, prompts[p], pass_options(what)), prompts[p].size(), profile);
     if (options.partial) options.partial(profile);
   }
-  if (options.recall) errors.measure_recall(recall_text(*model, windows.front(), profile.seed), pass_options(", answers"));
+  if (options.recall && metric != "output")
+    errors.measure_recall(recall_text(*model, windows.front(), profile.seed), pass_options(", answers"));
   if (metric != "kl") return;
 
   const std::vector<std::vector<Measured>>& tensors = errors.tensors;
