@@ -39,8 +39,8 @@ std::string refine_plan(const PlannerRequest& request, const PricedChoices& pric
   return text;
 }
 
-// Of answers far back beside text, where the profile has both: none, until needles say which is good at both.
-constexpr double kRecallWeight = 0;
+// Of answers far back beside text, where the profile has both.
+constexpr double kRecallWeight = 0.05;
 
 // What the knapsack makes of a budget.
 struct Allocation {
@@ -163,7 +163,7 @@ const Planner kKvmixPlanner = {
       kSinksOption,
       kLocalSinksOption,
       kWindowOption,
-      {"recall", "weight of answers far back beside text, where the profile has both (0: text alone)"},
+      {"recall", "weight of answers far back beside text, where the profile has both (0.05; 0 goes by text alone)"},
       {"recent", "rows not sealed yet: 8 (bits), f16 (twice the bytes), or best (what predicts less)"}},
      true,
      true,
