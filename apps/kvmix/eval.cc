@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -14,6 +15,7 @@
 #include "kvmix/error.h"
 #include "models.h"
 #include "subjects.h"
+#include "svg.h"
 #include "text.h"
 
 namespace kvmix::app {
@@ -21,11 +23,13 @@ namespace {
 
 struct Arguments {
   std::string model, text;
-  bool needle = false, generate = false;
+  bool needle = false, generate = false, recall = false;
   SubjectArguments subjects;
   EvalOptions options;
   NeedleOptions needles;
   GenerationOptions generation;
+  RecallOptions recalls;
+  std::string picture;
 };
 
 // What one of the evaluations prints of its rows; `interrupted` says that there should be more.
@@ -196,6 +200,90 @@ int eval_needle(const Arguments& arguments, const Common& common) {
   return status;
 }
 
+std::string distances(const RecallBin& bin) { return fmt::format("{} to {}", bin.from, bin.to); }
+
+Chart recall_chart(const std::vector<RecallRow>& rows, const std::string& model) {
+  Chart chart{"Passages of " + model + "'s context quoted back",
+              "tokens between a passage and its quotation",
+              "loss of a quoted token, nats",
+              true,
+              true,
+              {}};
+  for (const RecallRow& row : rows) {
+    if (!row.lost.empty()) continue;
+    Series series{row.name, {}, true, {}};
+    for (const RecallBin& bin : row.bins) {
+      series.points.emplace_back(std::sqrt(static_cast<double>(bin.from) * static_cast<double>(bin.to)), bin.nll);
+      series.labels.push_back(distances(bin));
+    }
+    chart.series.push_back(std::move(series));
+  }
+  return chart;
+}
+
+int eval_recall(const Arguments& arguments, const Common& common) {
+  if (arguments.text.empty()) throw UsageError("--recall needs --text FILE, whose passages are quoted back");
+  const std::string text = read_text_file(arguments.text);
+  const auto model = load_model(arguments.model);
+  RecallOptions options = arguments.recalls;
+  options.context = arguments.options.context;
+  options.windows = arguments.options.windows;
+  options.threads = common.threads;
+  options.device = arguments.subjects.device;
+  options.kernel = arguments.options.kernel;
+  options.exact = arguments.options.exact;
+  options.force_plan = arguments.subjects.force;
+  const auto subjects = make_subjects(arguments.subjects, *model);
+  std::vector<RecallRow> rows;
+  options.on_row = [&](const RecallRow& row) { rows.push_back(row); };
+  const Print print = [&](bool interrupted) {
+    if (!arguments.picture.empty()) write_file_atomically(arguments.picture, svg_file(recall_chart(rows, model->shape().name)));
+    if (common.json) {
+      nlohmann::json json = nlohmann::json::array();
+      for (const RecallRow& r : rows) {
+        nlohmann::json bins = nlohmann::json::array();
+        for (const RecallBin& b : r.bins)
+          bins.push_back({{"from", b.from}, {"to", b.to}, {"snippets", b.snippets}, {"nll", b.nll}, {"stderr", b.error}});
+        json.push_back({{"name", r.name}, {"nll", r.nll}, {"distances", bins}});
+        if (!r.lost.empty()) json.back() = {{"name", r.name}, {"lost", r.lost}};
+      }
+      nlohmann::json all = {{"model", model->shape().name},
+                            {"fingerprint", model->shape().fingerprint},
+                            {"context", options.context},
+                            {"rows", json}};
+      if (interrupted) all["interrupted"] = true;
+      print_json(all);
+      return;
+    }
+    std::vector<std::string> header = {"cache"};
+    for (const RecallBin& bin : rows.front().bins) {
+      header.push_back(distances(bin));
+      header.emplace_back("+-");
+    }
+    header.emplace_back("all");
+    Table table(header);
+    for (const RecallRow& r : rows) {
+      if (!r.lost.empty()) continue;
+      std::vector<std::string> cells = {r.name};
+      for (const RecallBin& bin : r.bins) {
+        cells.push_back(fmt::format("{:.4f}", bin.nll));
+        cells.push_back(fmt::format("{:.4f}", bin.error));
+      }
+      cells.push_back(fmt::format("{:.4f}", r.nll));
+      table.add(cells);
+    }
+    table.print();
+    fmt::print("\n{}: loss of a quoted token in nats by the passage's distance in tokens; {} tokens of each given, {} scored\n",
+               model->shape().name, kRecallCue, kRecallScored);
+    if (!arguments.picture.empty()) fmt::print("wrote {}\n", arguments.picture);
+    if (interrupted) fmt::print("{}\n", kStopped);
+  };
+  const int status = run_and_print([&] { evaluate_recall(model, text, subjects, options, progress_reporter(common)); },
+                                   [&] { return !rows.empty(); }, print);
+  for (const RecallRow& r : rows) print_lost(r.name, r.lost);
+  return status;
+}
+
 int eval_generation(const Arguments& arguments, const Common& common) {
   if (arguments.text.empty()) throw UsageError("--generate needs --text FILE, whose pieces are continued");
   const std::string text = read_text_file(arguments.text);
@@ -316,8 +404,17 @@ void add_eval(CommandContext& context) {
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
   command->add_option("--seed", needles.seed, "--needle: seed of needles and distractors")->capture_default_str();
+  auto* recall = command->add_flag("--recall", arguments->recall,
+                                   "Passages of the text quoted back at the end of each window, --windows of --context tokens: "
+                                   "loss by distance");
+  command->add_option("--snippets", arguments->recalls.snippets, "--recall: passages of each window")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str()
+      ->needs(recall);
+  command->add_option("--picture", arguments->picture, "--recall: write the loss by distance as this SVG file")->needs(recall);
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) {
+      if (arguments->recall) return eval_recall(*arguments, common);
       if (arguments->generate) return eval_generation(*arguments, common);
       return arguments->needle ? eval_needle(*arguments, common) : eval_text(*arguments, common);
     };

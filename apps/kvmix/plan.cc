@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <map>
 #include <memory>
 #include <optional>
@@ -16,28 +15,12 @@
 #include "kvmix/measure.h"
 #include "models.h"
 #include "plan_axes.h"
+#include "plan_curve.h"
 #include "plan_view.h"
-#include "svg.h"
 #include "text.h"
 
 namespace kvmix::app {
 namespace {
-
-struct Arguments {
-  std::string factors;
-  std::string device = "cpu";
-  std::string model, planner = "kvmix", profile, out, fit, calibration, tasks, axes = "bits";
-  std::string tokens;
-  double bits = 0;
-  int64_t context = 8192;
-  int sequences = 1;
-  bool pareto = false;
-  int points = 24;
-  int measurements = 0, needles = 0;
-  int windows = 0;  // 0: kUsualWindows
-  int64_t seed = -1;
-  std::map<std::string, std::string> options;  // of planners; only those given
-};
 
 const PlannerInfo& find_planner(const std::string& name) {
   std::string known;
@@ -48,7 +31,7 @@ const PlannerInfo& find_planner(const std::string& name) {
   throw UsageError("no planner '" + name + "'; there are " + known);
 }
 
-Budget budget_of(const Arguments& arguments, const PlannerInfo& planner) {
+Budget budget_of(const PlanArguments& arguments, const PlannerInfo& planner) {
   Budget budget;
   budget.context = arguments.context;
   budget.sequences = arguments.sequences;
@@ -83,8 +66,8 @@ constexpr int kUsualWindows = 2;
 struct MeasuredText {
   std::vector<std::vector<Token>> searched, held_out;
 };
-MeasuredText measured_text(const Arguments& arguments, int threads, const std::shared_ptr<const Model>& model, uint64_t seed,
-                           const Progress& progress) {
+MeasuredText measured_text(const PlanArguments& arguments, int threads, const std::shared_ptr<const Model>& model,
+                           uint64_t seed, const Progress& progress) {
   CalibrationOptions options;
   options.file = arguments.calibration;
   const int searching = arguments.windows > 0 ? arguments.windows : kUsualWindows;
@@ -104,7 +87,7 @@ MeasuredText measured_text(const Arguments& arguments, int threads, const std::s
 // last third is held out. Made when it is first needed, so that what is wrong with a request shows before minutes are spent.
 class TextMeter final : public PlanMeter {
  public:
-  TextMeter(const Arguments& arguments, int threads, std::shared_ptr<const Model> model, uint64_t seed, Progress progress)
+  TextMeter(const PlanArguments& arguments, int threads, std::shared_ptr<const Model> model, uint64_t seed, Progress progress)
       : arguments_(arguments), threads_(threads), model_(std::move(model)), seed_(seed), progress_(std::move(progress)) {}
   std::vector<double> divergence(const Plan& plan) override { return meter().divergence(plan); }
   std::vector<double> held_out(const Plan& plan) override { return meter().held_out(plan); }
@@ -118,7 +101,7 @@ class TextMeter final : public PlanMeter {
     return *meter_;
   }
 
-  const Arguments& arguments_;
+  const PlanArguments& arguments_;
   int threads_;
   std::shared_ptr<const Model> model_;
   uint64_t seed_;
@@ -126,11 +109,7 @@ class TextMeter final : public PlanMeter {
   std::unique_ptr<PlanMeter> meter_;
 };
 
-std::string predicted_text(const Plan& plan) {
-  return plan.predicted ? fmt::format("{:.3g}", plan.predicted->cost) : std::string("-");
-}
-
-AxesTask axes_task(const Arguments& arguments, const Common& common, const PlannerRequest& request,
+AxesTask axes_task(const PlanArguments& arguments, const Common& common, const PlannerRequest& request,
                    const std::shared_ptr<const Model>& model) {
   AxesTask task{
       .planner = arguments.planner, .request = request, .axes = parse_axes(arguments.axes), .searched = {}, .held_out = {}};
@@ -146,7 +125,7 @@ AxesTask axes_task(const Arguments& arguments, const Common& common, const Plann
 }
 
 // The plan of a budget over the axes; prints what the alternatives gave.
-Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRequest& request,
+Plan plan_axes(const PlanArguments& arguments, const Common& common, const PlannerRequest& request,
                const std::shared_ptr<const Model>& model, nlohmann::json& json) {
   const AxesChoice choice = choose_axes(model, axes_task(arguments, common, request, model), progress_reporter(common));
   const AxesCandidate& best = choice.candidates[choice.chosen];
@@ -206,115 +185,7 @@ Plan plan_axes(const Arguments& arguments, const Common& common, const PlannerRe
   return best.plan;
 }
 
-// The curves of both axes as files of a folder, and one picture of them.
-int plan_axes_curve(const Arguments& arguments, const Common& common, const PlannerRequest& request,
-                    const std::shared_ptr<const Model>& model) {
-  const ModelShape& shape = *request.model;
-  const std::string folder = arguments.out.empty() ? "plans" : arguments.out;
-  const auto curves =
-      axes_curves(model, axes_task(arguments, common, request, model), arguments.points, progress_reporter(common));
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  if (error) throw Error(Status::kIo, folder + ": " + error.message() + "; name a folder that can be written with -o");
-  Table table({"plan", "tokens", "bits", "of a sequence", "mean KL", "+-", "top-1"});
-  table.left(1);
-  Chart chart{"Plans of " + shape.name + " at " + std::to_string(arguments.context) + " tokens",
-              "bits per element of all tokens, all bytes",
-              "mean KL to f16, nats per token",
-              true,
-              true,
-              {}};
-  nlohmann::json list = nlohmann::json::array();
-  for (const auto& line : curves) {
-    Series series{"tokens " + line.front().tokens, {}, true, {}};
-    for (const AxesCandidate& c : line) {
-      const double bits = predict_bits_per_element(cache_config(c.plan, shape), arguments.context);
-      std::string name = c.tokens;
-      std::replace(name.begin(), name.end(), ' ', '-');
-      const std::string file = fmt::format("{}/{}-{}-{:06.3f}.json", folder, c.plan.planner, name, bits);
-      write_plan(c.plan, file);
-      table.add({file, c.tokens, fmt::format("{:.3f}", bits), human_bytes(c.bytes), fmt::format("{:.5f}", c.kl),
-                 fmt::format("{:.5f}", c.kl_error), fmt::format("{:.2f} %", 100 * c.top1)});
-      series.points.emplace_back(bits, c.kl);
-      series.labels.push_back(std::filesystem::path(file).filename());
-      list.push_back({{"plan", file},
-                      {"tokens", c.tokens},
-                      {"bytes", c.bytes},
-                      {"bits_per_element", bits},
-                      {"kl_mean", c.kl},
-                      {"kl_stderr", c.kl_error},
-                      {"top1", c.top1}});
-    }
-    chart.series.push_back(std::move(series));
-  }
-  const std::string picture = folder + "/pareto.svg";
-  write_file_atomically(picture, svg_file(chart));
-  if (common.json) {
-    print_json({{"planner", arguments.planner}, {"context", arguments.context}, {"picture", picture}, {"plans", list}});
-    return kExitOk;
-  }
-  table.print();
-  fmt::print("\nwrote {} plans and {}; sizes at {} tokens, all bytes\n", list.size(), picture, arguments.context);
-  return kExitOk;
-}
-
-// Every plan of a curve as a file of a folder, and a picture of them.
-int plan_curve(const Arguments& arguments, const Common& common, const PlannerRequest& request) {
-  const ModelShape& shape = *request.model;
-  const std::string folder = arguments.out.empty() ? "plans" : arguments.out;
-  const std::vector<Plan> curve = make_curve(arguments.planner, request, arguments.points);
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  if (error) throw Error(Status::kIo, folder + ": " + error.message() + "; name a folder that can be written with -o");
-  const std::string metric = curve.front().predicted ? curve.front().predicted->metric : "";
-  const double full = static_cast<double>(predict_bytes(cache_config(f16_plan(shape), shape), arguments.context));
-  Table table(
-      {"plan", "bits", "of a sequence", "smaller", "K bits", "V bits", "predicted " + (metric.empty() ? "cost" : metric)});
-  Chart chart{"Plans of " + shape.name + " at " + std::to_string(arguments.context) + " tokens",
-              "bits per element, all bytes",
-              "predicted " + metric + (metric == "output" ? "" : ", nats per token"),
-              true,
-              true,
-              {}};
-  Series series{arguments.planner, {}, true, {}};
-  nlohmann::json list = nlohmann::json::array();
-  for (const Plan& plan : curve) {
-    const CacheConfig config = cache_config(plan, shape);
-    const auto bytes = static_cast<double>(predict_bytes(config, arguments.context));
-    const double bits = predict_bits_per_element(config, arguments.context);
-    const std::string file = fmt::format("{}/{}-{:05.2f}.json", folder, plan.planner, bits);
-    write_plan(plan, file);
-    table.add({file, fmt::format("{:.3f}", bits), human_bytes(bytes), fmt::format("{:.2f}x", full / bytes),
-               fmt::format("{:.2f}", mean_bits(plan, Side::kKey)), fmt::format("{:.2f}", mean_bits(plan, Side::kValue)),
-               predicted_text(plan)});
-    if (plan.predicted) {
-      series.points.emplace_back(bits, plan.predicted->cost);
-      series.labels.push_back(std::filesystem::path(file).filename());
-    }
-    list.push_back({{"plan", file}, {"bytes", bytes}, {"bits_per_element", bits}, {"compression", full / bytes}});
-    if (plan.predicted) list.back()["predicted"] = plan.predicted->cost;
-  }
-  std::string picture;
-  if (!series.points.empty()) {
-    chart.series.push_back(std::move(series));
-    picture = folder + "/pareto.svg";
-    write_file_atomically(picture, svg_file(chart));
-  }
-  if (common.json) {
-    print_json({{"planner", arguments.planner},
-                {"context", arguments.context},
-                {"metric", metric},
-                {"picture", picture},
-                {"plans", list}});
-    return kExitOk;
-  }
-  table.print();
-  fmt::print("\nwrote {} plans{}; sizes at {} tokens, all bytes\n", curve.size(), picture.empty() ? "" : " and " + picture,
-             arguments.context);
-  return kExitOk;
-}
-
-int plan(const Arguments& arguments, const Common& common) {
+int plan(const PlanArguments& arguments, const Common& common) {
   const PlannerInfo& planner = find_planner(arguments.planner);
   PlannerRequest request;
   request.budget = budget_of(arguments, planner);
@@ -365,7 +236,8 @@ int plan(const Arguments& arguments, const Common& common) {
   if (arguments.fit == "free") request.budget.bytes = free_bytes(*model);
   if (profile) check_profile(*profile, model->shape(), false, arguments.profile);
   if (arguments.pareto)
-    return both ? plan_axes_curve(arguments, common, request, model) : plan_curve(arguments, common, request);
+    return both ? plan_axes_curve(arguments, common, request, model, axes_task(arguments, common, request, model))
+                : plan_curve(arguments, common, request);
   std::vector<Task> tasks;
   if (!arguments.tasks.empty()) tasks = read_tasks(arguments.tasks);
   std::unique_ptr<PlanMeter> meter;
@@ -435,7 +307,7 @@ int plan(const Arguments& arguments, const Common& common) {
 }  // namespace
 
 void add_plan(CommandContext& context) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<PlanArguments>();
   CLI::App* command = add_command(context, "plan", "Choose a codec for every layer, keys and values apart, under a budget",
                                   "kvmix plan smollm2 --profile profile.json --bits 3 --context 8192 -o plan.json");
   command->add_option("model", arguments->model, kModelHelp)->required();

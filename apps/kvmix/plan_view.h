@@ -8,9 +8,9 @@
 
 namespace kvmix::app {
 
-// Layer by layer: scores as bars where a profile is given, codecs, widths as bars.
 // Which tokens and key channels stay: "all", or the plan's policies, with the channels of the model's heads.
 std::string policies_text(const Plan& plan, const ModelShape* model);
+// Layer by layer: scores as bars where a profile is given, codecs, widths as bars.
 void print_plan_table(const Plan& plan, const Profile* profile);
 void print_score_table(const Profile& profile);
 // What the plan costs on a model: bytes and bits at a few context lengths, against fp16.

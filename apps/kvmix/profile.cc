@@ -22,6 +22,7 @@ constexpr int kJoined = 512;       // prompts of fewer tokens are joined to wind
 struct Arguments {
   std::string model, out = "profile.json", sensitivity;
   int windows = 1;
+  bool no_recall = false;
   int sinks = -1, local_sinks = -1, window = -1;                                     // -1: as is usual
   CalibrationOptions calibration{.prompts = 2, .tokens = 0, .seed = 0, .file = {}};  // 0: kMostTokens, or the model's context
 };
@@ -68,6 +69,7 @@ int profile(Arguments arguments, const Common& common) {
     options.threads = common.threads;
     options.fp16 = measured.fp16;
     options.partial = partial;
+    options.recall = !arguments.no_recall;
     profile_sensitivity(model, prompts, options, measured, progress);
   }
   write_profile(measured, arguments.out);
@@ -116,6 +118,8 @@ void add_profile(CommandContext& context) {
                    "--sensitivity: windows of up to 2048 tokens: prompts, joined where they have fewer than 512")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
+  command->add_flag("--no-recall", arguments->no_recall,
+                    "--sensitivity: do not measure what answers cost that stand far back; plans then go by text alone");
   const auto fp16 = [&](const char* name, int& value, const char* help) {
     command->add_option(name, value, std::string("--sensitivity: ") + help + ", as plans will keep")
         ->check(CLI::Range(0, 4096));

@@ -122,7 +122,7 @@ TransformSums transform_sums(const Profile& profile) {
 void print_transform_sums(const TransformSums& sums) {
   if (sums.empty()) return;
   std::vector<std::string> metrics;
-  for (const char* metric : {"output", "fisher", "kl"}) {
+  for (const char* metric : {"output", "fisher", "kl", "recall"}) {
     for (const auto& [choice, costs] : sums) {
       if (costs.count(metric) == 0) continue;
       metrics.emplace_back(metric);

@@ -28,6 +28,7 @@ struct EvalSubject {
 struct EvalRow;
 struct NeedleCell;
 struct GenerationRow;
+struct RecallRow;
 struct BenchRow;
 
 struct EvalOptions {
@@ -103,6 +104,37 @@ struct Interval {
 Interval confidence(int hits, int trials);
 std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std::span<const EvalSubject> subjects,
                                         const NeedleOptions& options, const Progress& progress);
+
+struct RecallOptions {
+  int64_t context = 4096;
+  int windows = 4;    // of the text
+  int snippets = 32;  // quoted back in each, one after the other behind the same context
+  uint64_t seed = 0;
+  int threads = 0;
+  std::string device = "cpu";
+  std::string kernel = {};
+  bool exact = false;
+  bool force_plan = false;
+  std::function<void(const RecallRow&)> on_row = {};
+};
+// Snippets whose distance to the end is within [from, to) tokens.
+struct RecallBin {
+  int64_t from = 0, to = 0;
+  int snippets = 0;
+  double nll = 0, error = 0;  // of a quoted token in nats, mean over snippets; its standard error
+};
+struct RecallRow {
+  std::string name;
+  std::vector<RecallBin> bins;  // by distance, an octave each; those without snippets are left out
+  double nll = 0;               // over all snippets
+  std::string lost = {};
+};
+inline constexpr int kRecallCue = 8, kRecallScored = 16;  // tokens of a snippet: given, then scored
+// Passages of a window quoted at its end, at distances drawn log-uniformly, the same for every row; the first row is our f16
+// cache. Throws kInvalidArgument for a context beyond the model's or too short, kMismatch, kCancelled.
+std::vector<RecallRow> evaluate_recall(std::shared_ptr<const Model> model, const std::string& text,
+                                       std::span<const EvalSubject> subjects, const RecallOptions& options,
+                                       const Progress& progress);
 
 struct GenerationOptions {
   int prompts = 8;          // spread evenly over the text

@@ -44,6 +44,7 @@ struct SensitivityOptions {
   // gradients at the attention output and the codec's error there; "output": relative squared error of the attention output.
   std::string metric = "kl";
   int64_t tokens = 2048;                        // of each window; prompts are joined and cut to it (and to the model's context)
+  bool recall = true;                           // also what answers cost that stand far back, which planners weigh beside it
   int windows = 1;                              // as many as the prompts' text allows, at most this many
   std::optional<Fp16Part> fp16;                 // as the cache will run; absent: what is usual for the model
   int threads = 0;                              // 0: all cores
@@ -51,7 +52,8 @@ struct SensitivityOptions {
 };
 // Adds sensitivities of one metric to a profile of this model, for every layer, side and candidate codec (widths 1, 2, 3, 4, 6
 // and 8, plain, rotated, and with the transforms that the first window calibrates, which go into profile.transforms). "kl" also
-// adds "fisher" and "output", each of which the other, and all of them what recent rows of 8 bits cost. Gradient scores that
+// adds "fisher" and "output", each of which the other, and all of them what recent rows of 8 bits cost, and "recall": the loss
+// of answers that stand far back in a text made from the first window, in nats of an answer that stands at even odds. Gradient scores that
 // the profile lacks come on the way: prompts that are windows take no further pass. What the profile has of this text is kept
 // and not measured again, so a run that was stopped resumes: layer by layer, and of "kl" width by width. Throws kMismatch for
 // another model's profile or one with another fp16 part, kInvalidArgument for an unknown metric or too little text, kCancelled.

@@ -66,7 +66,8 @@ class Cache:
     (post-RoPE). Threads may share a cache; their calls come one after the other.
 
     With device "cuda" the cache is on the thread's current GPU. All work is queued on `stream`, and what other streams have
-    queued on an array before it is handed over comes first (DLPack's rule); results are there in the order of `stream`.
+    queued on an array before it is handed over comes first (DLPack's rule); results are there in the order of `stream`. Calls
+    return before the work is done, so arrays that were made on another stream must live until it is.
     """
 
     def __init__(

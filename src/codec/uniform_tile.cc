@@ -116,6 +116,16 @@ void decode_uniform(const CodecSpec& spec, const TileShape& shape, const std::by
   const int scales = scale_count(spec, width);
   const auto* codes = reinterpret_cast<const uint8_t*>(in + uniform_scale_bytes(spec, width));
   const float centre = code_centre(spec.bits);
+  // Scales are read once, and their indices are a token's part and a channel's.
+  constexpr int kMostScales = kPageTokens * kMostWidth / kCodecGroups.front();
+  float mids[kMostScales] = {}, sizes[kMostScales];
+  for (int i = 0; i < scales; ++i) {
+    sizes[i] = stored_half(in, i);
+    if (spec.zero_point) mids[i] = stored_half(in, scales + i);
+  }
+  int of_token[kPageTokens], of_channel[kMostWidth];
+  for (int t = 0; t < kPageTokens; ++t) of_token[t] = scale_index(spec, width, t, 0);
+  for (int c = 0; c < width; ++c) of_channel[c] = scale_index(spec, width, 0, c);
   const TileGeometry geometry = tile_geometry(side, width);
   const int lane_blocks = geometry.lanes / kUnitLanes, quads = geometry.reduce / kUnitReduce;
   using Unpack = void (*)(const uint8_t*, uint8_t*);
@@ -133,9 +143,8 @@ void decode_uniform(const CodecSpec& spec, const TileShape& shape, const std::by
         for (int i = 0; i < kUnitCodes; ++i) {
           const int lane = (first + b) * kUnitLanes + i / kUnitReduce, reduce = quad * kUnitReduce + i % kUnitReduce;
           const int token = side == Side::kKey ? lane : reduce, channel = side == Side::kKey ? reduce : lane;
-          const int index = scale_index(spec, width, token, channel);
-          const float mid = spec.zero_point ? stored_half(in, scales + index) : 0.0f;
-          x[token * width + channel] = mid + stored_half(in, index) * (static_cast<float>(q[i]) - centre);
+          const int index = of_token[token] + of_channel[channel];
+          x[token * width + channel] = mids[index] + sizes[index] * (static_cast<float>(q[i]) - centre);
         }
       }
     }

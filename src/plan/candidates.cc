@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <map>
+#include <utility>
 
 #include "backend/cuda/layer_format.h"
 #include "cache/layout.h"
@@ -46,6 +47,11 @@ std::string pick_metric(const Profile& profile, const std::string& wanted) {
   return "";
 }
 
+bool has_recall(const Profile& profile) {
+  return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(),
+                     [](const Profile::Sensitivity& s) { return s.metric == "recall"; });
+}
+
 std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
                                   Side side, const CodecSpec& recent) {
   std::vector<Candidate> out;
@@ -53,7 +59,7 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
     check_scores(profile);
     const double score = (side == Side::kKey ? profile.key_score : profile.value_score)[static_cast<size_t>(layer)];
     for (const int bits : kRecipeBits) {
-      out.push_back({side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits), score * relative_error(bits)});
+      out.push_back({side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits), score * relative_error(bits), 0.0});
       if (side == Side::kKey) take_off_bias(model.layers[static_cast<size_t>(layer)], out.back().config.transform);
     }
   } else {
@@ -62,30 +68,43 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
                                          (side == Side::kKey ? " keys" : " values") + what +
                                          "; the measurement is incomplete, run kvmix profile again");
     };
-    std::map<std::string, double> recent_costs;  // by transform
+    std::map<std::string, double> recent_costs;                          // by transform
+    std::map<std::pair<std::string, std::string>, double> recall_costs;  // by codec and transform
+    std::map<std::string, double> recent_recall_costs;
+    const bool recalls = has_recall(profile);
     for (const auto& s : profile.sensitivities) {
+      if (s.metric == "recall" && s.layer == layer && s.side == side) {
+        if (!s.recent) recall_costs[{s.codec, s.transform}] = std::max(s.cost, 0.0);
+        if (s.recent && parse_codec(s.codec) == recent) recent_recall_costs[s.transform] = std::max(s.cost, 0.0);
+      }
       if (s.recent && s.metric == metric && s.layer == layer && s.side == side && parse_codec(s.codec) == recent)
         recent_costs[s.transform] = std::max(s.cost, 0.0);
     }
     for (const auto& s : profile.sensitivities) {
       if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
-      Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
+      Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0), 0.0};
       if (!recent.is_f16()) {
         const auto cost = recent_costs.find(s.transform);
         if (cost == recent_costs.end()) incomplete(" in recent rows (" + to_string(recent) + ", " + s.transform + ")");
         c.cost += cost->second;
+      }
+      if (const auto recall = recall_costs.find({s.codec, s.transform}); recall != recall_costs.end()) {
+        c.recall = recall->second;
+        if (!recent.is_f16()) c.recall += recent_recall_costs[s.transform];
+      } else if (recalls) {
+        incomplete(" for answers (" + s.codec + ", " + s.transform + ")");
       }
       c.config.transform = named_transform(model, profile, layer, side, s.transform);
       out.push_back(std::move(c));
     }
     if (out.empty()) incomplete("");
   }
-  out.push_back({SideConfig{}, 0.0});  // fp16, whose recent rows are too
+  out.push_back({SideConfig{}, 0.0, 0.0});  // fp16, whose recent rows are too
   return out;
 }
 
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context, const std::string& device) {
+                    int64_t context, const std::string& device, double recall_weight) {
   PricedChoices priced;
   const CacheConfig base = cache_config(plan, model);
   priced.fixed_bytes = static_cast<int64_t>(predict_bytes(base, context));
@@ -112,7 +131,8 @@ PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& pr
       if (device == "cuda") std::erase_if(priced.sides.back(), [&](const Candidate& c) { return !takes(side, c); });
       std::vector<Choice> choices;
       for (const Candidate& c : priced.sides.back())
-        choices.push_back({sealed * bytes(c.config.codec) + open * bytes(open_codec(plan.recent, c.config.codec)), c.cost});
+        choices.push_back({sealed * bytes(c.config.codec) + open * bytes(open_codec(plan.recent, c.config.codec)),
+                           c.cost + recall_weight * c.recall});
       priced.items.push_back(std::move(choices));
     }
   }
@@ -126,6 +146,12 @@ double PricedChoices::apply(const std::vector<size_t>& chosen, Plan& plan) const
     (i % 2 == 0 ? plan.layers[i / 2].key : plan.layers[i / 2].value) = c.config;
     cost += c.cost;
   }
+  return cost;
+}
+
+double PricedChoices::recall(const std::vector<size_t>& chosen) const {
+  double cost = 0;
+  for (size_t i = 0; i < sides.size(); ++i) cost += sides[i][chosen[i]].recall;
   return cost;
 }
 

@@ -12,12 +12,14 @@ namespace kvmix {
 
 struct Candidate {
   SideConfig config;
-  double cost;
+  double cost;        // by the metric
+  double recall = 0;  // of answers far back; 0 where the profile has none
 };
 
 // The metric to go by: `wanted`, or with "best" the best that the profile has; empty for the gradient scores. Throws
 // kInvalidArgument for one that the profile lacks.
 std::string pick_metric(const Profile& profile, const std::string& wanted);
+bool has_recall(const Profile& profile);
 // The measured codecs of a side, each with the cost of `recent` rows under its transform beside its own, and fp16 last. Throws
 // kMismatch if the measurement is incomplete.
 std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
@@ -30,12 +32,15 @@ struct PricedChoices {
   int64_t fixed_bytes = 0;                 // what does not depend on codecs: sinks, tables
   double elements = 0;                     // that the bits are averaged over
 
-  // Writes the chosen codecs into the plan; returns the sum of their costs.
+  // Writes the chosen codecs into the plan; returns the sum of their costs by the metric.
   double apply(const std::vector<size_t>& chosen, Plan& plan) const;
+  // The sum of what they cost answers.
+  double recall(const std::vector<size_t>& chosen) const;
 };
-// For the plan's sinks, window and recent rows; without what the device has no code for.
+// For the plan's sinks, window and recent rows; without what the device has no code for. An item's cost is that by the metric
+// and `recall_weight` times that of answers.
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context, const std::string& device);
+                    int64_t context, const std::string& device, double recall_weight = 0);
 
 [[noreturn]] void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context);
 

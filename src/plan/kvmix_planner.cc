@@ -1,6 +1,7 @@
 // The default planner: a byte budget spent exactly (multiple-choice knapsack) over layer x side x codec, by what each choice
 // was measured to cost; without measured sensitivities by the gradient scores and the usual loss of a width. With a meter, the
 // plan is then measured as a whole and bytes are moved where that says they help.
+#include <algorithm>
 #include <cstdio>
 
 #include "base/mean.h"
@@ -38,47 +39,66 @@ std::string refine_plan(const PlannerRequest& request, const PricedChoices& pric
   return text;
 }
 
+// Of answers far back beside text, where the profile has both: none, until needles say which is good at both.
+constexpr double kRecallWeight = 0;
+
 // What the knapsack makes of a budget.
 struct Allocation {
   Plan plan;             // its frame and recent rows; codecs, and latents, as chosen
   PricedChoices priced;  // without latents
   std::vector<size_t> chosen;
   int64_t spend = 0;
-  double cost = 0;
+  double cost = 0;  // that of answers too, weighted
 };
 
 // Throws BudgetError.
-Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric) {
+Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric, double recall_weight) {
   const int64_t context = request.budget.context;
   Allocation made{std::move(plan), {}, {}, 0, 0};
   if (request.factors != nullptr) {
     made.cost = allocate_ranks(request, metric, made.plan);
     return made;
   }
-  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device);
+  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device, recall_weight);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   made.spend = budget - made.priced.fixed_bytes;
   made.chosen = allocate(made.priced.items, made.spend);
   if (made.chosen.empty())
     refuse_budget(budget, made.priced.fixed_bytes + least_bytes(made.priced.items), made.priced, context);
-  made.cost = made.priced.apply(made.chosen, made.plan);
+  made.cost = made.priced.apply(made.chosen, made.plan) + recall_weight * made.priced.recall(made.chosen);
   return made;
 }
 
 // With recent rows of 8 bits, and with those of fp16 where that is predicted to cost less in all, bytes being equal.
 Allocation best_allocation(const PlannerRequest& request, const Plan& frame, const std::string& metric,
-                           const std::string& recent) {
+                           const std::string& recent, double recall_weight) {
   Plan plan = frame;
   plan.recent = recent == "f16" ? CodecSpec{} : kRecentRows;
-  Allocation made = allocation(request, plan, metric);
+  Allocation made = allocation(request, plan, metric, recall_weight);
   if (recent != "best" || metric.empty()) return made;  // gradient scores do not price recent rows
   plan.recent = {};
   try {
-    Allocation f16 = allocation(request, plan, metric);
+    Allocation f16 = allocation(request, plan, metric, recall_weight);
     return f16.cost < made.cost ? std::move(f16) : std::move(made);
   } catch (const BudgetError&) {
     return made;
   }
+}
+
+// What a tenth of a bit more for every element would save. A sentence.
+std::string next_bits(const Allocation& made, bool recalls) {
+  const auto more = static_cast<int64_t>(made.priced.elements * 0.1 / 8);
+  const std::vector<size_t> chosen = allocate(made.priced.items, made.spend + more);
+  double cost = 0, next = 0;  // by the metric
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    cost += made.priced.sides[i][made.chosen[i]].cost;
+    next += made.priced.sides[i][chosen[i]].cost;
+  }
+  char text[160];
+  const int n =
+      std::snprintf(text, sizeof text, "; .1 bits more: cost %.5g (%+.0f %%)", next, 100 * (next / std::max(cost, 1e-30) - 1));
+  if (recalls) std::snprintf(text + n, sizeof text - static_cast<size_t>(n), ", of answers %.4g", made.priced.recall(chosen));
+  return text;
 }
 
 Plan make(const PlannerRequest& request) {
@@ -88,6 +108,15 @@ Plan make(const PlannerRequest& request) {
   const std::string recent = options.choice("recent", "best", {"best", "8", "f16"});
   const std::string metric =
       pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
+  const bool measured_recall = has_recall(*request.profile);
+  const bool recalls = measured_recall && !metric.empty() && metric != "output" && request.factors == nullptr;
+  if (!recalls && request.options.contains("recall")) {
+    std::string why = "the profile has no recall sensitivities; measure them with kvmix profile --sensitivity fisher";
+    if (measured_recall) why = "this goes by " + (metric.empty() ? "gradient scores" : metric) + "; leave --metric out";
+    if (request.factors != nullptr) why = "latents have no recall sensitivities; leave --recall out";
+    throw Error(Status::kInvalidArgument, "--recall weighs what answers cost beside kl or fisher, and " + why);
+  }
+  const double recall_weight = recalls ? options.number("recall", kRecallWeight, 0, 1e6) : 0;
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
     throw Error(Status::kInvalidArgument, "measuring plans starts from losses in nats, and this goes by " +
                                               (metric.empty() ? "gradient scores" : metric) +
@@ -102,7 +131,7 @@ Plan make(const PlannerRequest& request) {
     throw Error(Status::kInvalidArgument,
                 "ranks are weighed against measured widths; measure some with kvmix profile --sensitivity fisher");
   }
-  Allocation made = best_allocation(request, frame, metric, recent);
+  Allocation made = best_allocation(request, frame, metric, recent, recall_weight);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
   Plan& plan = made.plan;
@@ -112,7 +141,15 @@ Plan make(const PlannerRequest& request) {
   std::snprintf(note, sizeof note, "%.3f bits per element at %lld tokens, by %s; predicted cost %.5g",
                 predict_bits_per_element(cache_config(plan, *request.model), request.budget.context),
                 static_cast<long long>(request.budget.context), metric.empty() ? "gradient scores" : metric.c_str(), cost);
-  plan.note = note + measured;
+  plan.note = note;
+  if (recalls) {
+    std::snprintf(note, sizeof note, ", of answers far back %.4g (weight %g)", made.priced.recall(made.chosen), recall_weight);
+    plan.note += note;
+  } else if (!metric.empty() && !measured_recall) {
+    plan.note += "; the profile has no recall sensitivities, so answers far back do not count";
+  }
+  plan.note += measured;
+  if (!metric.empty() && request.factors == nullptr) plan.note += next_bits(made, recalls);
   return std::move(plan);
 }
 
@@ -126,6 +163,7 @@ const Planner kKvmixPlanner = {
       kSinksOption,
       kLocalSinksOption,
       kWindowOption,
+      {"recall", "weight of answers far back beside text, where the profile has both (0: text alone)"},
       {"recent", "rows not sealed yet: 8 (bits), f16 (twice the bytes), or best (what predicts less)"}},
      true,
      true,

@@ -24,7 +24,8 @@ size_t head_nodes(const HyperParameters& p) { return 128 + static_cast<size_t>(p
 struct LossCall {
   std::span<const Token> prompt;
   int64_t first;
-  double* losses;  // of these rows
+  double* losses;                 // of these rows
+  std::span<const uint8_t> asks;  // [row of the prompt]: whether its next token is an answer; empty where all count alike
 };
 
 // softmax(logits) - onehot(target), row by row: the gradient of the summed loss.
@@ -35,7 +36,8 @@ void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth
     const float* x = static_cast<const float*>(logits->data) + r * vocab;
     float* g = static_cast<float*>(out->data) + r * vocab;
     const auto next = static_cast<size_t>(call.first + r + 1);
-    if (next == call.prompt.size()) {  // the last row predicts nothing
+    // The last row predicts nothing.
+    if (next == call.prompt.size() || (!call.asks.empty() && call.asks[next - 1] == 0)) {
       std::fill_n(g, vocab, 0.0f);
       call.losses[r] = 0;
       continue;
@@ -47,11 +49,17 @@ void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth
       g[i] = std::exp(x[i] - top);
       sum += static_cast<double>(g[i]);
     }
+    const Token target = call.prompt[next];
+    call.losses[r] = std::log(sum) + static_cast<double>(top - x[target]);
+    if (!call.asks.empty()) {  // of the other tokens alone, so that they sum to 1
+      g[target] = 0;
+      sum = 0;
+      for (int64_t i = 0; i < vocab; ++i) sum += static_cast<double>(g[i]);
+      sum = std::max(sum, 1e-30);
+    }
     const auto norm = static_cast<float>(1 / sum);
     for (int64_t i = 0; i < vocab; ++i) g[i] *= norm;
-    const Token target = call.prompt[next];
     g[target] -= 1.0f;
-    call.losses[r] = std::log(sum) + static_cast<double>(top - x[target]);
   }
 }
 
@@ -95,6 +103,9 @@ class Pass {
         backend_(ggml_backend_cpu_init()),
         allocator_(ggml_gallocr_new(ggml_backend_cpu_buffer_type())) {
     ggml_backend_cpu_set_n_threads(backend_.get(), options.threads);
+    if (options.answers.empty()) return;
+    asks_.assign(prompt.size(), 0);
+    for (const int64_t answer : options.answers) asks_[static_cast<size_t>(answer - 1)] = 1;
   }
 
   PassResult run() {
@@ -189,7 +200,7 @@ class Pass {
       ggml_tensor* input = graph.input(GGML_TYPE_F32, p_.model_dim, rows);
       ggml_tensor* logits = model_.architecture().head(graph.context(), p_, model_.weights(), input);
       ggml_build_forward_expand(graph.get(), logits);
-      LossCall call{prompt_, first, &losses[static_cast<size_t>(first)]};
+      LossCall call{prompt_, first, &losses[static_cast<size_t>(first)], asks_};
       ggml_tensor* loss = ggml_map_custom1(graph.context(), logits, loss_gradient, GGML_N_TASKS_MAX, &call);
       Backward backward(graph.context(), model_, input, nullptr);
       backward.run(graph.get(), logits, loss);
@@ -201,7 +212,8 @@ class Pass {
       compute(graph);
       std::copy_n(static_cast<const float*>(gradient->data), part.size(), part.begin());
     }
-    for (const double l : losses) result.loss += l / static_cast<double>(n_ - 1);
+    const double scored = asks_.empty() ? static_cast<double>(n_ - 1) : static_cast<double>(options_.answers.size());
+    for (const double l : losses) result.loss += l / scored;
     if (!std::isfinite(result.loss)) model_.refuse_not_finite("the losses of a calibration prompt");
   }
 
@@ -248,6 +260,7 @@ class Pass {
   std::span<const Token> prompt_;
   const PassOptions& options_;
   int64_t n_;
+  std::vector<uint8_t> asks_;
   std::unique_ptr<ggml_backend, Freer<ggml_backend_free>> backend_;
   std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>> allocator_;
   std::vector<std::vector<float>> streams_;  // [model_dim, n] in front of every layer, and behind the last

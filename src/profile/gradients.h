@@ -21,6 +21,9 @@ struct LayerRows {
 
 struct PassOptions {
   int threads = 1;
+  // Where they are given, the loss is that of the tokens at these positions alone, and each by its log-odds, log (1 - p) / p:
+  // its gradient stays alive where the model is sure.
+  std::span<const int64_t> answers = {};
   // Called for every layer, the last one first.
   std::function<void(size_t layer, const LayerRows& rows)> rows;
   // May throw to stop.
@@ -28,7 +31,7 @@ struct PassOptions {
 };
 
 struct PassResult {
-  double loss = 0;                           // mean next-token cross-entropy
+  double loss = 0;                           // mean next-token cross-entropy, of the answers where there are any
   std::vector<double> key_norm, value_norm;  // || dL/dW_k ||, || dL/dW_v || per layer
 };
 

@@ -24,16 +24,18 @@ float dot(const float* a, const float* b, int n) {  // n a multiple of 16
 
 }  // namespace
 
-LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
+LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows, std::span<const int64_t> answers)
     : layer_(layer),
       queries_(rows.queries),
       keys_(rows.keys),
       values_(rows.values),
       gradient_(rows.output_gradient),
       n_(static_cast<int64_t>(keys_.size()) / (layer.kv_heads * layer.head_dim)),
-      width_(layer.q_heads * layer.head_dim) {
+      width_(layer.q_heads * layer.head_dim),
+      asked_(!answers.empty()) {
   const int64_t half = n_ / 2, step = std::max<int64_t>(1, (n_ - half) / kSampledQueries);
-  for (int64_t t = half; t < n_; t += step) sampled_.push_back(t);
+  for (const int64_t answer : answers) sampled_.push_back(answer - 1);
+  for (int64_t t = half; t < n_ && !asked_; t += step) sampled_.push_back(t);
   exact_ = outputs(exact());
   for (const float x : exact_) energy_ += static_cast<double>(x) * static_cast<double>(x);
 }
@@ -73,6 +75,10 @@ CodecErrors LayerErrors::errors(const Read& read) const {
     errors.output += static_cast<double>(changed[i]) * static_cast<double>(changed[i]);
   }
   errors.output /= energy_;
+  if (asked_) {
+    errors.recall = recall(changed);
+    return errors;
+  }
   for (size_t s = 0; s < sampled_.size(); ++s) {
     const float* error = changed.data() + static_cast<ptrdiff_t>(s) * width_;
     const int64_t begin = std::max(n_ / 2, sampled_[s] - kNear), end = std::min(n_, sampled_[s] + kNear + 1);
@@ -84,6 +90,19 @@ CodecErrors LayerErrors::errors(const Read& read) const {
     errors.fisher += squares / static_cast<double>(end - begin) / (2 * static_cast<double>(sampled_.size()));
   }
   return errors;
+}
+
+double LayerErrors::recall(const std::vector<float>& changed) const {
+  const auto n = static_cast<double>(sampled_.size());
+  double sum = 0, squares = 0;
+  for (size_t s = 0; s < sampled_.size(); ++s) {
+    const auto rise = static_cast<double>(
+        dot(gradient_.data() + sampled_[s] * width_, changed.data() + static_cast<ptrdiff_t>(s) * width_, width_));
+    sum += rise;
+    squares += rise * rise;
+  }
+  const double mean = sum / n, error = std::sqrt(std::max(0.0, squares / n - mean * mean) / n);
+  return std::max(0.0, mean - error) / 2 + squares / n / 8;
 }
 
 // Attention outputs of the sampled queries, [query][q_head][head_dim].

@@ -4,6 +4,8 @@
 //         differs; other codecs by the ratio of their `fisher`.
 // fisher: second order in the error of the attention output, from one backward pass (layer_errors.h).
 // output: relative squared error of the attention output (KVTuner's measure, forward only).
+// recall: the loss of answers that stand far back, from one backward pass of text that asks for them (recall.h,
+// layer_errors.h).
 #include <algorithm>
 #include <cmath>
 
@@ -15,6 +17,7 @@
 #include "plan/planner.h"
 #include "profile/gradients.h"
 #include "profile/layer_errors.h"
+#include "profile/recall.h"
 #include "profile/transforms.h"
 #include "score/layerwise.h"
 #include "score/scored_rows.h"
@@ -23,6 +26,7 @@ namespace kvmix {
 namespace {
 
 constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
+constexpr int kWidestFit = 4;                 // to which keys have a second fit; above, fits hardly differ
 
 struct Measured {
   SideConfig config;
@@ -48,8 +52,12 @@ std::vector<Measured> candidates(const ModelShape& model, const Profile& profile
       codecs.back().codec.group = 128;
       codecs.back().codec.fit = Fit::kLeastSquares;
     }
+    if (side == Side::kKey && bits <= kWidestFit) {
+      codecs.push_back(codecs.front());
+      codecs.back().codec.fit = Fit::kUnbiased;
+    }
     for (const SideConfig& codec : codecs) {
-      if (side == Side::kKey) add(codec, "plain");
+      if (side == Side::kKey && codec.codec.fit == Fit::kLeastSquares) add(codec, "plain");
       add(codec, "hadamard");
       for (const Profile::Transform& t : profile.transforms) {
         if (t.layer == layer && t.side == side) add(codec, t.name);
@@ -138,6 +146,20 @@ class ErrorMeasurement {
     save();
   }
 
+  // What answers cost, of the layers that have it not yet. Behind the text, whose first window makes the transforms.
+  void measure_recall(const RecallText& text, const PassOptions& pass) {
+    if (std::none_of(tensors.begin(), tensors.end(), lacks_recall)) return;
+    PassOptions options = pass;
+    options.answers = text.answers;
+    options.rows = [&](size_t layer, const LayerRows& rows) {
+      if (!lacks_recall(tensors[2 * layer]) && !lacks_recall(tensors[2 * layer + 1])) return;
+      const LayerErrors errors(config_.layers[layer], rows, text.answers);
+      for_each_codec(layer, errors, [](CodecErrors& all, const CodecErrors& e) { all.recall = e.recall; });
+      save();
+    };
+    differentiate(model_, text.tokens, options);
+  }
+
   // Tensors are numbered layer by layer, keys before values.
   std::vector<std::vector<Measured>> tensors;
 
@@ -172,7 +194,7 @@ class ErrorMeasurement {
     bool whole = !profile_.key_mean[layer].empty();
     for (size_t t = 2 * layer; t < 2 * layer + 2; ++t) {
       for (Measured& c : tensors[t]) {
-        c.errors = {cost("output", t, c), cost("fisher", t, c)};
+        c.errors = {cost("output", t, c), cost("fisher", t, c), cost("recall", t, c)};
         whole = whole && std::isfinite(c.errors.output) && std::isfinite(c.errors.fisher);
       }
     }
@@ -192,18 +214,29 @@ class ErrorMeasurement {
       make_tensors(layer);
     }
     const LayerErrors errors(config_.layers[layer], rows);
+    const double count = ++profile_.windows[layer];
+    for_each_codec(layer, errors, [&](CodecErrors& all, const CodecErrors& e) {
+      all.output += (e.output - all.output) / count;
+      all.fisher += (e.fisher - all.fisher) / count;
+    });
+    save();
+  }
+
+  static bool lacks_recall(const std::vector<Measured>& codecs) {
+    return std::any_of(codecs.begin(), codecs.end(), [](const Measured& c) { return !std::isfinite(c.errors.recall); });
+  }
+
+  template <class Take>
+  void for_each_codec(size_t layer, const LayerErrors& errors, const Take& take) {
     std::vector<std::pair<Measured*, Side>> all;
     for (const Side side : {Side::kKey, Side::kValue}) {
       for (Measured& c : tensors[2 * layer + (side == Side::kKey ? 0 : 1)]) all.emplace_back(&c, side);
     }
-    const double count = ++profile_.windows[layer];
     parallel_for(threads_, all.size(), [&](size_t i) {
       const auto& [c, side] = all[i];
       const CodecErrors e = c->recent ? errors.recent(c->config, c->config.codec, side) : errors.sealed(c->config, side);
-      c->errors.output += (e.output - c->errors.output) / count;
-      c->errors.fisher += (e.fisher - c->errors.fisher) / count;
+      take(c->errors, e);
     });
-    save();
   }
 
   void save() {
@@ -212,6 +245,7 @@ class ErrorMeasurement {
       for (const Measured& c : tensors[t]) {
         profile_.sensitivities.push_back(entry("output", t, c, c.errors.output));
         profile_.sensitivities.push_back(entry("fisher", t, c, c.errors.fisher));
+        if (std::isfinite(c.errors.recall)) profile_.sensitivities.push_back(entry("recall", t, c, c.errors.recall));
       }
     }
     if (options_.partial) options_.partial(profile_);
@@ -275,6 +309,8 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     add_scores(differentiate(inside, prompts[p], pass_options(what)), prompts[p].size(), profile);
     if (options.partial) options.partial(profile);
   }
+  if (options.recall && metric != "output")
+    errors.measure_recall(recall_text(*model, windows.front(), profile.seed), pass_options(", answers"));
   if (metric != "kl") return;
 
   const std::vector<std::vector<Measured>>& tensors = errors.tensors;

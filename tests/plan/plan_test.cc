@@ -51,6 +51,36 @@ PlannerRequest request_for(const ModelShape& model, const Profile& scores) {
   return request;
 }
 
+// Answers that need the keys of one layer alone move bits there, and the note says what they cost and what more would save.
+TEST(Planners, BitsGoWhereAnswersNeedThem) {
+  const ModelShape model = shape(6);
+  Profile scores = measured_profile(model);
+  PlannerRequest request = request_for(model, scores);
+  request.budget = {.bits = 3, .context = 8192};
+  const Plan text = make_plan("kvmix", request);
+  EXPECT_NE(text.note.find("no recall sensitivities"), std::string::npos) << text.note;
+  request.options["recall"] = "1";
+  EXPECT_THROW(make_plan("kvmix", request), Error);
+  for (size_t i = 0, n = scores.sensitivities.size(); i < n; ++i) {
+    Profile::Sensitivity s = scores.sensitivities[i];
+    if (s.metric != "kl") continue;
+    s.metric = "recall";
+    const bool matters = s.layer == 4 && s.side == Side::kKey && !s.recent;
+    s.cost = matters ? std::pow(4.0, -parse_codec(s.codec).bits) * 100 : 0;
+    scores.sensitivities.push_back(s);
+  }
+  const Plan both = make_plan("kvmix", request);
+  EXPECT_GT(both.layers[4].key.codec.bits, text.layers[4].key.codec.bits);
+  EXPECT_LE(predict_bits_per_element(cache_config(both, model), 8192), 3);
+  EXPECT_NE(both.note.find(", of answers far back "), std::string::npos) << both.note;
+  EXPECT_NE(both.note.find("; .1 bits more: "), std::string::npos) << both.note;
+  request.options["recall"] = "0";
+  const Plan none = make_plan("kvmix", request);
+  for (size_t l = 0; l < 6; ++l) EXPECT_EQ(none.layers[l].key.codec.bits, text.layers[l].key.codec.bits) << l;
+  std::erase_if(scores.sensitivities, [](const auto& s) { return s.metric == "recall" && s.layer == 2 && !s.recent; });
+  EXPECT_THROW(make_plan("kvmix", request), Error);
+}
+
 TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
   const ModelShape model = shape(32);
   const Profile scores = profile(model);
@@ -96,12 +126,14 @@ TEST(Planners, RanksAndBitsShareABudget) {
     return sum;
   };
   request.factors = &flat;
+  request.key_price = request.value_price = 1e6;
   const Plan kept = make_plan("kvmix", request);
-  for (size_t l = 0; l < kept.layers.size(); ++l) {  // half of them explain half: none goes
+  for (size_t l = 0; l < kept.layers.size(); ++l) {  // at this price none goes
     const int all = steep.layers[l].key_rank;
     EXPECT_TRUE(kept.layers[l].key_rank == 0 || kept.layers[l].key_rank == all) << kept.layers[l].key_rank;
   }
   request.factors = &steep;
+  request.key_price = request.value_price = 1;
   const Plan cut = make_plan("kvmix", request);
   ASSERT_TRUE(cut.rank);
   EXPECT_EQ(cut.rank->checksum, "7");

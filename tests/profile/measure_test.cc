@@ -5,12 +5,14 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 
 #include "kvmix/error.h"
 #include "kvmix/eval.h"
 #include "profile/gradients.h"
+#include "profile/recall.h"
 #include "score/divergence.h"
 #include "score/layerwise.h"
 #include "support/models.h"
@@ -204,6 +206,84 @@ TEST(Sensitivities, ResumeLayerByLayer) {
     EXPECT_LE(saves, all - stop + 1);  // a pass whose layers are all there may be needed for its scores
     EXPECT_EQ(to_json(part), to_json(whole));
   }
+}
+
+// Of one answer: d log ((1 - p) / p) is d (-log p) / (1 - p).
+TEST(Recall, GradientsAreOfTheLogOddsOfAnswersAlone) {
+  const ChangeableModel m({.architecture = "qwen2", .layers = 2, .qkv_bias = true});
+  const std::vector<Token> prompt = testing::random_tokens(10, m.model()->vocab_size(), 5);
+  const std::vector<int64_t> answers{7};
+  std::vector<LayerRows> rows(2);
+  PassOptions options;
+  options.answers = answers;
+  const auto loss = [&] { return differentiate(m.inside(), prompt, options).loss; };
+  const double p = std::exp(-loss());
+  options.rows = [&](size_t layer, const LayerRows& r) { rows[layer] = r; };
+  loss();
+  options.rows = {};
+  const std::string name = "blk.1.attn_v.bias";
+  const auto* values = static_cast<const float*>(m.inside().weights().get(name)->data);
+  const ModelShape::Layer& layer = m.model()->shape().layers[1];
+  const int group = layer.q_heads / layer.kv_heads, width = layer.q_heads * layer.head_dim;
+  for (int i = 0; i < layer.kv_heads * layer.head_dim; i += 7) {
+    const float old = values[i], step = 0.02f;
+    const off_t here = m.offset(name) + i * static_cast<off_t>(sizeof(float));
+    m.set(here, old + step);
+    const double above = loss();
+    m.set(here, old - step);
+    const double slope = (above - loss()) / (2 * static_cast<double>(step));
+    m.set(here, old);
+    double sum = 0;
+    for (size_t t = 0; t < prompt.size(); ++t) {
+      for (int q = 0; q < group; ++q) {
+        const int head = i / layer.head_dim * group + q;
+        sum += static_cast<double>(rows[1].output_gradient[t * static_cast<size_t>(width) +
+                                                           static_cast<size_t>(head * layer.head_dim + i % layer.head_dim)]);
+      }
+    }
+    EXPECT_NEAR(sum * (1 - p), slope, 1e-2 * std::abs(slope) + 1e-4) << i;
+  }
+}
+
+TEST(Recall, AnswersWereSaidFarBack) {
+  const ChangeableModel m({.architecture = "llama"});
+  const std::vector<Token> text = testing::random_tokens(1000, m.model()->vocab_size(), 6);
+  const RecallText recall = recall_text(*m.model(), text, 3);
+  ASSERT_EQ(recall.tokens.size(), text.size());
+  ASSERT_GE(recall.answers.size(), 6u);
+  const auto begin = recall.tokens.begin(), end_of_body = begin + recall.answers.front() - 8;
+  for (const int64_t answer : recall.answers) {
+    const auto at = begin + answer;
+    EXPECT_NE(std::search(begin, end_of_body, at - 2, at + 1), end_of_body) << answer;
+  }
+  EXPECT_EQ(recall_text(*m.model(), text, 3).tokens, recall.tokens);
+}
+
+TEST(Recall, EveryCodecOfAProfileHasIt) {
+  const ChangeableModel m({.architecture = "llama", .layers = 2});
+  const std::vector<std::vector<Token>> text{testing::random_tokens(600, m.model()->vocab_size(), 6)};
+  Profile profile;
+  profile.fingerprint = m.model()->shape().fingerprint;
+  SensitivityOptions options;
+  options.metric = "fisher";
+  options.tokens = 600;
+  options.threads = 2;
+  options.recall = false;
+  profile_sensitivity(m.model(), text, options, profile, {});
+  const auto count = [&](const char* metric, int bits) {
+    std::pair<size_t, double> all;
+    for (const auto& s : profile.sensitivities) {
+      if (s.metric != metric || (bits > 0 && parse_codec(s.codec).bits != bits)) continue;
+      ++all.first, all.second += s.cost;
+    }
+    return all;
+  };
+  EXPECT_EQ(count("recall", 0).first, 0u);
+  options.recall = true;  // onto what there is
+  profile_sensitivity(m.model(), text, options, profile, {});
+  EXPECT_EQ(count("recall", 0).first, count("fisher", 0).first);
+  EXPECT_GT(count("recall", 1).second, count("recall", 3).second);
+  EXPECT_GT(count("recall", 3).second, 0);
 }
 
 // On text that the model wrote, so that its labels are draws from its own distribution.

@@ -30,7 +30,8 @@ class DevicePool {
   // keep to (the limit counts as whole chunks for these), or when the device refuses.
   uint32_t allocate(size_t bytes);
   void release(uint32_t unit, size_t bytes);
-  // Gives chunks without a page back, all but a few that decoding takes again at once; all of them where no page is left.
+  // Gives chunks without a page back, all but a few that decoding takes again at once, or twice as many while the device has
+  // work that it would have to wait for; all of them where no page is left.
   void trim();
 
   size_t used_bytes() const { return used_; }
