@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the tables of docs/results/tokens.md from what bench/token_runs.py wrote: bench/token_tables.py OUT"""
+"""Prints tables of what bench/token_runs.py wrote; docs/policies.md says what the rows are: bench/token_tables.py OUT"""
 import collections
 import json
 import math
