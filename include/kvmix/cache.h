@@ -111,8 +111,8 @@ struct CacheConfig {
   std::string kernel;    // "" best available, or a name from attention_kernels(); one that cannot run throws kUnsupported
   bool exact = false;    // attention arithmetic at least bf16-exact also where int8 would do
   // Where pages are and attention is computed: "cpu", or "cuda", the calling thread's current CUDA device. There token policies
-  // are refused, and `threads`, `kernel` and `exact` are the device's own matter: threads of one call but the first have nothing
-  // to do.
+  // are refused, and `threads`, `kernel` and `exact` are the device's own matter: threads of one call but the first have
+  // nothing to do.
   std::string device = "cpu";
   // Of "cuda". `stream`: a cudaStream_t that all work is queued on; null: one of the cache's own. `device_rows`: k, v, q and
   // out are device memory, and append and attend only queue; otherwise they are copied, and attend waits.

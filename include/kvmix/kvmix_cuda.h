@@ -4,8 +4,8 @@
  * answers KVMIX_UNSUPPORTED. Device work is queued on `stream` (a cudaStream_t) and never waited for; launches are checked.
  *
  * A *record* is one packed page: 128 tokens of one KV head, keys and values (src/codec/cuda/tile_layout.h). An *open* page is
- * fp16 here (a cache's may be 8 bits): 128 key rows, then 128 value rows, [128][head_dim] each; slots that hold no token may hold
- * anything, NaN included. */
+ * fp16 here (a cache's may be 8 bits): 128 key rows, then 128 value rows, [128][head_dim] each; slots that hold no token may
+ * hold anything, NaN included. */
 #ifndef KVMIX_KVMIX_CUDA_H_
 #define KVMIX_KVMIX_CUDA_H_
 
