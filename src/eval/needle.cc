@@ -297,6 +297,7 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
           }
           const auto rest = prompt.subspan(marked, prompt.size() - 1 - marked);
           feed(rest, false);
+          kept += row->kept(static_cast<int64_t>(prompt.size()) - 1);
           // Where every token of the answer was the most likely one, that is what would have been written.
           std::string said = question.wanted;
           if (!score(prompt.back(), question.answer, cell)) {
@@ -308,7 +309,6 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
           cell.answers.push_back(std::move(said));
           cell.hits += hit ? 1 : 0;
           ++cell.trials;
-          kept += row->kept(static_cast<int64_t>(prompt.size()));
           hits += hit ? 1 : 0;
           ++asked;
         }

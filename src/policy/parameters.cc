@@ -178,7 +178,7 @@ PolicyParameter decode_parameter() {
   return choice_parameter("decode", {"evict", "append"}, "new tokens push others out (evict) or add to the prompt's (append)");
 }
 PolicyParameter every_parameter() {
-  return integer_parameter("every", 4, 1, 1 << 16,
+  return integer_parameter("every", 1, 1, 1 << 16,
                            "decoded tokens whose attention counts: one in so many, that many times; 1 counts every one");
 }
 PolicyParameter bits_parameter(const char* name, int fallback) {

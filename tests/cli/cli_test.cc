@@ -248,12 +248,14 @@ TEST_F(CliPlans, RanksAndChannelsShareABudgetWithBits) {
   const Outcome o = run(as_json);
   ASSERT_EQ(o.status, 0) << o.err;
   const json made = json::parse(o.out);
+  constexpr double kBudget = 4.0 / 8 * 3 * 2 * 2 * 32 * 1024;  // of layers, sides, KV heads, channels and tokens
   int ranks = 0, thin = 0;
   for (const auto& row : made["axes"]) {
     if (row.contains("lost")) continue;
     ranks += row["ranks"] != "none" ? 1 : 0;
     thin += row["channels"] != "all" ? 1 : 0;
-    EXPECT_LE(row["bytes"].get<double>(), 1.02 * made["axes"][0]["bytes"].get<double>()) << row;
+    EXPECT_LE(row["bytes"].get<double>(), kBudget) << row;
+    EXPECT_GT(row["bytes"].get<double>(), 0.9 * kBudget) << row;
     EXPECT_GT(row["keys_kept"], 0.4) << row;
   }
   EXPECT_EQ(ranks, 3);
@@ -263,7 +265,7 @@ TEST_F(CliPlans, RanksAndChannelsShareABudgetWithBits) {
   EXPECT_EQ(run({"generate", model_, "-p", "a tide", "-n", "2", "--plan", plan}).status, 0);
 
   ASSERT_EQ(run({"factorise", model_, "--method", "lorc", "--keep", "0.5", "-o", half}).status, 0);
-  refuses(1, with(half), {"half.gguf", "--keep 1"});
+  refuses(2, with(half), {"half.gguf", "--keep 1"});
   refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "bits,rank"}, {"--factors", "kvmix factorise"});
   refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "tokens,rank"}, {"no bits"});
   refuses(2, {"plan", model_, "--profile", profile_, "--bits", "5", "--axes", "bits,bits"}, {"twice"});

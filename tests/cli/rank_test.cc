@@ -161,7 +161,7 @@ TEST_F(CliRanks, PlansThatDoNotFitTheirFactorsAreRefused) {
   refused(bad, {"layer 1", "values", "rank 64 in the plan", "up to 48"});
   bad = good;
   bad["layers"][0]["key"].erase("rank");
-  refused(bad, {"ranks.json", "layers[0].key.rank is missing"});
+  refused(bad, {"ranks.json", "layers[0].key", "the other side has a rank"});
   bad = good;
   bad.erase("rank");
   refused(bad, {"ranks.json", "layers[0].key.rank", "not a known field"});
