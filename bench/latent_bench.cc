@@ -5,7 +5,6 @@
 #include <time.h>
 
 #include <cmath>
-#include <random>
 #include <string>
 
 #include "kvmix/cache.h"
@@ -21,14 +20,6 @@ double thread_seconds() {
   timespec t{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-std::vector<float> gaussian(size_t n) {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
 }
 
 std::shared_ptr<const LatentFactors> factors_of(int rank) {

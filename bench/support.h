@@ -7,12 +7,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <random>
 #include <thread>
 #include <vector>
 
 namespace kvmix::bench {
 
 inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+inline std::vector<float> gaussian(size_t n) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& v : x) v = normal(random);
+  return x;
+}
 
 // Threads that run a function with (ith, nth) together, spinning between calls as a graph's thread pool does.
 class Team {

@@ -4,7 +4,6 @@
 #include <benchmark/benchmark.h>
 
 #include <cmath>
-#include <random>
 #include <string>
 
 #include "kvmix/cache.h"
@@ -27,14 +26,6 @@ struct Times {
     return seconds[seconds.size() / 2];
   }
 };
-
-std::vector<float> gaussian(size_t n) {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
-}
 
 void token(benchmark::State& state, const std::string& kernel, int bits, bool exact) {
   Team team(kThreads);

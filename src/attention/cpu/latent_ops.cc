@@ -10,25 +10,25 @@
 namespace kvmix {
 namespace {
 
-struct Vector {
+struct Portable {
   static constexpr int kWidth = 4;
-  struct Type {
+  struct V {
     float x[kWidth];
   };
-  static Type zero() { return {}; }
-  static Type set(float x) { return {{x, x, x, x}}; }
-  static Type load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static void store(float* p, const Type& x) {
+  static V zero() { return {}; }
+  static V set1(float x) { return {{x, x, x, x}}; }
+  static V load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static void store(float* p, const V& x) {
     for (int i = 0; i < kWidth; ++i) p[i] = x.x[i];
   }
-  static Type add_product(const Type& a, const Type& b, Type c) {
+  static V fma(const V& a, const V& b, V c) {
     for (int i = 0; i < kWidth; ++i) c.x[i] += a.x[i] * b.x[i];
     return c;
   }
-  static float sum(const Type& x) { return (x.x[0] + x.x[1]) + (x.x[2] + x.x[3]); }
+  static float reduce_add(const V& x) { return (x.x[0] + x.x[1]) + (x.x[2] + x.x[3]); }
 };
 
-constexpr LatentOps kPortableLatentOps = ops<Vector>("portable", [] { return true; });
+constexpr LatentOps kPortableLatentOps = ops<Portable>("portable", [] { return true; });
 
 }  // namespace
 
