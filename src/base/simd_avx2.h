@@ -13,6 +13,11 @@ struct Avx2 {
   using Mask = __m256;
   static constexpr int kWidth = 8;
 
+  // What every file that is compiled for these vectors may use (cmake/Flags.cmake).
+  static bool available() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(float x) { return _mm256_set1_ps(x); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }

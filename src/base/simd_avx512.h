@@ -14,6 +14,12 @@ struct Avx512 {
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
 
+  // What every file that is compiled for these vectors may use (cmake/Flags.cmake).
+  static bool available() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  }
+
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(float x) { return _mm512_set1_ps(x); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }

@@ -16,15 +16,13 @@ struct Maddubs {
   static __m256i widen(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 
-bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-
 }  // namespace
 
 extern const AttentionKernel kAvx2Kernel;
 const AttentionKernel kAvx2Kernel = {
     "avx2",
     "AVX2 and FMA: int8 products on packed codes, fp32 for fp16 rows",
-    available,
+    Avx2::available,
     Flow<Int8Avx2<Maddubs>>::supports,
     Flow<Int8Avx2<Maddubs>>::scratch_bytes,
     Flow<Int8Avx2<Maddubs>>::attend,

@@ -149,11 +149,7 @@ struct Bf16 {
   }
 };
 
-bool available() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16");
-}
+bool available() { return Avx512::available() && __builtin_cpu_supports("avx512bf16"); }
 
 }  // namespace
 

@@ -145,18 +145,13 @@ struct Vnni {
   }
 };
 
-bool available() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-}
-
 }  // namespace
 
 extern const AttentionKernel kAvx512VnniKernel;
 const AttentionKernel kAvx512VnniKernel = {
     "avx512-vnni",
     "AVX-512 VNNI: int8 dot products on packed codes, fp32 for fp16 rows",
-    available,
+    Avx512::available,
     Flow<Vnni>::supports,
     Flow<Vnni>::scratch_bytes,
     Flow<Vnni>::attend,

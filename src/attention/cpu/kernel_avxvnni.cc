@@ -14,10 +14,7 @@ struct Dpbusd {
   static __m256i widen(__m256i sum) { return sum; }
 };
 
-bool available() {
-  return __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
+bool available() { return Avx2::available() && __builtin_cpu_supports("avxvnni"); }
 
 }  // namespace
 
