@@ -22,8 +22,9 @@ constexpr int kJoined = 512;       // prompts of fewer tokens are joined to wind
 struct Arguments {
   std::string model, out = "profile.json", sensitivity;
   int windows = 1;
-  int sinks = -1, local_sinks = -1, window = -1;                                     // -1: as is usual
-  CalibrationOptions calibration{.prompts = 2, .tokens = 0, .seed = 0, .file = {}};  // 0: kMostTokens, or the model's context
+  int sinks = -1, local_sinks = -1, window = -1;  // -1: as is usual
+  CalibrationOptions calibration{
+      .prompts = 2, .tokens = 0, .seed = 0, .file = {}, .device = "cpu"};  // 0: kMostTokens, or the model's context
 };
 
 Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
@@ -35,6 +36,9 @@ Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
 }
 
 int profile(Arguments arguments, const Common& common) {
+  if (arguments.sensitivity == "kl" && arguments.calibration.device != "cpu")
+    throw UsageError("--sensitivity kl runs on the device cpu alone; take fisher with --device " +
+                     arguments.calibration.device);
   const auto start = std::chrono::steady_clock::now();
   if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
   const auto model = load_model(arguments.model);
@@ -58,13 +62,15 @@ int profile(Arguments arguments, const Common& common) {
   }
   const auto partial = [&](const Profile& part) { write_profile(part, arguments.out); };
   if (arguments.sensitivity.empty()) {
-    profile_gradients(model, prompts, {.threads = common.threads, .partial = partial}, measured, progress);
+    profile_gradients(model, prompts, {.device = arguments.calibration.device, .threads = common.threads, .partial = partial},
+                      measured, progress);
   } else {
     SensitivityOptions options;
     options.metric = arguments.sensitivity;
     options.windows = arguments.windows;
     // As long as prompts, so that one pass gives both scores and sensitivities; short prompts are joined.
     options.tokens = arguments.calibration.tokens < kJoined ? kMostTokens : std::min(arguments.calibration.tokens, kMostTokens);
+    options.device = arguments.calibration.device;
     options.threads = common.threads;
     options.fp16 = measured.fp16;
     options.partial = partial;
@@ -104,6 +110,7 @@ void add_profile(CommandContext& context) {
                    "takes .3 GB "
                    "at 512 and .5 at 2048")
       ->check(CLI::Range(16, 32768));
+  add_device_option(command, calibration.device);
   command->add_option("--seed", calibration.seed, "Seed of the continuations")->capture_default_str();
   command
       ->add_option(

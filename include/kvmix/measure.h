@@ -20,6 +20,7 @@ struct CalibrationOptions {
   uint64_t seed = 0;
   std::string file;  // .txt (documents separated by blank lines are joined into windows) or .jsonl ({"text": ...}); empty: the
                      // project's own prompts, each continued by the model itself
+  std::string device = "cpu";  // that the model writes on, as EngineOptions::device
 };
 // Token sequences for calibration. Throws naming file, line and remedy on a bad file.
 std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model> model, const CalibrationOptions& options,
@@ -29,7 +30,8 @@ std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model>
 uint64_t text_checksum(std::span<const std::vector<Token>> prompts);
 
 struct GradientOptions {
-  int threads = 0;                              // 0: all cores
+  std::string device = "cpu";  // or "cuda": forward and backward passes run there, weights copied layer by layer
+  int threads = 0;             // 0: all cores
   std::function<void(const Profile&)> partial;  // called when a prompt is complete, to save what there is
 };
 // Gradient scores (KVmix b.1) into profile.key_score / value_score (+ by prompt), one backward pass per prompt for all layers.
@@ -43,10 +45,11 @@ struct SensitivityOptions {
   // scored token, at 1, 2 and 3 bits and carried to other codecs by "fisher"; "fisher": its second-order estimate from the
   // gradients at the attention output and the codec's error there; "output": relative squared error of the attention output.
   std::string metric = "kl";
-  int64_t tokens = 2048;                        // of each window; prompts are joined and cut to it (and to the model's context)
-  int windows = 1;                              // as many as the prompts' text allows, at most this many
-  std::optional<Fp16Part> fp16;                 // as the cache will run; absent: what is usual for the model
-  int threads = 0;                              // 0: all cores
+  int64_t tokens = 2048;         // of each window; prompts are joined and cut to it (and to the model's context)
+  int windows = 1;               // as many as the prompts' text allows, at most this many
+  std::optional<Fp16Part> fp16;  // as the cache will run; absent: what is usual for the model
+  std::string device = "cpu";    // of the passes, as in GradientOptions; codecs are measured on the CPU; not of "kl"
+  int threads = 0;               // 0: all cores
   std::function<void(const Profile&)> partial;  // called when a layer is complete, to save what there is
 };
 // Adds sensitivities of one metric to a profile of this model, for every layer, side and candidate codec (widths 1, 2, 3, 4, 6

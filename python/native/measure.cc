@@ -24,27 +24,30 @@ namespace {
 using namespace nb::literals;
 
 std::vector<std::vector<Token>> prompts_of(const std::shared_ptr<const Model>& model, const std::string& file, int prompts,
-                                           int tokens, uint64_t seed, int threads, const Progress& progress) {
+                                           int tokens, uint64_t seed, const std::string& device, int threads,
+                                           const Progress& progress) {
   CalibrationOptions options;
   options.prompts = prompts;
   options.tokens = tokens > 0 ? tokens : static_cast<int>(std::min<int64_t>(2048, model->shape().context_tokens));
   options.seed = seed;
   options.file = file;
+  options.device = device;
   return calibration_prompts(model, options, threads, progress);
 }
 
 Profile make_profile(nb::handle object, const std::string& file, int prompts, int tokens, uint64_t seed,
-                     const std::optional<std::string>& sensitivity, int windows, int threads, const nb::object& progress) {
+                     const std::optional<std::string>& sensitivity, int windows, const std::string& device, int threads,
+                     const nb::object& progress) {
   const auto model = model_of(object);
   Profile result;
   run_long(progress, [&](const Progress& report) {
-    const auto text = prompts_of(model, file, prompts, tokens, seed, threads, report);
+    const auto text = prompts_of(model, file, prompts, tokens, seed, device, threads, report);
     result.fingerprint = model->shape().fingerprint;
     result.model = model->shape().name;
     result.seed = seed;
     result.text = text_checksum(text);
     if (!sensitivity) {
-      profile_gradients(model, text, {.threads = threads, .partial = {}}, result, report);
+      profile_gradients(model, text, {.device = device, .threads = threads, .partial = {}}, result, report);
       return;
     }
     SensitivityOptions options;
@@ -53,6 +56,7 @@ Profile make_profile(nb::handle object, const std::string& file, int prompts, in
     options.tokens = static_cast<int64_t>(text.front().size()) < 512
                          ? 2048
                          : std::min<int64_t>(static_cast<int64_t>(text.front().size()), 2048);
+    options.device = device;
     options.threads = threads;
     profile_sensitivity(model, text, options, result, report);
   });
@@ -67,7 +71,7 @@ Plan measured_plan(nb::handle object, const Profile& profile, const std::string&
   Plan plan;
   run_long(progress, [&](const Progress& report) {
     // Text of its own, so that a plan is not fitted twice to the same words; the last third is held out.
-    auto searched = prompts_of(model, file, windows + (windows + 1) / 2, 0, profile.seed + 1, threads, report);
+    auto searched = prompts_of(model, file, windows + (windows + 1) / 2, 0, profile.seed + 1, "cpu", threads, report);
     const auto cut = static_cast<ptrdiff_t>(searched.size() * 2 / 3);
     std::vector<std::vector<Token>> held_out(searched.begin() + cut, searched.end());
     searched.resize(static_cast<size_t>(cut));
@@ -132,7 +136,7 @@ nb::list evaluate_plans(nb::handle object, const std::string& text, const std::v
 
 void bind_measure(nb::module_& m) {
   m.def("make_profile", &make_profile, "model"_a, "file"_a, "prompts"_a, "tokens"_a, "seed"_a, "sensitivity"_a.none(),
-        "windows"_a, "threads"_a, "progress"_a.none());
+        "windows"_a, "device"_a, "threads"_a, "progress"_a.none());
   m.def("make_measured_plan", &measured_plan, "model"_a, "profile"_a, "planner"_a, "bits"_a, "bytes"_a, "context"_a,
         "sequences"_a, "options"_a, "measurements"_a, "file"_a, "windows"_a, "threads"_a, "progress"_a.none());
   m.def("evaluate_plans", &evaluate_plans, "model"_a, "text"_a, "plans"_a, "peers"_a, "context"_a, "windows"_a, "kernel"_a,

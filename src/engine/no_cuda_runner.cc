@@ -9,4 +9,9 @@ std::unique_ptr<Runner> make_cuda_runner(const GgufModel&) {
   return nullptr;
 }
 
+GgmlBackend make_cuda_backend() {
+  cuda::check_device();
+  return nullptr;
+}
+
 }  // namespace kvmix

@@ -46,6 +46,10 @@ std::unique_ptr<Runner> make_cpu_runner(const GgufModel& model, int threads, con
 // fit.
 std::unique_ptr<Runner> make_cuda_runner(const GgufModel& model);
 
+// ggml's own backend on the calling thread's current CUDA device. Throws kUnsupported where there is none.
+using GgmlBackend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
+GgmlBackend make_cuda_backend();
+
 // A graph for a number of tokens and logit rows.
 struct StepGraph {
   using Allocator = std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>>;

@@ -67,6 +67,7 @@ std::vector<Token> end_tokens(const Model& model) {
 std::vector<std::vector<Token>> own_prompts(std::shared_ptr<const Model> model, const CalibrationOptions& options, int threads,
                                             const Progress& progress) {
   EngineOptions engine_options;
+  engine_options.device = options.device;
   engine_options.threads = threads;
   Engine engine(model, f16_plan(model->shape()), engine_options);
   const std::vector<Token> ends = end_tokens(*model);

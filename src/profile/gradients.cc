@@ -1,13 +1,12 @@
 // Gradient scores: dW = G^T X for the key and value projections of all layers from one backward pass (KVmix b.1).
 #include "profile/gradients.h"
 
-#include <ggml-alloc.h>
-#include <ggml-cpu.h>
-
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "base/machine.h"
+#include "engine/graph_device.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "profile/backward.h"
@@ -15,7 +14,8 @@
 namespace kvmix {
 namespace {
 
-constexpr int64_t kHeadRows = 128;  // whose logits are there at a time
+// Rows whose logits are there at a time; the head's weights are read anew for each.
+constexpr int64_t kHeadRows = 128, kDeviceHeadRows = 1024;
 // At most, of graphs of a layer and of the head.
 size_t layer_nodes(const HyperParameters& p) { return 512 + 64 * static_cast<size_t>(p.kv_heads); }
 size_t head_nodes(const HyperParameters& p) { return 128 + static_cast<size_t>(p.vocab * p.model_dim >> 21); }
@@ -55,12 +55,7 @@ void loss_gradient(ggml_tensor* out, const ggml_tensor* logits, int ith, int nth
   }
 }
 
-std::vector<float> copied(const ggml_tensor* t) {
-  const auto* data = static_cast<const float*>(t->data);
-  return {data, data + ggml_nelements(t)};
-}
-
-// A graph that is built, run and read once. Memory is one allocator's, which keeps the most that any graph took.
+// A graph that is built, run and read once.
 class Graph {
  public:
   explicit Graph(size_t nodes)
@@ -92,10 +87,8 @@ class Pass {
         prompt_(prompt),
         options_(options),
         n_(static_cast<int64_t>(prompt.size())),
-        backend_(ggml_backend_cpu_init()),
-        allocator_(ggml_gallocr_new(ggml_backend_cpu_buffer_type())) {
-    ggml_backend_cpu_set_n_threads(backend_.get(), options.threads);
-  }
+        device_(options.device, options.threads, 2 * std::max(layer_nodes(p_), head_nodes(p_))),
+        head_rows_(options.device == "cpu" ? kHeadRows : kDeviceHeadRows) {}
 
   PassResult run() {
     PassResult result;
@@ -121,36 +114,31 @@ class Pass {
 
   // Memory for the graph's tensors; inputs are to be filled, then it is computed.
   void allocate(const Graph& graph) {
-    if (ggml_gallocr_alloc_graph(allocator_.get(), graph.get())) return;
+    if (device_.allocate(graph.get())) return;
     throw Error(Status::kOutOfMemory,
                 "not enough memory to differentiate a prompt of " + std::to_string(n_) + " tokens; use shorter ones");
   }
-  void compute(const Graph& graph) {
-    if (ggml_backend_graph_compute(backend_.get(), graph.get()) != GGML_STATUS_SUCCESS)
-      throw Error(Status::kInternal, "the gradient graph failed");
-  }
-  static void fill(ggml_tensor* t, std::span<const float> values) {
-    std::copy(values.begin(), values.end(), static_cast<float*>(t->data));
-  }
+  void compute(const Graph& graph) { device_.compute(graph.get(), "the gradient graph"); }
+  const Weights& weights() const { return device_.weights(model_); }
 
   void embed() {
     const Graph graph(16);
     ggml_tensor* tokens = graph.input(GGML_TYPE_I32, n_, 1);
-    ggml_tensor* hidden = graph.want(model_.architecture().embed(graph.context(), p_, model_.weights(), tokens));
+    ggml_tensor* hidden = graph.want(model_.architecture().embed(graph.context(), p_, weights(), tokens));
     allocate(graph);
-    std::copy(prompt_.begin(), prompt_.end(), static_cast<Token*>(tokens->data));
+    ggml_backend_tensor_set(tokens, prompt_.data(), 0, prompt_.size_bytes());
     compute(graph);
     streams_.push_back(copied(hidden));
   }
 
   // One layer, from its input.
   struct LayerGraph {
-    LayerGraph(const GgufModel& model, int64_t layer, int64_t n)
+    LayerGraph(const GgufModel& model, const Weights& weights, int64_t layer, int64_t n)
         : graph(layer_nodes(model.parameters())),
           input(graph.input(GGML_TYPE_F32, model.parameters().model_dim, n)),
           positions(graph.input(GGML_TYPE_I32, n, 1)),
           hooks(model.parameters(), graph.input(GGML_TYPE_F32, n, n)),
-          out(model.architecture().layer(graph.context(), model.parameters(), model.weights(), layer, input, positions, nullptr,
+          out(model.architecture().layer(graph.context(), model.parameters(), weights, layer, input, positions, nullptr,
                                          hooks)) {
       ggml_build_forward_expand(graph.get(), out);
     }
@@ -159,21 +147,25 @@ class Pass {
     DifferentiableHooks hooks;
     ggml_tensor* out;
   };
-  void fill(const LayerGraph& g, int64_t layer) const {
+  void fill_inputs(const LayerGraph& g, int64_t layer) const {
     fill(g.input, streams_[static_cast<size_t>(layer)]);
-    for (int64_t t = 0; t < n_; ++t) static_cast<Token*>(g.positions->data)[t] = static_cast<Token>(t);
-    auto* mask = static_cast<float*>(g.hooks.nodes.mask->data);
+    std::vector<Token> positions(static_cast<size_t>(n_));
+    std::iota(positions.begin(), positions.end(), 0);
+    ggml_backend_tensor_set(g.positions, positions.data(), 0, ggml_nbytes(g.positions));
+    std::vector<float> mask(static_cast<size_t>(n_ * n_));
     const int64_t sees = p_.is_local(layer) ? p_.sliding_window : n_;
     for (int64_t query = 0; query < n_; ++query) {
-      for (int64_t key = 0; key < n_; ++key) *mask++ = key <= query && key > query - sees ? 0.0f : -INFINITY;
+      for (int64_t key = 0; key < n_; ++key)
+        mask[static_cast<size_t>(query * n_ + key)] = key <= query && key > query - sees ? 0.0f : -INFINITY;
     }
+    fill(g.hooks.nodes.mask, mask);
   }
 
   void forward(int64_t layer) {
-    const LayerGraph g(model_, layer, n_);
+    const LayerGraph g(model_, weights(), layer, n_);
     ggml_set_output(g.out);
     allocate(g.graph);
-    fill(g, layer);
+    fill_inputs(g, layer);
     compute(g.graph);
     streams_.push_back(copied(g.out));
   }
@@ -182,12 +174,12 @@ class Pass {
   void head(PassResult& result) {
     std::vector<float>& stream = streams_.back();
     std::vector<double> losses(static_cast<size_t>(n_));
-    for (int64_t first = 0; first < n_; first += kHeadRows) {
+    for (int64_t first = 0; first < n_; first += head_rows_) {
       report(first, n_, "output head");
-      const int64_t rows = std::min(kHeadRows, n_ - first);
+      const int64_t rows = std::min(head_rows_, n_ - first);
       const Graph graph(head_nodes(p_));
       ggml_tensor* input = graph.input(GGML_TYPE_F32, p_.model_dim, rows);
-      ggml_tensor* logits = model_.architecture().head(graph.context(), p_, model_.weights(), input);
+      ggml_tensor* logits = model_.architecture().head(graph.context(), p_, weights(), input);
       ggml_build_forward_expand(graph.get(), logits);
       LossCall call{prompt_, first, &losses[static_cast<size_t>(first)]};
       ggml_tensor* loss = ggml_map_custom1(graph.context(), logits, loss_gradient, GGML_N_TASKS_MAX, &call);
@@ -199,7 +191,7 @@ class Pass {
           std::span(stream).subspan(static_cast<size_t>(first * p_.model_dim), static_cast<size_t>(rows * p_.model_dim));
       fill(input, part);
       compute(graph);
-      std::copy_n(static_cast<const float*>(gradient->data), part.size(), part.begin());
+      std::ranges::copy(copied(gradient), part.begin());
     }
     for (const double l : losses) result.loss += l / static_cast<double>(n_ - 1);
     if (!std::isfinite(result.loss)) model_.refuse_not_finite("the losses of a calibration prompt");
@@ -207,7 +199,7 @@ class Pass {
 
   // From the gradient at the layer's output, which stands in the last stream, to that at its input.
   void backward(int64_t layer, PassResult& result) {
-    LayerGraph g(model_, layer, n_);
+    LayerGraph g(model_, weights(), layer, n_);
     ggml_context* ctx = g.graph.context();
     LayerNodes& nodes = g.hooks.nodes;
     ggml_tensor* output_gradient = g.graph.input(GGML_TYPE_F32, p_.model_dim, n_);
@@ -227,11 +219,11 @@ class Pass {
     }
     ggml_tensor* gradient = g.graph.want(backward.gradient(g.input));
     allocate(g.graph);
-    fill(g, layer);
+    fill_inputs(g, layer);
     fill(output_gradient, streams_.back());
     compute(g.graph);
     const auto norm = [&](const ggml_tensor* t) {  // of the mean loss
-      const double value = std::sqrt(static_cast<double>(*static_cast<const float*>(t->data))) / static_cast<double>(n_ - 1);
+      const double value = std::sqrt(static_cast<double>(copied(t).front())) / static_cast<double>(n_ - 1);
       if (!std::isfinite(value)) model_.refuse_not_finite("the gradients of layer " + std::to_string(layer));
       return value;
     };
@@ -248,8 +240,8 @@ class Pass {
   std::span<const Token> prompt_;
   const PassOptions& options_;
   int64_t n_;
-  std::unique_ptr<ggml_backend, Freer<ggml_backend_free>> backend_;
-  std::unique_ptr<ggml_gallocr, Freer<ggml_gallocr_free>> allocator_;
+  GraphDevice device_;
+  int64_t head_rows_;
   std::vector<std::vector<float>> streams_;  // [model_dim, n] in front of every layer, and behind the last
 };
 
@@ -287,7 +279,7 @@ void profile_gradients(std::shared_ptr<const Model> model, std::span<const std::
   check_same_model(profile, model->shape());
   for (auto i = static_cast<size_t>(profile.prompts); i < prompts.size(); ++i) {
     const std::string of = ", prompt " + std::to_string(i + 1) + " of " + std::to_string(prompts.size());
-    PassOptions pass{.threads = thread_count(options.threads), .rows = {}, .progress = {}};
+    PassOptions pass{.device = options.device, .threads = thread_count(options.threads), .rows = {}, .progress = {}};
     pass.progress = [&](double done, double total, const char* stage) {
       if (progress && !progress(done, total, stage + of)) throw Error(Status::kCancelled, "stopped while measuring gradients");
     };

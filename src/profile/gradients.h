@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kvmix/engine.h"
@@ -20,6 +21,7 @@ struct LayerRows {
 };
 
 struct PassOptions {
+  std::string device = "cpu";  // or "cuda"
   int threads = 1;
   // Called for every layer, the last one first.
   std::function<void(size_t layer, const LayerRows& rows)> rows;

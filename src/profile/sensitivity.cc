@@ -232,6 +232,9 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const std::string& metric = options.metric;
   if (metric != "kl" && metric != "fisher" && metric != "output")
     throw Error(Status::kInvalidArgument, "sensitivity \"" + metric + "\" is unknown; expected kl, fisher or output");
+  if (metric == "kl" && options.device != "cpu")
+    throw Error(Status::kInvalidArgument,
+                "sensitivity \"kl\" runs on the device cpu alone; measure fisher on " + options.device);
   const GgufModel& inside = gguf_model(*model);
   const ModelShape& shape = model->shape();
   check_same_model(profile, shape);
@@ -247,9 +250,10 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens, fp16);
   const auto pass_options = [&](const std::string& what) {
     return PassOptions{
-        .threads = threads, .rows = {}, .progress = [&report, what](double done, double total, const char* stage) {
-          report(done, total, stage + what);
-        }};
+        .device = options.device,
+        .threads = threads,
+        .rows = {},
+        .progress = [&report, what](double done, double total, const char* stage) { report(done, total, stage + what); }};
   };
 
   // Prompts that are windows have their scores from the windows' passes and come first, then the others.

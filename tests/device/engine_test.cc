@@ -8,7 +8,9 @@
 #include <span>
 #include <vector>
 
+#include "engine/model.h"
 #include "kvmix/error.h"
+#include "profile/gradients.h"
 #include "support/devices.h"
 #include "support/divergence.h"
 #include "support/tiny_model.h"
@@ -108,6 +110,35 @@ TEST_P(DeviceEngine, APromptGivesTheLogitsOfTheCpu) {
     const EngineItem a{cpu->cache().create(), std::span(tokens_).first(450), true};
     const EngineItem b{cuda->cache().create(), std::span(tokens_).first(450), true};
     expect_close(cpu->step({&a, 1}), cuda->step({&b, 1}), std::to_string(bits) + " bits");
+  }
+}
+
+// Forward and backward passes of a profile.
+TEST_P(DeviceEngine, GradientsAreThoseOfTheCpu) {
+  const auto pass = [&](const char* device, std::vector<LayerRows>& rows) {
+    PassOptions options;
+    options.device = device;
+    options.threads = 2;
+    options.rows = [&](size_t layer, const LayerRows& r) { rows[layer] = r; };
+    rows.resize(model_->shape().layers.size());
+    return differentiate(gguf_model(*model_), std::span(tokens_).first(300), options);
+  };
+  std::vector<LayerRows> cpu_rows, rows;
+  const PassResult cpu = pass("cpu", cpu_rows), cuda = pass("cuda", rows);
+  EXPECT_NEAR(cuda.loss, cpu.loss, 1e-3 * cpu.loss);
+  for (size_t l = 0; l < rows.size(); ++l) {
+    EXPECT_NEAR(cuda.key_norm[l], cpu.key_norm[l], 0.02 * cpu.key_norm[l]) << "layer " << l;
+    EXPECT_NEAR(cuda.value_norm[l], cpu.value_norm[l], 0.02 * cpu.value_norm[l]) << "layer " << l;
+    for (const auto part : {&LayerRows::queries, &LayerRows::keys, &LayerRows::values, &LayerRows::output_gradient}) {
+      const std::vector<float>&expected = cpu_rows[l].*part, &got = rows[l].*part;
+      ASSERT_EQ(got.size(), expected.size());
+      double error = 0, energy = 0;
+      for (size_t i = 0; i < got.size(); ++i) {
+        error += std::pow(static_cast<double>(got[i] - expected[i]), 2);
+        energy += std::pow(static_cast<double>(expected[i]), 2);
+      }
+      EXPECT_LT(error, 4e-4 * energy) << "layer " << l;  // ggml's CPU products round activations to 8 bits
+    }
   }
 }
 

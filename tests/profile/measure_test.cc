@@ -53,7 +53,8 @@ class ChangeableModel {
 
 std::vector<LayerRows> rows_of(const GgufModel& model, std::span<const Token> prompt) {
   std::vector<LayerRows> rows(model.shape().layers.size());
-  differentiate(model, prompt, {.rows = [&](size_t layer, const LayerRows& r) { rows[layer] = r; }, .progress = {}});
+  differentiate(model, prompt,
+                {.device = "cpu", .rows = [&](size_t layer, const LayerRows& r) { rows[layer] = r; }, .progress = {}});
   return rows;
 }
 
@@ -346,7 +347,7 @@ TEST_P(LayerwiseModel, MeasuresWhatTheRunningCacheLoses) {
   const std::vector<std::vector<Token>> windows = {testing::random_tokens(1000, m.model()->vocab_size(), 13)};
   Profile profile;
   profile.fingerprint = m.model()->shape().fingerprint;
-  profile_gradients(m.model(), windows, {.threads = 2, .partial = {}}, profile, {});
+  profile_gradients(m.model(), windows, {.device = "cpu", .threads = 2, .partial = {}}, profile, {});
   SensitivityOptions options;
   options.metric = "kl";
   options.threads = 2;

@@ -26,8 +26,6 @@ namespace {
 constexpr size_t kCachedGraphs = 4;
 constexpr size_t kCapturedSteps = 4;  // of a graph: work lists of other lengths, mostly
 
-using GgmlBackend = std::unique_ptr<ggml_backend, Freer<ggml_backend_free>>;
-
 void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that stands for attention was computed"); }
 
 // Attention is a node that ggml leaves alone.
@@ -81,7 +79,7 @@ class CudaRunner final : public Runner {
   explicit CudaRunner(const GgufModel& model)
       : model_(model),
         device_(present_device()),
-        backend_(make_backend(device_)),
+        backend_(make_cuda_backend()),
         stream_(stream_of(backend_.get())),
         products_(stream_),
         weights_(DeviceWeights::of(model)) {
@@ -140,14 +138,6 @@ class CudaRunner final : public Runner {
   static int present_device() {
     check_device();
     return current_device();
-  }
-
-  static GgmlBackend make_backend(int device) {
-    const LibraryCall call;
-    GgmlBackend backend(ggml_backend_cuda_init(device));
-    if (backend == nullptr)
-      throw Error(Status::kUnsupported, "device \"cuda\": " + call.reason("ggml gives no reason; free device memory"));
-    return backend;
   }
 
   static size_t logit_bytes(const StepGraph& graph) { return graph.logits == nullptr ? 0 : ggml_nbytes(graph.logits); }
@@ -260,5 +250,14 @@ class CudaRunner final : public Runner {
 namespace kvmix {
 
 std::unique_ptr<Runner> make_cuda_runner(const GgufModel& model) { return std::make_unique<cuda::CudaRunner>(model); }
+
+GgmlBackend make_cuda_backend() {
+  cuda::check_device();
+  const LibraryCall call;
+  GgmlBackend backend(ggml_backend_cuda_init(cuda::current_device()));
+  if (backend == nullptr)
+    throw Error(Status::kUnsupported, "device \"cuda\": " + call.reason("ggml gives no reason; free device memory"));
+  return backend;
+}
 
 }  // namespace kvmix
