@@ -364,7 +364,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .key = layer.key,
        .value = layer.value,
        .open = layer.open,
-       .key_columns = layer.key_columns},
+       .key_panels = layer.key_panels},
       stream_.get());
 }
 
