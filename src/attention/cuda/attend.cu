@@ -62,6 +62,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   a.new_head_stride = p.new_head_stride;
   const int rows = a.group * a.q_tokens;
   if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
+  if (uses_fp16_kernel(p)) return launch_fp16(p, a);
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
   const RecordShape shape = record_shape(p.format);
   const Residency device = decode_residency(shape);
@@ -80,7 +81,8 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
 Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
   if (uses_fast_kernel(p)) return decode_residency(record_shape(p.format));
-  const int blocks = std::max(1, resident_page_blocks(p.format.head_dim, rows));
+  const int blocks = std::max(
+      1, uses_fp16_kernel(p) ? resident_fp16_blocks(p.format.head_dim) : resident_page_blocks(p.format.head_dim, rows));
   return {device_attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
 }
 

@@ -331,6 +331,14 @@ struct Warp {
     });
   }
 
+  // Adds to the sums of weights, where no product with midpoints does.
+  template <int tiles>
+  __device__ void add_sum(const uint32_t (&p)[tiles][2], int lane) {
+    const uint32_t ones = lane / 4 == kSumRow ? kOnes : 0u, rows[4] = {ones, 0u, ones, 0u};
+#pragma unroll
+    for (int j = 0; j < tiles; ++j) mma(side, rows, p[j][0], p[j][1]);
+  }
+
   // Of columns: the sum of weights, and what the codes' midpoints of a group and the centre of `bits` give.
   __device__ float sum_of(int column, int lane) const { return __shfl_sync(~0u, side[column], 4 * kSumRow + lane % 4); }
   __device__ float zero_of(int column, int group, int bits, int lane) const {
@@ -369,12 +377,6 @@ struct Warp {
         }
       }
     }
-  }
-  template <int tiles>
-  __device__ void add_sum(const uint32_t (&p)[tiles][2], int lane) {
-    const uint32_t ones = lane / 4 == kSumRow ? kOnes : 0u, rows[4] = {ones, 0u, ones, 0u};
-#pragma unroll
-    for (int j = 0; j < tiles; ++j) mma(side, rows, p[j][0], p[j][1]);
   }
 };
 

@@ -23,6 +23,8 @@ void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments)
 
 void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
+void launch_fp16(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 int resident_page_blocks(int head_dim, int rows);  // on one multiprocessor
+int resident_fp16_blocks(int head_dim);
 
 }  // namespace kvmix::cuda
