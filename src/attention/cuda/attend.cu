@@ -54,7 +54,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   a.partials = reinterpret_cast<float*>(base + space.ticket_bytes + space.sum_bytes * static_cast<size_t>(p.item_count));
   a.kv_heads = p.kv_heads, a.group = p.q_heads / p.kv_heads, a.q_tokens = p.q_tokens;
   a.sinks = p.sinks, a.sink_slots = open.sink_slots, a.open = open.shape, a.sliding_window = p.sliding_window,
-  a.bf16 = p.bf16 != 0;
+  a.bf16 = p.bf16 != 0, a.overlapped = open.overlapped;
   a.scale = (p.scale > 0.0f ? p.scale : 1.0f / std::sqrt(static_cast<float>(p.format.head_dim))) * kLog2E;
   a.softcap = p.softcap * kLog2E;
   a.new_keys = static_cast<const uint8_t*>(p.new_keys), a.new_values = static_cast<const uint8_t*>(p.new_values);
@@ -73,7 +73,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   const int shared = std::max(decode_shared_bytes(shape, warps),
                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
   const DecodeArguments d{a, stage_of(shape), row_blocks};
-  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, p.stream};
+  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, open.overlapped, p.stream};
   if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch_decode<dim>(launch, d); }))
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no decode kernel");
 }

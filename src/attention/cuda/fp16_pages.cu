@@ -19,9 +19,9 @@ void launch_fp16(const kvmix_cuda_attend_params& p, const AttendArguments& argum
   const int blocks = row_blocks(p);
   with_kernel(p.format.head_dim, [&](auto* kernel, int shared) {
     allow_shared(kernel, shared, "attend: shared memory");
-    kernel<<<static_cast<unsigned>(p.item_count * blocks), kThreads, static_cast<size_t>(shared),
-             static_cast<cudaStream_t>(p.stream)>>>(Fp16Arguments{arguments, record_shape(p.format).key_bytes(), blocks});
-    check_cuda(cudaGetLastError(), "attend: launch");
+    launch_overlapped(arguments.overlapped, kernel, dim3(static_cast<unsigned>(p.item_count * blocks)), kThreads,
+                      static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream),
+                      Fp16Arguments{arguments, record_shape(p.format).key_bytes(), blocks}, "attend: launch");
   });
 }
 

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention/cuda/decode.cuh"
+#include "base/cuda/overlap.cuh"
 
 namespace kvmix::cuda {
 
@@ -151,6 +152,8 @@ __global__ void __launch_bounds__(kThreads, fp16_blocks(dim)) fp16_kernel(const 
   };
   __half* const query = reinterpret_cast<__half*>(shared);  // [column][kQueryRow]
 
+  if (args.overlapped) wait_for_launch_before();
+  let_next_launch_begin();
   store_new_rows(args, item, dim);
   // Query rows, scaled by a power of two to at most 2^kQueryLift.
   for (int column = warp; column < kRows; column += kWarps) {

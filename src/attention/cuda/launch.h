@@ -15,6 +15,7 @@ struct DecodeArguments {
 struct DecodeLaunch {
   int blocks, threads, shared;
   int resident_warps;  // on a multiprocessor
+  bool overlapped;
   void* stream;
 };
 // Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in).

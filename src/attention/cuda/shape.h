@@ -55,6 +55,9 @@ struct Residency {
 struct OpenPages {
   int sink_slots = kPageTokens;
   RecordShape shape{0, 16, 16, 128, 128};
+  // The launch before it in the stream writes queries, outputs and the workspace alone, and all before have ended when it lets
+  // this one begin (base/cuda/overlap.cuh).
+  bool overlapped = false;
 };
 void attend(const kvmix_cuda_attend_params& params, const OpenPages& open = {});
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device

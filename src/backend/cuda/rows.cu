@@ -9,6 +9,7 @@
 #include "backend/cuda/rows.h"
 #include "base/cuda/async_copy.cuh"
 #include "base/cuda/launch.h"
+#include "base/cuda/overlap.cuh"
 #include "codec/cuda/format.h"
 
 namespace kvmix::cuda {
@@ -167,6 +168,7 @@ __device__ inline void take_rows(const AppendRows& job, int row0, int head, floa
 template <int dim>
 __global__ void __launch_bounds__(kRowThreads, 4) append_kernel(const __grid_constant__ AppendRows job) {
   __shared__ float room[kRowWarps][dim];
+  let_next_launch_begin();
   const int warp = static_cast<int>(threadIdx.x) / 32, row = static_cast<int>(blockIdx.x) * kRowWarps + warp;
   if (row >= job.rows) return;
   const auto append = [&](auto key) {
@@ -187,6 +189,7 @@ template <int dim, int rows>
 __global__ void __launch_bounds__(kFeedbackThreads, dim <= 128 ? 4 : 1)
     append_feedback_kernel(const __grid_constant__ AppendRows job) {
   extern __shared__ __align__(16) uint8_t shared[];
+  let_next_launch_begin();
   const int warp = static_cast<int>(threadIdx.x) / 32, head = static_cast<int>(blockIdx.y);
   const int row = (static_cast<int>(blockIdx.x) * kFeedbackWarps + warp) * rows;
   float x[rows][dim / 32] = {};
@@ -213,6 +216,8 @@ __device__ inline int64_t half_row(const HeadRows& job, int64_t row, int head) {
 template <int dim, bool queries>
 __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant__ HeadRows job) {
   __shared__ float room[kRowWarps][dim];
+  wait_for_launch_before();
+  let_next_launch_begin();
   const int heads = job.kv_heads * job.heads_per_kv;
   const int64_t task = row_of();
   if (task >= static_cast<int64_t>(job.rows) * heads) return;
@@ -338,15 +343,17 @@ void append_rows(const AppendRows& job, cudaStream_t stream) {
 }
 
 void map_queries(const HeadRows& job, cudaStream_t stream) {
-  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv);
-  with_head_dim(job.head_dim, "map queries: launch",
-                [&](auto dim) { head_kernel<dim.value, true><<<blocks, kRowThreads, 0, stream>>>(job); });
+  const dim3 blocks(blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv));
+  with_head_dim(job.head_dim, "map queries: launch", [&](auto dim) {
+    launch_overlapped(true, head_kernel<dim.value, true>, blocks, kRowThreads, 0, stream, job, "map queries: launch");
+  });
 }
 
 void map_outputs(const HeadRows& job, cudaStream_t stream) {
-  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv);
-  with_head_dim(job.head_dim, "map outputs: launch",
-                [&](auto dim) { head_kernel<dim.value, false><<<blocks, kRowThreads, 0, stream>>>(job); });
+  const dim3 blocks(blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv));
+  with_head_dim(job.head_dim, "map outputs: launch", [&](auto dim) {
+    launch_overlapped(true, head_kernel<dim.value, false>, blocks, kRowThreads, 0, stream, job, "map outputs: launch");
+  });
 }
 
 void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* panels,

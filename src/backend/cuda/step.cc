@@ -386,10 +386,10 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   p.stream = stream_.get();
   // A launch leaves its tickets zero and may write behind them.
   const size_t tickets = workspace_layout(p).ticket_bytes;
-  if (tickets > clean_bytes_)
-    check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
+  const bool clears = tickets > clean_bytes_;
+  if (clears) check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   clean_bytes_ = tickets;
-  cuda::attend(p, {config.sinks, layer.open});
+  cuda::attend(p, {config.sinks, layer.open, !clears});
 }
 
 void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {
