@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) append_kernel(const __grid_con
 
 // Blocks of one head and side, whose key rows share its panels. A warp takes `rows` rows next to each other.
 template <int dim, int rows>
-__global__ void __launch_bounds__(kFeedbackThreads, dim <= 128 ? 4 : 1)
+__global__ void __launch_bounds__(kFeedbackThreads, dim <= 128 ? 3 : 1)
     append_feedback_kernel(const __grid_constant__ AppendRows job) {
   extern __shared__ __align__(16) uint8_t shared[];
   let_next_launch_begin();
