@@ -152,6 +152,9 @@ __global__ void __launch_bounds__(kThreads, fp16_blocks(dim)) fp16_kernel(const 
   };
   __half* const query = reinterpret_cast<__half*>(shared);  // [column][kQueryRow]
 
+  const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
+  const auto ids_from = [&](int page) { return page + lane < item.page_end ? table[page + lane] : 0; };
+  const int32_t first_ids = ids_from(item.page_begin);  // asked for beside the queries
   if (args.overlapped) wait_for_launch_before();
   let_next_launch_begin();
   store_new_rows(args, item, dim);
@@ -193,11 +196,9 @@ __global__ void __launch_bounds__(kThreads, fp16_blocks(dim)) fp16_kernel(const 
   } else {
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
   }
-  const int32_t* const table = args.page_table + item.sequence * args.page_table_stride;
-  const auto ids_from = [&](int page) { return page + lane < item.page_end ? table[page + lane] : 0; };
   bool any[2] = {};  // records, rows
   for (int base = item.page_begin; base < item.page_end; base += 32) {
-    const int32_t id = ids_from(base);
+    const int32_t id = base == item.page_begin ? first_ids : ids_from(base);
     any[0] |= __any_sync(~0u, base + lane < item.page_end && id >= 0) != 0;
     any[1] |= __any_sync(~0u, base + lane < item.page_end && id < 0) != 0;
   }
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, fp16_blocks(dim)) fp16_kernel(const 
       int first, live;  // 0: there is none
     };
     int base = item.page_begin, at = warp;  // at: of the item's tiles, the next
-    int32_t ids = ids_from(base);
+    int32_t ids = first_ids;
     const auto next_tile = [&]() -> Tile {
       for (;; at += kWarps) {
         const int page = item.page_begin + at / kPageTiles, before = at % kPageTiles * kTileTokens;
