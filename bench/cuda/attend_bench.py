@@ -109,9 +109,11 @@ def fp16(batch, q_heads, kv_heads, length, repeat, dim=DIM):
 
 class Packed:
     """A packed cache of random records, all pages of one format, and a launch of attention over it. With open_page the last page
-    of every sequence is open and half full, and store_new() makes launches store the newest token's row there first."""
+    of every sequence is open and half full, and store_new() makes launches store the newest token's row there first. With rows
+    all pages are open, of fp16 rows."""
 
-    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM, q_tokens=1, open_page=False):
+    def __init__(self, lib, bits, batch, q_heads, kv_heads, length, groups=(128, 128), dim=DIM, q_tokens=1, open_page=False,
+                 rows=False):
         self.lib = lib
         p = self.p = Params(format=Format(dim, bits[0], bits[1], *groups, 0), sequences=batch, q_heads=q_heads,
                             kv_heads=kv_heads, q_tokens=q_tokens)
@@ -119,7 +121,7 @@ class Packed:
         check(lib, lib.kvmix_cuda_record_bytes(c.byref(p.format), c.byref(size)))
         record, pages = (size.value + 127) // 128 * 128, length // PAGE  # records at multiples of 128 bytes
         # Random codes, scales and midpoints of fp16 bytes 0x2020..0x2c2c (positive, about 0.01), exponents 0.
-        self.pool = torch.randint(0x20, 0x2D, (batch * pages * kv_heads, record), dtype=torch.uint8, device="cuda")
+        self.pool = torch.randint(0x20, 0x2D, (1 if rows else batch * pages * kv_heads, record), dtype=torch.uint8, device="cuda")
         self.pool[:, :16] = 0
         self.bytes, self.memory = self.pool.shape[0] * size.value, self.pool.numel()
         self.table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages).contiguous()
@@ -130,6 +132,12 @@ class Packed:
             p.open_pages, p.open_head_stride = self.open.data_ptr(), 2 * PAGE * dim * 2
             p.open_page_stride = p.open_head_stride * kv_heads
             self.rows = torch.randn(2, batch, q_tokens, kv_heads, dim, dtype=torch.float16, device="cuda")
+        if rows:
+            self.table = -1 - self.table
+            self.open = torch.randn(batch * pages, kv_heads, 2, PAGE, dim, dtype=torch.float16, device="cuda")
+            p.open_pages, p.open_head_stride = self.open.data_ptr(), 2 * PAGE * dim * 2
+            p.open_page_stride = p.open_head_stride * kv_heads
+            self.bytes = self.memory = 2 * self.open.numel()
         self.q = torch.randn(batch, q_tokens, q_heads, dim, dtype=torch.float16, device="cuda")
         self.out = torch.empty_like(self.q)
         lengths = (c.c_int32 * batch)(*[length] * batch)
@@ -258,6 +266,26 @@ def formats_table(lib, copy, repeat):
                   f"{size / ms / 1e9 / copy:.0%} | {first[0] / ms * size / first[1]:.2f} | {kernel} |", flush=True)
 
 
+def fp16_table(lib, copy, repeat):
+    """Pages of fp16 on both sides: rows as a cache leaves them, and records."""
+    print("| shape (batch, q heads, KV heads, tokens) | head_dim | fp16 ms | pages | ms | ratio | of copy bandwidth | kernel |")
+    print("|---|--:|--:|---|--:|--:|--:|---|")
+    for shape, dim in (((64, 32, 8, 8192), 128), ((16, 32, 32, 8192), 128), ((256, 32, 8, 1024), 128), ((1, 32, 32, 32768), 128),
+                       ((1, 32, 8, 32768), 128), ((1, 32, 32, 8192), 128), ((1, 32, 8, 8192), 128), ((1, 32, 8, 512), 128),
+                       ((64, 32, 8, 8192), 96), ((64, 32, 8, 8192), 64), ((64, 56, 8, 8192), 64), ((32, 8, 4, 8192), 256),
+                       ((32, 64, 4, 8192), 128)):
+        base = fp16(*shape, repeat, dim)[1]
+        torch.cuda.empty_cache()
+        for rows in (True, False):
+            cache = Packed(lib, (16, 16), *shape, dim=dim, rows=rows)
+            ms = timed([cache.launch], repeat)
+            assert torch.isfinite(cache.out).all()
+            print(f"| {shape} | {dim} | {base:.4f} | {'rows' if rows else 'records'} | {ms:.4f} | {base / ms:.2f} | "
+                  f"{cache.bytes / ms / 1e9 / copy:.0%} | {cache.kernel} |", flush=True)
+            del cache
+            torch.cuda.empty_cache()
+
+
 def seal_table(lib, copy, repeat):
     print("| seal, 1024 pages x 32 heads | group | scales | ms | of copy bandwidth |")
     print("|---|--:|---|--:|--:|")
@@ -303,7 +331,7 @@ def main():
     parser.add_argument("library")
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
-    parser.add_argument("--tables", default="attend,formats,seal,prefill")
+    parser.add_argument("--tables", default="attend,formats,fp16,seal,prefill")
     parser.add_argument("--flush", choices=("write", "read"), default="write",
                         help="what fills the L2 before a launch: written lines, which launches then push out, or read ones")
     args = parser.parse_args()
@@ -317,6 +345,8 @@ def main():
         attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
     if "formats" in tables:
         formats_table(lib, copy, args.repeat)
+    if "fp16" in tables:
+        fp16_table(lib, copy, args.repeat)
     if "seal" in tables:
         seal_table(lib, copy, args.repeat)
     if "prefill" in tables:

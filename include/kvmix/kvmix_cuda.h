@@ -95,6 +95,7 @@ KVMIX_API kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params)
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4", "codes-8" and "codes-16" (up to 4, 8, 16 query rows a KV head)
  * on packed codes: widths 1, 2, 3, 4 and 8 in any pair, any groups, keys with a scale per channel, every head_dim; not where
  * four records exceed a multiprocessor's shared memory (8/8 at head_dim 256) or a token has more than seven value groups.
+ * "fp16-4", "fp16-8" and "fp16-16" likewise where both sides are fp16, every head_dim.
  * "prefill-128" (tiles of 128 query rows, on devices of compute capability 9.0 in a build for 90a) for more than 64, "pages-16"
  * and "pages-64" (pages dequantised in shared memory) for the rest. Null where the shape is refused. */
 KVMIX_API const char* kvmix_cuda_attend_kernel(const kvmix_cuda_attend_params* params);

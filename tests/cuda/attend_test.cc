@@ -328,8 +328,8 @@ class World {
   std::vector<std::vector<double>> keys_, values_;
 };
 
-// Every pair of widths at every head_dim, groups in turn; then what the page kernel takes: fp16 sides, keys with a scale per
-// token, many value groups, records too large for the decode kernel.
+// Every pair of widths at every head_dim, groups in turn, and fp16 on both sides; then what the page kernel takes: one fp16
+// side, keys with a scale per token, many value groups, records too large for the decode kernel.
 std::vector<kvmix_cuda_format> formats() {
   constexpr int kWidths[] = {1, 2, 3, 4, 8}, kDims[] = {64, 96, 128, 256}, kGroups[] = {32, 64, 128};
   std::vector<kvmix_cuda_format> all;
@@ -342,9 +342,10 @@ std::vector<kvmix_cuda_format> formats() {
     }
     for (const int g : kGroups) all.push_back({dim, 2, 2, g, 64, 0});
   }
-  const kvmix_cuda_format others[] = {{64, 8, 16, 64, 64, 0},  {96, 4, 4, 32, 128, 1},     {96, 16, 2, 128, 32, 0},
-                                      {128, 3, 16, 32, 32, 0}, {128, 16, 16, 128, 128, 0}, {128, 2, 2, 128, 128, 1},
-                                      {128, 8, 3, 32, 64, 1},  {256, 3, 4, 64, 32, 0},     {256, 1, 8, 128, 64, 1}};
+  for (const int dim : kDims) all.push_back({dim, 16, 16, 128, 128, 0});
+  const kvmix_cuda_format others[] = {{64, 8, 16, 64, 64, 0},  {96, 4, 4, 32, 128, 1},   {96, 16, 2, 128, 32, 0},
+                                      {128, 3, 16, 32, 32, 0}, {128, 2, 2, 128, 128, 1}, {128, 8, 3, 32, 64, 1},
+                                      {256, 3, 4, 64, 32, 0},  {256, 1, 8, 128, 64, 1}};
   all.insert(all.end(), std::begin(others), std::end(others));
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return std::memcmp(&a, &b, sizeof a) < 0; });
   all.erase(
@@ -386,6 +387,8 @@ TEST_P(CudaAttend, Grouped16) { check({GetParam(), 32, 2, 1, 0, 128, 0, 0, 0.0f,
 TEST_P(CudaAttend, SinksAndWindow) {
   check({GetParam(), 6, 2, 1, 16, 200, 0, 0, 0.0f, {0, 1, 15, 16, 17, 143, 144, 145, 1500}});
 }
+TEST_P(CudaAttend, OpenPagesAlone) { check({GetParam(), 8, 2, 1, 16, 4096, 0, 16, 0.0f, kRagged}); }
+TEST_P(CudaAttend, OpenPagesInAWindow) { check({GetParam(), 7, 1, 2, 4, 4096, 300, 0, 0.0f, {2, 299, 301, 1024, 1111}}); }
 TEST_P(CudaAttend, SpeculativeTokens) { check({GetParam(), 4, 2, 4, 16, 128, 0, 8, 0.0f, {4, 5, 130, 147, 900}}); }
 TEST_P(CudaAttend, SlidingWindow) { check({GetParam(), 4, 1, 2, 0, 128, 300, 0, 0.0f, {2, 299, 301, 1024, 1111}}); }
 TEST_P(CudaAttend, SoftCap) { check({GetParam(), 4, 2, 1, 0, 64, 0, 0, 20.0f, {1, 128, 900}}); }
@@ -625,6 +628,14 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
   EXPECT_GT(kvmix_cuda_attend_cost(&p), 0.3f);
   p.format.value_bits = 16;
   EXPECT_GE(kvmix_cuda_attend_cost(&p), 1.0f);
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-16");
+  p.format.key_bits = 16;
+  EXPECT_EQ(kvmix_cuda_attend_cost(&p), 1.0f);
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "fp16-4");
+  p.q_tokens = 4;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "fp16-16");
+  p.q_tokens = 5;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "pages-64");
   for (const kvmix_cuda_format& f : {kvmix_cuda_format{80, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 5, 2, 128, 128, 0},
                                      kvmix_cuda_format{128, 2, 2, 16, 128, 0}}) {
     p.format = f;

@@ -33,6 +33,7 @@ struct AttendArguments {
   int sink_slots;    // of page 0, if there are sinks; other open pages have kPageTokens
   RecordShape open;  // of these
   bool bf16;
+  bool overlapped;  // with the launch before, which makes the queries
   float scale, softcap;
   const uint8_t *new_keys, *new_values;  // null: rows stand in open pages already
   int64_t new_sequence_stride, new_token_stride, new_head_stride;

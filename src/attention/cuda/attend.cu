@@ -54,7 +54,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   a.partials = reinterpret_cast<float*>(base + space.ticket_bytes + space.sum_bytes * static_cast<size_t>(p.item_count));
   a.kv_heads = p.kv_heads, a.group = p.q_heads / p.kv_heads, a.q_tokens = p.q_tokens;
   a.sinks = p.sinks, a.sink_slots = open.sink_slots, a.open = open.shape, a.sliding_window = p.sliding_window,
-  a.bf16 = p.bf16 != 0;
+  a.bf16 = p.bf16 != 0, a.overlapped = open.overlapped;
   a.scale = (p.scale > 0.0f ? p.scale : 1.0f / std::sqrt(static_cast<float>(p.format.head_dim))) * kLog2E;
   a.softcap = p.softcap * kLog2E;
   a.new_keys = static_cast<const uint8_t*>(p.new_keys), a.new_values = static_cast<const uint8_t*>(p.new_values);
@@ -62,6 +62,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   a.new_head_stride = p.new_head_stride;
   const int rows = a.group * a.q_tokens;
   if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
+  if (uses_fp16_kernel(p)) return launch_fp16(p, a);
   if (!uses_fast_kernel(p)) return launch_pages(p, a);
   const RecordShape shape = record_shape(p.format);
   const Residency device = decode_residency(shape);
@@ -72,7 +73,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   const int shared = std::max(decode_shared_bytes(shape, warps),
                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
   const DecodeArguments d{a, stage_of(shape), row_blocks};
-  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, p.stream};
+  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, open.overlapped, p.stream};
   if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch_decode<dim>(launch, d); }))
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no decode kernel");
 }
@@ -80,7 +81,8 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
 Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
   if (uses_fast_kernel(p)) return decode_residency(record_shape(p.format));
-  const int blocks = std::max(1, resident_page_blocks(p.format.head_dim, rows));
+  const int blocks = std::max(
+      1, uses_fp16_kernel(p) ? resident_fp16_blocks(p.format.head_dim) : resident_page_blocks(p.format.head_dim, rows));
   return {device_attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
 }
 

@@ -53,10 +53,12 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
   }
   // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
   // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
-  // the arithmetic of one warp. The page kernel takes a page a block, arithmetic alone.
-  constexpr double kRate = 25e3, kTurn = 2.5, kPageTurn = 8.0, kPageShare = 3.5;  // bytes and us of a multiprocessor
+  // the arithmetic of one warp. The other kernels take a page a block: that of fp16 pages as long as memory does or a block
+  // alone waits for it, the page kernel arithmetic alone.
+  constexpr double kRate = 25e3, kTurn = 2.5, kFp16Turn = 4.0, kPageTurn = 8.0,
+                   kPageShare = 3.5;  // bytes and us of a multiprocessor
   constexpr double kBlock = 2.5, kBlockWarp = 0.125, kSum = 1.8, kSumSplit = 0.07;
-  const bool fast = uses_fast_kernel(p);
+  const bool fast = uses_fast_kernel(p), fp16 = uses_fp16_kernel(p);
   const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
   int chunk = longest;
   double best = -1.0;
@@ -66,7 +68,7 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
     for (const auto& [count, n] : counts) blocks += (count + candidate - 1) / candidate * n * p.kv_heads;
-    blocks = std::max<int64_t>(fast ? blocks * row_blocks(p) : blocks, 1);
+    blocks = std::max<int64_t>(fast || fp16 ? blocks * row_blocks(p) : blocks, 1);
     // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
     if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;
     const int warps = fast ? device.block_warps(blocks) : 1;
@@ -74,15 +76,17 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
     const double waves = std::max(1.0, static_cast<double>(blocks) / (static_cast<double>(device.processors) * resident));
     const double full = waves <= 4.0 ? std::ceil(waves) : waves + 0.5;
     const int busy = std::min(device.each(blocks), resident) * std::min(warps, candidate);
-    const double turn = fast ? std::max(kTurn * size, busy * static_cast<double>(record_shape(p.format).bytes()) / kRate)
-                             : std::max(kPageTurn, busy * kPageShare) * size;
+    const double memory = busy * static_cast<double>(record_shape(p.format).bytes()) / kRate;
+    const double turn = fast   ? std::max(kTurn * size, memory)
+                        : fp16 ? std::max(kFp16Turn, memory)
+                               : std::max(kPageTurn, busy * kPageShare) * size;
     const double turns = (candidate + warps - 1) / warps;
     const double time = full * (turns * turn + kBlock + kBlockWarp * busy) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
   // What is little beside the L2 shall leave it as it was, unless another block reads it again.
-  const int64_t bytes = fast ? pages * record_shape(p.format).bytes() : 0;
-  return {chunk, bytes <= kSparingBytes && (!fast || row_blocks(p) == 1)};
+  const int64_t bytes = fast || fp16 ? pages * record_shape(p.format).bytes() : 0;
+  return {chunk, bytes <= kSparingBytes && ((!fast && !fp16) || row_blocks(p) == 1)};
 }
 
 // Of a device that holds `slots` thread blocks.

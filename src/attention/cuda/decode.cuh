@@ -17,6 +17,7 @@
 #include "attention/cuda/page_copies.cuh"
 #include "attention/cuda/partials.cuh"
 #include "attention/cuda/shape.h"
+#include "base/cuda/overlap.cuh"
 #include "codec/cuda/words.cuh"
 
 namespace kvmix::cuda {
@@ -331,6 +332,14 @@ struct Warp {
     });
   }
 
+  // Adds to the sums of weights, where no product with midpoints does.
+  template <int tiles>
+  __device__ void add_sum(const uint32_t (&p)[tiles][2], int lane) {
+    const uint32_t ones = lane / 4 == kSumRow ? kOnes : 0u, rows[4] = {ones, 0u, ones, 0u};
+#pragma unroll
+    for (int j = 0; j < tiles; ++j) mma(side, rows, p[j][0], p[j][1]);
+  }
+
   // Of columns: the sum of weights, and what the codes' midpoints of a group and the centre of `bits` give.
   __device__ float sum_of(int column, int lane) const { return __shfl_sync(~0u, side[column], 4 * kSumRow + lane % 4); }
   __device__ float zero_of(int column, int group, int bits, int lane) const {
@@ -369,12 +378,6 @@ struct Warp {
         }
       }
     }
-  }
-  template <int tiles>
-  __device__ void add_sum(const uint32_t (&p)[tiles][2], int lane) {
-    const uint32_t ones = lane / 4 == kSumRow ? kOnes : 0u, rows[4] = {ones, 0u, ones, 0u};
-#pragma unroll
-    for (int j = 0; j < tiles; ++j) mma(side, rows, p[j][0], p[j][1]);
   }
 };
 
@@ -425,7 +428,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
           row < rows && channel < dim ? load_query_pair(args, row_offset(mine, row) * dim + channel) : make_float2(0.0f, 0.0f);
     }
   };
-  load_row(warp);
+  if (!args.overlapped) load_row(warp);
   // -1 past the end, as of an open page: nothing to copy.
   const auto page_id = [&](const kvmix_cuda_item& of, int page) {
     return page < of.page_end ? args.page_table[of.sequence * args.page_table_stride + page] : -1;
@@ -441,6 +444,11 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   // Ids, in search of open pages.
   const int32_t here = mine.page_begin + lane < mine.page_end ? page_id(mine, mine.page_begin + lane) : 0;
 
+  if (args.overlapped) {
+    wait_for_launch_before();
+    load_row(warp);
+  }
+  let_next_launch_begin();
   store_new_rows(args, mine, dim, 32 * warps);
   // Query rows, scaled by a power of two to at most 2^kQueryLift, in fragment order.
   for (int row = warp; row < (wide ? kRows : kRows / 2); row += warps) {

@@ -15,6 +15,7 @@ struct DecodeArguments {
 struct DecodeLaunch {
   int blocks, threads, shared;
   int resident_warps;  // on a multiprocessor
+  bool overlapped;
   void* stream;
 };
 // Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in).
@@ -23,6 +24,8 @@ void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments)
 
 void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
+void launch_fp16(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 int resident_page_blocks(int head_dim, int rows);  // on one multiprocessor
+int resident_fp16_blocks(int head_dim);
 
 }  // namespace kvmix::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/arguments.cuh"
+#include "base/cuda/async_copy.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define KVMIX_BULK 1
@@ -10,16 +11,6 @@
 #endif
 
 namespace kvmix::cuda {
-
-__device__ inline void copy_async(void* to, const void* from) {
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(shared), "l"(from) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int pending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
-}
 
 // Copies of record halves (keys, then values) into a warp's own buffers, each waited for before the next of its side starts.
 // With compute capability 9 one lane asks the bulk copy engine and a barrier in shared memory counts the bytes; before, every

@@ -4,13 +4,20 @@
 
 namespace kvmix::cuda {
 
+namespace {
+constexpr int kMostRows = 16;  // two blocks an item; with more of them the page kernel reads less
+}  // namespace
+
 bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
-  constexpr int kMostRows = 16;        // two blocks an item; with more of them the page kernel reads less
   constexpr int kMostValueGroups = 7;  // Warp::side
   const kvmix_cuda_format& f = p.format;
   const RecordShape shape = record_shape(f);
   return query_rows(p) <= kMostRows && f.key_per_token == 0 && CodeWidths::has(f.key_bits) && CodeWidths::has(f.value_bits) &&
          shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= most_shared_bytes();
+}
+
+bool uses_fp16_kernel(const kvmix_cuda_attend_params& p) {
+  return query_rows(p) <= kMostRows && p.format.key_bits == 16 && p.format.value_bits == 16;
 }
 
 bool uses_images(const kvmix_cuda_attend_params& p) {
@@ -21,6 +28,7 @@ bool uses_images(const kvmix_cuda_attend_params& p) {
 const char* kernel_name(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
   if (uses_fast_kernel(p)) return rows <= 4 ? "codes-4" : rows <= 8 ? "codes-8" : "codes-16";
+  if (uses_fp16_kernel(p)) return rows <= 4 ? "fp16-4" : rows <= 8 ? "fp16-8" : "fp16-16";
   if (rows <= 16) return "pages-16";
   return rows > kTileRows && has_prefill_kernel() ? "prefill-128" : "pages-64";
 }
@@ -31,6 +39,7 @@ float relative_cost(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
   // Memory, with what a launch takes beside it; the arithmetic of a page is the least.
   if (uses_fast_kernel(p)) return std::max(rows <= 4 ? 0.17f : rows <= 8 ? 0.25f : 0.36f, 0.05f + 0.955f * share);
+  if (uses_fp16_kernel(p)) return 1.0f;
   return p.format.head_dim > 128 ? 2.7f : 1.1f;
 }
 

@@ -26,7 +26,7 @@ constexpr int page_shared_bytes(int head_dim) {
 int most_shared_bytes();
 inline constexpr int kMostSharedBytes = 226 * 1024;
 
-// Thread blocks that the decode kernel gives each item.
+// Thread blocks that the decode kernels give each item.
 inline int row_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kRows - 1) / kRows; }
 
 // Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row.
@@ -37,7 +37,7 @@ struct WorkspaceLayout {
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
 
 // What a device takes at once of the kernel for a shape. `all` on each of `processors` multiprocessors are warps of the decode
-// kernel or thread blocks of the page kernel; launches of up to `few_blocks` blocks a multiprocessor take `few` of them.
+// kernel of codes or thread blocks of the others; launches of up to `few_blocks` blocks a multiprocessor take `few` of them.
 struct Residency {
   int processors, few_blocks, few, all;
 
@@ -55,13 +55,17 @@ struct Residency {
 struct OpenPages {
   int sink_slots = kPageTokens;
   RecordShape shape{0, 16, 16, 128, 128};
+  // The launch before it in the stream writes queries, outputs and the workspace alone, and all before have ended when it lets
+  // this one begin (base/cuda/overlap.cuh).
+  bool overlapped = false;
 };
 void attend(const kvmix_cuda_attend_params& params, const OpenPages& open = {});
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device
 
-// decode.cuh takes few query rows on packed codes; prefill.cuh more than kTileRows where the current device has it, pages.cuh
-// the rest.
-bool uses_fast_kernel(const kvmix_cuda_attend_params& params);
+// decode.cuh takes few query rows on packed codes, fp16_pages.cuh on fp16; prefill.cuh more than kTileRows where the current
+// device has it, pages.cuh the rest.
+bool uses_fast_kernel(const kvmix_cuda_attend_params& params);  // decode.cuh
+bool uses_fp16_kernel(const kvmix_cuda_attend_params& params);
 bool has_prefill_kernel();
 const char* kernel_name(const kvmix_cuda_attend_params& params);
 float relative_cost(const kvmix_cuda_attend_params& params);  // kvmix_cuda_attend_cost

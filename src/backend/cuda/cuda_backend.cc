@@ -5,6 +5,7 @@
 
 #include "attention/cuda/shape.h"
 #include "backend/cuda/device.h"
+#include "backend/cuda/feedback_panels.h"
 #include "base/cuda/launch.h"
 #include "codec/row.h"
 #include "kvmix/error.h"
@@ -32,13 +33,17 @@ std::vector<float> transposed(std::span<const float> matrices, size_t dim) {
 }
 
 // As AppendRows takes it, of feedback [kv_heads][dim (dim - 1) / 2].
-std::vector<float> columns_of(std::span<const float> feedback, int kv_heads, int dim) {
-  const auto square = static_cast<size_t>(dim) * static_cast<size_t>(dim), heads = static_cast<size_t>(kv_heads);
-  std::vector<float> columns(heads * square);
+std::vector<float> panels_of(std::span<const float> feedback, int kv_heads, int dim) {
+  const auto width = static_cast<size_t>(dim), heads = static_cast<size_t>(kv_heads);
+  std::vector<float> columns(width * width), panels;
   for (size_t h = 0; h < heads; ++h) {
-    feedback_columns(feedback.subspan(h * (feedback.size() / heads)).data(), dim, columns.data() + h * square);
+    feedback_columns(feedback.subspan(h * (feedback.size() / heads)).data(), dim, columns.data());
+    for (size_t c = 0; c < width; ++c) {
+      const float* const column = columns.data() + c * width;
+      panels.insert(panels.end(), column + c / kTurnChannels * kTurnChannels, column + width);
+    }
   }
-  return columns;
+  return panels;
 }
 
 }  // namespace
@@ -118,7 +123,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     made.key_feedback.feedback = constant(k.feedback);
     made.value_feedback.feedback = constant(v.feedback);
     if (!k.feedback.empty() && made.open.key_bits != kF16Bits)
-      made.key_columns = constant(columns_of(k.feedback, layer.kv_heads, layer.head_dim));
+      made.key_panels = constant(panels_of(k.feedback, layer.kv_heads, layer.head_dim));
     layers_.push_back(made);
     kvmix_cuda_attend_params decode = attend_params(shape);
     decode.q_tokens = 1;
@@ -177,10 +182,10 @@ void CudaBackend::transcode(const Transcode& job) {
     throw Error(Status::kInternal, "a page is sealed outside a step");
   join();
   const Layer& layer = layers_[static_cast<size_t>(job.layer)];
-  const ptrdiff_t square = static_cast<ptrdiff_t>(layer.config.head_dim) * layer.config.head_dim;
+  const int dim = layer.config.head_dim;
   open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)), record_shape(layer.format),
               reinterpret_cast<uint8_t*>(memory(job.to().handle)), layer.open,
-              layer.key_columns == nullptr ? nullptr : layer.key_columns + job.kv_head * square, stream_.get());
+              layer.key_panels == nullptr ? nullptr : layer.key_panels + job.kv_head * feedback_panel(dim, dim), stream_.get());
 }
 
 void CudaBackend::gather(const Gather&, int) {

@@ -112,7 +112,7 @@ class CudaBackend final : public Backend {
     size_t shape;
     RowOps key, value, query, output;
     kvmix_cuda_transform key_feedback{}, value_feedback{};
-    const float* key_columns = nullptr;  // feedback of 8-bit keys as they come, as AppendRows
+    const float* key_panels = nullptr;  // feedback of 8-bit keys as they come, as AppendRows
     bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
     // Of the step, places in its inputs.
     size_t open_ids_at = 0, record_ids_at = 0;

@@ -5,6 +5,7 @@
 
 #include <cuda_fp16.h>
 
+#include "backend/cuda/feedback_panels.h"
 #include "base/fp16.h"
 #include "codec/cuda/tile_layout.h"
 #include "codec/quantize.h"
@@ -23,11 +24,87 @@ __device__ inline void store_halves(const float (&x)[dim / 32], int slot, int la
   }
 }
 
+// Of 8-bit rows.
+inline constexpr int kRowCodeBits = 8;
+inline constexpr float kRowCodeTop = static_cast<float>((1 << kRowCodeBits) - 1);
+
+__device__ inline float finite_or_zero(float v) { return fabsf(v) < INFINITY ? v : 0.0f; }
+
+// Rows of a warp while errors are fed back. Rows stand four banks apart.
+template <int dim, int rows>
+struct FeedbackRoom {
+  alignas(16) float exact[rows][dim + 4];
+  alignas(16) float wanted[rows][dim + 4];  // with the errors so far; in the end codes
+  float2 groups[rows][dim / 32];            // scale and midpoint, of 32 channels each
+};
+
+// Rounds with error feedback, the operations of encode_with_feedback (codec/row_feedback.h) in its order. A channel's error is
+// known once all errors before it are added, so a row is a chain of dependent operations, and its length is what this takes.
+// kTurnChannels channels at a time are rounded by each of a row's 32 / rows lanes alike, from registers, so that no lane waits
+// for another's; then the lanes share what the block's errors mean for the channels behind it.
+template <int dim, int rows>
+__device__ inline void feed_back_rows(const float* panel, FeedbackRoom<dim, rows>& room, int lane) {
+  constexpr int kLanes = 32 / rows, kQuads = kTurnChannels / 4;
+  const int row = lane / kLanes, mine = lane % kLanes;
+  float* const wanted = room.wanted[row];
+  const float* const exact = room.exact[row];
+#pragma unroll 1
+  for (int c0 = 0; c0 < dim; c0 += kTurnChannels) {
+    const int width = dim - c0;
+    const float2 group = room.groups[row][c0 / 32];
+    const float scale = group.x, mid = group.y;
+    const CodeMap map = code_map(scale, mid, kRowCodeTop);
+    const float of_zero = unit_multiply_add(0.0f, map.factor, map.offset);
+    const float lowest = -(scale * code_centre(kRowCodeBits));  // exact, as is lowest + scale * code: scales are fp16 numbers
+    float x[kTurnChannels], v[kTurnChannels], error[kTurnChannels];  // v: what is wanted, then the code
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 a = reinterpret_cast<const float4*>(exact + c0)[q], b = reinterpret_cast<const float4*>(wanted + c0)[q];
+      x[4 * q] = a.x, x[4 * q + 1] = a.y, x[4 * q + 2] = a.z, x[4 * q + 3] = a.w;
+      v[4 * q] = b.x, v[4 * q + 1] = b.y, v[4 * q + 2] = b.z, v[4 * q + 3] = b.w;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < kTurnChannels; ++t) {
+      // quantize_code(finite_or_zero(v[t])), with the choice beside the product.
+      const float unit = unit_multiply_add(v[t], map.factor, map.offset);
+      const float limited = fabsf(v[t]) < INFINITY ? unit : of_zero;
+      v[t] = fused_multiply_add(limited, kRowCodeTop, kRoundToInteger) - kRoundToInteger;
+      error[t] = x[t] - (mid + fused_multiply_add(scale, v[t], lowest));
+#pragma unroll
+      for (int q = (t + 1) / 4; q < kQuads; ++q) {
+        const float4 w = *reinterpret_cast<const float4*>(panel + t * width + 4 * q);
+        const float weights[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (4 * q + i > t) v[4 * q + i] = v[4 * q + i] + weights[i] * error[t];
+        }
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      if (mine == q) reinterpret_cast<float4*>(wanted + c0)[q] = {v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]};
+    }
+    for (int k = kTurnChannels + 4 * mine; k < width; k += 4 * kLanes) {
+      float4 later = *reinterpret_cast<const float4*>(wanted + c0 + k);
+#pragma unroll
+      for (int t = 0; t < kTurnChannels; ++t) {
+        const float4 w = *reinterpret_cast<const float4*>(panel + t * width + k);
+        later.x = later.x + w.x * error[t], later.y = later.y + w.y * error[t];
+        later.z = later.z + w.z * error[t], later.w = later.w + w.w * error[t];
+      }
+      *reinterpret_cast<float4*>(wanted + c0 + k) = later;
+    }
+    __syncwarp();
+    panel += kTurnChannels * width;
+  }
+}
+
 // What is stored of `rows` rows next to each other in a warp.
 template <int dim, int rows>
 struct RowCodes {
-  static constexpr int kPerLane = dim / 32, kBits = 8;
-  static constexpr float kTop = static_cast<float>((1 << kBits) - 1);
+  static constexpr int kPerLane = dim / 32, kBits = kRowCodeBits;
+  static constexpr float kTop = kRowCodeTop;
   float scale[rows][kPerLane], mid[rows][kPerLane];  // of the group that channels 32 i to 32 i + 31 belong to, fp16 numbers
   float code[rows][kPerLane];
 
@@ -60,51 +137,23 @@ struct RowCodes {
     }
   }
 
-  // Codes of encoded rows once more, with error feedback: channel after channel, as encode_with_feedback. All lanes round what
-  // they want of theirs, and the one whose turn it is says its error. `columns`: feedback_columns (codec/row.h) of the head,
-  // [dim][dim], whose weights of earlier channels are zero.
-  __device__ void feed_back(const float (&x)[rows][kPerLane], const float* columns, int lane) {
-    constexpr int kAhead = 4;  // turns whose weights are asked for beforehand
-    float wanted[rows][kPerLane];
-    CodeMap map[rows][kPerLane];
+  // Codes of encoded rows once more, with error feedback (feed_back below). `panels`: feedback_panels of the head in shared
+  // memory.
+  __device__ void feed_back(const float (&x)[rows][kPerLane], const float* panels, FeedbackRoom<dim, rows>& room, int lane) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        room.exact[r][32 * i + lane] = room.wanted[r][32 * i + lane] = x[r][i];
+        if (lane == 0) room.groups[r][i] = make_float2(scale[r][i], mid[r][i]);
+      }
+    }
+    __syncwarp();
+    feed_back_rows(panels, room, lane);
 #pragma unroll
     for (int r = 0; r < rows; ++r)
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) wanted[r][i] = x[r][i], map[r][i] = code_map(scale[r][i], mid[r][i], kTop);
-    float ahead[kAhead][kPerLane];
-    const auto ask = [&](int channel, int first) {
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-#pragma unroll
-        for (int j = first; j < kPerLane; ++j) {
-          ahead[k][j] = channel + k < dim ? __ldg(columns + (channel + k) * dim + 32 * j + lane) : 0.0f;
-        }
-    };
-    ask(0, 0);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-#pragma unroll 1
-      for (int turn = 0; turn < 32; turn += kAhead) {
-        float weight[kAhead][kPerLane];
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k)
-#pragma unroll
-          for (int j = i; j < kPerLane; ++j) weight[k][j] = ahead[k][j];
-        ask(32 * i + turn + kAhead, i);
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-#pragma unroll
-          for (int r = 0; r < rows; ++r) {
-            const float rounded = quantize_code(finite_or_zero(wanted[r][i]), map[r][i], kTop);
-            const float mine = x[r][i] - (mid[r][i] + scale[r][i] * (rounded - code_centre(kBits)));
-            const float error = __shfl_sync(~0u, mine, turn + k);
-            if (lane == turn + k) code[r][i] = rounded;
-#pragma unroll
-            for (int j = i; j < kPerLane; ++j) wanted[r][j] = wanted[r][j] + weight[k][j] * error;
-          }
-        }
-      }
-    }
+      for (int i = 0; i < kPerLane; ++i) code[r][i] = room.wanted[r][32 * i + lane];
   }
 
   // Row r to a slot of a record's part.
@@ -123,9 +172,6 @@ struct RowCodes {
       meta[at + kMidStep] = f32_to_f16(mid[r][i]);
     }
   }
-
- private:
-  __device__ static float finite_or_zero(float v) { return fabsf(v) < INFINITY ? v : 0.0f; }
 };
 
 }  // namespace kvmix::cuda

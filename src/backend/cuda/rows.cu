@@ -7,13 +7,16 @@
 #include "backend/cuda/layer_format.h"
 #include "backend/cuda/row_codes.cuh"
 #include "backend/cuda/rows.h"
+#include "base/cuda/async_copy.cuh"
 #include "base/cuda/launch.h"
+#include "base/cuda/overlap.cuh"
 #include "codec/cuda/format.h"
 
 namespace kvmix::cuda {
 namespace {
 
 constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
+constexpr int kFeedbackWarps = 4, kFeedbackThreads = 32 * kFeedbackWarps;  // of a block that rounds with feedback
 constexpr int64_t kUnitBytes = static_cast<int64_t>(kPageUnit);
 
 __device__ inline int lane_of() { return static_cast<int>(threadIdx.x) % 32; }
@@ -73,15 +76,42 @@ __device__ inline void apply(const RowOps& ops, int head, float (&x)[dim / 32], 
   __syncwarp();
 }
 
+// What a warp feeds errors back with, in shared memory; nothing where it does not.
+template <int dim, int rows>
+struct Feedback {
+  const float* panels = nullptr;
+  FeedbackRoom<dim, rows>* room = nullptr;
+};
+template <int dim, int rows>
+struct FeedbackSpace {
+  static constexpr int panel_bytes = feedback_panel(dim, dim) * 4;
+  static constexpr int bytes = panel_bytes + kFeedbackWarps * static_cast<int>(sizeof(FeedbackRoom<dim, rows>));
+};
+// Begins to bring a head's panels; wait_panels waits for them, with the block.
+template <int dim, int rows>
+__device__ inline Feedback<dim, rows> bring_panels(uint8_t* shared, const float* panels) {
+  using Space = FeedbackSpace<dim, rows>;
+  for (int at = static_cast<int>(threadIdx.x) * 16; at < Space::panel_bytes; at += kFeedbackThreads * 16) {
+    copy_async(shared + at, reinterpret_cast<const uint8_t*>(panels) + at);
+  }
+  commit_copies();
+  auto* const rooms = reinterpret_cast<FeedbackRoom<dim, rows>*>(shared + Space::panel_bytes);
+  return {reinterpret_cast<const float*>(shared), rooms + threadIdx.x / 32};
+}
+__device__ inline void wait_panels() {
+  wait_copies<0>();
+  __syncthreads();
+}
+
 // Rows of one head and side as an open page stores them, fp16 or codes: row r to `to[r]`, unless that is null.
 struct OpenSlot {
   uint8_t* page = nullptr;
   int slot = 0, slots = 0;
   bool rows = false;  // fp16 rows next to each other
 };
-template <int dim, int rows, bool key, bool feedback>
-__device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape& open, const float* columns,
-                                  const OpenSlot (&to)[rows]) {
+template <int dim, int rows, bool key>
+__device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape& open, const OpenSlot (&to)[rows],
+                                  const Feedback<dim, rows>& feedback) {
   const int lane = lane_of();
   const SideShape side = key ? open.key() : open.value();
   const int part = key ? kHeaderBytes : open.key_bytes();
@@ -102,8 +132,8 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   if (!coded) return;
   RowCodes<dim, rows> codes;
   codes.encode(x, side.group);
-  if constexpr (key && feedback) {
-    if (columns != nullptr) codes.feed_back(x, columns, lane);
+  if constexpr (key) {
+    if (feedback.room != nullptr) codes.feed_back(x, feedback.panels, *feedback.room, lane);
   }
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
@@ -111,12 +141,11 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   }
 }
 
-// A warp takes `rows` rows of a head: beside each other they hide what feedback waits for.
-template <int dim, int rows, bool key, bool feedback>
-__device__ inline void append(const AppendRows& job, int row0, int head, float* room) {
+// The rows of a warp, `rows` of a head, mapped, and where they go.
+template <int dim, int rows, bool key>
+__device__ inline void take_rows(const AppendRows& job, int row0, int head, float* room, float (&x)[rows][dim / 32],
+                                 OpenSlot (&to)[rows]) {
   const int lane = lane_of();
-  float x[rows][dim / 32] = {};
-  OpenSlot to[rows];
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
     const int64_t row = row0 + r;
@@ -134,20 +163,45 @@ __device__ inline void append(const AppendRows& job, int row0, int head, float* 
     to[r] = {table.pages + static_cast<int64_t>(~id) * kUnitBytes, sink ? place.position : behind % kPageTokens,
              sink ? table.sinks : kPageTokens, sink || !job.open.has_codes()};
   }
-  const float* const columns = feedback ? job.key_columns + static_cast<int64_t>(head) * dim * dim : nullptr;
-  store_rows<dim, rows, key, feedback>(x, job.open, columns, to);
 }
 
-// Blocks of one head and side, so that they share what feedback reads.
-template <int dim, int rows, bool feedback>
-__global__ void __launch_bounds__(kRowThreads, feedback ? 2 : 4) append_kernel(const __grid_constant__ AppendRows job) {
+template <int dim>
+__global__ void __launch_bounds__(kRowThreads, 4) append_kernel(const __grid_constant__ AppendRows job) {
   __shared__ float room[kRowWarps][dim];
-  const int warp = static_cast<int>(threadIdx.x) / 32, row = (static_cast<int>(blockIdx.x) * kRowWarps + warp) * rows;
+  let_next_launch_begin();
+  const int warp = static_cast<int>(threadIdx.x) / 32, row = static_cast<int>(blockIdx.x) * kRowWarps + warp;
   if (row >= job.rows) return;
+  const auto append = [&](auto key) {
+    float x[1][dim / 32] = {};
+    OpenSlot to[1];
+    take_rows<dim, 1, key.value>(job, row, static_cast<int>(blockIdx.y), room[warp], x, to);
+    store_rows<dim, 1, key.value>(x, job.open, to, {});
+  };
   if (blockIdx.z == 0) {
-    append<dim, rows, true, feedback>(job, row, static_cast<int>(blockIdx.y), room[warp]);
+    append(std::true_type{});
   } else {
-    append<dim, rows, false, feedback>(job, row, static_cast<int>(blockIdx.y), room[warp]);
+    append(std::false_type{});
+  }
+}
+
+// Blocks of one head and side, whose key rows share its panels. A warp takes `rows` rows next to each other.
+template <int dim, int rows>
+__global__ void __launch_bounds__(kFeedbackThreads, dim <= 128 ? 3 : 1)
+    append_feedback_kernel(const __grid_constant__ AppendRows job) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  let_next_launch_begin();
+  const int warp = static_cast<int>(threadIdx.x) / 32, head = static_cast<int>(blockIdx.y);
+  const int row = (static_cast<int>(blockIdx.x) * kFeedbackWarps + warp) * rows;
+  float x[rows][dim / 32] = {};
+  OpenSlot to[rows];
+  if (blockIdx.z == 0) {
+    const auto feedback = bring_panels<dim, rows>(shared, job.key_panels + head * feedback_panel(dim, dim));
+    take_rows<dim, rows, true>(job, row, head, feedback.room->exact[0], x, to);
+    wait_panels();
+    store_rows<dim, rows, true>(x, job.open, to, feedback);
+  } else {
+    take_rows<dim, rows, false>(job, row, head, reinterpret_cast<float*>(shared) + warp * dim, x, to);
+    store_rows<dim, rows, false>(x, job.open, to, {});
   }
 }
 
@@ -162,6 +216,8 @@ __device__ inline int64_t half_row(const HeadRows& job, int64_t row, int head) {
 template <int dim, bool queries>
 __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant__ HeadRows job) {
   __shared__ float room[kRowWarps][dim];
+  wait_for_launch_before();
+  let_next_launch_begin();
   const int heads = job.kv_heads * job.heads_per_kv;
   const int64_t task = row_of();
   if (task >= static_cast<int64_t>(job.rows) * heads) return;
@@ -208,13 +264,15 @@ __device__ inline float number_of(const SideShape& side, bool key, const uint8_t
 // Rows that a warp feeds errors back in at once.
 __host__ __device__ constexpr int rows_together(int head_dim) { return head_dim <= 128 ? 4 : 2; }
 
-// A warp takes some tokens of a side.
-template <int dim>
-__global__ void __launch_bounds__(kRowThreads)
-    open_kernel(const uint8_t* record, RecordShape shape, uint8_t* page, RecordShape open, const float* columns) {
+// A warp takes some tokens of a side; `panels` is null where keys have no feedback.
+template <int dim, bool feedback>
+__global__ void __launch_bounds__(kFeedbackThreads)
+    open_kernel(const uint8_t* record, RecordShape shape, uint8_t* page, RecordShape open, const float* panels) {
+  extern __shared__ __align__(16) uint8_t shared[];
   constexpr int kRows = rows_together(dim);
-  const int task = static_cast<int>(row_of()), token = task / 2 * kRows, lane = lane_of();
-  const auto bring = [&](auto key) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_of();
+  const int token = (static_cast<int>(blockIdx.x) * kFeedbackWarps + warp) * kRows;
+  const auto bring = [&](auto key, const Feedback<dim, kRows>& with) {
     const SideShape side = key ? shape.key() : shape.value();
     const uint8_t* const part = record + (key ? kHeaderBytes : shape.key_bytes());
     float x[kRows][dim / 32];
@@ -225,12 +283,16 @@ __global__ void __launch_bounds__(kRowThreads)
       for (int i = 0; i < dim / 32; ++i) x[r][i] = number_of(side, key, part, token + r, 32 * i + lane);
       to[r] = {page, token + r, kPageTokens, !open.has_codes()};
     }
-    store_rows<dim, kRows, key, true>(x, open, columns, to);
+    store_rows<dim, kRows, key>(x, open, to, with);
   };
-  if (task % 2 == 0) {
-    bring(std::true_type{});
+  if (blockIdx.y == 1) {
+    bring(std::false_type{}, {});
+  } else if constexpr (feedback) {
+    const auto with = bring_panels<dim, kRows>(shared, panels);
+    wait_panels();
+    bring(std::true_type{}, with);
   } else {
-    bring(std::false_type{});
+    bring(std::true_type{}, {});
   }
 }
 
@@ -258,41 +320,54 @@ void patch_table(int32_t* ids, const TablePatch* patches, size_t count, cudaStre
 }
 
 void append_rows(const AppendRows& job, cudaStream_t stream) {
-  const auto grid = [&](int rows_of_warp) {
-    const int of_block = kRowWarps * rows_of_warp;
-    return dim3(static_cast<unsigned>((job.rows + of_block - 1) / of_block), static_cast<unsigned>(job.kv_heads), 2);
+  const auto grid = [&](int rows_of_block) {
+    return dim3(static_cast<unsigned>((job.rows + rows_of_block - 1) / rows_of_block), static_cast<unsigned>(job.kv_heads), 2);
   };
-  constexpr int64_t kManyRows = 2048;  // with fewer a warp each is faster
+  constexpr int64_t kManyRows = 1024;  // with fewer a warp each is faster
   const bool many = static_cast<int64_t>(job.rows) * job.kv_heads >= kManyRows;
   with_head_dim(job.head_dim, "append rows: launch", [&](auto dim) {
-    constexpr int kTogether = rows_together(dim.value);
-    if (job.key_columns == nullptr) {
-      append_kernel<dim.value, 1, false><<<grid(1), kRowThreads, 0, stream>>>(job);
+    const auto feed_back = [&](auto rows) {
+      auto* const kernel = append_feedback_kernel<dim.value, rows.value>;
+      constexpr int kShared = FeedbackSpace<dim.value, rows.value>::bytes;
+      allow_shared(kernel, kShared, "append rows: shared memory");
+      kernel<<<grid(kFeedbackWarps * rows.value), kFeedbackThreads, kShared, stream>>>(job);
+    };
+    if (job.key_panels == nullptr) {
+      append_kernel<dim.value><<<grid(kRowWarps), kRowThreads, 0, stream>>>(job);
     } else if (many) {
-      append_kernel<dim.value, kTogether, true><<<grid(kTogether), kRowThreads, 0, stream>>>(job);
+      feed_back(std::integral_constant<int, rows_together(dim.value)>{});
     } else {
-      append_kernel<dim.value, 1, true><<<grid(1), kRowThreads, 0, stream>>>(job);
+      feed_back(std::integral_constant<int, 1>{});
     }
   });
 }
 
 void map_queries(const HeadRows& job, cudaStream_t stream) {
-  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv);
-  with_head_dim(job.head_dim, "map queries: launch",
-                [&](auto dim) { head_kernel<dim.value, true><<<blocks, kRowThreads, 0, stream>>>(job); });
+  const dim3 blocks(blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv));
+  with_head_dim(job.head_dim, "map queries: launch", [&](auto dim) {
+    launch_overlapped(true, head_kernel<dim.value, true>, blocks, kRowThreads, 0, stream, job, "map queries: launch");
+  });
 }
 
 void map_outputs(const HeadRows& job, cudaStream_t stream) {
-  const unsigned blocks = blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv);
-  with_head_dim(job.head_dim, "map outputs: launch",
-                [&](auto dim) { head_kernel<dim.value, false><<<blocks, kRowThreads, 0, stream>>>(job); });
+  const dim3 blocks(blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv));
+  with_head_dim(job.head_dim, "map outputs: launch", [&](auto dim) {
+    launch_overlapped(true, head_kernel<dim.value, false>, blocks, kRowThreads, 0, stream, job, "map outputs: launch");
+  });
 }
 
-void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* columns,
+void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* panels,
                  cudaStream_t stream) {
   with_head_dim(shape.head_dim, "open a sealed page: launch", [&](auto dim) {
-    open_kernel<dim.value>
-        <<<blocks_of(2 * kPageTokens / rows_together(dim.value)), kRowThreads, 0, stream>>>(record, shape, page, open, columns);
+    constexpr int kRows = rows_together(dim.value), kShared = FeedbackSpace<dim.value, kRows>::bytes;
+    const dim3 grid(kPageTokens / (kFeedbackWarps * kRows), 2);
+    if (panels == nullptr) {
+      open_kernel<dim.value, false><<<grid, kFeedbackThreads, 0, stream>>>(record, shape, page, open, nullptr);
+    } else {
+      auto* const kernel = open_kernel<dim.value, true>;
+      allow_shared(kernel, kShared, "open a sealed page: shared memory");
+      kernel<<<grid, kFeedbackThreads, kShared, stream>>>(record, shape, page, open, panels);
+    }
   });
 }
 

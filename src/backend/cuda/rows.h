@@ -50,8 +50,8 @@ struct AppendRows {
   const RowPlace* places;
   PageTable table;
   RowOps key, value;
-  RecordShape open;          // of pages but the sinks' (RecordShape::has_codes)
-  const float* key_columns;  // feedback of 8-bit keys, [kv_heads][head_dim][head_dim] (feedback_columns), or null
+  RecordShape open;         // of pages but the sinks' (RecordShape::has_codes)
+  const float* key_panels;  // feedback of 8-bit keys, of each KV head as feedback_panels.h, or null
 };
 // Stores the step's rows in their slots of open pages.
 void append_rows(const AppendRows& job, cudaStream_t stream);
@@ -69,8 +69,8 @@ struct HeadRows {
 void map_queries(const HeadRows& job, cudaStream_t stream);
 void map_outputs(const HeadRows& job, cudaStream_t stream);
 
-// The rows of a record as those of an open page of shape `open`; `columns`: of its head's keys, as key_columns.
-void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* columns,
+// The rows of a record as those of an open page of shape `open`; `panels`: of its head's keys, as key_panels.
+void open_record(const uint8_t* record, const RecordShape& shape, uint8_t* page, const RecordShape& open, const float* panels,
                  cudaStream_t stream);
 
 }  // namespace kvmix::cuda

@@ -364,7 +364,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .key = layer.key,
        .value = layer.value,
        .open = layer.open,
-       .key_columns = layer.key_columns},
+       .key_panels = layer.key_panels},
       stream_.get());
 }
 
@@ -386,10 +386,10 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   p.stream = stream_.get();
   // A launch leaves its tickets zero and may write behind them.
   const size_t tickets = workspace_layout(p).ticket_bytes;
-  if (tickets > clean_bytes_)
-    check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
+  const bool clears = tickets > clean_bytes_;
+  if (clears) check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   clean_bytes_ = tickets;
-  cuda::attend(p, {config.sinks, layer.open});
+  cuda::attend(p, {config.sinks, layer.open, !clears});
 }
 
 void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {

@@ -35,6 +35,24 @@ void allow_shared(Kernel* kernel, int shared, const char* what) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what);
 }
 
+// Launches a kernel of one argument. With `overlapped` it may begin before the launch before it has ended, where the device can
+// (base/cuda/overlap.cuh).
+template <class Argument>
+void launch_overlapped(bool overlapped, void (*kernel)(Argument), dim3 grid, unsigned threads, size_t shared,
+                       cudaStream_t stream, const Argument& argument, const char* what) {
+  constexpr int kOverlaps = 9;  // compute capability
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlapped && device_attribute(cudaDevAttrComputeCapabilityMajor) >= kOverlaps ? 1 : 0;
+  void* arguments[] = {const_cast<Argument*>(&argument)};
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), what);
+}
+
 // Blocks of a kernel that one multiprocessor holds.
 template <class Kernel>
 int blocks_on_processor(Kernel* kernel, int threads, int shared) {
