@@ -6,8 +6,8 @@
     bench/kvpress_compare.py MODEL.gguf TEXT --plan bits=plan.json --out plans.json
     bench/kvpress_compare.py --report presses.json quantized.json plans.json
 
-kvpress 0.5.5 wants transformers older than 5.3 and kvmix.transformers a newer one, so these are environments of their own (kvpress with
-optimum-quanto; kvmix with gguf). Weights are the GGUF file's in fp32. Of each window the last 512 tokens are scored, behind a prompt of all
+kvpress 0.5.5 wants transformers older than 5.3 and kvmix.transformers a newer one, so these are environments of their own (both with gguf and
+accelerate; the first with kvpress and optimum-quanto). Weights are the GGUF file's in fp32. Of each window the last 512 tokens are scored, behind a prompt of all
 that stands before, by their divergence from the model with its own full cache. Sizes are parts of the full cache's in fp16, where the
 prompt ends and where the window does: what is not kept is not counted, even where kvpress only masks it, nor are lists of what is. All
 methods read the prompt in one piece and then 128 tokens at a time, of which kvpress keeps all as they are; plans pack them too.
@@ -134,6 +134,7 @@ class Presses:
             self.model.set_attn_implementation("sdpa" if rows[0][1] is None else "masked")
             result = read(self.model, window, cache_of([kept for kept, _ in rows]))
             yield name, size, size + full_bytes(self.model, SCORED), result
+        self.model.set_attn_implementation("sdpa")
         for layer in self.model.model.layers:
             layer.self_attn.masked_key_indices = None
 
