@@ -46,14 +46,19 @@ def prefill(model, window, cache):
     return cache
 
 
-def read(model, window, cache):
-    """Log probabilities after each of the scored tokens, [SCORED, vocabulary], from a cache that holds what stands before."""
-    rows = []
-    for first in range(window.shape[1] - SCORED, window.shape[1], CHUNK):
-        positions = torch.arange(first, first + CHUNK)[None]  # the cache may hold fewer tokens than have come
-        out = model(window[:, first : first + CHUNK], past_key_values=cache, position_ids=positions, use_cache=True)
+def read(model, window, cache, bytes=lambda cache: 0):
+    """Bytes once a prompt was read and the next token packed what of it is packed; and log probabilities after each of the scored
+    tokens, [SCORED, vocabulary]."""
+    begin = window.shape[1] - SCORED
+    ends = [begin + 1, *range(begin + CHUNK, window.shape[1] + 1, CHUNK)]
+    rows, size = [], 0
+    for first, end in zip([begin, *ends], ends):
+        positions = torch.arange(first, end)[None]  # the cache may hold fewer tokens than have come
+        out = model(window[:, first:end], past_key_values=cache, position_ids=positions, use_cache=True)
         rows.append(out.logits[0].log_softmax(-1))
-    return torch.cat(rows)
+        if first == begin:
+            size = bytes(cache)
+    return size, torch.cat(rows)
 
 
 def cache_of(rows):
@@ -122,7 +127,7 @@ class Presses:
         with self.all(self.model):
             cache = prefill(self.model, window, DynamicCache())
         self.full = [(layer.keys, layer.values) for layer in cache.layers]
-        yield "full", 0, 0, read(self.model, window, cache)
+        yield "full", 0, 0, read(self.model, window, cache)[1]
         with self.zip(self.model):
             self.zip._context_ids, self.zip._cache = window[:, :-SCORED], cache_of(self.full)
         for (name, _), rows in self.rows.items():
@@ -132,7 +137,7 @@ class Presses:
                 kept += keys.shape[1] * keys.shape[2] - (0 if masked is None else len(masked[2]))
             size = 4 * kept * self.model.config.head_dim
             self.model.set_attn_implementation("sdpa" if rows[0][1] is None else "masked")
-            result = read(self.model, window, cache_of([kept for kept, _ in rows]))
+            _, result = read(self.model, window, cache_of([kept for kept, _ in rows]))
             yield name, size, size + full_bytes(self.model, SCORED), result
         self.model.set_attn_implementation("sdpa")
         for layer in self.model.model.layers:
@@ -166,12 +171,11 @@ class Quantized:
         return size
 
     def run(self, window):
-        yield "full", 0, 0, read(self.model, window, prefill(self.model, window, DynamicCache()))
+        yield "full", 0, 0, read(self.model, window, prefill(self.model, window, DynamicCache()))[1]
         for bits in self.bits:
             cache = transformers.QuantizedCache("quanto", self.model.config, nbits=bits)
             prefill(self.model, window, cache)
-            before = self.bytes(cache)
-            result = read(self.model, window, cache)
+            before, result = read(self.model, window, cache, self.bytes)
             yield f"QuantizedCache, quanto {bits} bits", before, self.bytes(cache), result
 
 
@@ -201,15 +205,18 @@ class Plans:
 
         self.make = lambda plan: AsGguf(kvmix.Plan.read(plan), model)
 
+    @staticmethod
+    def bytes(cache):
+        return cache.pages.memory()["total_bytes"]
+
     def run(self, window):
         self.model.set_attn_implementation("sdpa")
-        yield "full", 0, 0, read(self.model, window, prefill(self.model, window, DynamicCache()))
+        yield "full", 0, 0, read(self.model, window, prefill(self.model, window, DynamicCache()))[1]
         self.model.set_attn_implementation("kvmix")
         for name, plan in self.plans:
             cache = prefill(self.model, window, self.make(plan))
-            before = cache.pages.memory()["total_bytes"]
-            result = read(self.model, window, cache)
-            yield name, before, cache.pages.memory()["total_bytes"], result
+            before, result = read(self.model, window, cache, self.bytes)
+            yield name, before, self.bytes(cache), result
 
 
 def report(files):
