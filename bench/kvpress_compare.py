@@ -223,11 +223,13 @@ def report(files):
     rows = [row for file in files for row in json.loads(pathlib.Path(file).read_text())]
     print("| window | cache | size, prompt's end | size, window's end | mean KL | top-1 |")
     print("|---|---|---|---|---|---|")
-    for context, parts in sorted({(row["context"], 0) for row in rows}):
+    for context in sorted({row["context"] for row in rows}):
         found = {}
         for row in rows:
             if row["context"] == context:
                 found.setdefault((row["name"], round(row["size"], 2)), []).append(row)
+        shared = set.intersection(*({row["first"] for row in all} for all in found.values()))  # windows that all have read
+        found = {key: [row for row in all if row["first"] in shared] for key, all in found.items()}
         for (name, _), all in sorted(found.items(), key=lambda item: (-item[0][1], statistics.mean(r["kl"] for r in item[1]))):
             size, later, kl, top1 = ([row[key] for row in all] for key in ("size", "size_later", "kl", "top1"))
             error = statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else float("nan")
