@@ -12,14 +12,42 @@ namespace {
 constexpr int kSampledQueries = 96;
 constexpr int64_t kNear = 10;  // tokens either side of a query
 
-float dot(const float* a, const float* b, int n) {  // n a multiple of 16
+double dot(const float* a, const float* b, int n) {  // n a multiple of 16
   float lanes[16] = {};
   for (int c = 0; c < n; c += 16) {
     for (int j = 0; j < 16; ++j) lanes[j] += a[c + j] * b[c + j];
   }
   float sum = 0;
   for (const float lane : lanes) sum += lane;
-  return sum;
+  return static_cast<double>(sum);
+}
+
+// Scores of a key: queries [dim][lanes].
+template <int lanes>
+void add_scores(const float* queries, const float* key, int dim, float* scores) {
+  float sum[lanes] = {};
+  for (int c = 0; c < dim; ++c) {
+    for (int j = 0; j < lanes; ++j) sum[j] += queries[c * lanes + j] * key[c];
+  }
+  for (int j = 0; j < lanes; ++j) scores[j] = sum[j];
+}
+
+// Adds rows, each times its weights [n][lanes], to [dim][lanes].
+template <int lanes>
+void add_rows(const float* weights, const float* rows, int64_t n, int dim, float* out) {
+  constexpr int kTogether = 2;  // channels, whose sums stay in registers
+  for (int c = 0; c < dim; c += kTogether) {
+    float sum[kTogether][lanes] = {};
+    for (int64_t u = 0; u < n; ++u) {
+      for (int i = 0; i < kTogether; ++i) {
+        const float x = rows[u * dim + c + i];
+        for (int j = 0; j < lanes; ++j) sum[i][j] += weights[u * lanes + j] * x;
+      }
+    }
+    for (int i = 0; i < kTogether; ++i) {
+      for (int j = 0; j < lanes; ++j) out[(c + i) * lanes + j] += sum[i][j];
+    }
+  }
 }
 
 }  // namespace
@@ -34,12 +62,16 @@ LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
       width_(layer.q_heads * layer.head_dim) {
   const int64_t half = n_ / 2, step = std::max<int64_t>(1, (n_ - half) / kSampledQueries);
   for (int64_t t = half; t < n_; t += step) sampled_.push_back(t);
-  exact_ = outputs(exact());
+  blocks_ = blocks();
+  const Read keys{keys_.data(), keys_.data()};
+  for (const Block& block : blocks_) weights_.push_back(weights(block, keys));
+  exact_ = outputs(nullptr, {values_.data(), values_.data()});
   for (const float x : exact_) energy_ += static_cast<double>(x) * static_cast<double>(x);
 }
 
 CodecErrors LayerErrors::sealed(const SideConfig& config, Side side) const {
-  std::vector<float> stored = side == Side::kKey ? keys_ : values_;  // sinks and the last, partial page stay as they are
+  const std::vector<float>& exact = side == Side::kKey ? keys_ : values_;
+  std::vector<float> stored = exact;  // sinks and the last, partial page stay as they are
   const int dim = layer_.head_dim;
   StoredPage page(config, CodecSpec{}, row_shape(layer_, side));
   for (int head = 0; head < layer_.kv_heads; ++head) {
@@ -47,26 +79,23 @@ CodecErrors LayerErrors::sealed(const SideConfig& config, Side side) const {
     for (int64_t first = layer_.sinks; first + kPageTokens <= n_; first += kPageTokens)
       page.read_sealed(head, dim, rows + first * dim, rows + first * dim);
   }
-  Read read = exact();
-  (side == Side::kKey ? read.sealed_keys : read.sealed_values) = stored.data();
-  return errors(read);
+  return errors(side, {stored.data(), exact.data()});
 }
 
 CodecErrors LayerErrors::recent(const SideConfig& config, const CodecSpec& recent, Side side) const {
-  std::vector<float> stored = side == Side::kKey ? keys_ : values_;
+  const std::vector<float>& exact = side == Side::kKey ? keys_ : values_;
+  std::vector<float> stored = exact;
   const int dim = layer_.head_dim;
   StoredPage page(config, recent, row_shape(layer_, side));
   for (int head = 0; head < layer_.kv_heads; ++head) {
     float* rows = stored.data() + (static_cast<ptrdiff_t>(head) * n_ + layer_.sinks) * dim;
     page.read_recent(head, n_ - layer_.sinks, dim, rows, rows);
   }
-  Read read = exact();
-  (side == Side::kKey ? read.keys : read.values) = stored.data();
-  return errors(read);
+  return errors(side, {exact.data(), stored.data()});
 }
 
-CodecErrors LayerErrors::errors(const Read& read) const {
-  std::vector<float> changed = outputs(read);
+CodecErrors LayerErrors::errors(Side side, const Read& read) const {
+  std::vector<float> changed = side == Side::kKey ? outputs(&read, {values_.data(), values_.data()}) : outputs(nullptr, read);
   CodecErrors errors;
   for (size_t i = 0; i < changed.size(); ++i) {
     changed[i] -= exact_[i];
@@ -78,7 +107,7 @@ CodecErrors LayerErrors::errors(const Read& read) const {
     const int64_t begin = std::max(n_ / 2, sampled_[s] - kNear), end = std::min(n_, sampled_[s] + kNear + 1);
     double squares = 0;
     for (int64_t t = begin; t < end; ++t) {
-      const auto loss = static_cast<double>(dot(gradient_.data() + t * width_, error, width_));
+      const double loss = dot(gradient_.data() + t * width_, error, width_);
       squares += loss * loss;
     }
     errors.fisher += squares / static_cast<double>(end - begin) / (2 * static_cast<double>(sampled_.size()));
@@ -86,37 +115,91 @@ CodecErrors LayerErrors::errors(const Read& read) const {
   return errors;
 }
 
-// Attention outputs of the sampled queries, [query][q_head][head_dim].
-std::vector<float> LayerErrors::outputs(const Read& read) const {
+// Neighbouring queries together, which see about the same keys.
+std::vector<LayerErrors::Block> LayerErrors::blocks() const {
   const int dim = layer_.head_dim, group = layer_.q_heads / layer_.kv_heads;
-  std::vector<float> out(sampled_.size() * static_cast<size_t>(width_), 0.0f);
-  std::vector<float> scores(static_cast<size_t>(n_));
-  for (int h = 0; h < layer_.q_heads; ++h) {
-    const ptrdiff_t head = static_cast<ptrdiff_t>(h / group) * n_ * dim;
-    const float *k = read.keys + head, *v = read.values + head;
-    const float *sealed_k = read.sealed_keys + head, *sealed_v = read.sealed_values + head;
-    for (size_t s = 0; s < sampled_.size(); ++s) {
-      const int64_t t = sampled_[s];
-      const int64_t pages = fixed_seal_target(layer_, t);
-      // Sinks are the same in both.
-      const int64_t sealed = pages == 0 ? 0 : layer_.sinks + pages * kPageTokens;
-      const int64_t first = layer_.sliding_window > 0 ? std::max<int64_t>(0, t - layer_.sliding_window + 1) : 0;
-      const float* q = queries_.data() + (static_cast<ptrdiff_t>(h) * n_ + t) * dim;
-      float top = -INFINITY;
-      for (int64_t u = first; u <= t; ++u) {
-        const float score = dot(q, (u < sealed ? sealed_k : k) + u * dim, dim) * layer_.scale;
-        scores[static_cast<size_t>(u)] = score;
-        top = std::max(top, score);
+  std::vector<Block> blocks;
+  for (int head = 0; head < layer_.kv_heads; ++head) {
+    for (size_t i = 0, all = sampled_.size() * static_cast<size_t>(group); i < all; i += kLanes) {
+      Block& block = blocks.emplace_back();
+      block.kv_head = head;
+      block.queries.resize(static_cast<size_t>(dim * kLanes));
+      for (size_t j = 0; j < kLanes; ++j) {
+        const size_t query = std::min(i + j, all - 1), s = query / static_cast<size_t>(group);
+        const auto h = static_cast<size_t>(head * group) + query % static_cast<size_t>(group);
+        const int64_t t = sampled_[s], pages = fixed_seal_target(layer_, t);
+        block.out[j] = i + j < all ? s * static_cast<size_t>(width_) + h * static_cast<size_t>(dim) : kNowhere;
+        block.first[j] = layer_.sliding_window > 0 ? std::max<int64_t>(0, t - layer_.sliding_window + 1) : 0;
+        block.last[j] = t;
+        block.sealed[j] = pages == 0 ? 0 : layer_.sinks + pages * kPageTokens;  // sinks are the same in both
+        const float* q = queries_.data() + (static_cast<int64_t>(h) * n_ + t) * dim;
+        for (size_t c = 0; c < static_cast<size_t>(dim); ++c) block.queries[c * kLanes + j] = q[c] * layer_.scale;
       }
-      float* o = &out[s * static_cast<size_t>(width_) + static_cast<size_t>(h * dim)];
-      float norm = 0;
-      for (int64_t u = first; u <= t; ++u) {
-        const float p = std::exp(scores[static_cast<size_t>(u)] - top);
-        norm += p;
-        const float* row = (u < sealed ? sealed_v : v) + u * dim;
-        for (int c = 0; c < dim; ++c) o[c] += p * row[c];
+    }
+  }
+  return blocks;
+}
+
+// Of a block's keys from its first on, [key][kLanes].
+std::vector<float> LayerErrors::weights(const Block& block, const Read& keys) const {
+  const int dim = layer_.head_dim;
+  const ptrdiff_t head = static_cast<ptrdiff_t>(block.kv_head) * n_ * dim;
+  const auto [least, most] = std::ranges::minmax(block.sealed);
+  const int64_t begin = block.begin(), end = block.end();
+  std::vector<float> scores(static_cast<size_t>((end - begin) * kLanes));
+  float top[kLanes], other[kLanes], norm[kLanes] = {};
+  std::fill_n(top, kLanes, -INFINITY);
+  for (int64_t u = begin; u < end; ++u) {
+    float* score = &scores[static_cast<size_t>((u - begin) * kLanes)];
+    add_scores<kLanes>(block.queries.data(), (u < most ? keys.sealed : keys.recent) + head + u * dim, dim, score);
+    if (u >= least && u < most) {
+      add_scores<kLanes>(block.queries.data(), keys.recent + head + u * dim, dim, other);
+      for (size_t j = 0; j < kLanes; ++j) score[j] = u < block.sealed[j] ? score[j] : other[j];
+    }
+    for (size_t j = 0; j < kLanes; ++j) {
+      if (u < block.first[j] || u > block.last[j]) score[j] = -INFINITY;
+      top[j] = std::max(top[j], score[j]);
+    }
+  }
+  for (size_t i = 0; i < scores.size(); ++i) {
+    scores[i] = std::exp(scores[i] - top[i % kLanes]);
+    norm[i % kLanes] += scores[i];
+  }
+  for (size_t i = 0; i < scores.size(); ++i) scores[i] /= norm[i % kLanes];
+  return scores;
+}
+
+// Attention outputs of the sampled queries, [query][q_head][head_dim]; keys null: the exact ones.
+std::vector<float> LayerErrors::outputs(const Read* keys, const Read& values) const {
+  const int dim = layer_.head_dim;
+  std::vector<float> out(sampled_.size() * static_cast<size_t>(width_));
+  std::vector<float> changed, apart, sum;
+  for (size_t b = 0; b < blocks_.size(); ++b) {
+    const Block& block = blocks_[b];
+    if (keys != nullptr) changed = weights(block, *keys);
+    const std::vector<float>& all = keys != nullptr ? changed : weights_[b];
+    const int64_t begin = block.begin(), end = block.end();
+    const auto [least, most] = std::ranges::minmax(block.sealed);
+    const int64_t from = std::clamp(least, begin, end), to = std::clamp(most, begin, end);
+    const float* sealed = values.sealed + static_cast<ptrdiff_t>(block.kv_head) * n_ * dim;
+    const float* recent = values.recent + static_cast<ptrdiff_t>(block.kv_head) * n_ * dim;
+    sum.assign(static_cast<size_t>(dim * kLanes), 0.0f);
+    const auto add = [&](const float* weights, const float* rows, int64_t first, int64_t last) {
+      add_rows<kLanes>(weights, rows + first * dim, last - first, dim, sum.data());
+    };
+    const auto at = [&](int64_t u) { return static_cast<ptrdiff_t>((u - begin) * kLanes); };
+    add(all.data(), sealed, begin, from);
+    add(all.data() + at(to), recent, to, end);
+    for (const bool packed : {true, false}) {  // keys that only some of the queries read from sealed pages
+      apart.assign(all.begin() + at(from), all.begin() + at(to));
+      for (size_t i = 0; i < apart.size(); ++i) {
+        if ((from + static_cast<int64_t>(i / kLanes) < block.sealed[i % kLanes]) != packed) apart[i] = 0;
       }
-      for (int c = 0; c < dim; ++c) o[c] /= norm;
+      add(apart.data(), packed ? sealed : recent, from, to);
+    }
+    for (size_t j = 0; j < kLanes; ++j) {
+      if (block.out[j] == kNowhere) continue;
+      for (size_t c = 0; c < static_cast<size_t>(dim); ++c) out[block.out[j] + c] = sum[c * kLanes + j];
     }
   }
   return out;

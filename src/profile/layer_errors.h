@@ -1,6 +1,8 @@
 // What a codec does to one layer's attention output, and what that costs by the gradients of one pass.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -29,19 +31,33 @@ class LayerErrors {
   CodecErrors recent(const SideConfig& config, const CodecSpec& recent, Side side) const;
 
  private:
-  // Rows of both sides as queries read them, sealed or not, [kv_head][n][head_dim].
-  struct Read {
-    const float *sealed_keys, *sealed_values, *keys, *values;
+  static constexpr int kLanes = 16;
+  // Queries of one KV head, which are computed together: a key is read once for all.
+  struct Block {
+    int kv_head;
+    std::array<size_t, kLanes> out;  // where a query's output begins, or, of lanes that are left over, kNowhere
+    std::array<int64_t, kLanes> first, last, sealed;  // keys it sees, and before which of them it reads sealed pages
+    std::vector<float> queries;                       // [head_dim][kLanes], times the scale
+    int64_t begin() const { return *std::ranges::min_element(first); }
+    int64_t end() const { return *std::ranges::max_element(last) + 1; }
   };
-  Read exact() const { return {keys_.data(), values_.data(), keys_.data(), values_.data()}; }
-  std::vector<float> outputs(const Read& read) const;
-  CodecErrors errors(const Read& read) const;
+  static constexpr size_t kNowhere = SIZE_MAX;
+  // Rows of a side as queries read them, sealed or not, [kv_head][n][head_dim].
+  struct Read {
+    const float *sealed, *recent;
+  };
+  std::vector<Block> blocks() const;
+  std::vector<float> weights(const Block& block, const Read& keys) const;
+  std::vector<float> outputs(const Read* keys, const Read& values) const;
+  CodecErrors errors(Side side, const Read& changed) const;
 
   const LayerConfig& layer_;
   const std::vector<float>&queries_, &keys_, &values_, &gradient_;
   int64_t n_;
   int width_;  // of the attention output, q_heads * head_dim
   std::vector<int64_t> sampled_;
+  std::vector<Block> blocks_;
+  std::vector<std::vector<float>> weights_;  // of each block with exact keys
   std::vector<float> exact_;
   double energy_ = 1e-30;
 };

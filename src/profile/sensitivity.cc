@@ -23,6 +23,7 @@ namespace kvmix {
 namespace {
 
 constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
+constexpr int kWidestFit = 4;                 // to which keys have a second fit; above, fits hardly differ
 
 struct Measured {
   SideConfig config;
@@ -48,9 +49,14 @@ std::vector<Measured> candidates(const ModelShape& model, const Profile& profile
       codecs.back().codec.group = 128;
       codecs.back().codec.fit = Fit::kLeastSquares;
     }
+    if (side == Side::kKey && bits <= kWidestFit) {
+      codecs.push_back(codecs.front());
+      codecs.back().codec.fit = Fit::kUnbiased;
+    }
     for (const SideConfig& codec : codecs) {
-      if (side == Side::kKey) add(codec, "plain");
-      add(codec, "hadamard");
+      const bool unbiased = codec.codec.fit == Fit::kUnbiased;  // with the transforms that are best at any fit
+      if (side == Side::kKey && !unbiased) add(codec, "plain");
+      if (!unbiased) add(codec, "hadamard");
       for (const Profile::Transform& t : profile.transforms) {
         if (t.layer == layer && t.side == side) add(codec, t.name);
       }

@@ -71,6 +71,23 @@ TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
   EXPECT_DOUBLE_EQ(mean_bits(make_plan("kvmix-paper", request), Side::kKey), 2.0 + 4.0 / 32);
 }
 
+// The note says what more bytes would buy.
+TEST(Planners, ANoteTellsWhatATenthOfABitWouldSave) {
+  const ModelShape model = shape(6);
+  const Profile scores = measured_profile(model);
+  PlannerRequest request = request_for(model, scores);
+  request.budget = {.bits = 3, .context = 8192};
+  const std::string note = make_plan("kvmix", request).note;
+  const auto cost = [](const std::string& text, const std::string& before) {
+    const size_t at = text.find(before);
+    EXPECT_NE(at, std::string::npos) << text;
+    return at == std::string::npos ? NAN : std::stod(text.substr(at + before.size()));
+  };
+  EXPECT_LT(cost(note, "; .1 bits more: cost "), cost(note, "predicted cost "));
+  request.budget.bits = 3.1;
+  EXPECT_NEAR(cost(make_plan("kvmix", request).note, "predicted cost ") / cost(note, "; .1 bits more: cost "), 1, 0.05);
+}
+
 // Ranks and widths in one budget: what latents explain decides.
 FactorsInfo factors_of(const ModelShape& model, double decay) {
   FactorsInfo factors{"factors.gguf", "palu", "", model.name, model.fingerprint, "7", {}};
