@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <string_view>
 
 #include "base/child.h"
 #include "engine/library_call.h"
@@ -98,6 +100,8 @@ std::string rendered_by_jinja(const std::string& source, std::span<const ChatMes
   } catch (const std::bad_alloc&) {
     throw;  // the limit of memory
   } catch (const std::exception& e) {
+    // The engine makes an error of a line of what it catches there.
+    if (std::string_view(e.what()).find(std::bad_alloc().what()) != std::string_view::npos) throw std::bad_alloc();
     return kRefused + reason_of(e.what());
   }
 }

@@ -68,8 +68,10 @@ TEST(Terminal, ProgressIsABarThatFitsAndGoes) {
   const std::string model = folder.file("tiny.gguf");
   testing::write_tiny_model({.architecture = "llama", .output_head = true}, model);
   for (const unsigned short columns : {80, 30}) {
+    // Writing so much text takes more than the half second after which a bar tells the time that is left.
     Terminal profile(
-        {"profile", model, "--prompts", "20", "--tokens", "512", "--threads", "1", "-o", folder.file("profile.json")}, columns);
+        {"profile", model, "--prompts", "120", "--tokens", "256", "--threads", "1", "-o", folder.file("profile.json")},
+        columns);
     EXPECT_EQ(profile.wait(), 0) << profile.screen();
     const std::string& screen = profile.screen();
     // Every state of the bar begins by clearing the one before.
