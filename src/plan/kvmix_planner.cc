@@ -49,14 +49,14 @@ struct Allocation {
 };
 
 // Throws BudgetError.
-Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric) {
+Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric, bool both_fits) {
   const int64_t context = request.budget.context;
   Allocation made{std::move(plan), {}, {}, 0, 0};
   if (request.factors != nullptr) {
     made.cost = allocate_ranks(request, metric, made.plan);
     return made;
   }
-  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device);
+  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device, both_fits);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   made.spend = budget - made.priced.fixed_bytes;
   made.chosen = allocate(made.priced.items, made.spend);
@@ -68,14 +68,14 @@ Allocation allocation(const PlannerRequest& request, Plan plan, const std::strin
 
 // With recent rows of 8 bits, and with those of fp16 where that is predicted to cost less in all, bytes being equal.
 Allocation best_allocation(const PlannerRequest& request, const Plan& frame, const std::string& metric,
-                           const std::string& recent) {
+                           const std::string& recent, bool both_fits) {
   Plan plan = frame;
   plan.recent = recent == "f16" ? CodecSpec{} : kRecentRows;
-  Allocation made = allocation(request, plan, metric);
+  Allocation made = allocation(request, plan, metric, both_fits);
   if (recent != "best" || metric.empty()) return made;  // gradient scores do not price recent rows
   plan.recent = {};
   try {
-    Allocation f16 = allocation(request, plan, metric);
+    Allocation f16 = allocation(request, plan, metric, both_fits);
     return f16.cost < made.cost ? std::move(f16) : std::move(made);
   } catch (const BudgetError&) {
     return made;
@@ -117,7 +117,9 @@ Plan make(const PlannerRequest& request) {
     throw Error(Status::kInvalidArgument,
                 "ranks are weighed against measured widths; measure some with kvmix profile --sensitivity fisher");
   }
-  Allocation made = best_allocation(request, frame, metric, recent);
+  // The unbiased fit loses more on text longer than what profiles are measured on (docs/quality.md).
+  const bool both_fits = options.choice("fits", "one", {"one", "both"}) == "both";
+  Allocation made = best_allocation(request, frame, metric, recent, both_fits);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
   Plan& plan = made.plan;
@@ -139,6 +141,7 @@ const Planner kKvmixPlanner = {
     {"kvmix",
      "a byte budget spent exactly where it was measured to matter",
      {{"metric", "best, kl, fisher, output or gradient (best the profile has)"},
+      {"fits", "of keys: one (least squares), or both, for each layer what costs less: finds more that is far back (one)"},
       kSinksOption,
       kLocalSinksOption,
       kWindowOption,

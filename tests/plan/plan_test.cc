@@ -71,6 +71,36 @@ TEST(Planners, ThePapersAllocationOfThirtyTwoLayers) {
   EXPECT_DOUBLE_EQ(mean_bits(make_plan("kvmix-paper", request), Side::kKey), 2.0 + 4.0 / 32);
 }
 
+// The other fit of keys is taken where it costs less, and only if both are asked for.
+TEST(Planners, TheUnbiasedFitOfKeysIsTakenWhereBothAreAsked) {
+  const ModelShape model = shape(6);
+  Profile scores = measured_profile(model);
+  for (size_t i = 0, n = scores.sensitivities.size(); i < n; ++i) {
+    Profile::Sensitivity s = scores.sensitivities[i];
+    CodecSpec codec = parse_codec(s.codec);
+    if (s.side != Side::kKey || s.recent || codec.fit != Fit::kLeastSquares) continue;
+    codec.fit = Fit::kUnbiased;
+    s.codec = to_string(codec);
+    s.cost *= s.layer == 2 ? 0.5 : 2;
+    scores.sensitivities.push_back(s);
+  }
+  PlannerRequest request = request_for(model, scores);
+  request.budget = {.bits = 3, .context = 8192};
+  const auto unbiased = [&] {
+    std::vector<int> layers;
+    const Plan plan = make_plan("kvmix", request);
+    for (size_t l = 0; l < plan.layers.size(); ++l) {
+      if (plan.layers[l].key.codec.fit == Fit::kUnbiased) layers.push_back(static_cast<int>(l));
+    }
+    return layers;
+  };
+  EXPECT_EQ(unbiased(), std::vector<int>{});
+  request.options["fits"] = "both";
+  EXPECT_EQ(unbiased(), std::vector<int>{2});
+  request.options["fits"] = "all";
+  EXPECT_THROW(make_plan("kvmix", request), Error);
+}
+
 // The note says what more bytes would buy.
 TEST(Planners, ANoteTellsWhatATenthOfABitWouldSave) {
   const ModelShape model = shape(6);
