@@ -33,8 +33,9 @@ def profile(
 
     text: a calibration file, .txt or .jsonl of {"text": ...}; None: the project's own prompts, continued by the model.
     tokens: of each of the `prompts`; 0: 2048, or the model's context. sensitivity: "fisher" (from gradients), "kl" (on the
-    running cache), "output" (attention output), in nats per token, or None for gradient scores alone. device: "cuda" runs the model's passes on a GPU. Takes 170 seconds and
-    half a gigabyte for a model of 135M on two cores. Raises InvalidArgumentError, NotFoundError, CorruptError naming file and line.
+    running cache), "output" (attention output), in nats per token, or None for gradient scores alone. device: "cuda" runs
+    the model's passes on a GPU. Takes 170 seconds and half a gigabyte for a model of 135M on two cores. Raises
+    InvalidArgumentError, NotFoundError, CorruptError naming file and line.
     """
     return _native.make_profile(
         model, "" if text is None else os.fspath(text), prompts, tokens, seed, sensitivity, windows, device, threads, progress

@@ -9,6 +9,7 @@
 
 #include "base/parallel.h"
 #include "cache/layout.h"
+#include "engine/graph_device.h"
 #include "kvmix/error.h"
 #include "score/stored_page.h"
 
@@ -199,15 +200,6 @@ class BlockAttention final : public GraphHooks {
 GgmlContext graph_context() {
   return GgmlContext(
       ggml_init({kGraphNodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(kGraphNodes, false), nullptr, true}));
-}
-
-std::vector<float> copied(const ggml_tensor* t) {
-  const auto* data = static_cast<const float*>(t->data);
-  return {data, data + ggml_nelements(t)};
-}
-
-void fill(ggml_tensor* t, std::span<const float> values) {
-  std::copy(values.begin(), values.end(), static_cast<float*>(t->data));
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+// Planners on made-up profiles. One long file: its tests share these profiles and their requests.
 #include "kvmix/plan.h"
 
 #include <gtest/gtest.h>

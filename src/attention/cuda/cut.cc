@@ -58,7 +58,7 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
   constexpr double kRate = 25e3, kTurn = 2.5, kFp16Turn = 4.0, kPageTurn = 8.0,
                    kPageShare = 3.5;  // bytes and us of a multiprocessor
   constexpr double kBlock = 2.5, kBlockWarp = 0.125, kSum = 1.8, kSumSplit = 0.07;
-  const bool fast = uses_fast_kernel(p), fp16 = uses_fp16_kernel(p);
+  const bool fast = uses_fast_kernel(p), fp16 = uses_fp16_kernel(p), decodes = fast || fp16;
   const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
   int chunk = longest;
   double best = -1.0;
@@ -68,7 +68,7 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
     for (const auto& [count, n] : counts) blocks += (count + candidate - 1) / candidate * n * p.kv_heads;
-    blocks = std::max<int64_t>(fast || fp16 ? blocks * row_blocks(p) : blocks, 1);
+    blocks = std::max<int64_t>(decodes ? blocks * row_blocks(p) : blocks, 1);
     // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
     if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;
     const int warps = fast ? device.block_warps(blocks) : 1;
@@ -85,8 +85,8 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
   // What is little beside the L2 shall leave it as it was, unless another block reads it again.
-  const int64_t bytes = fast || fp16 ? pages * record_shape(p.format).bytes() : 0;
-  return {chunk, bytes <= kSparingBytes && ((!fast && !fp16) || row_blocks(p) == 1)};
+  const int64_t bytes = decodes ? pages * record_shape(p.format).bytes() : 0;
+  return {chunk, bytes <= kSparingBytes && (!decodes || row_blocks(p) == 1)};
 }
 
 // Of a device that holds `slots` thread blocks.
