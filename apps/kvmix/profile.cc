@@ -16,15 +16,16 @@
 namespace kvmix::app {
 namespace {
 
-constexpr int kMostTokens = 2048;  // of a window
-constexpr int kJoined = 512;       // prompts of fewer tokens are joined to windows
+constexpr int kUsualTokens = 2048;  // of a prompt and a window
+constexpr int kJoined = 512;        // prompts of fewer tokens are joined to windows
 
 struct Arguments {
   std::string model, out = "profile.json", sensitivity;
   int windows = 1;
   int sinks = -1, local_sinks = -1, window = -1;  // -1: as is usual
+  bool mpo = false;
   CalibrationOptions calibration{
-      .prompts = 2, .tokens = 0, .seed = 0, .file = {}, .device = "cpu"};  // 0: kMostTokens, or the model's context
+      .prompts = 2, .tokens = 0, .seed = 0, .file = {}, .device = "cpu"};  // 0: kUsualTokens, or the model's context
 };
 
 Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
@@ -43,7 +44,7 @@ int profile(Arguments arguments, const Common& common) {
   if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
   const auto model = load_model(arguments.model);
   if (arguments.calibration.tokens == 0)
-    arguments.calibration.tokens = static_cast<int>(std::min<int64_t>(kMostTokens, model->shape().context_tokens));
+    arguments.calibration.tokens = static_cast<int>(std::min<int64_t>(kUsualTokens, model->shape().context_tokens));
   const Progress progress = progress_reporter(common);
   const auto prompts = calibration_prompts(model, arguments.calibration, common.threads, progress);
   Profile measured;
@@ -69,7 +70,8 @@ int profile(Arguments arguments, const Common& common) {
     options.metric = arguments.sensitivity;
     options.windows = arguments.windows;
     // As long as prompts, so that one pass gives both scores and sensitivities; short prompts are joined.
-    options.tokens = arguments.calibration.tokens < kJoined ? kMostTokens : std::min(arguments.calibration.tokens, kMostTokens);
+    options.tokens = arguments.calibration.tokens < kJoined ? kUsualTokens : arguments.calibration.tokens;
+    options.mpo = arguments.mpo;
     options.device = arguments.calibration.device;
     options.threads = common.threads;
     options.fp16 = measured.fp16;
@@ -120,7 +122,7 @@ void add_profile(CommandContext& context) {
       ->check(CLI::IsMember({"kl", "fisher", "output"}));
   command
       ->add_option("--windows", arguments->windows,
-                   "--sensitivity: windows of up to 2048 tokens: prompts, joined where they have fewer than 512")
+                   "--sensitivity: windows of --tokens: prompts, joined to 2048 where they have fewer than 512")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
   const auto fp16 = [&](const char* name, int& value, const char* help) {
@@ -130,6 +132,8 @@ void add_profile(CommandContext& context) {
   fp16("--sinks", arguments->sinks, "first tokens in fp16 (16)");
   fp16("--local-sinks", arguments->local_sinks, "the same in layers with a sliding window (0)");
   fp16("--window", arguments->window, "newest tokens in fp16 (64, or a 16th of the narrowest sliding window)");
+  command->add_flag("--mpo", arguments->mpo,
+                    "--sensitivity: also behind DecoQuant's decomposition, for planner kvmix to take where it pays");
   command->add_option("-o,--out", arguments->out, "The profile file to write")->capture_default_str();
   command->callback(
       [&context, arguments] { context.action = [arguments](const Common& common) { return profile(*arguments, common); }; });

@@ -48,6 +48,7 @@ struct SensitivityOptions {
   int64_t tokens = 2048;         // of each window; prompts are joined and cut to it (and to the model's context)
   int windows = 1;               // as many as the prompts' text allows, at most this many
   std::optional<Fp16Part> fp16;  // as the cache will run; absent: what is usual for the model
+  bool mpo = false;              // also codecs behind DecoQuant's decomposition (arXiv 2405.12591): a fifth more work
   std::string device = "cpu";    // of the passes, as in GradientOptions; codecs are measured on the CPU; not of "kl"
   int threads = 0;               // 0: all cores
   std::function<void(const Profile&)> partial;  // called when a layer is complete, to save what there is

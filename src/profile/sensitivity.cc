@@ -175,7 +175,10 @@ class ErrorMeasurement {
       return at == profile_.sensitivities.end() ? NAN : at->cost;
     };
     make_tensors(layer);
-    bool whole = !profile_.key_mean[layer].empty();
+    const bool mpo = std::any_of(profile_.transforms.begin(), profile_.transforms.end(), [&](const Profile::Transform& t) {
+      return t.layer == static_cast<int>(layer) && t.name == "mpo";
+    });
+    bool whole = !profile_.key_mean[layer].empty() && (mpo || !options_.mpo);
     for (size_t t = 2 * layer; t < 2 * layer + 2; ++t) {
       for (Measured& c : tensors[t]) {
         c.errors = {cost("output", t, c), cost("fisher", t, c)};
@@ -190,7 +193,7 @@ class ErrorMeasurement {
   void add(size_t layer, const LayerRows& rows) {
     if (profile_.windows[layer] == 0) {
       std::erase_if(profile_.transforms, [&](const Profile::Transform& t) { return t.layer == static_cast<int>(layer); });
-      const auto made = calibrated_transforms(model_, layer, rows, fp16_.sinks, threads_);
+      const auto made = calibrated_transforms(model_, layer, rows, fp16_.sinks, options_.mpo, threads_);
       const auto behind = std::find_if(profile_.transforms.begin(), profile_.transforms.end(),
                                        [&](const Profile::Transform& t) { return t.layer > static_cast<int>(layer); });
       profile_.transforms.insert(behind, made.begin(), made.end());

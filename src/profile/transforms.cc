@@ -6,6 +6,7 @@
 #include "base/fp16.h"
 #include "base/parallel.h"
 #include "plan/planner.h"
+#include "rows/mpo.h"
 #include "rows/row_map.h"
 
 namespace kvmix {
@@ -102,7 +103,7 @@ std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& row
 }
 
 std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, size_t layer, const LayerRows& rows, int sinks,
-                                                      int threads) {
+                                                      bool mpo, int threads) {
   const ModelShape::Layer& shape = model.shape().layers[layer];
   const int dim = shape.head_dim, group = shape.q_heads / shape.kv_heads;
   const auto n = static_cast<int64_t>(rows.keys.size()) / (shape.kv_heads * dim);
@@ -159,6 +160,19 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, si
     }
     spec.feedback = std::move(feedback);
   });
+  for (const Side side : {Side::kKey, Side::kValue}) {
+    if (!mpo) break;
+    std::vector<float> small;
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      const auto all = std::span(side == Side::kKey ? rows.keys : rows.values).subspan(static_cast<size_t>(head * n * dim));
+      const auto behind =
+          all.subspan(static_cast<size_t>(sinks) * static_cast<size_t>(dim), static_cast<size_t>((n - sinks) * dim));
+      const MpoMatrix made = mpo_factors(std::vector<double>(behind.begin(), behind.end()), dim).small;
+      small.insert(small.end(), made.begin(), made.end());
+    }
+    transforms.push_back({"mpo", static_cast<int>(layer), side, {}});
+    transforms.back().spec.more.push_back({"mpo", std::move(small)});
+  }
   return transforms;
 }
 

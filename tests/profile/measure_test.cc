@@ -218,6 +218,50 @@ TEST(Sensitivities, ResumeLayerByLayer) {
   }
 }
 
+// DecoQuant's decomposition is measured where asked for, also by a profile that was whole without it, and taken where it pays.
+TEST(Sensitivities, OfDecoQuantsDecomposition) {
+  const ChangeableModel m({.architecture = "llama"});
+  const std::vector<std::vector<Token>> prompts{testing::random_tokens(500, m.model()->vocab_size(), 40)};
+  Profile profile;
+  profile.fingerprint = m.model()->shape().fingerprint;
+  SensitivityOptions options;
+  options.metric = "fisher";
+  options.threads = 2;
+  profile_sensitivity(m.model(), prompts, options, profile, {});
+  const auto of_mpo = [](const Profile::Sensitivity& s) { return s.transform == "mpo" && s.metric == "fisher"; };
+  EXPECT_EQ(std::ranges::count_if(profile.sensitivities, of_mpo), 0);
+  options.mpo = true;
+  profile_sensitivity(m.model(), prompts, options, profile, {});
+  const auto made_of = [&](const Profile& by) {
+    PlannerRequest request;
+    request.model = &m.model()->shape();
+    request.profile = &by;
+    request.budget.context = 2048;
+    request.budget.bits = 5.0;
+    return make_plan("kvmix", request);
+  };
+  const auto with_mpo = [](const Plan& plan) {
+    size_t sides = 0;
+    for (const auto& layer : plan.layers) {
+      for (const SideConfig* side : {&layer.key, &layer.value})
+        sides += !side->transform.more.empty() && side->transform.more.front().name == "mpo" ? 1 : 0;
+    }
+    return sides;
+  };
+  const Plan usual = made_of(profile);
+  const size_t sides = 2 * usual.layers.size();
+  EXPECT_EQ(std::ranges::count_if(profile.transforms, [](const Profile::Transform& t) { return t.name == "mpo"; }),
+            static_cast<std::ptrdiff_t>(sides));
+  for (Profile::Sensitivity& s : profile.sensitivities) {
+    if (!of_mpo(s)) continue;
+    EXPECT_TRUE(std::isfinite(s.cost) && s.cost > 0) << s.layer << " " << s.codec;
+    s.cost *= 1e-6;
+  }
+  const Plan cheap = made_of(profile);
+  EXPECT_EQ(with_mpo(cheap), sides);
+  EXPECT_EQ(with_mpo(parse_plan(to_json(cheap), "plan.json")), sides);
+}
+
 // On text that the model wrote, so that its labels are draws from its own distribution.
 TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
   const ChangeableModel m({.architecture = "llama"});

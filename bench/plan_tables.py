@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Prints tables of what bench/token_runs.py wrote; docs/policies.md says what the rows are: bench/token_tables.py OUT"""
+"""Prints tables of what bench/token_runs.py or bench/rank_runs.py wrote: bench/plan_tables.py OUT
+
+docs/policies.md and docs/rank.md say what the rows are.
+"""
 import collections
 import json
 import math
@@ -118,20 +121,46 @@ def quality(results, model, groups):
 QUALITY = ["row", "bits, text", "kept", "mean KL", "top-1", "bits, 4K", "keys at 4K", "nll", "keys at 8K", "nll", "agrees for"]
 
 
+def axes_lines(results):
+    for (model, group), made in sorted(results.axes.items()):
+        held = made["held_out"]
+        alone = f", bits alone {held['bits_alone']:.4f}" if "bits_alone" in held else ""
+        print(f"- `--axes` at {group[1:]} bits, {NAMES[model]}: {made['why']}; held-out KL {held['kl_mean']:.4f}{alone}")
+        for tried in made["axes"]:
+            name = ", ".join(tried[axis] for axis in ("tokens", "channels", "ranks") if axis in tried)
+            name = f"**{name}**" if tried["chosen"] else name
+            found = f", passkeys {100 * tried['passkeys']:.0f} %" if "passkeys" in tried else ""
+            print(f"  - {name}: {tried.get('lost') or format(tried['kl_mean'], '.4f')}{found}")
+    print()
+
+
+def ranks(results):
+    """Latents and key channels beside bits: text of 2,048 tokens, passkeys among 1,024."""
+    for model in results.models():
+        rows = []
+        for group in ("r4", "r2", "claim"):
+            for row in results.rows(model, group):
+                texts = results.text.get((model, 2048, group, row), [])
+                perplexity = f"{texts[0]['perplexity']:.2f}" if texts else "-"
+                cells = results.needle.get((model, 1024, group, row), [])
+                rows.append([row, *text_cells(texts), perplexity, *needle_cells(cells)[1:]])
+        print(f"{NAMES[model]}\n")
+        table(["row", "bits", "kept", "mean KL", "top-1", "perplexity", "keys at 1K", "nll"], rows)
+    axes_lines(results)
+
+
 def main():
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     results = Results(sys.argv[1])
+    if any(key[2] in ("r4", "r2", "claim") for key in results.text):
+        ranks(results)
+        return
     print("## 1. Equal bytes\n")
     for model in results.models():
         print(f"{NAMES[model]}\n")
         table(QUALITY, quality(results, model, ["b4", "b2", "b1"]))
-    for (model, group), made in sorted(results.axes.items()):
-        chosen = next((a["tokens"] for a in made["axes"] if a["chosen"]), "-")
-        held = made["held_out"]
-        alone = f", bits alone {held['bits_alone']:.4f}" if "bits_alone" in held else ""
-        print(f"- `--axes tokens,bits` at {group[1:]} bits, {NAMES[model]}: {chosen}; {made['why']}; held-out KL "
-              f"{held['kl_mean']:.4f}{alone}")
+    axes_lines(results)
     print("\n## 2. Claims\n")
     for model in results.models():
         for title, groups in (("Quantized pruning", ["qp"]), ("LeanKV", ["lean"]), ("KVCrush", ["crush"]),

@@ -1,0 +1,144 @@
+"""What bench/token_runs.py and bench/rank_runs.py share: plans of many kinds for several models, and commands over them, as many
+processes of few threads, each of which leaves what it prints as JSON.
+"""
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import time
+
+F16 = "--planner uniform --k-bits 16 --v-bits 16 --recent f16"
+
+
+class Runs:
+    def __init__(self, args):
+        self.args = args
+        self.folder = pathlib.Path(args.out)
+        self.jobs = []
+
+    def plan(self, model, name):
+        return str(self.folder / "plans" / model / f"{name}.json")
+
+    def add(self, name, model, command, rows, threads=None, seconds=600):
+        made = [self.plan(model, row) for row in rows]
+        missing = [p for p in made if not pathlib.Path(p).exists()]
+        if missing and len(missing) == len(made) > 0:
+            return
+        words = [self.args.kvmix, *shlex.split(command), "--json", "--quiet", "--threads", str(threads or self.args.threads)]
+        words.insert(2, f"{self.args.models}/{model}.gguf")
+        for p in made:
+            if p not in missing:
+                words += ["--plan", p]
+        self.jobs.append((f"{name}.{model}", words, seconds))
+
+    def text(self, model, group, rows, context, windows, scored, text=None, part=2):
+        for at in range(0, len(rows), part):
+            self.add(f"text-{context}.{group}.{at}", model,
+                     f"eval --text {shlex.quote(text or self.args.text)} --context {context} --windows {windows} --scored {scored}",
+                     rows[at:at + part])
+
+    def needle(self, model, group, rows, context, seed, kinds="keys", trials=1):
+        self.add(f"needle-{context}.{group}.{seed}", model,
+                 f"eval --needle --contexts {context} --kinds {kinds} --trials {trials} --seed {seed}", rows)
+
+    def generate(self, model, group, rows, prompts=4, prompt=2048, count=128):
+        self.add(f"generate.{group}.0", model, f"eval --generate --text {shlex.quote(self.args.text)} --windows {prompts} "
+                                                f"--prompt-tokens {prompt} --tokens {count}", rows)
+
+    def make_plans(self, model, plans):
+        """plans: by name, arguments of kvmix plan and, where a plan then wants what no option makes, a function that changes it."""
+        profile = f"{self.args.profiles}/{model}.json"
+        (self.folder / "plans" / model).mkdir(parents=True, exist_ok=True)
+
+        def make(item):
+            name, arguments = item
+            arguments, change = arguments if isinstance(arguments, tuple) else (arguments, None)
+            out = self.plan(model, name)
+            if pathlib.Path(out).exists():
+                return
+            words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", *shlex.split(arguments), "-o", out,
+                     "--threads", "1", "--quiet", "--json"]
+            if "--planner" not in words:
+                words += ["--profile", profile]
+            done = subprocess.run(words, capture_output=True, text=True)
+            log = done.stdout if done.returncode == 0 else done.stderr
+            pathlib.Path(out).with_suffix(".made" if done.returncode == 0 else ".lost").write_text(log)
+            if change and done.returncode == 0:
+                made = json.loads(pathlib.Path(out).read_text())
+                change(made)
+                pathlib.Path(out).write_text(json.dumps(made))
+
+        with concurrent.futures.ThreadPoolExecutor(self.args.slots) as pool:
+            list(pool.map(make, plans.items()))
+
+    def run(self, start):
+        def one(job):
+            name, words, seconds = job
+            out, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
+            left = self.args.limit - (time.monotonic() - start) - 3
+            if out.exists() or left < 5:
+                return
+            began = time.monotonic()
+            with open(log, "w") as errors:
+                errors.write(shlex.join(words) + "\n")
+                errors.flush()
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True)
+                try:
+                    said, _ = process.communicate(timeout=min(seconds, left))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGINT)
+                    try:
+                        said, _ = process.communicate(timeout=20)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        said, _ = process.communicate()
+                errors.write(f"exit {process.returncode} after {time.monotonic() - began:.1f} s\n")
+            try:
+                json.loads(said)
+            except ValueError:
+                return
+            temporary = out.with_suffix(".tmp")
+            temporary.write_text(said)
+            temporary.replace(out)
+            print(f"{time.monotonic() - start:6.0f} s  {name}  {time.monotonic() - began:.0f} s", flush=True)
+
+        with concurrent.futures.ThreadPoolExecutor(self.args.slots) as pool:
+            list(pool.map(one, self.jobs))
+
+
+def main(purpose, plans, collect, prepare=None):
+    """plans(model, args): what make_plans takes; collect(runs, models): adds the commands, those that matter most first;
+    prepare(runs, model): what plans need beforehand."""
+    parser = argparse.ArgumentParser(description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("kvmix", "models", "text", "profiles", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=900)
+    parser.add_argument("--only", default="", help="of the commands those whose name matches this expression")
+    parser.add_argument("--sources", default="src", help="folder of source code, the second kind of text of DBudgetKV")
+    parser.add_argument("--print", action="store_true", help="the commands, without running them")
+    args = parser.parse_args()
+    start = time.monotonic()
+    runs = Runs(args)
+    runs.folder.mkdir(parents=True, exist_ok=True)
+    models = [m for m in ("smollm2", "gemma3", "qwen") if pathlib.Path(f"{args.models}/{m}.gguf").exists()]
+    if not models:
+        raise SystemExit(f"{args.models} has none of smollm2.gguf, gemma3.gguf, qwen.gguf")
+    if prepare:
+        with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
+            list(pool.map(lambda model: prepare(runs, model), models))
+    for model in models:
+        runs.make_plans(model, plans(model, args))
+    print(f"{time.monotonic() - start:6.0f} s  plans", flush=True)
+    collect(runs, models)
+    runs.jobs = [job for job in runs.jobs if re.search(args.only, job[0])]
+    if args.print:
+        for name, words, _ in runs.jobs:
+            print(name, shlex.join(words))
+        return
+    runs.run(start)
