@@ -135,12 +135,12 @@ def axes_lines(results):
 
 
 def ranks(results):
-    """Latents and key channels beside bits: text of 2,048 tokens, passkeys among 1,024."""
+    """Latents and key channels beside bits: text of 2,048 tokens (Qwen 1,024), passkeys among 1,024."""
     for model in results.models():
         rows = []
         for group in ("r4", "r2", "claim"):
             for row in results.rows(model, group):
-                texts = results.text.get((model, 2048, group, row), [])
+                texts = [t for context in (1024, 2048) for t in results.text.get((model, context, group, row), [])]
                 perplexity = f"{texts[0]['perplexity']:.2f}" if texts else "-"
                 cells = results.needle.get((model, 1024, group, row), [])
                 rows.append([row, *text_cells(texts), perplexity, *needle_cells(cells)[1:]])

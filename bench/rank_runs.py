@@ -96,7 +96,7 @@ def collect(runs, models):
         for name in plans(model, runs.args):
             groups.setdefault(name.split("-")[0], []).append(name)
         for group, rows in groups.items():
-            runs.text(model, group, rows, 2048, 1 if big else 2, 256 if big else 512, part=2)
+            runs.text(model, group, rows, 1024 if big else 2048, 1 if big else 2, 256 if big else 512, part=1 if big else 2)
         for budget in SPENT:
             words = [runs.args.kvmix, "plan", f"{runs.args.models}/{model}.gguf", "--profile", f"{runs.args.profiles}/{model}.json",
                      "--bits", str(budget), "--context", "4096", "--axes", "tokens,bits,channels,rank", "--needles", "1",

@@ -92,19 +92,12 @@ def collect(runs, models):
     for model in small:
         for bits in BUDGETS:
             runs.text(model, f"b{bits}", budget_rows(bits, False) + [f"b{bits}-tokens-kvcrush"], 4096, 4, 512)
-    for seed in range(10):
-        for model in small:
-            for bits in BUDGETS:
-                runs.needle(model, f"b{bits}", budget_rows(bits, False), 4096, seed)
     if "smollm2" in models:
         for row in ("long-window", "long-h2o", "long-leankv"):
             runs.add(f"long.{row}", "smollm2", f"eval --generate --text {shlex.quote(runs.args.text)} --windows 1 "
                                                 "--prompt-tokens 4096 --tokens 4096", [row])
             runs.add(f"longtext.{row}", "smollm2", f"eval --text {shlex.quote(runs.args.text)} --context 8192 --windows 2",
                      [row])
-    for model in small:
-        for bits in BUDGETS:
-            runs.generate(model, f"b{bits}", budget_rows(bits, False))
     qp = [f"qp-{part}-{x}" for part in ("8th", "16th") for x in ("1x16", "2x8", "4x4")]
     lean = ["lean-1-0.02", "lean-1-0.1", "lean-1-0.3", "lean-2-0.5"]
     crush = ["crush-host", "crush-alternate", "crush-mean", "crush-random"]
@@ -116,9 +109,15 @@ def collect(runs, models):
         runs.text(model, "dbudget-code", dbudget, 4096, 3, 512, text=str(code))
         for kind in ("key", "keys", "quote", "word"):
             runs.needle(model, f"dbudget-{kind}", dbudget, 4096, 0, kinds=kind)
-        for seed in range(10):
-            for group, rows in (("qp", qp), ("lean", lean), ("crush", crush)):
-                runs.needle(model, group, rows, 4096, seed)
+    for seed in range(10) if small else ():
+        for model in small:
+            for bits in BUDGETS:
+                runs.needle(model, f"b{bits}", budget_rows(bits, False), 4096, seed)
+        for group, rows in (("qp", qp), ("lean", lean), ("crush", crush)):
+            runs.needle(small[0], group, rows, 4096, seed)
+    for model in small:
+        for bits in BUDGETS:
+            runs.generate(model, f"b{bits}", budget_rows(bits, False))
     for model in small:
         for bits in BUDGETS:
             axes(runs, model, bits)

@@ -117,8 +117,10 @@ Plan make(const PlannerRequest& request) {
     throw Error(Status::kInvalidArgument,
                 "ranks are weighed against measured widths; measure some with kvmix profile --sensitivity fisher");
   }
-  // The unbiased fit loses more on text longer than what profiles are measured on (docs/quality.md).
-  const bool both_fits = options.choice("fits", "one", {"one", "both"}) == "both";
+  // The unbiased fit may lose more on text longer than what was measured (docs/quality.md).
+  const std::string fits = options.choice("fits", "best", {"best", "one", "both"});
+  const bool whole = request.profile->window_tokens >= request.budget.context;
+  const bool both_fits = fits == "both" || (fits == "best" && whole);
   Allocation made = best_allocation(request, frame, metric, recent, both_fits);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
@@ -141,7 +143,10 @@ const Planner kKvmixPlanner = {
     {"kvmix",
      "a byte budget spent exactly where it was measured to matter",
      {{"metric", "best, kl, fisher, output or gradient (best the profile has)"},
-      {"fits", "of keys: one (least squares), or both, for each layer what costs less: finds more that is far back (one)"},
+      {"fits",
+       "of keys: one (least squares), both (for each layer what costs less), or best: both where the profile's windows are as "
+       "long "
+       "as --context"},
       kSinksOption,
       kLocalSinksOption,
       kWindowOption,

@@ -8,7 +8,7 @@ namespace kvmix {
 namespace {
 
 constexpr const char* kFormat = "kvmix-profile";
-constexpr int kVersion = 5;
+constexpr int kVersion = 6, kOldest = 5;  // 5 does not say how long windows were
 constexpr size_t kMostTransforms = 16384;
 constexpr size_t kMostLayers = 1024, kMostPrompts = 65536, kMostSensitivities = 1 << 20;
 constexpr size_t kLargestFile = size_t{1} << 30;
@@ -71,6 +71,7 @@ std::string to_json(const Profile& profile) {
   j["local_sinks"] = profile.fp16.local_sinks;
   j["window"] = profile.fp16.window;
   j["windows"] = profile.windows;
+  j["window_tokens"] = profile.window_tokens;
   j["key_score"] = profile.key_score;
   j["value_score"] = profile.value_score;
   j["key_score_by_prompt"] = profile.key_score_by_prompt;
@@ -101,8 +102,11 @@ Profile parse_profile(const std::string& json, const std::string& name) {
   JsonObject object(root, name, "");
   if (object.text("format") != kFormat)
     object.fail("format", std::string("expected \"") + kFormat + "\"; this is not a profile");
-  if (object.integer("version", 0, 1000000) != kVersion)
-    object.fail("version", "this build reads version " + std::to_string(kVersion) + "; make it again with kvmix profile");
+  const int64_t version = object.integer("version", 0, 1000000);
+  if (version < kOldest || version > kVersion) {
+    object.fail("version", "this build reads versions " + std::to_string(kOldest) + " and " + std::to_string(kVersion) +
+                               "; make it again with kvmix profile");
+  }
   Profile profile;
   profile.model = object.text("model");
   profile.fingerprint = object.text("fingerprint");
@@ -157,6 +161,7 @@ Profile parse_profile(const std::string& json, const std::string& name) {
   };
   for (const double count : object.numbers("windows", 0, layers, 0, 65536)) profile.windows.push_back(static_cast<int>(count));
   if (!profile.windows.empty() && profile.windows.size() != layers) object.fail("windows", "expected a number for each layer");
+  if (version > 5) profile.window_tokens = object.integer("window_tokens", 0, int64_t{1} << 50);
   const nlohmann::json& sensitivities = object.array("sensitivities", 0, kMostSensitivities);
   for (size_t i = 0; i < sensitivities.size(); ++i) {
     JsonObject s(sensitivities[i], name, "sensitivities[" + std::to_string(i) + "]");

@@ -257,6 +257,7 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
     throw Error(Status::kMismatch, "the profile was measured with other sinks or another window; start a new one");
   profile.fp16 = fp16;
   const std::vector<std::vector<Token>> windows = windows_of(prompts, options, shape.context_tokens, fp16);
+  profile.window_tokens = static_cast<int64_t>(windows.back().size());  // only one that is alone may be short
   const auto pass_options = [&](const std::string& what) {
     return PassOptions{
         .device = options.device,

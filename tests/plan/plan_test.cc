@@ -98,6 +98,13 @@ TEST(Planners, TheUnbiasedFitOfKeysIsTakenWhereBothAreAsked) {
   EXPECT_EQ(unbiased(), std::vector<int>{});
   request.options["fits"] = "both";
   EXPECT_EQ(unbiased(), std::vector<int>{2});
+  request.options.clear();  // both by itself where the measured text was as long as the plan's
+  scores.window_tokens = 8191;
+  EXPECT_EQ(unbiased(), std::vector<int>{});
+  scores.window_tokens = 8192;
+  EXPECT_EQ(unbiased(), std::vector<int>{2});
+  request.options["fits"] = "one";
+  EXPECT_EQ(unbiased(), std::vector<int>{});
   request.options["fits"] = "all";
   EXPECT_THROW(make_plan("kvmix", request), Error);
 }
