@@ -22,38 +22,11 @@ double dot(const float* a, const float* b, int n) {  // n a multiple of 16
   return static_cast<double>(sum);
 }
 
-// Scores of a key: queries [dim][lanes].
-template <int lanes>
-void add_scores(const float* queries, const float* key, int dim, float* scores) {
-  float sum[lanes] = {};
-  for (int c = 0; c < dim; ++c) {
-    for (int j = 0; j < lanes; ++j) sum[j] += queries[c * lanes + j] * key[c];
-  }
-  for (int j = 0; j < lanes; ++j) scores[j] = sum[j];
-}
-
-// Adds rows, each times its weights [n][lanes], to [dim][lanes].
-template <int lanes>
-void add_rows(const float* weights, const float* rows, int64_t n, int dim, float* out) {
-  constexpr int kTogether = 2;  // channels, whose sums stay in registers
-  for (int c = 0; c < dim; c += kTogether) {
-    float sum[kTogether][lanes] = {};
-    for (int64_t u = 0; u < n; ++u) {
-      for (int i = 0; i < kTogether; ++i) {
-        const float x = rows[u * dim + c + i];
-        for (int j = 0; j < lanes; ++j) sum[i][j] += weights[u * lanes + j] * x;
-      }
-    }
-    for (int i = 0; i < kTogether; ++i) {
-      for (int j = 0; j < lanes; ++j) out[(c + i) * lanes + j] += sum[i][j];
-    }
-  }
-}
-
 }  // namespace
 
 LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
-    : layer_(layer),
+    : ops_(latent_ops(false)),
+      layer_(layer),
       queries_(rows.queries),
       keys_(rows.keys),
       values_(rows.values),
@@ -146,19 +119,23 @@ std::vector<float> LayerErrors::weights(const Block& block, const Read& keys) co
   const ptrdiff_t head = static_cast<ptrdiff_t>(block.kv_head) * n_ * dim;
   const auto [least, most] = std::ranges::minmax(block.sealed);
   const int64_t begin = block.begin(), end = block.end();
-  std::vector<float> scores(static_cast<size_t>((end - begin) * kLanes));
-  float top[kLanes], other[kLanes], norm[kLanes] = {};
+  const int64_t from = std::clamp(least, begin, end), to = std::clamp(most, begin, end);
+  std::vector<float> scores(static_cast<size_t>((end - begin) * kLanes)), apart(static_cast<size_t>((to - from) * kLanes));
+  const auto at = [&](int64_t u) { return (u - begin) * kLanes; };
+  const auto score = [&](const float* rows, int64_t first, int64_t last, float* out) {
+    ops_.rebuild(rows + head + first * dim, static_cast<int>(last - first), dim, block.queries.data(), kLanes, out);
+  };
+  score(keys.sealed, begin, to, scores.data());
+  score(keys.recent, to, end, scores.data() + at(to));
+  score(keys.recent, from, to, apart.data());  // keys that only some of the queries read from sealed pages
+  float top[kLanes], norm[kLanes] = {};
   std::fill_n(top, kLanes, -INFINITY);
   for (int64_t u = begin; u < end; ++u) {
-    float* score = &scores[static_cast<size_t>((u - begin) * kLanes)];
-    add_scores<kLanes>(block.queries.data(), (u < most ? keys.sealed : keys.recent) + head + u * dim, dim, score);
-    if (u >= least && u < most) {
-      add_scores<kLanes>(block.queries.data(), keys.recent + head + u * dim, dim, other);
-      for (size_t j = 0; j < kLanes; ++j) score[j] = u < block.sealed[j] ? score[j] : other[j];
-    }
+    float* row = &scores[static_cast<size_t>(at(u))];
     for (size_t j = 0; j < kLanes; ++j) {
-      if (u < block.first[j] || u > block.last[j]) score[j] = -INFINITY;
-      top[j] = std::max(top[j], score[j]);
+      if (u >= from && u < to && u >= block.sealed[j]) row[j] = apart[static_cast<size_t>((u - from) * kLanes) + j];
+      if (u < block.first[j] || u > block.last[j]) row[j] = -INFINITY;
+      top[j] = std::max(top[j], row[j]);
     }
   }
   for (size_t i = 0; i < scores.size(); ++i) {
@@ -183,9 +160,18 @@ std::vector<float> LayerErrors::outputs(const Read* keys, const Read& values) co
     const int64_t from = std::clamp(least, begin, end), to = std::clamp(most, begin, end);
     const float* sealed = values.sealed + static_cast<ptrdiff_t>(block.kv_head) * n_ * dim;
     const float* recent = values.recent + static_cast<ptrdiff_t>(block.kv_head) * n_ * dim;
-    sum.assign(static_cast<size_t>(dim * kLanes), 0.0f);
+    sum.assign(static_cast<size_t>(kLanes * dim), 0.0f);
+    // Some rows at a time, which stay in the L1 while each query adds them.
     const auto add = [&](const float* weights, const float* rows, int64_t first, int64_t last) {
-      add_rows<kLanes>(weights, rows + first * dim, last - first, dim, sum.data());
+      constexpr int64_t kTogether = 64;
+      float turned[kTogether];
+      for (; first < last; first += kTogether, weights += kTogether * kLanes) {
+        const int64_t n = std::min(kTogether, last - first);
+        for (int j = 0; j < kLanes; ++j) {
+          for (int64_t u = 0; u < n; ++u) turned[u] = weights[u * kLanes + j];
+          ops_.add(turned, rows + first * dim, static_cast<int>(n), dim, sum.data() + static_cast<ptrdiff_t>(j) * dim);
+        }
+      }
     };
     const auto at = [&](int64_t u) { return static_cast<ptrdiff_t>((u - begin) * kLanes); };
     add(all.data(), sealed, begin, from);
@@ -199,7 +185,7 @@ std::vector<float> LayerErrors::outputs(const Read* keys, const Read& values) co
     }
     for (size_t j = 0; j < kLanes; ++j) {
       if (block.out[j] == kNowhere) continue;
-      for (size_t c = 0; c < static_cast<size_t>(dim); ++c) out[block.out[j] + c] = sum[c * kLanes + j];
+      std::copy_n(sum.begin() + static_cast<ptrdiff_t>(j) * dim, dim, out.begin() + static_cast<ptrdiff_t>(block.out[j]));
     }
   }
   return out;
