@@ -164,6 +164,7 @@ class CudaBackend final : public Backend {
   std::array<Stream, kSealStreams> sealing_;
   std::array<Event, kSealStreams> stream_sealed_;
   Event planned_, sealed_;
+  bool seals_ = false;  // the step does
   std::vector<Event> layer_sealed_;
   DevicePool pool_;
   std::vector<DeviceMemory> constants_;

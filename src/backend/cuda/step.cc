@@ -278,7 +278,8 @@ void CudaBackend::seal_all() {
     layer_sealed_[l].record(stream);
     ++used;
   }
-  if (used == 0) return;
+  seals_ = used > 0;
+  if (!seals_) return;
   for (size_t i = 1; i < std::min(used, kSealStreams); ++i) {
     stream_sealed_[i].record(sealing_[i].get());
     stream_sealed_[i].make_wait(sealing_[0].get());
@@ -311,6 +312,8 @@ uint64_t CudaBackend::launch_key() {
     add(shape.launches.front().items);
     add(shape.launches.front().items_at);
   }
+  // Waiting costs every layer of a launch, so that one whose step seals nothing does not.
+  add(seals_);
   for (const void* memory : {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
                              static_cast<const void*>(queries_.data()), static_cast<const void*>(outputs_.data()),
                              static_cast<const void*>(workspace_.data())}) {
@@ -346,8 +349,8 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (keyed_) check_cuda(cudaStreamIsCapturing(stream_.get(), &capture), "append");
   if (capture == cudaStreamCaptureStatusActive) {
-    // In whatever step it is launched, it waits for the sealing of that one.
-    if (layer.ids.seals) sealed.make_wait(stream_.get(), cudaEventWaitExternal);
+    // In whatever step that seals it is launched, it waits for the sealing of that one.
+    if (layer.ids.seals && seals_) sealed.make_wait(stream_.get(), cudaEventWaitExternal);
   } else if (layer.seals > 0) {
     sealed.make_wait(stream_.get());
   }
