@@ -131,7 +131,7 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   }
   if (!coded) return;
   RowCodes<dim, rows> codes;
-  codes.encode(x, side.group);
+  codes.encode(x, side.group, lane);
   if constexpr (key) {
     if (feedback.room != nullptr) codes.feed_back(x, feedback.panels, *feedback.room, lane);
   }
