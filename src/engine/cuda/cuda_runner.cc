@@ -1,7 +1,8 @@
-// A step on a CUDA device. The graph is cut at the nodes that stand for attention: ggml queues the runs of nodes between them,
-// the cache its own launches, all on ggml's stream; products with 16-bit weights go to cuBLAS (products.h). Of a decode step
-// all of it is captured in a CUDA graph, with the copies of tokens to the device and of logits from it, and launched again by
-// each later step that launches the same (Cache::launch_key). The host waits once a step, for the logits.
+// A step on a CUDA device. The graph is cut at the nodes that stand for attention, and where a layer has its keys and values,
+// which are stored while it computes its queries: ggml queues the runs of nodes between, the cache its own launches; products
+// with 16-bit weights go to cuBLAS (products.h). Of a decode step all of it is captured in a CUDA graph, with the copies of
+// tokens to the device and of logits from it, and launched again by each later step that launches the same (Cache::launch_key).
+// The host waits once a step, for the logits.
 #include <cuda_runtime.h>
 #include <ggml-cuda.h>
 
@@ -32,7 +33,7 @@ void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that sta
 class Markers final : public GraphHooks {
  public:
   ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
-    ggml_tensor* rows[] = {q, k, v};
+    ggml_tensor* rows[] = {k, v, q};  // queries come last in the graph
     return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
   }
 };
@@ -67,8 +68,19 @@ class Captured {
   cudaGraphExec_t graph_;
 };
 
+// A layer's node for attention, and the place of the node that completes its keys and values.
+struct LayerNodes {
+  const ggml_tensor* attention;
+  int stored_at;
+
+  const ggml_tensor* keys() const { return attention->src[0]; }
+  const ggml_tensor* values() const { return attention->src[1]; }
+  const ggml_tensor* queries() const { return attention->src[2]; }
+};
+
 struct CudaGraph : StepGraph {
   using StepGraph::StepGraph;
+  std::vector<LayerNodes> layers = {};
   size_t product_bytes = 0;           // that rows of its products take (Products)
   bool ran = false;                   // queued once: libraries have what they allocate at first
   std::list<Captured> captured = {};  // most recently used first
@@ -90,6 +102,7 @@ class CudaRunner final : public Runner {
   void configure(CacheConfig& config) const override {
     config.stream = stream_;
     config.device_rows = true;
+    config.append_beside = true;
   }
 
   void prepare(int64_t tokens, int64_t wanted) override {
@@ -144,9 +157,15 @@ class CudaRunner final : public Runner {
 
   void look_at_nodes(CudaGraph& graph) const {
     ggml_backend_dev_t device = ggml_backend_get_device(backend_.get());
+    const auto place = [&](const ggml_tensor* node) {
+      int i = 0;
+      while (ggml_graph_node(graph.graph, i) != node) ++i;
+      return i;
+    };
     for (int i = 0; i < ggml_graph_n_nodes(graph.graph); ++i) {
       const ggml_tensor* node = ggml_graph_node(graph.graph, i);
       graph.product_bytes = std::max(graph.product_bytes, Products::input_bytes(node));
+      if (node->op == GGML_OP_CUSTOM) graph.layers.push_back({node, std::max(place(node->src[0]), place(node->src[1]))});
       if (node->op == GGML_OP_CUSTOM || ggml_backend_dev_supports_op(device, node)) continue;
       std::string weight;
       if (node->src[0] != nullptr)
@@ -169,24 +188,27 @@ class CudaRunner final : public Runner {
     check_cuda(cudaMemsetAsync(flag, 0, sizeof(int), stream_), "flag of a step");
     const int nodes = ggml_graph_n_nodes(g.graph);
     products_.begin();
-    int begin = 0, layer = 0;
+    const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };
+    const auto row = [](const ggml_tensor* t) { return t->ne[0] * t->ne[1]; };
+    auto layer = g.layers.begin();
+    int begin = 0;
     for (int i = 0; i < nodes; ++i) {
       const ggml_tensor* node = ggml_graph_node(g.graph, i);
-      const bool product = Products::input_bytes(node) > 0;
-      if (node->op != GGML_OP_CUSTOM && !product) continue;
-      queue_nodes(backend_.get(), g.graph, begin, i);
+      const bool product = Products::input_bytes(node) > 0, attends = node->op == GGML_OP_CUSTOM;
+      const bool stores = layer != g.layers.end() && i == layer->stored_at;
+      if (!product && !attends && !stores) continue;
+      const bool ours = product || attends;
+      queue_nodes(backend_.get(), g.graph, begin, ours ? i : i + 1);
       begin = i + 1;
-      if (product) {
-        products_.queue(node);
-        continue;
-      }
-      const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
-      const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };
-      cache.append(layer, numbers(k), k->ne[0] * k->ne[1], numbers(v), v->ne[0] * v->ne[1], 0, 1);
-      cache.attend(layer, numbers(q), q->ne[0] * q->ne[1], static_cast<float*>(node->data), node->ne[0], 0, 1);
+      if (product) products_.queue(node);
+      if (!stores && !attends) continue;
+      const int l = static_cast<int>(layer - g.layers.begin());
+      const ggml_tensor *k = layer->keys(), *v = layer->values(), *q = layer->queries();
+      if (stores) cache.append(l, numbers(k), row(k), numbers(v), row(v), 0, 1);
+      if (!attends) continue;
+      cache.attend(l, numbers(q), row(q), static_cast<float*>(node->data), node->ne[0], 0, 1);
       // What is not finite in a layer makes all that follows so: the last one shows it.
-      if (++layer == model_.parameters().layers)
-        mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag, stream_);
+      if (++layer == g.layers.end()) mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag, stream_);
     }
     queue_nodes(backend_.get(), g.graph, begin, nodes);
     if (g.logits != nullptr) {
