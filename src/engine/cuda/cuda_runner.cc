@@ -248,7 +248,8 @@ class CudaRunner final : public Runner {
       steps.pop_front();
     }
     cudaGraphExec_t graph = nullptr;
-    check_cuda(cudaGraphInstantiate(&graph, made.graph, 0), "a captured step");
+    // Rows are stored first where the device has too much to do: else queries would be done before it begins.
+    check_cuda(cudaGraphInstantiate(&graph, made.graph, cudaGraphInstantiateFlagUseNodePriority), "a captured step");
     steps.emplace_front(key, graph);
     return steps.front();
   }
