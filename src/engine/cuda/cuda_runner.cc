@@ -28,6 +28,7 @@ namespace {
 
 constexpr size_t kCachedGraphs = 4;
 constexpr size_t kCapturedSteps = 4;  // of a graph: work lists of other lengths, mostly
+constexpr size_t kQueuedKeys = 4;
 
 void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that stands for attention was computed"); }
 
@@ -88,8 +89,8 @@ struct CudaGraph : StepGraph {
   using StepGraph::StepGraph;
   std::vector<LayerNodes> layers = {};
   size_t product_bytes = 0;           // that rows of its products take (Products)
-  bool ran = false;                   // queued once: libraries have what they allocate at first
   std::list<Captured> captured = {};  // most recently used first
+  std::list<uint64_t> queued = {};    // keys of steps that were not captured, likewise
 };
 
 class CudaRunner final : public Runner {
@@ -134,10 +135,9 @@ class CudaRunner final : public Runner {
     to = std::copy(rows.positions.begin(), rows.positions.end(), to);
     std::copy(rows.wanted.begin(), rows.wanted.end(), to);
 
-    const uint64_t key = graph_->ran ? cache.launch_key() : 0;
-    if (key == 0) {
+    const uint64_t key = cache.launch_key();
+    if (key == 0 || is_new(key)) {
       queue(cache);
-      graph_->ran = true;
     } else {
       captured(cache, key).launch(stream_);
     }
@@ -236,6 +236,18 @@ class CudaRunner final : public Runner {
           "logits of a step");
     }
     check_cuda(cudaMemcpyAsync(results_.data<int>(), flag, sizeof(int), cudaMemcpyDeviceToHost, stream_), "flag of a step");
+  }
+
+  // Capturing costs as much as a few steps, so a step that is like none before is queued: those that seal may come once a page,
+  // and libraries have then what they allocate at first.
+  bool is_new(uint64_t key) {
+    std::list<uint64_t>& queued = graph_->queued;
+    if (std::erase(queued, key) > 0) return false;
+    if (std::any_of(graph_->captured.begin(), graph_->captured.end(), [&](const Captured& c) { return c.key() == key; }))
+      return false;
+    queued.push_front(key);
+    if (queued.size() > kQueuedKeys) queued.pop_back();
+    return true;
   }
 
   const Captured& captured(Cache& cache, uint64_t key) {
