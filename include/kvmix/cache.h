@@ -118,6 +118,9 @@ struct CacheConfig {
   // out are device memory, and append and attend only queue; otherwise they are copied, and attend waits.
   void* stream = nullptr;
   bool device_rows = false;
+  // Of "cuda". append stores rows beside what the stream is given after it, until attend of the same layer, which must follow:
+  // for engines that can still compute queries then. k and v must stay what they are until attend was called.
+  bool append_beside = false;
   // Which tokens stay; all of them without one. Widths that the policy asks for replace those of `layers`.
   std::optional<PolicySpec> tokens;
   // Which channels of keys sealed pages hold; all of them without one, in layers with a sliding window, and in pages that were

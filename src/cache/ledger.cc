@@ -25,12 +25,21 @@ void check_each_once(std::span<const StepItem> items) {
     throw Error(Status::kInvalidArgument, "sequence " + std::to_string(*twice) + " appears twice in a step");
 }
 
+void fetch_ahead(const void* memory) { __builtin_prefetch(memory); }
+
 }  // namespace
 
 SequencePages& Ledger::look_up(SequenceId id) {
-  const auto it = sequences_.find(id);
-  if (it == sequences_.end()) throw Error(Status::kNotFound, "the cache has no sequence " + std::to_string(id));
-  return it->second;
+  const auto at = std::lower_bound(index_.begin(), index_.end(), id,
+                                   [](const auto& known, SequenceId wanted) { return known.first < wanted; });
+  if (at == index_.end() || at->first != id) throw Error(Status::kNotFound, "the cache has no sequence " + std::to_string(id));
+  return *at->second;
+}
+
+SequenceId Ledger::add(SequencePages sequence) {
+  revise(sequence);
+  index_.emplace_back(next_id_, &sequences_.emplace(next_id_, std::move(sequence)).first->second);
+  return next_id_++;
 }
 
 SequencePages& Ledger::find(SequenceId id) {
@@ -78,22 +87,18 @@ SequenceId Ledger::create() {
     sequence.layers[l].heads.resize(static_cast<size_t>(layers_[l].lists()));
     if (ids_[l].low_tier) sequence.layers[l].low.resize(static_cast<size_t>(layers_[l].kv_heads));
   }
-  revise(sequence);
-  sequences_.emplace(next_id_, std::move(sequence));
-  return next_id_++;
+  return add(std::move(sequence));
 }
 
 SequenceId Ledger::fork(SequenceId id) {
   find(id).quiet_until = 0;  // its last pages are shared from now on
   SequencePages copy = find(id);
-  revise(copy);
   for (const LayerPages& layer : copy.layers) {
     layer.for_each_list([&](const PageList& list) {
       for (const PageEntry& entry : list.pages) ++extra_references_[entry.handle];
     });
   }
-  sequences_.emplace(next_id_, std::move(copy));
-  return next_id_++;
+  return add(std::move(copy));
 }
 
 std::vector<FreedPage> Ledger::remove(SequenceId id) {
@@ -104,6 +109,7 @@ std::vector<FreedPage> Ledger::remove(SequenceId id) {
       for (const PageEntry& entry : list.pages) drop(entry, freed);
     });
   }
+  std::erase_if(index_, [&](const auto& known) { return known.first == id; });
   sequences_.erase(id);
   return freed;
 }
@@ -262,14 +268,39 @@ void Ledger::open_layer(size_t layer, size_t index) {
   }
 }
 
+// Lists of many sequences lie all over memory and were last looked at steps ago: the layers after the present one are fetched
+// while it is written.
+void Ledger::fetch_lists(size_t layer) const {
+  if (layer >= layers_.size()) return;
+  for (const size_t e : loud_) {
+    for (const PageList& list : growth_[e].sequence->layers[layer].heads) fetch_ahead(&list);
+  }
+}
+
+void Ledger::fetch_last_pages(size_t layer) const {
+  if (layer >= layers_.size()) return;
+  for (const size_t e : loud_) {
+    for (const PageList& list : growth_[e].sequence->layers[layer].heads) {
+      if (!list.pages.empty()) fetch_ahead(&list.pages.back());
+    }
+  }
+}
+
 const StepPlan& Ledger::open(std::span<const StepItem> items) {
   if (open_) throw Error(Status::kInvalidArgument, "a step is already open; end or abort it first");
   if (items.empty()) throw Error(Status::kInvalidArgument, "a step needs at least one sequence");
   check_each_once(items);
   begin_change();
-  int64_t row = 0;
+  found_.clear();
   for (const StepItem& item : items) {
     SequencePages& sequence = look_up(item.sequence);
+    fetch_ahead(&sequence), fetch_ahead(&sequence.layers);
+    found_.push_back(&sequence);
+  }
+  int64_t row = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const StepItem& item = items[i];
+    SequencePages& sequence = *found_[i];
     if (item.n_tokens < 1) {
       throw Error(Status::kInvalidArgument, "a step of " + std::to_string(item.n_tokens) + " tokens; expected at least 1");
     }
@@ -300,7 +331,12 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
     settle(*growth_[e].sequence);
     loud_.push_back(e);
   }
+  fetch_lists(0);
+  fetch_lists(1);
+  fetch_last_pages(0);
   for (size_t l = 0; l < layers_.size(); ++l) {
+    fetch_lists(l + 2);
+    fetch_last_pages(l + 1);
     for (const size_t e : loud_) {
       const size_t before = changes_.size();
       open_layer(l, e);
@@ -407,7 +443,8 @@ std::vector<FreedPage> Ledger::commit() {
   }
   for (const Growth& growth : growth_) {
     SequencePages& sequence = *growth.sequence;
-    if (!cuts_.empty()) revise(sequence);
+    // Pages that a cut takes from a list's end leave the others where they are.
+    if (!cuts_.empty() && !changes_.empty()) revise(sequence);
     sequence.length = growth.length;
     sequence.counted_from = growth.counted_from;
     sequence.prompt_length = growth.prompt_length;
@@ -419,7 +456,7 @@ std::vector<FreedPage> Ledger::commit() {
     if (growth.quiet) {
       sequence.late = true;
     } else if (writes_late_) {
-      sequence.quiet_until = cuts_.empty() ? quiet_length(sequence) : 0;
+      sequence.quiet_until = quiet_length(sequence);
     }
   }
   for (Compaction& compaction : compactions_) {

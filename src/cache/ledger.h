@@ -150,6 +150,9 @@ class Ledger {
   // Index of the first page behind the sinks.
   size_t body(size_t layer, const PageList& list) const;
   void begin_change();
+  SequenceId add(SequencePages sequence);
+  void fetch_lists(size_t layer) const;
+  void fetch_last_pages(size_t layer) const;
   SequencePages& look_up(SequenceId id);
   void settle(SequencePages& sequence);
   int64_t quiet_length(const SequencePages& sequence) const;
@@ -159,6 +162,7 @@ class Ledger {
   const std::vector<LayerFormats>& ids_;
   const FormatTable& formats_;
   std::map<SequenceId, SequencePages> sequences_;
+  std::vector<std::pair<SequenceId, SequencePages*>> index_;  // the same by id: a step asks for hundreds
   SequenceId next_id_ = 0;
   uint64_t next_revision_ = 1;
   std::unordered_map<PageHandle, int> extra_references_;  // only pages with more than one
@@ -172,7 +176,8 @@ class Ledger {
   std::vector<Size> old_sizes_;  // of lists that may have grown
   std::vector<Cut> cuts_;        // of lists that a truncation shortens on commit
   std::vector<Growth> growth_;
-  std::vector<size_t> loud_;  // entries of the step whose lists are written now
+  std::vector<SequencePages*> found_;  // of the step's items
+  std::vector<size_t> loud_;           // entries of the step whose lists are written now
   std::deque<Compaction> compactions_;
   std::vector<Gather> gathers_;
 };

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <map>
 #include <random>
 #include <set>
@@ -90,6 +91,44 @@ struct Books {
   PageHandle last = 0;
 };
 
+// Page tables as a device keeps them: written again where the ledger says by SequencePages::revision that they must be, patched
+// by StepPlan::changes otherwise.
+struct Tables {
+  struct Row {
+    uint64_t revision = 0;
+    std::map<std::array<int32_t, 3>, PageHandle> pages;  // by layer, KV head and first position
+  };
+  void step(const StepPlan& plan) {
+    for (size_t e = 0; e < plan.entries.size(); ++e) {
+      const StepEntry& entry = plan.entries[e];
+      Row& row = rows[entry.id];
+      const auto put = [&](int32_t layer, int32_t head, const PageEntry& page) {
+        row.pages[{layer, head, page.first}] = page.handle;
+      };
+      const auto each = [&](const auto& visit) {
+        for (size_t l = 0; l < entry.pages->layers.size(); ++l) {
+          const std::vector<PageList>& heads = entry.pages->layers[l].heads;
+          for (size_t h = 0; h < heads.size(); ++h) {
+            for (const PageEntry& page : heads[h].pages) visit(static_cast<int32_t>(l), static_cast<int32_t>(h), page);
+          }
+        }
+      };
+      if (row.revision != entry.pages->revision && row.revision != entry.revision) {
+        each(put);
+      } else if (row.revision != entry.pages->revision) {
+        for (const PageChange& change : plan.changes) {
+          if (change.owner.entry == static_cast<int32_t>(e)) put(change.owner.layer, change.owner.kv_head, change.entry());
+        }
+      }
+      row.revision = entry.pages->revision;
+      each([&](int32_t layer, int32_t head, const PageEntry& page) {
+        ASSERT_EQ((row.pages[{layer, head, page.first}]), page.handle);
+      });
+    }
+  }
+  std::map<SequenceId, Row> rows;
+};
+
 std::vector<LayerConfig> mixed_layers() {
   std::vector<LayerConfig> layers(3, testing::make_layer(4, 2, 64, testing::key_codec(3), testing::value_codec(2)));
   layers[1].sliding_window = 200;
@@ -110,6 +149,7 @@ void run(unsigned seed, bool late, std::vector<std::vector<PageEntry>>& seen) {
   std::mt19937 random(seed);
   Books books(mixed_layers());
   Ledger& ledger = books.ledger;
+  Tables tables;
   if (late) ledger.write_late();
   std::vector<SequenceId> live{ledger.create()};
   for (int i = 0; i < 400; ++i) {
@@ -154,11 +194,12 @@ void run(unsigned seed, bool late, std::vector<std::vector<PageEntry>>& seen) {
         ASSERT_EQ(bytes, needed);
         // Memory may end anywhere in between.
         if (random() % 4 == 0) {
-          books.allocate(random() % (ledger.changes().size() + 1));
+          if (books.allocate(random() % (ledger.changes().size() + 1))) tables.step(ledger.plan());
           books.free(ledger.abort());
           ASSERT_EQ(books.entries(), before);
         } else {
           books.allocate();
+          tables.step(ledger.plan());
           books.free(ledger.commit());
         }
       }

@@ -431,8 +431,8 @@ TEST_F(CudaCache, PromptsLongEnoughForEveryKernelEqualTheCpu) {
               std::sqrt(both.errors / both.sizes));
 }
 
-// Rows in device memory, and a decode step captured once: replayed in later steps that begin no page and seal none, it gives
-// what queueing anew gives.
+// Rows in device memory, and a decode step captured once, its rows stored beside the stream: replayed in later steps that begin
+// no page and seal none, it gives what queueing anew gives.
 TEST_F(CudaCache, ACapturedStepIsReplayed) {
   const std::vector<LayerConfig> layers = every_kind();
   cudaStream_t stream = nullptr;
@@ -456,7 +456,9 @@ TEST_F(CudaCache, ACapturedStepIsReplayed) {
     rows[l].read.resize(static_cast<size_t>(kSequences * layers[l].q_heads * layers[l].head_dim));
   }
   {
-    Cache eager(config), replayed(config);
+    Cache eager(config);
+    config.append_beside = true;
+    Cache replayed(config);
     std::vector<StepItem> items;
     const auto queue = [&](Cache& cache) {
       for (size_t l = 0; l < layers.size(); ++l) {

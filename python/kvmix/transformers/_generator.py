@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +30,7 @@ class Generator:
         answers = generator.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=256)
 
     On a GPU a decode step, from token to next token, is captured as a CUDA graph and launched again by the steps after it;
-    another is captured where the cache's work lists have grown (kvmix.Cache.launch_key). All work is on the generator's own
+    another is captured where the cache's work lists have grown, or more than one step seals pages (kvmix.Cache.launch_key). All work is on the generator's own
     stream, and the host only waits for it once in 16 steps. On the CPU steps run one by one.
     """
 
@@ -62,6 +62,7 @@ class Generator:
         self._choose = choose
         self._decode = torch.compile(self._logits, backend=compile, fullgraph=True, dynamic=False) if compile else self._logits
         self._graphs: OrderedDict[int, torch.cuda.CUDAGraph] = OrderedDict()
+        self._queued: deque[int] = deque(maxlen=_CAPTURED)  # keys of steps that were run and not captured
         self._ran = False  # a step of this many rows ran: libraries have what they allocate at first
         self.captures = 0
         with self._on_stream():
@@ -130,6 +131,7 @@ class Generator:
         self._positions = torch.empty_like(self._tokens)
         self._ended = torch.empty(rows, dtype=torch.bool, device=self._device)
         self._graphs.clear()  # they are of the tensors before
+        self._queued.clear()
         self._ran = False
 
     @torch.no_grad()
@@ -178,8 +180,10 @@ class Generator:
     def _step(self) -> None:
         self.cache.begin_decode()
         key = self.cache.pages.launch_key() if self.graph and self._ran else 0
-        if key == 0:
+        if key == 0 or (key not in self._graphs and key not in self._queued):
+            # Captured is what comes again: steps that seal may come once a page.
             self._run()
+            self._queued += [key] if key else []
         else:
             self._captured(key).replay()
             self.cache.pages.launched()

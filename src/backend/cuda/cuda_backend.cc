@@ -48,8 +48,11 @@ std::vector<float> panels_of(std::span<const float> feedback, int kv_heads, int 
 
 }  // namespace
 
-Stream::Stream(void* given) : stream_(static_cast<cudaStream_t>(given)), owned_(given == nullptr) {
-  if (owned_) check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+Stream::Stream(void* given, bool urgent) : stream_(static_cast<cudaStream_t>(given)), owned_(given == nullptr) {
+  if (!owned_) return;
+  int least = 0, most = 0;
+  check_cuda(cudaDeviceGetStreamPriorityRange(&least, &most), "stream");
+  check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, urgent ? most : 0), "stream");
 }
 
 Stream::~Stream() {
@@ -84,6 +87,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
       device_rows_(config.device_rows),
       stream_(config.stream),
       pool_(config.max_bytes, stream_.get()) {
+  if (config.append_beside) beside_.emplace(nullptr, true);
   layers_.reserve(layers.size());
   layer_sealed_.resize(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -133,6 +137,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
 
 CudaBackend::~CudaBackend() {
   for (const Stream& stream : sealing_) static_cast<void>(cudaStreamSynchronize(stream.get()));
+  if (beside_) static_cast<void>(cudaStreamSynchronize(beside_->get()));
   static_cast<void>(cudaStreamSynchronize(stream_.get()));
 }
 

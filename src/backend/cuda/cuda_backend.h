@@ -1,6 +1,6 @@
-// Pages in device memory, attended to by the kernels of attention/cuda. All work is queued on one stream, but sealing, which a
-// second one does beside the attention of the layers before. cuda_backend.cc holds
-// pages and constants, step.cc makes a step's tables and launches, stored.cc moves pages between the device and files.
+// Pages in device memory, attended to by the kernels of attention/cuda. All work is queued on one stream, but sealing, which
+// others do beside the attention of the layers before, and with CacheConfig::append_beside the storing of rows. cuda_backend.cc
+// holds pages and constants, step.cc makes a step's tables and launches, stored.cc moves pages between the device and files.
 //
 // The kernels' page tables hold one id for all heads of a page; here each head has pages of its own, so a launch takes every
 // (sequence, KV head) as a sequence with one KV head. Sequences with as many new tokens go together: decode is one launch,
@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,10 +24,10 @@
 
 namespace kvmix::cuda {
 
-// The caller's stream, or one of its own.
+// The caller's stream, or one of its own; `urgent`: its thread blocks begin before those of other streams that wait.
 class Stream {
  public:
-  explicit Stream(void* given = nullptr);
+  explicit Stream(void* given = nullptr, bool urgent = false);
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   ~Stream();
@@ -164,6 +165,11 @@ class CudaBackend final : public Backend {
   std::array<Stream, kSealStreams> sealing_;
   std::array<Event, kSealStreams> stream_sealed_;
   Event planned_, sealed_;
+  bool seals_ = false;  // the step does
+  // Where rows are stored beside what stream_ does meanwhile; none: on stream_.
+  std::optional<Stream> beside_;
+  Event projected_, appended_;
+  bool appends_ = false;  // there, what stream_ does not wait for yet
   std::vector<Event> layer_sealed_;
   DevicePool pool_;
   std::vector<DeviceMemory> constants_;

@@ -34,8 +34,8 @@ __device__ inline float finite_or_zero(float v) { return fabsf(v) < INFINITY ? v
 template <int dim, int rows>
 struct FeedbackRoom {
   alignas(16) float exact[rows][dim + 4];
-  alignas(16) float wanted[rows][dim + 4];  // with the errors so far; in the end codes
-  float2 groups[rows][dim / 32];            // scale and midpoint, of 32 channels each
+  alignas(16) float wanted[rows][dim + 4];    // with the errors so far; in the end codes
+  alignas(16) float4 groups[rows][dim / 32];  // scale, midpoint and CodeMap, of 32 channels each
 };
 
 // Rounds with error feedback, the operations of encode_with_feedback (codec/row_feedback.h) in its order. A channel's error is
@@ -51,9 +51,9 @@ __device__ inline void feed_back_rows(const float* panel, FeedbackRoom<dim, rows
 #pragma unroll 1
   for (int c0 = 0; c0 < dim; c0 += kTurnChannels) {
     const int width = dim - c0;
-    const float2 group = room.groups[row][c0 / 32];
+    const float4 group = room.groups[row][c0 / 32];
     const float scale = group.x, mid = group.y;
-    const CodeMap map = code_map(scale, mid, kRowCodeTop);
+    const CodeMap map{group.z, group.w};
     const float of_zero = unit_multiply_add(0.0f, map.factor, map.offset);
     const float lowest = -(scale * code_centre(kRowCodeBits));  // exact, as is lowest + scale * code: scales are fp16 numbers
     float x[kTurnChannels], v[kTurnChannels], error[kTurnChannels];  // v: what is wanted, then the code
@@ -105,11 +105,16 @@ template <int dim, int rows>
 struct RowCodes {
   static constexpr int kPerLane = dim / 32, kBits = kRowCodeBits;
   static constexpr float kTop = kRowCodeTop;
-  float scale[rows][kPerLane], mid[rows][kPerLane];  // of the group that channels 32 i to 32 i + 31 belong to, fp16 numbers
+  static_assert(rows * kPerLane <= 32);
+  // Scale and midpoint, fp16 numbers, and CodeMap of the group that channels 32 i to 32 i + 31 of row r belong to: lane
+  // r * kPerLane + i has them, so that all groups are divided for at once.
+  float4 of_group;
   float code[rows][kPerLane];
 
-  // Rows as encode_rows takes them; what is not finite becomes 0.
-  __device__ void encode(float (&x)[rows][kPerLane], int group) {
+  // Rows as encode_rows takes them; what is not finite becomes 0. `group`: a power of two.
+  __device__ void encode(float (&x)[rows][kPerLane], int group, int lane) {
+    const int shift = 31 - __clz(group), mine = 32 * (lane % kPerLane) >> shift, row = lane / kPerLane;
+    GroupRange limits{INFINITY, -INFINITY};
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       float low[kPerLane], high[kPerLane];
@@ -124,15 +129,22 @@ struct RowCodes {
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        GroupRange limits{low[i], high[i]};
+        if (row != r || 32 * i >> shift != mine) continue;
+        limits = {fminf(limits.low, low[i]), fmaxf(limits.high, high[i])};
+      }
+    }
+    if (row >= rows) limits = {0.0f, 0.0f};
+    const GroupScale stored = min_max_scale(coded_range(limits, true), kTop);
+    const float scale = f16_to_f32(stored.scale), mid = f16_to_f32(stored.mid);
+    const CodeMap map = code_map(scale, mid, kTop);
+    of_group = make_float4(scale, mid, map.factor, map.offset);
 #pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          if (32 * j / group != 32 * i / group) continue;
-          limits = {fminf(limits.low, low[j]), fmaxf(limits.high, high[j])};
-        }
-        const GroupScale stored = min_max_scale(coded_range(limits, true), kTop);
-        scale[r][i] = f16_to_f32(stored.scale), mid[r][i] = f16_to_f32(stored.mid);
-        code[r][i] = quantize_code(x[r][i], code_map(scale[r][i], mid[r][i], kTop), kTop);
+    for (int r = 0; r < rows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int from = r * kPerLane + i;
+        const CodeMap of_x{__shfl_sync(~0u, map.factor, from), __shfl_sync(~0u, map.offset, from)};
+        code[r][i] = quantize_code(x[r][i], of_x, kTop);
       }
     }
   }
@@ -145,9 +157,9 @@ struct RowCodes {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         room.exact[r][32 * i + lane] = room.wanted[r][32 * i + lane] = x[r][i];
-        if (lane == 0) room.groups[r][i] = make_float2(scale[r][i], mid[r][i]);
       }
     }
+    if (lane < rows * kPerLane) room.groups[lane / kPerLane][lane % kPerLane] = of_group;
     __syncwarp();
     feed_back_rows(panels, room, lane);
 #pragma unroll
@@ -166,11 +178,12 @@ struct RowCodes {
       const CodePlace place = code_place(kBits, cell.at.reg, cell.field);
       part[cell.block * block_bytes(kBits) + word_offset(kBits, cell.at.lane, place.word) + 2 * cell.at.half + place.bit / 8] =
           static_cast<uint8_t>(code[r][i]);
-      if (lane != 0 || 32 * i % side.group != 0) continue;
-      const int at = side.scale_at(slot, 32 * i);
-      meta[at] = f32_to_f16(scale[r][i]);
-      meta[at + kMidStep] = f32_to_f16(mid[r][i]);
     }
+    const int channel = 32 * (lane - r * kPerLane);  // where this lane's group begins, if it is the first of its 32
+    if (channel < 0 || channel >= dim || (channel & (side.group - 1)) != 0) return;
+    const int at = side.scale_at(slot, channel);
+    meta[at] = f32_to_f16(of_group.x);
+    meta[at + kMidStep] = f32_to_f16(of_group.y);
   }
 };
 

@@ -49,20 +49,37 @@ __device__ inline void hadamard(float (&x)[dim / 32]) {
   for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
 }
 
+// A lane's numbers of the row maps, all asked for at once: they come from memory, which takes longer than what is done with
+// them.
+template <int dim>
+struct RowNumbers {
+  float subtract[dim / 32], multiply[dim / 32], divide[dim / 32], divide_after[dim / 32];
+
+  __device__ RowNumbers(const RowOps& ops, int head) {
+    const int first = head * dim + lane_of();
+    const auto load = [&](float(&to)[dim / 32], const float* numbers) {
+      if (numbers == nullptr) return;
+#pragma unroll
+      for (int i = 0; i < dim / 32; ++i) to[i] = __ldg(numbers + first + 32 * i);
+    };
+    load(subtract, ops.subtract), load(multiply, ops.multiply), load(divide, ops.divide), load(divide_after, ops.divide_after);
+  }
+};
+
 // `room`: dim floats of shared memory of this warp.
 template <int dim>
-__device__ inline void apply(const RowOps& ops, int head, float (&x)[dim / 32], float* room) {
+__device__ inline void apply(const RowOps& ops, const RowNumbers<dim>& numbers, int head, float (&x)[dim / 32], float* room) {
   const int lane = lane_of();
-  const auto each = [&](const float* numbers, auto op) {
-    if (numbers == nullptr) return;
+  const auto each = [&](bool given, const float(&by)[dim / 32], auto op) {
+    if (!given) return;
 #pragma unroll
-    for (int i = 0; i < dim / 32; ++i) x[i] = op(x[i], __ldg(numbers + head * dim + 32 * i + lane));
+    for (int i = 0; i < dim / 32; ++i) x[i] = op(x[i], by[i]);
   };
-  each(ops.subtract, [](float a, float b) { return a - b; });
-  each(ops.multiply, [](float a, float b) { return a * b; });
-  each(ops.divide, [](float a, float b) { return a / b; });
+  each(ops.subtract != nullptr, numbers.subtract, [](float a, float b) { return a - b; });
+  each(ops.multiply != nullptr, numbers.multiply, [](float a, float b) { return a * b; });
+  each(ops.divide != nullptr, numbers.divide, [](float a, float b) { return a / b; });
   if (ops.hadamard) hadamard<dim>(x);
-  each(ops.divide_after, [](float a, float b) { return a / b; });
+  each(ops.divide_after != nullptr, numbers.divide_after, [](float a, float b) { return a / b; });
   if (ops.matrix == nullptr) return;
   const float* const matrix = ops.matrix + static_cast<int64_t>(head) * dim * dim;
 #pragma unroll
@@ -131,7 +148,7 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   }
   if (!coded) return;
   RowCodes<dim, rows> codes;
-  codes.encode(x, side.group);
+  codes.encode(x, side.group, lane);
   if constexpr (key) {
     if (feedback.room != nullptr) codes.feed_back(x, feedback.panels, *feedback.room, lane);
   }
@@ -146,6 +163,8 @@ template <int dim, int rows, bool key>
 __device__ inline void take_rows(const AppendRows& job, int row0, int head, float* room, float (&x)[rows][dim / 32],
                                  OpenSlot (&to)[rows]) {
   const int lane = lane_of();
+  const RowOps& ops = key ? job.key : job.value;
+  const RowNumbers<dim> numbers(ops, head);
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
     const int64_t row = row0 + r;
@@ -154,7 +173,7 @@ __device__ inline void take_rows(const AppendRows& job, int row0, int head, floa
     const float* const from = (key ? job.k + row * job.k_stride : job.v + row * job.v_stride) + head * dim;
 #pragma unroll
     for (int i = 0; i < dim / 32; ++i) x[r][i] = from[32 * i + lane];
-    apply<dim>(key ? job.key : job.value, head, x[r], room);
+    apply<dim>(ops, numbers, head, x[r], room);
     const PageTable& table = job.table;
     const bool sink = place.position < table.sinks;
     const int behind = place.position - table.sinks;
@@ -216,20 +235,21 @@ __device__ inline int64_t half_row(const HeadRows& job, int64_t row, int head) {
 template <int dim, bool queries>
 __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant__ HeadRows job) {
   __shared__ float room[kRowWarps][dim];
+  const int heads = job.kv_heads * job.heads_per_kv, lane = lane_of();
+  const int64_t task = row_of(), tasks = static_cast<int64_t>(job.rows) * heads, row = min(task, tasks - 1) / heads;
+  const int head = static_cast<int>(min(task, tasks - 1) - row * heads);
+  // What is older than the launch before: the row's place and the numbers of its maps.
+  __half* const half = static_cast<__half*>(job.halves) + half_row(job, row, head) * dim;
+  const RowNumbers<dim> numbers(job.ops, head / job.heads_per_kv);
   wait_for_launch_before();
   let_next_launch_begin();
-  const int heads = job.kv_heads * job.heads_per_kv;
-  const int64_t task = row_of();
-  if (task >= static_cast<int64_t>(job.rows) * heads) return;
-  const int lane = lane_of(), head = static_cast<int>(task % heads);
-  const int64_t row = task / heads;
-  __half* const half = static_cast<__half*>(job.halves) + half_row(job, row, head) * dim;
+  if (task >= tasks) return;
   float x[dim / 32];
 #pragma unroll
   for (int i = 0; i < dim / 32; ++i) {
     x[i] = queries ? job.q[row * job.stride + head * dim + 32 * i + lane] : __half2float(half[32 * i + lane]);
   }
-  apply<dim>(job.ops, head / job.heads_per_kv, x, room[threadIdx.x / 32]);
+  apply<dim>(job.ops, numbers, head / job.heads_per_kv, x, room[threadIdx.x / 32]);
 #pragma unroll
   for (int i = 0; i < dim / 32; ++i) {
     if constexpr (queries) {
@@ -342,10 +362,10 @@ void append_rows(const AppendRows& job, cudaStream_t stream) {
   });
 }
 
-void map_queries(const HeadRows& job, cudaStream_t stream) {
+void map_queries(const HeadRows& job, bool overlapped, cudaStream_t stream) {
   const dim3 blocks(blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv));
   with_head_dim(job.head_dim, "map queries: launch", [&](auto dim) {
-    launch_overlapped(true, head_kernel<dim.value, true>, blocks, kRowThreads, 0, stream, job, "map queries: launch");
+    launch_overlapped(overlapped, head_kernel<dim.value, true>, blocks, kRowThreads, 0, stream, job, "map queries: launch");
   });
 }
 

@@ -176,6 +176,8 @@ void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, i
 
 void CudaBackend::begin(const StepPlan& plan) {
   use_device();
+  if (appends_) check_cuda(cudaStreamSynchronize(beside_->get()), "rows of a step that ended before attend");
+  appends_ = false;
   plan_ = &plan;
   keyed_ = false;
   order_.resize(plan.entries.size());
@@ -278,7 +280,8 @@ void CudaBackend::seal_all() {
     layer_sealed_[l].record(stream);
     ++used;
   }
-  if (used == 0) return;
+  seals_ = used > 0;
+  if (!seals_) return;
   for (size_t i = 1; i < std::min(used, kSealStreams); ++i) {
     stream_sealed_[i].record(sealing_[i].get());
     stream_sealed_[i].make_wait(sealing_[0].get());
@@ -311,6 +314,8 @@ uint64_t CudaBackend::launch_key() {
     add(shape.launches.front().items);
     add(shape.launches.front().items_at);
   }
+  // Waiting costs every layer of a launch, so that one whose step seals nothing does not.
+  add(seals_);
   for (const void* memory : {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
                              static_cast<const void*>(queries_.data()), static_cast<const void*>(outputs_.data()),
                              static_cast<const void*>(workspace_.data())}) {
@@ -330,11 +335,17 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
   use_device();
   const auto& layer = layers_[static_cast<size_t>(layer_index)];
   const int heads = layer.config.kv_heads, dim = layer.config.head_dim;
+  const cudaStream_t stream = beside_ ? beside_->get() : stream_.get();
+  if (beside_) {
+    projected_.record(stream_.get());
+    projected_.make_wait(stream);
+    appends_ = true;
+  }
   if (!device_rows_) {
     const auto width = static_cast<size_t>(heads * dim) * sizeof(float);
     const auto bring = [&](const float*& rows, int64_t& stride, const DeviceMemory& room) {
       check_cuda(cudaMemcpy2DAsync(room.data(), width, rows, static_cast<size_t>(stride) * sizeof(float), width,
-                                   static_cast<size_t>(rows_), cudaMemcpyHostToDevice, stream_.get()),
+                                   static_cast<size_t>(rows_), cudaMemcpyHostToDevice, stream),
                  "append: copy from the host");
       rows = reinterpret_cast<const float*>(room.data());
       stride = heads * dim;
@@ -346,10 +357,10 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (keyed_) check_cuda(cudaStreamIsCapturing(stream_.get(), &capture), "append");
   if (capture == cudaStreamCaptureStatusActive) {
-    // In whatever step it is launched, it waits for the sealing of that one.
-    if (layer.ids.seals) sealed.make_wait(stream_.get(), cudaEventWaitExternal);
+    // In whatever step that seals it is launched, it waits for the sealing of that one.
+    if (layer.ids.seals && seals_) sealed.make_wait(stream, cudaEventWaitExternal);
   } else if (layer.seals > 0) {
-    sealed.make_wait(stream_.get());
+    sealed.make_wait(stream);
   }
   append_rows(
       {.k = k,
@@ -365,7 +376,8 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .value = layer.value,
        .open = layer.open,
        .key_panels = layer.key_panels},
-      stream_.get());
+      stream);
+  if (beside_) appended_.record(stream);
 }
 
 void CudaBackend::attend(const Layer& layer, const Launch& launch) {
@@ -419,7 +431,9 @@ void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, floa
                .places = input<RowPlace>(0),
                .halves = queries_.data(),
                .ops = layer.query};
-  map_queries(job, stream_.get());
+  if (beside_) appended_.make_wait(stream_.get());
+  appends_ = false;
+  map_queries(job, !beside_, stream_.get());
   for (const Launch& launch : shapes_[layer.shape].launches) attend(layer, launch);
   job.q = nullptr, job.out = to, job.stride = to_stride;
   job.halves = outputs_.data(), job.ops = layer.output;

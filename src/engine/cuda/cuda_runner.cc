@@ -1,7 +1,8 @@
-// A step on a CUDA device. The graph is cut at the nodes that stand for attention: ggml queues the runs of nodes between them,
-// the cache its own launches, all on ggml's stream; products with 16-bit weights go to cuBLAS (products.h). Of a decode step
-// all of it is captured in a CUDA graph, with the copies of tokens to the device and of logits from it, and launched again by
-// each later step that launches the same (Cache::launch_key). The host waits once a step, for the logits.
+// A step on a CUDA device. The graph is cut at the nodes that stand for attention, and where a layer has its keys and values,
+// which are stored while it computes its queries: ggml queues the runs of nodes between, the cache its own launches; products
+// with 16-bit weights go to cuBLAS (products.h). Of a decode step all of it is captured in a CUDA graph, with the copies of
+// tokens to the device and of logits from it, and launched again by each later step that launches the same (Cache::launch_key).
+// The host waits once a step, for the logits.
 #include <cuda_runtime.h>
 #include <ggml-cuda.h>
 
@@ -9,9 +10,11 @@
 #include <chrono>
 #include <utility>
 
+#include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/device.h"
 #include "backend/cuda/memory.h"
 #include "base/cuda/launch.h"
+#include "engine/cuda/ahead.h"
 #include "engine/cuda/device_weights.h"
 #include "engine/cuda/finite.h"
 #include "engine/cuda/ggml_inside.h"
@@ -25,6 +28,7 @@ namespace {
 
 constexpr size_t kCachedGraphs = 4;
 constexpr size_t kCapturedSteps = 4;  // of a graph: work lists of other lengths, mostly
+constexpr size_t kQueuedKeys = 4;
 
 void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that stands for attention was computed"); }
 
@@ -32,7 +36,7 @@ void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that sta
 class Markers final : public GraphHooks {
  public:
   ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
-    ggml_tensor* rows[] = {q, k, v};
+    ggml_tensor* rows[] = {k, v, q};  // queries come last in the graph
     return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
   }
 };
@@ -67,11 +71,26 @@ class Captured {
   cudaGraphExec_t graph_;
 };
 
+// Attention of so few rows leaves the device's memory idle most of its time: the weights behind it are fetched meanwhile.
+constexpr int64_t kFewRows = 4;
+
+// A layer's node for attention, the place of the node that completes its keys and values, and the first weights behind.
+struct LayerNodes {
+  const ggml_tensor* attention;
+  int stored_at;
+  const ggml_tensor* weights_behind = nullptr;
+
+  const ggml_tensor* keys() const { return attention->src[0]; }
+  const ggml_tensor* values() const { return attention->src[1]; }
+  const ggml_tensor* queries() const { return attention->src[2]; }
+};
+
 struct CudaGraph : StepGraph {
   using StepGraph::StepGraph;
+  std::vector<LayerNodes> layers = {};
   size_t product_bytes = 0;           // that rows of its products take (Products)
-  bool ran = false;                   // queued once: libraries have what they allocate at first
   std::list<Captured> captured = {};  // most recently used first
+  std::list<uint64_t> queued = {};    // keys of steps that were not captured, likewise
 };
 
 class CudaRunner final : public Runner {
@@ -90,6 +109,7 @@ class CudaRunner final : public Runner {
   void configure(CacheConfig& config) const override {
     config.stream = stream_;
     config.device_rows = true;
+    config.append_beside = true;
   }
 
   void prepare(int64_t tokens, int64_t wanted) override {
@@ -115,10 +135,9 @@ class CudaRunner final : public Runner {
     to = std::copy(rows.positions.begin(), rows.positions.end(), to);
     std::copy(rows.wanted.begin(), rows.wanted.end(), to);
 
-    const uint64_t key = graph_->ran ? cache.launch_key() : 0;
-    if (key == 0) {
+    const uint64_t key = cache.launch_key();
+    if (key == 0 || is_new(key)) {
       queue(cache);
-      graph_->ran = true;
     } else {
       captured(cache, key).launch(stream_);
     }
@@ -144,9 +163,17 @@ class CudaRunner final : public Runner {
 
   void look_at_nodes(CudaGraph& graph) const {
     ggml_backend_dev_t device = ggml_backend_get_device(backend_.get());
+    const auto place = [&](const ggml_tensor* node) {
+      int i = 0;
+      while (ggml_graph_node(graph.graph, i) != node) ++i;
+      return i;
+    };
     for (int i = 0; i < ggml_graph_n_nodes(graph.graph); ++i) {
       const ggml_tensor* node = ggml_graph_node(graph.graph, i);
       graph.product_bytes = std::max(graph.product_bytes, Products::input_bytes(node));
+      if (node->op == GGML_OP_CUSTOM) graph.layers.push_back({node, std::max(place(node->src[0]), place(node->src[1]))});
+      if (node->op == GGML_OP_MUL_MAT && !graph.layers.empty() && graph.layers.back().weights_behind == nullptr)
+        graph.layers.back().weights_behind = node->src[0];
       if (node->op == GGML_OP_CUSTOM || ggml_backend_dev_supports_op(device, node)) continue;
       std::string weight;
       if (node->src[0] != nullptr)
@@ -169,26 +196,38 @@ class CudaRunner final : public Runner {
     check_cuda(cudaMemsetAsync(flag, 0, sizeof(int), stream_), "flag of a step");
     const int nodes = ggml_graph_n_nodes(g.graph);
     products_.begin();
-    int begin = 0, layer = 0;
+    const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };
+    const auto row = [](const ggml_tensor* t) { return t->ne[0] * t->ne[1]; };
+    auto layer = g.layers.begin();
+    bool fetches = false;
+    int begin = 0;
     for (int i = 0; i < nodes; ++i) {
       const ggml_tensor* node = ggml_graph_node(g.graph, i);
-      const bool product = Products::input_bytes(node) > 0;
-      if (node->op != GGML_OP_CUSTOM && !product) continue;
-      queue_nodes(backend_.get(), g.graph, begin, i);
+      const bool product = Products::input_bytes(node) > 0, attends = node->op == GGML_OP_CUSTOM;
+      const bool stores = layer != g.layers.end() && i == layer->stored_at;
+      if (!product && !attends && !stores) continue;
+      const bool ours = product || attends;
+      queue_nodes(backend_.get(), g.graph, begin, ours ? i : i + 1);
       begin = i + 1;
-      if (product) {
-        products_.queue(node);
-        continue;
+      if (product) products_.queue(node);
+      if (!stores && !attends) continue;
+      const int l = static_cast<int>(layer - g.layers.begin());
+      const ggml_tensor *k = layer->keys(), *v = layer->values(), *q = layer->queries();
+      if (stores) cache.append(l, numbers(k), row(k), numbers(v), row(v), 0, 1);
+      if (!attends) continue;
+      if (g.tokens_n <= kFewRows && layer->weights_behind != nullptr) {
+        queries_.record(stream_);
+        queries_.make_wait(ahead_.get());
+        fetch_ahead(layer->weights_behind->data, ggml_nbytes(layer->weights_behind), ahead_.get());
+        fetched_.record(ahead_.get());
+        fetches = true;
       }
-      const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
-      const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };
-      cache.append(layer, numbers(k), k->ne[0] * k->ne[1], numbers(v), v->ne[0] * v->ne[1], 0, 1);
-      cache.attend(layer, numbers(q), q->ne[0] * q->ne[1], static_cast<float*>(node->data), node->ne[0], 0, 1);
+      cache.attend(l, numbers(q), row(q), static_cast<float*>(node->data), node->ne[0], 0, 1);
       // What is not finite in a layer makes all that follows so: the last one shows it.
-      if (++layer == model_.parameters().layers)
-        mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag, stream_);
+      if (++layer == g.layers.end()) mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag, stream_);
     }
     queue_nodes(backend_.get(), g.graph, begin, nodes);
+    if (fetches) fetched_.make_wait(stream_);
     if (g.logits != nullptr) {
       const auto n = static_cast<size_t>(ggml_nelements(g.logits));
       mark_not_finite(static_cast<const float*>(g.logits->data), n, 2, flag, stream_);
@@ -197,6 +236,18 @@ class CudaRunner final : public Runner {
           "logits of a step");
     }
     check_cuda(cudaMemcpyAsync(results_.data<int>(), flag, sizeof(int), cudaMemcpyDeviceToHost, stream_), "flag of a step");
+  }
+
+  // Capturing costs as much as a few steps, so a step that is like none before is queued: those that seal may come once a page,
+  // and libraries have then what they allocate at first.
+  bool is_new(uint64_t key) {
+    std::list<uint64_t>& queued = graph_->queued;
+    if (std::erase(queued, key) > 0) return false;
+    if (std::any_of(graph_->captured.begin(), graph_->captured.end(), [&](const Captured& c) { return c.key() == key; }))
+      return false;
+    queued.push_front(key);
+    if (queued.size() > kQueuedKeys) queued.pop_back();
+    return true;
   }
 
   const Captured& captured(Cache& cache, uint64_t key) {
@@ -226,7 +277,8 @@ class CudaRunner final : public Runner {
       steps.pop_front();
     }
     cudaGraphExec_t graph = nullptr;
-    check_cuda(cudaGraphInstantiate(&graph, made.graph, 0), "a captured step");
+    // Rows are stored first where the device has too much to do: else queries would be done before it begins.
+    check_cuda(cudaGraphInstantiate(&graph, made.graph, cudaGraphInstantiateFlagUseNodePriority), "a captured step");
     steps.emplace_front(key, graph);
     return steps.front();
   }
@@ -235,6 +287,8 @@ class CudaRunner final : public Runner {
   int device_;
   GgmlBackend backend_;
   cudaStream_t stream_;
+  Stream ahead_;  // of weights that are fetched
+  Event queries_, fetched_;
   Products products_;
   std::shared_ptr<const DeviceWeights> weights_;
   DeviceMemory flag_;
