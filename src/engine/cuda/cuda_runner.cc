@@ -10,11 +10,9 @@
 #include <chrono>
 #include <utility>
 
-#include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/device.h"
 #include "backend/cuda/memory.h"
 #include "base/cuda/launch.h"
-#include "engine/cuda/ahead.h"
 #include "engine/cuda/device_weights.h"
 #include "engine/cuda/finite.h"
 #include "engine/cuda/ggml_inside.h"
@@ -71,14 +69,10 @@ class Captured {
   cudaGraphExec_t graph_;
 };
 
-// Attention of so few rows leaves the device's memory idle most of its time: the weights behind it are fetched meanwhile.
-constexpr int64_t kFewRows = 4;
-
-// A layer's node for attention, the place of the node that completes its keys and values, and the first weights behind.
+// A layer's node for attention, and the place of the node that completes its keys and values.
 struct LayerNodes {
   const ggml_tensor* attention;
   int stored_at;
-  const ggml_tensor* weights_behind = nullptr;
 
   const ggml_tensor* keys() const { return attention->src[0]; }
   const ggml_tensor* values() const { return attention->src[1]; }
@@ -172,8 +166,6 @@ class CudaRunner final : public Runner {
       const ggml_tensor* node = ggml_graph_node(graph.graph, i);
       graph.product_bytes = std::max(graph.product_bytes, Products::input_bytes(node));
       if (node->op == GGML_OP_CUSTOM) graph.layers.push_back({node, std::max(place(node->src[0]), place(node->src[1]))});
-      if (node->op == GGML_OP_MUL_MAT && !graph.layers.empty() && graph.layers.back().weights_behind == nullptr)
-        graph.layers.back().weights_behind = node->src[0];
       if (node->op == GGML_OP_CUSTOM || ggml_backend_dev_supports_op(device, node)) continue;
       std::string weight;
       if (node->src[0] != nullptr)
@@ -199,7 +191,6 @@ class CudaRunner final : public Runner {
     const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };
     const auto row = [](const ggml_tensor* t) { return t->ne[0] * t->ne[1]; };
     auto layer = g.layers.begin();
-    bool fetches = false;
     int begin = 0;
     for (int i = 0; i < nodes; ++i) {
       const ggml_tensor* node = ggml_graph_node(g.graph, i);
@@ -215,19 +206,11 @@ class CudaRunner final : public Runner {
       const ggml_tensor *k = layer->keys(), *v = layer->values(), *q = layer->queries();
       if (stores) cache.append(l, numbers(k), row(k), numbers(v), row(v), 0, 1);
       if (!attends) continue;
-      if (g.tokens_n <= kFewRows && layer->weights_behind != nullptr) {
-        queries_.record(stream_);
-        queries_.make_wait(ahead_.get());
-        fetch_ahead(layer->weights_behind->data, ggml_nbytes(layer->weights_behind), ahead_.get());
-        fetched_.record(ahead_.get());
-        fetches = true;
-      }
       cache.attend(l, numbers(q), row(q), static_cast<float*>(node->data), node->ne[0], 0, 1);
       // What is not finite in a layer makes all that follows so: the last one shows it.
       if (++layer == g.layers.end()) mark_not_finite(numbers(k), static_cast<size_t>(ggml_nelements(k)), 1, flag, stream_);
     }
     queue_nodes(backend_.get(), g.graph, begin, nodes);
-    if (fetches) fetched_.make_wait(stream_);
     if (g.logits != nullptr) {
       const auto n = static_cast<size_t>(ggml_nelements(g.logits));
       mark_not_finite(static_cast<const float*>(g.logits->data), n, 2, flag, stream_);
@@ -287,8 +270,6 @@ class CudaRunner final : public Runner {
   int device_;
   GgmlBackend backend_;
   cudaStream_t stream_;
-  Stream ahead_;  // of weights that are fetched
-  Event queries_, fetched_;
   Products products_;
   std::shared_ptr<const DeviceWeights> weights_;
   DeviceMemory flag_;
