@@ -23,7 +23,7 @@ class Runs:
     def plan(self, model, name):
         return str(self.folder / "plans" / model / f"{name}.json")
 
-    def add(self, name, model, command, rows, threads=None, seconds=600):
+    def add(self, name, model, command, rows, threads=None, seconds=3000):
         made = [self.plan(model, row) for row in rows]
         missing = [p for p in made if not pathlib.Path(p).exists()]
         if missing and len(missing) == len(made) > 0:
