@@ -108,7 +108,7 @@ TEST_F(Cli, TasksAreScoredByKind) {
   EXPECT_EQ(first["rows"][0]["solved"], 0);
   const std::vector<std::string> said = first["rows"][0]["answers"];
   ASSERT_EQ(said.size(), tasks.size());
-  const auto plain = std::ranges::find_if(said, [](const std::string& text) { return !answer_of(text).empty(); });
+  const auto plain = std::ranges::find_if(said, [](const std::string& t) { return !answer_of(t).empty(); });
   ASSERT_NE(plain, said.end());
   tasks = {
       {{"prompt", tasks[static_cast<size_t>(plain - said.begin())]["prompt"]}, {"answer", answer_of(*plain)}, {"kind", "near"}},
