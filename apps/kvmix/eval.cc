@@ -20,7 +20,7 @@ namespace kvmix::app {
 namespace {
 
 struct Arguments {
-  std::string model, text;
+  std::string model, text, tasks;
   bool needle = false, generate = false;
   SubjectArguments subjects;
   EvalOptions options;
@@ -70,7 +70,7 @@ nlohmann::json text_json(const EvalRow& r, double full) {
 }
 
 int eval_text(const Arguments& arguments, const Common& common) {
-  if (arguments.text.empty()) throw UsageError("eval needs --text FILE (- for standard input), or --needle");
+  if (arguments.text.empty()) throw UsageError("eval needs --text FILE (- for standard input), --tasks FILE, or --needle");
   const std::string text = read_text_file(arguments.text);
   const auto model = load_model(arguments.model);
   EvalOptions options = arguments.options;
@@ -257,13 +257,119 @@ int eval_generation(const Arguments& arguments, const Common& common) {
   return status;
 }
 
+// Of tasks of one kind, or of all.
+struct TaskScore {
+  int hits = 0, tasks = 0;
+  // Against the first row, task by task.
+  int lost = 0, found = 0;
+
+  double accuracy() const { return static_cast<double>(hits) / std::max(1, tasks); }
+  nlohmann::json json() const {
+    const Interval interval = confidence(hits, tasks);
+    return {{"solved", hits},           {"tasks", tasks},
+            {"accuracy", accuracy()},   {"interval", {interval.low, interval.high}},
+            {"lost_against_f16", lost}, {"found_against_f16", found}};
+  }
+};
+
+int eval_tasks(const Arguments& arguments, const Common& common) {
+  const std::vector<Task> tasks = read_tasks(arguments.tasks);
+  const auto model = load_model(arguments.model);
+  TaskOptions options;
+  options.threads = common.threads;
+  options.device = arguments.subjects.device;
+  options.kernel = arguments.options.kernel;
+  options.exact = arguments.options.exact;
+  options.force_plan = arguments.subjects.force;
+  std::vector<std::string> kinds;
+  for (const Task& task : tasks) {
+    if (std::ranges::find(kinds, task.kind) == kinds.end()) kinds.push_back(task.kind);
+  }
+  const auto subjects = make_subjects(arguments.subjects, *model);
+  std::vector<TaskRow> rows;
+  options.on_row = [&](const TaskRow& row) { rows.push_back(row); };
+  const auto score = [&](const TaskRow& row, const std::string* kind) {
+    TaskScore s;
+    for (size_t i = 0; i < row.solved.size(); ++i) {
+      if (kind != nullptr && tasks[i].kind != *kind) continue;
+      const bool mine = row.solved[i], first = rows.front().solved[i];
+      ++s.tasks;
+      s.hits += mine ? 1 : 0;
+      s.lost += first && !mine ? 1 : 0;
+      s.found += mine && !first ? 1 : 0;
+    }
+    return s;
+  };
+  const bool told_apart = kinds.size() > 1 || !kinds[0].empty();
+  const Print print = [&](bool interrupted) {
+    if (common.json) {
+      nlohmann::json json = nlohmann::json::array();
+      for (const TaskRow& r : rows) {
+        if (!r.lost.empty()) {
+          json.push_back({{"name", r.name}, {"lost", r.lost}});
+          continue;
+        }
+        nlohmann::json row = score(r, nullptr).json();
+        row.update({{"name", r.name},
+                    {"kept", r.kept},
+                    {"bits_per_element", r.bits_per_element},
+                    {"seconds", r.seconds},
+                    {"answered_rightly", r.solved},
+                    {"answers", r.answers}});
+        if (told_apart) {
+          for (const std::string& kind : kinds) row["kinds"][kind] = score(r, &kind).json();
+        }
+        json.push_back(std::move(row));
+      }
+      nlohmann::json all = {{"model", model->shape().name}, {"fingerprint", model->shape().fingerprint}, {"rows", json}};
+      if (interrupted) all["interrupted"] = true;
+      print_json(all);
+      return;
+    }
+    std::vector<std::string> header = {"cache", "kept", "bits"};
+    if (!told_apart) kinds.clear();
+    for (const std::string& kind : kinds) header.push_back(kind.empty() ? "no kind" : kind);
+    for (const char* name : {"all", "accuracy", "95 % interval", "lost", "found", "seconds"}) header.emplace_back(name);
+    Table table(header);
+    for (const TaskRow& r : rows) {
+      if (!r.lost.empty()) continue;
+      std::vector<std::string> line = {r.name, fmt::format("{:.1f} %", 100 * r.kept),
+                                       fmt::format("{:.2f}", r.bits_per_element)};
+      for (const std::string& kind : kinds) {
+        const TaskScore s = score(r, &kind);
+        line.push_back(fmt::format("{}/{}", s.hits, s.tasks));
+      }
+      const TaskScore s = score(r, nullptr);
+      const Interval interval = confidence(s.hits, s.tasks);
+      line.push_back(fmt::format("{}/{}", s.hits, s.tasks));
+      line.push_back(fmt::format("{:.1f} %", 100 * s.accuracy()));
+      line.push_back(fmt::format("{:.0f} to {:.0f} %", 100 * interval.low, 100 * interval.high));
+      line.push_back(std::to_string(s.lost));
+      line.push_back(std::to_string(s.found));
+      line.push_back(fmt::format("{:.0f}", r.seconds));
+      table.add(line);
+    }
+    table.print();
+    fmt::print(
+        "\n{}: bits where prompts end, all bytes; lost, found: tasks that the first row solves and this one does not, and "
+        "the other way round\n",
+        model->shape().name);
+    if (interrupted) fmt::print("{}\n", kStopped);
+  };
+  const int status = run_and_print([&] { evaluate_tasks(model, tasks, subjects, options, progress_reporter(common)); },
+                                   [&] { return !rows.empty(); }, print);
+  for (const TaskRow& r : rows) print_lost(r.name, r.lost);
+  return status;
+}
+
 }  // namespace
 
 void add_eval(CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
-  CLI::App* command = add_command(
-      context, "eval", "Perplexity, KL divergence and top-1 agreement against the f16 cache; retrieval; greedy continuations",
-      "kvmix eval smollm2 --text book.txt --plan plan.json --uniform 4/4 --peer");
+  CLI::App* command =
+      add_command(context, "eval",
+                  "Perplexity, KL divergence and top-1 agreement against the f16 cache; retrieval; tasks; greedy continuations",
+                  "kvmix eval smollm2 --text book.txt --plan plan.json --uniform 4/4 --peer");
   command->add_option("model", arguments->model, kModelHelp)->required();
   command->add_option("--text", arguments->text, "UTF-8 text to score, - for standard input");
   add_subject_options(command, arguments->subjects);
@@ -285,6 +391,9 @@ void add_eval(CommandContext& context) {
                     "Run everything, peers too, on a temporary fp32 copy of the weights: rows are then free of the noise that "
                     "8-bit activations add to any change");
   command->add_flag("--needle", arguments->needle, "Retrieval of what is hidden in a haystack instead of text");
+  command->add_option("--tasks", arguments->tasks,
+                      "Accuracy of greedy answers to this .jsonl of {\"prompt\": ..., \"answer\": ...} instead of text, and by "
+                      "\"kind\" where lines have one (bench/tasks.py writes such files)");
   auto* generate = command->add_flag("--generate", arguments->generate,
                                      "Greedy continuations of pieces of the text, --windows of them, against the f16 cache's");
   GenerationOptions& generation = arguments->generation;
@@ -318,6 +427,11 @@ void add_eval(CommandContext& context) {
   command->add_option("--seed", needles.seed, "--needle: seed of needles and distractors")->capture_default_str();
   command->callback([&context, arguments] {
     context.action = [arguments](const Common& common) {
+      if (!arguments->tasks.empty()) {
+        if (arguments->generate || arguments->needle || !arguments->text.empty())
+          throw UsageError("--tasks is an evaluation of its own: leave --text, --generate and --needle out");
+        return eval_tasks(*arguments, common);
+      }
       if (arguments->generate) return eval_generation(*arguments, common);
       return arguments->needle ? eval_needle(*arguments, common) : eval_text(*arguments, common);
     };

@@ -247,7 +247,7 @@ int plan(const PlanArguments& arguments, const Common& common) {
     if (tasks.empty()) {
       meter = std::make_unique<TextMeter>(arguments, common.threads, model, seed, request.progress);
     } else {
-      meter = make_task_meter(model, std::move(tasks), common.threads);
+      meter = make_task_meter(model, std::move(tasks), common.threads, arguments.device);
     }
     request.meter = meter.get();
     request.measurements = arguments.measurements;
@@ -351,7 +351,7 @@ void add_plan(CommandContext& context) {
       ->add_option(
           "--tasks", arguments->tasks,
           "--measure, planner kvtuner: accuracy of greedy answers to this .jsonl of {\"prompt\": ..., \"answer\": ...} "
-          "instead of divergence; the last third is held out")
+          "instead of divergence, run on --device; the last third is held out")
       ->needs(measure);
   command
       ->add_option("--axes", arguments->axes,

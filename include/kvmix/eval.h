@@ -28,6 +28,7 @@ struct EvalSubject {
 struct EvalRow;
 struct NeedleCell;
 struct GenerationRow;
+struct TaskRow;
 struct BenchRow;
 
 struct EvalOptions {
@@ -137,6 +138,29 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
                                                const Progress& progress);
 // Share of runs of n tokens that stand earlier in the text as well, 0 to 1.
 double repetition_rate(std::span<const Token> tokens, int n);
+
+struct TaskOptions {
+  int threads = 0;
+  std::string device = "cpu";
+  std::string kernel = {};
+  bool exact = false;
+  bool force_plan = false;
+  std::function<void(const TaskRow&)> on_row = {};
+};
+struct TaskRow {
+  std::string name;
+  std::vector<bool> solved;          // task by task, by is_answer
+  std::vector<std::string> answers;  // what was written
+  // Where prompts end, mean over tasks: all bytes by what f16 would keep, part of the tokens that are kept.
+  double bits_per_element = 0, kept = 1;
+  double seconds = 0;
+  std::string lost;
+};
+// Answers every task greedily, each in a sequence of its own. The first row is our f16 cache. Throws kInvalidArgument for a
+// task beyond the model's context or none, kMismatch, kCancelled.
+std::vector<TaskRow> evaluate_tasks(std::shared_ptr<const Model> model, std::span<const Task> tasks,
+                                    std::span<const EvalSubject> subjects, const TaskOptions& options,
+                                    const Progress& progress);
 
 struct BenchOptions {
   std::vector<int64_t> depths = {0, 1024, 4096, 8160};

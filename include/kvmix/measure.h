@@ -87,14 +87,16 @@ void factorise(std::shared_ptr<const Model> model, std::span<const std::vector<T
 
 struct Task {
   std::string prompt, answer;
+  std::string kind = {};  // what scores are told apart by; may be empty
 };
-// A JSON Lines file of {"prompt": ..., "answer": ...}. Throws kCorrupt naming file and line, kInvalidArgument for fewer than 3,
-// kNotFound, kIo.
+// A JSON Lines file of {"prompt": ..., "answer": ...}, with "kind" where there are several. Throws kCorrupt naming file and
+// line, kInvalidArgument for fewer than 3, kNotFound, kIo.
 std::vector<Task> read_tasks(const std::string& path);
 // Whether a continuation gives the answer: it begins with it, blanks aside, and no letter or digit follows.
 bool is_answer(const std::string& text, const std::string& answer);
-// Measures plans by the tasks that greedy continuations of the running cache do not answer; the last third is held out. Throws
-// kInvalidArgument for fewer than 3 tasks or, when measuring, one beyond the model's context.
-std::unique_ptr<PlanMeter> make_task_meter(std::shared_ptr<const Model> model, std::vector<Task> tasks, int threads);
+// Measures plans by the tasks that greedy continuations of the running cache do not answer; the last third is held out.
+// `device` as EngineOptions::device. Throws kInvalidArgument for fewer than 3 tasks or one beyond the model's context.
+std::unique_ptr<PlanMeter> make_task_meter(std::shared_ptr<const Model> model, std::vector<Task> tasks, int threads,
+                                           const std::string& device = "cpu");
 
 }  // namespace kvmix

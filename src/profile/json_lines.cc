@@ -50,13 +50,14 @@ std::vector<Task> parse_tasks(const std::string& content, const std::string& nam
     const auto text = [&](const char* key) {
       std::string found = text_of(value, key);
       if (trimmed(found).empty()) {
-        throw Error(Status::kCorrupt, name + ": line " + std::to_string(number) + " is not an object with a \"" + key +
-                                          "\"; write {\"prompt\": ..., \"answer\": ...}, one a line");
+        throw Error(Status::kCorrupt,
+                    name + ": line " + std::to_string(number) + " is not an object with a \"" + key +
+                        "\"; write {\"prompt\": ..., \"answer\": ...} and, if at all, \"kind\" as text, one a line");
       }
       return found;
     };
-    std::string prompt = text("prompt");
-    tasks.push_back({std::move(prompt), text("answer")});
+    std::string prompt = text("prompt"), answer = text("answer");
+    tasks.push_back({std::move(prompt), std::move(answer), value.contains("kind") ? text("kind") : ""});
   });
   if (tasks.size() < 3) {
     throw Error(Status::kInvalidArgument,

@@ -10,7 +10,7 @@ namespace kvmix {
 
 // {"text": ...} a line. Throws kCorrupt naming `name` and the line.
 std::vector<std::string> parse_texts(const std::string& content, const std::string& name);
-// {"prompt": ..., "answer": ...} a line. Throws as read_tasks.
+// {"prompt": ..., "answer": ..., "kind": ...} a line, the last where there is one. Throws as read_tasks.
 std::vector<Task> parse_tasks(const std::string& content, const std::string& name);
 // Without blanks at either end.
 std::string trimmed(const std::string& text);

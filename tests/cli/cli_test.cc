@@ -77,6 +77,71 @@ TEST_F(Cli, ResultsAreJson) {
   for (const auto& row : timed["rows"]) EXPECT_GT(row["decode_tokens_per_s"], 0);
 }
 
+// Of what a model of random weights says, the longest part from the start that can be told to be all of an answer.
+std::string answer_of(const std::string& said) {
+  for (size_t n = said.size(); n-- > 1;) {
+    const bool plain =
+        std::all_of(said.begin(), said.begin() + static_cast<ptrdiff_t>(n), [](char c) { return c > ' ' && c <= '~'; });
+    if (plain && std::isalnum(static_cast<unsigned char>(said[n])) == 0) return said.substr(0, n);
+  }
+  return "";
+}
+
+// What the f16 cache answers is taken for the right answer.
+TEST_F(Cli, TasksAreScoredByKind) {
+  const std::string file = folder_.file("tasks.jsonl");
+  std::string text;
+  for (int i = 0; i < 20; ++i) text += "the sea is a sea of words ";
+  std::vector<json> tasks;
+  const auto write = [&] {
+    std::ofstream out(file);
+    for (const json& task : tasks) out << task << "\n";
+  };
+  for (size_t i = 0; i < 16; ++i)
+    tasks.push_back({{"prompt", text.substr(13 * i)}, {"answer", "words"}, {"kind", i % 2 == 0 ? "near" : "far"}});
+  write();
+  const std::vector<std::string> command = {"eval", model_, "--tasks", file, "--uniform", "1/1"};
+  std::vector<std::string> with_json = command;
+  with_json.emplace_back("--json");
+  const json first = json::parse(run(with_json).out);
+  ASSERT_EQ(first["rows"].size(), 2u);
+  EXPECT_EQ(first["rows"][0]["solved"], 0);
+  const std::vector<std::string> said = first["rows"][0]["answers"];
+  ASSERT_EQ(said.size(), tasks.size());
+  const auto plain = std::ranges::find_if(said, [](const std::string& t) { return !answer_of(t).empty(); });
+  ASSERT_NE(plain, said.end());
+  tasks = {
+      {{"prompt", tasks[static_cast<size_t>(plain - said.begin())]["prompt"]}, {"answer", answer_of(*plain)}, {"kind", "near"}},
+      {{"prompt", text}, {"answer", "words"}, {"kind", "far"}},
+      {{"prompt", text}, {"answer", "words"}, {"kind", "near"}}};
+  write();
+  const json scored = json::parse(run(with_json).out);
+  const json &f16 = scored["rows"][0], &coded = scored["rows"][1];
+  EXPECT_EQ(f16["name"], "f16");
+  EXPECT_EQ(f16["answered_rightly"], json({true, false, false}));
+  EXPECT_EQ(f16["kinds"]["near"]["solved"], 1);
+  EXPECT_EQ(f16["kinds"]["far"]["solved"], 0);
+  EXPECT_NEAR(f16["accuracy"], 1.0 / 3, 1e-12);
+  EXPECT_EQ(coded["solved"].get<int>() + coded["lost_against_f16"].get<int>(), 1);
+  EXPECT_LT(coded["bits_per_element"], f16["bits_per_element"]);
+  const Outcome table = run(command);
+  EXPECT_EQ(table.status, 0) << table.err;
+  for (const char* word : {"near", "far", "1/2", "0/1", "1/3", "33.3 %", "uniform 1/1"})
+    EXPECT_NE(table.out.find(word), std::string::npos) << word << "\n" << table.out;
+  std::vector<std::string> too_much = command;
+  too_much.emplace_back("--needle");
+  refuses(2, too_much, {"--tasks", "--needle"});
+  std::ofstream(file) << R"({"prompt": "a", "answer": "b"})"
+                      << "\n"
+                      << R"({"prompt": "a", "answer": "b", "kind": 3})"
+                      << "\n";
+  refuses(1, command, {file, "line 2", "\"kind\""});
+  refuses(1, {"eval", model_, "--tasks", folder_.file("none.jsonl")}, {"none.jsonl"});
+  tasks[1]["prompt"] = std::string(5000, 'a');
+  write();
+  refuses(2, command, {"task", "context of 1024", "shorten"});
+}
+
 TEST_F(Cli, TablesStandOnStandardOutputAndProgressOnTheOther) {
   const Outcome o = run({"plan", model_, "--planner", "uniform", "-o", folder_.file("plan.json")});
   EXPECT_EQ(o.status, 0);

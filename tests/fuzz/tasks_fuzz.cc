@@ -22,7 +22,8 @@ bool accepts(const std::string& input) {
 std::vector<fuzz::Seed> seeds() {
   std::string lines;
   for (int i = 0; i < 3; ++i)
-    lines += "{\"prompt\": \"1 + " + std::to_string(i) + " =\", \"answer\": \" " + std::to_string(i + 1) + "\"}\n";
+    lines += "{\"prompt\": \"1 + " + std::to_string(i) + " =\", \"answer\": \" " + std::to_string(i + 1) + "\"" +
+             (i > 0 ? R"(, "kind": "sum"})" : "}") + "\n";
   return {fuzz::whole(lines)};
 }
 

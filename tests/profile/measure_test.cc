@@ -324,9 +324,13 @@ TEST(Tasks, FilesAreCheckedLineByLine) {
   refused(good + "\n{\"prompt\": 2, \"answer\": \"2\"}\n", "line 3");
   refused(good + "{\"prompt\": \"two\", \"answer\": \" \"}\n", "line 2");
   refused(good + "not json\n", "line 2");
+  refused(good + "{\"prompt\": \"two\", \"answer\": \"2\", \"kind\": 2}\n", "line 2 is not an object with a \"kind\"");
   refused(good + good, "2 tasks");
-  std::ofstream(path) << good + good + "\n" + good;
-  EXPECT_EQ(read_tasks(path).size(), 3u);
+  std::ofstream(path) << good + good + "\n{\"prompt\": \"two\", \"answer\": \"2\", \"kind\": \"sum\"}\n";
+  const std::vector<Task> tasks = read_tasks(path);
+  ASSERT_EQ(tasks.size(), 3u);
+  EXPECT_EQ(tasks[0].kind, "");
+  EXPECT_EQ(tasks[2].kind, "sum");
   EXPECT_THROW(read_tasks(folder.file("none.jsonl")), Error);
 }
 
