@@ -12,7 +12,7 @@
 
 namespace kvmix {
 
-extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kKvtunerPlanner, kUniformPlanner;
+extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kKvtunerPlanner, kKvarnPlanner, kUniformPlanner;
 
 namespace {
 
@@ -20,6 +20,7 @@ const std::array kPlanners = {
     &kKvmixPlanner,
     &kKvmixPaperPlanner,
     &kKvtunerPlanner,
+    &kKvarnPlanner,
     &kUniformPlanner,
 };
 
