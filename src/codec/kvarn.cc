@@ -1,8 +1,8 @@
 // The kvarn family: tiles whose tokens and channels are brought to one variance before they are coded, the tile recipe of KVarN
-// (arXiv 2606.03458). A sweep divides every channel by its standard deviation
-// over the tile and then every token by its own, as Sinkhorn's iteration does with sums. The product of a token's divisors is
-// its scale, that of a channel's divisors the channel's. What is left is coded in groups along one axis; the numbers of a group
-// hold the scale along that axis too, so only the other one is stored besides:
+// (arXiv 2606.03458). A sweep divides every channel by its standard deviation over the tile and then every token by its own, as
+// Sinkhorn's iteration does with sums. The product of a token's divisors is its scale, that of a channel's divisors the
+// channel's. What is left is coded in groups along one axis; the numbers of a group hold the scale along that axis too, so only
+// the other one is stored besides:
 //
 //     channel:  x^ = s_token (mid_channel + scale_channel (code - (2^b - 1) / 2))          one group, the tile's 128 tokens
 //     token:    x^ = s_channel (mid + scale (code - (2^b - 1) / 2))                        a group each 128 channels of a token
