@@ -35,8 +35,10 @@ Plan make(const PlannerRequest& request) {
   const std::string fit = options.choice("codec-fit", "minmax", {"minmax", "fitted"});
   read_fp16_part(options, kRecipe, plan);
   if (options.choice("recent", "f16", {"8", "f16"}) == "8") plan.recent = kRecentRows;
-  for (Plan::Layer& layer : plan.layers) {
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    Plan::Layer& layer = plan.layers[l];
     layer.key = side_of(key_bits, ".channel.", fit);
+    take_off_bias(request.model->layers[l], layer.key.transform);  // ours: the recipe rotates keys as they are
     layer.value = side_of(value_bits, ".token.", fit);
   }
   plan.note = "keys " + to_string(plan.layers.front().key.codec) + ", values " + to_string(plan.layers.front().value.codec);

@@ -17,11 +17,7 @@ extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kKvtunerPlanner, kKvarnP
 namespace {
 
 const std::array kPlanners = {
-    &kKvmixPlanner,
-    &kKvmixPaperPlanner,
-    &kKvtunerPlanner,
-    &kKvarnPlanner,
-    &kUniformPlanner,
+    &kKvmixPlanner, &kKvmixPaperPlanner, &kKvtunerPlanner, &kKvarnPlanner, &kUniformPlanner,
 };
 
 // Throws kUnsupported naming the layer that the device has no code for.
