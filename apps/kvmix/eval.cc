@@ -61,6 +61,7 @@ nlohmann::json text_json(const EvalRow& r, double full) {
           {"kl_max", r.kl_max},
           {"top1", r.top1},
           {"bits_per_element", r.bits_per_element},
+          {"body_bits", r.body_bits},
           {"kept", r.kept},
           {"cache_bytes", r.cache_bytes},
           {"compression", full / static_cast<double>(r.cache_bytes)},
@@ -100,11 +101,12 @@ int eval_text(const Arguments& arguments, const Common& common) {
       print_json(all);
       return;
     }
-    Table table({"cache", "kept", "bits", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %",
+    Table table({"cache", "kept", "bits", "body", "bytes/token", "smaller", "perplexity", "vs f16", "KL mean", "+-", "KL 99 %",
                  "KL max", "top-1"});
     for (const EvalRow& r : rows) {
       if (!r.lost.empty()) continue;
       table.add({r.name, fmt::format("{:.1f} %", 100 * r.kept), fmt::format("{:.2f}", r.bits_per_element),
+                 fmt::format("{:.2f}", r.body_bits),
                  fmt::format("{:.0f}", static_cast<double>(r.cache_bytes) / static_cast<double>(options.context)),
                  fmt::format("{:.2f}x", full / static_cast<double>(r.cache_bytes)), fmt::format("{:.3f}", r.perplexity),
                  fmt::format("{:+.2f} %", 100 * (r.perplexity_ratio - 1)), fmt::format("{:.5f}", r.kl_mean),
@@ -112,10 +114,12 @@ int eval_text(const Arguments& arguments, const Common& common) {
                  fmt::format("{:.2f} %", 100 * r.top1)});
     }
     table.print();
-    fmt::print("\n{}: {} scored tokens, the {} of each window of {}; KL in nats per token against the first row{}\n",
-               model->shape().name, rows.front().scored_tokens,
-               options.scored > 0 ? fmt::format("last {}", options.scored) : std::string("second half"), options.context,
-               options.float_weights ? "; weights in fp32" : "");
+    fmt::print(
+        "\n{}: {} scored tokens, the {} of each window of {}; KL in nats per token against the first row; body: bits of "
+        "sealed pages alone{}\n",
+        model->shape().name, rows.front().scored_tokens,
+        options.scored > 0 ? fmt::format("last {}", options.scored) : std::string("second half"), options.context,
+        options.float_weights ? "; weights in fp32" : "");
     if (interrupted) fmt::print("stopped before the end: the rows are of the windows that were complete\n");
   };
   const int status = run_and_print([&] { rows = evaluate(model, text, subjects, options, progress_reporter(common)); },

@@ -301,5 +301,9 @@ size_t predict_slack_bytes(const CacheConfig& config, int64_t n_tokens, int sequ
 double live_elements(const CacheConfig& config, int64_t n_tokens);
 // Bits per live element, all bytes included: predict_bytes * 8 / live_elements.
 double predict_bits_per_element(const CacheConfig& config, int64_t n_tokens);
+// Bits per element of pages once they are sealed, their scales included: without sinks, rows that are not sealed, tables and
+// slack. Layers count by their live elements after n_tokens. Of what a token policy keeps, in the first tier's codecs; of
+// latents and chosen channels by the elements that they stand for.
+double predict_body_bits(const CacheConfig& config, int64_t n_tokens);
 
 }  // namespace kvmix

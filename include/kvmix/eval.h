@@ -50,6 +50,7 @@ struct EvalRow {
   double kl_mean = 0, kl_p99 = 0, kl_max = 0, kl_stderr = 0;  // nats per token against our f16 cache
   double top1 = 0;                                            // share of positions with the same most likely token as f16
   double bits_per_element = 0;                                // all bytes, at the end of a window, by what f16 would keep
+  double body_bits = 0;  // of sealed pages alone: predict_body_bits (kvmix/cache.h), for a peer its type's
   double kept = 1;  // part of the tokens that a token policy left, at the end of a window; what is not scored is the prompt
   size_t cache_bytes = 0;  // for one sequence of `context` tokens
   int64_t scored_tokens = 0;

@@ -85,7 +85,7 @@ def plan(
 class EvalRow:
     """A cache against the model's own with everything in fp16. Divergences in nats per token.
 
-    bits_per_element: all bytes; kept: part of the tokens that a token policy left; lost: why a peer has no numbers.
+    bits_per_element: all bytes; body_bits: of sealed pages alone; kept: part of the tokens that a token policy left; lost: why a peer has no numbers.
     """
 
     name: str
@@ -97,6 +97,7 @@ class EvalRow:
     kl_max: float
     top1: float
     bits_per_element: float
+    body_bits: float
     kept: float
     cache_bytes: int
     scored_tokens: int

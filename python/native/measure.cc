@@ -121,6 +121,7 @@ nb::list evaluate_plans(nb::handle object, const std::string& text, const std::v
     d["kl_max"] = r.kl_max;
     d["top1"] = r.top1;
     d["bits_per_element"] = r.bits_per_element;
+    d["body_bits"] = r.body_bits;
     d["kept"] = r.kept;
     d["cache_bytes"] = r.cache_bytes;
     d["scored_tokens"] = r.scored_tokens;

@@ -93,6 +93,7 @@ class Ours final : public Contender {
     // A device's memory comes in chunks, each for pages of one size, which one sequence does not fill: their rest is not its.
     return (memory.total_bytes - (engine_->cache().config().device == "cuda" ? memory.slack_bytes : 0)) / ids_.size();
   }
+  double body_bits(int64_t tokens) const override { return predict_body_bits(engine_->cache().config(), tokens); }
   std::string kernel() const override { return engine_->cache().stats().kernel; }
   std::pair<int64_t, double> host_seconds() const override {
     const EngineStats stats = engine_->stats();
@@ -144,6 +145,7 @@ class Theirs final : public Contender {
   int64_t chunk_end(int64_t from) const override { return from + kPageTokens; }
   double kept(int64_t) const override { return 1; }
   size_t cache_bytes(int64_t tokens) const override { return Peer::cache_bytes(type_, model_->shape(), tokens); }
+  double body_bits(int64_t) const override { return peer_.bits_per_element(); }
   std::string kernel() const override { return "ggml"; }
   std::pair<int64_t, double> host_seconds() const override { return {0, 0}; }
 

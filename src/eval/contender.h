@@ -41,6 +41,7 @@ class Contender {
   // The part of so many tokens that sequence 0 still holds, over the layers without a sliding window.
   virtual double kept(int64_t tokens) const = 0;
   virtual size_t cache_bytes(int64_t tokens) const = 0;  // of one sequence now
+  virtual double body_bits(int64_t tokens) const = 0;    // as EvalRow's
   virtual std::string kernel() const = 0;
   // Of the steps so far: their number, and seconds in which the host did something.
   virtual std::pair<int64_t, double> host_seconds() const = 0;

@@ -25,6 +25,7 @@ struct Tally {
   double nll = 0, seconds = 0;
   int64_t same_top = 0;
   size_t cache_bytes = 0;
+  double body_bits = 0;
   double kept = 1;
 };
 
@@ -127,7 +128,10 @@ class Evaluation {
     }
     fed_[0] = to;
     tallies_[0].seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    if (to == options_.context) tallies_[0].cache_bytes = reference_->cache_bytes(options_.context);
+    if (to == options_.context) {
+      tallies_[0].cache_bytes = reference_->cache_bytes(options_.context);
+      tallies_[0].body_bits = reference_->body_bits(options_.context);
+    }
     return to - from;
   }
 
@@ -165,6 +169,7 @@ class Evaluation {
     tallies_[s + 1].seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (to == options_.context) {
       tallies_[s + 1].cache_bytes = c.cache_bytes(options_.context);
+      tallies_[s + 1].body_bits = c.body_bits(options_.context);
       tallies_[s + 1].kept = c.kept(options_.context);
     }
     return to - from;
@@ -205,6 +210,7 @@ EvalRow make_row(const std::string& name, Tally tally, const Tally& reference, d
   row.kl_max = static_cast<double>(tally.kl.back());
   row.top1 = static_cast<double>(tally.same_top) / n;
   row.cache_bytes = tally.cache_bytes;
+  row.body_bits = tally.body_bits;
   row.kept = tally.kept;
   row.bits_per_element = static_cast<double>(tally.cache_bytes) * 8 / elements;
   row.seconds = tally.seconds;

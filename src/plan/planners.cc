@@ -12,15 +12,12 @@
 
 namespace kvmix {
 
-extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kKvtunerPlanner, kUniformPlanner;
+extern const Planner kKvmixPlanner, kKvmixPaperPlanner, kKvtunerPlanner, kKvarnPlanner, kUniformPlanner;
 
 namespace {
 
 const std::array kPlanners = {
-    &kKvmixPlanner,
-    &kKvmixPaperPlanner,
-    &kKvtunerPlanner,
-    &kUniformPlanner,
+    &kKvmixPlanner, &kKvmixPaperPlanner, &kKvtunerPlanner, &kKvarnPlanner, &kUniformPlanner,
 };
 
 // Throws kUnsupported naming the layer that the device has no code for.

@@ -278,6 +278,45 @@ TEST(Planners, KeepInFp16WhatTheProfileWasMeasuredWith) {
   EXPECT_EQ(parse_profile(to_json(p), "memory").fp16, p.fp16);
 }
 
+TEST(Planners, KvarnIsItsRecipeInEveryLayer) {
+  const ModelShape model = shape(4);
+  PlannerRequest request;
+  request.model = &model;
+  const Plan plan = make_plan("kvarn", request);
+  EXPECT_EQ(fp16_part(plan), (Fp16Part{128, 0, 0}));
+  EXPECT_TRUE(plan.recent.is_f16());
+  for (const Plan::Layer& layer : plan.layers) {
+    EXPECT_EQ(to_string(layer.key.codec), "kvarn4.channel.minmax");
+    EXPECT_EQ(to_string(layer.value.codec), "kvarn2.token.minmax");
+    EXPECT_TRUE(layer.key.transform.hadamard && layer.value.transform.hadamard);
+  }
+  EXPECT_EQ(to_json(parse_plan(to_json(plan), "memory")), to_json(plan));
+  request.options = {{"k-bits", "3"}, {"v-bits", "8"}, {"codec-fit", "fitted"}, {"recent", "8"}, {"sinks", "16"}};
+  const Plan other = make_plan("kvarn", request);
+  EXPECT_EQ(to_string(other.layers[1].key.codec), "kvarn3.channel.fitted");
+  EXPECT_EQ(to_string(other.layers[1].value.codec), "kvarn8.token.fitted");
+  EXPECT_EQ(other.sinks, 16);
+  for (const char* bits : {"1", "7", "16"}) {
+    request.options = {{"v-bits", bits}};
+    EXPECT_THROW(make_plan("kvarn", request), Error) << bits;
+  }
+}
+
+// Of sealed pages alone, whatever is around them: codes, a scale and a midpoint of 128 tokens for keys and of 64 channels for
+// values.
+TEST(Planners, BodyBitsAreThoseOfSealedPages) {
+  const ModelShape model = shape(4);
+  PlannerRequest request;
+  request.model = &model;
+  for (const char* sinks : {"0", "128"}) {
+    request.options = {{"k-bits", "2"}, {"v-bits", "4"}, {"sinks", sinks}};
+    const CacheConfig config = cache_config(make_plan("uniform", request), model);
+    for (const int64_t tokens : {1, 1000}) EXPECT_DOUBLE_EQ(predict_body_bits(config, tokens), (2.25 + 4.5) / 2);
+  }
+  EXPECT_DOUBLE_EQ(predict_body_bits(cache_config(f16_plan(model), model), 1000), 16);
+  EXPECT_EQ(predict_body_bits(cache_config(f16_plan(model), model), 0), 0);
+}
+
 TEST(Planners, KeepRecentRowsIn8BitsUnlessAsked) {
   const ModelShape model = shape(30);
   const Profile scores = measured_profile(model);
