@@ -70,7 +70,7 @@ struct Profile {
   // [layer]: windows of text that "fisher" and "output" of the layer are means over; empty until measured.
   std::vector<int> windows;
   int64_t window_tokens = 0;  // of the shortest of them; 0: not known
-  Fp16Part fp16;  // that they were measured with, and that plans from them keep
+  Fp16Part fp16;              // that they were measured with, and that plans from them keep
   // Transforms calibrated on the model's own rows, which sensitivities name.
   struct Transform {
     std::string name;
