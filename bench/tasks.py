@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Writes tasks for `kvmix plan --tasks` and `kvmix eval --tasks`: two files of JSON Lines, searched.jsonl and held-out.jsonl, no
-task of one in the other. Each prompt, of some 500 to 1,100 tokens, shows a few answers and ends where the next is to begin:
+task of one in the other. Each prompt, of some 550 to 700 tokens, shows a few answers and ends where the next is to begin:
 
   arithmetic  a bill worked out in three steps, from a list of prices that stands far above
   copy        a list of words or a code written out again, after other lists and codes and a stretch of prose
