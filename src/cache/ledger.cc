@@ -38,6 +38,8 @@ SequencePages& Ledger::look_up(SequenceId id) {
 
 SequenceId Ledger::add(SequencePages sequence) {
   revise(sequence);
+  // What fails, fails before there is a sequence.
+  if (index_.size() == index_.capacity()) index_.reserve(2 * index_.size() + 16);
   index_.emplace_back(next_id_, &sequences_.emplace(next_id_, std::move(sequence)).first->second);
   return next_id_++;
 }
