@@ -32,9 +32,9 @@ def profile(
     """Measures how much each layer's keys and values matter to a model, as `kvmix profile` does.
 
     text: a calibration file, .txt or .jsonl of {"text": ...}; None: the project's own prompts, continued by the model.
-    tokens: of each of the `prompts`; 0: 2048, or the model's context. sensitivity: "fisher" (from gradients), "kl" (on the
-    running cache), "output" (attention output), in nats per token, or None for gradient scores alone. device: "cuda" runs
-    the model's passes on a GPU. Takes 170 seconds and half a gigabyte for a model of 135M on two cores. Raises
+    tokens: of each of the `prompts`, which are the windows; 0: 2048, or the model's context. sensitivity: "fisher" (from
+    gradients), "kl" (on the running cache), "output" (attention output), in nats per token, or None for gradient scores
+    alone. device: "cuda" runs the model's passes on a GPU. Takes 170 seconds and half a gigabyte for a model of 135M on two cores. Raises
     InvalidArgumentError, NotFoundError, CorruptError naming file and line.
     """
     return _native.make_profile(

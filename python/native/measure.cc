@@ -53,9 +53,7 @@ Profile make_profile(nb::handle object, const std::string& file, int prompts, in
     SensitivityOptions options;
     options.metric = *sensitivity;
     options.windows = windows;
-    options.tokens = static_cast<int64_t>(text.front().size()) < 512
-                         ? 2048
-                         : std::min<int64_t>(static_cast<int64_t>(text.front().size()), 2048);
+    options.tokens = text.front().size() < 512 ? 2048 : static_cast<int64_t>(text.front().size());  // short ones are joined
     options.device = device;
     options.threads = threads;
     profile_sensitivity(model, text, options, result, report);
