@@ -49,6 +49,18 @@ class Runs:
         self.add(f"generate.{group}.0", model, f"eval --generate --text {shlex.quote(self.args.text)} --windows {prompts} "
                                                 f"--prompt-tokens {prompt} --tokens {count}", rows)
 
+    def calibration(self):
+        """Arguments that name the text to measure on, where there is one; else the model writes it."""
+        text = pathlib.Path(self.args.profiles) / "calib.txt"
+        return ["--calib", str(text)] if text.exists() else []
+
+    def axes(self, name, model, bits, axes, *more, seconds):
+        """A plan of so many bits over several axes, whose command prints what each choice gave."""
+        words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", "--profile", f"{self.args.profiles}/{model}.json",
+                 "--bits", str(bits), "--context", "4096", "--axes", axes, "--needles", "1", *more, "-o", self.plan(model, name),
+                 "--json", "--quiet", "--threads", str(self.args.threads), *self.calibration()]
+        self.jobs.append((f"axes.{name.split('-')[0]}.{model}", words, seconds))
+
     def make_plans(self, model, plans):
         """plans: by name, arguments of kvmix plan and, where a plan then wants what no option makes, a function that changes it."""
         profile = f"{self.args.profiles}/{model}.json"

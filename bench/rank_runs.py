@@ -20,14 +20,8 @@ THINK = (0.75, 0.5)
 CHANNELS = (0.6, 0.5)
 
 
-def factors(runs_or_args, model, method, keep):
-    args = getattr(runs_or_args, "args", runs_or_args)
+def factors(args, model, method, keep):
     return f"{args.out}/factors/{model}-{method}-{keep:g}.gguf"
-
-
-def calibration(args):
-    text = pathlib.Path(args.profiles) / "calib.txt"
-    return ["--calib", str(text)] if text.exists() else []
 
 
 def keeps(method):
@@ -46,7 +40,7 @@ def prepare(runs, model):
             return
         words = [args.kvmix, "factorise", f"{args.models}/{model}.gguf", "--method", method, "--keep", str(keep), "-o", out,
                  "--threads", str(args.threads), "--quiet"]
-        words += calibration(args) if method != "lorc" else []
+        words += runs.calibration() if method != "lorc" else []
         # All latents are for ranks that a planner chooses; else ranks follow gradients, as Palu's paper has it.
         words += ["--profile", f"{args.profiles}/{model}.json"] if method == "palu" and keep < 1 else []
         done = subprocess.run(words, capture_output=True, text=True)
@@ -98,11 +92,8 @@ def collect(runs, models):
         for group, rows in groups.items():
             runs.text(model, group, rows, 1024 if big else 2048, 1 if big else 2, 256 if big else 512, part=1 if big else 2)
         for budget in SPENT:
-            words = [runs.args.kvmix, "plan", f"{runs.args.models}/{model}.gguf", "--profile", f"{runs.args.profiles}/{model}.json",
-                     "--bits", str(budget), "--context", "4096", "--axes", "tokens,bits,channels,rank", "--needles", "1",
-                     "--factors", factors(runs, model, "palu", 1), "-o", runs.plan(model, f"r{budget}-joint"), "--json", "--quiet",
-                     "--threads", str(runs.args.threads), *calibration(runs.args)]
-            runs.jobs.append((f"axes.r{budget}.{model}", words, 1200))
+            runs.axes(f"r{budget}-joint", model, budget, "tokens,bits,channels,rank", "--factors",
+                      factors(runs.args, model, "palu", 1), seconds=1200)
     for seed in range(10):
         for model in models:
             for group, rows in (("r4", [f"r4-{row}" for row in ("bits", "palu@0.5x8", "recalkv@0.5x8", "lorc@0.75x5", "think@0.5")]),

@@ -66,17 +66,6 @@ def budget_rows(bits, few):
     return [f"b{bits}-{row}" for row in rows]
 
 
-def axes(runs, model, bits):
-    name = f"axes.b{bits}.{model}"
-    words = [runs.args.kvmix, "plan", f"{runs.args.models}/{model}.gguf", "--profile", f"{runs.args.profiles}/{model}.json",
-             "--bits", str(bits), "--context", "4096", "--axes", "tokens,bits", "--needles", "1", "-o",
-             runs.plan(model, f"b{bits}-axes"), "--json", "--quiet", "--threads", str(runs.args.threads)]
-    calibration = pathlib.Path(runs.args.profiles) / "calib.txt"
-    if calibration.exists():
-        words += ["--calib", str(calibration)]
-    runs.jobs.append((name, words, 800))
-
-
 def collect(runs, models):
     small = [m for m in models if m != "qwen"]
     code = runs.folder / "code.txt"
@@ -120,7 +109,7 @@ def collect(runs, models):
             runs.generate(model, f"b{bits}", budget_rows(bits, False))
     for model in small:
         for bits in BUDGETS:
-            axes(runs, model, bits)
+            runs.axes(f"b{bits}-axes", model, bits, "tokens,bits", seconds=800)
     for seed in range(10):
         for model in small:
             for bits in BUDGETS:

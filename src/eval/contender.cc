@@ -167,4 +167,17 @@ std::unique_ptr<Contender> make_contender(std::shared_ptr<const Model> model, co
   return std::make_unique<Theirs>(std::move(model), subject.peer_type, options);
 }
 
+std::vector<EvalSubject> rows_after_f16(const ModelShape& model, std::span<const EvalSubject> subjects, bool force_plan) {
+  std::vector<EvalSubject> rows{{"f16", f16_plan(model), ""}};
+  rows.insert(rows.end(), subjects.begin(), subjects.end());
+  for (const EvalSubject& s : rows) {
+    if (s.plan) check_plan(*s.plan, model, force_plan);
+  }
+  return rows;
+}
+
+double f16_elements(const ModelShape& model, int64_t tokens) {
+  return live_elements(cache_config(f16_plan(model), model), tokens);
+}
+
 }  // namespace kvmix

@@ -4,6 +4,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kvmix/eval.h"
 
@@ -49,5 +50,10 @@ class Contender {
 
 std::unique_ptr<Contender> make_contender(std::shared_ptr<const Model> model, const EvalSubject& subject,
                                           const ContenderOptions& options);
+
+// Our f16 cache's row and those given. Throws as check_plan.
+std::vector<EvalSubject> rows_after_f16(const ModelShape& model, std::span<const EvalSubject> subjects, bool force_plan);
+// What bits are counted by: elements that the f16 cache holds of so many tokens.
+double f16_elements(const ModelShape& model, int64_t tokens);
 
 }  // namespace kvmix

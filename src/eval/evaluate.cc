@@ -244,7 +244,7 @@ std::vector<EvalRow> evaluate_tokens(std::shared_ptr<const Model> model, std::sp
   }
   Evaluation evaluation(model, subjects, sized);
   const auto rows_after = [&](size_t length) {
-    const double elements = live_elements(cache_config(f16_plan(model->shape()), model->shape()), static_cast<int64_t>(length));
+    const double elements = f16_elements(model->shape(), static_cast<int64_t>(length));
     const std::vector<Tally>& tallies = evaluation.tallies();
     std::vector<EvalRow> rows;
     for (size_t r = 0; r < tallies.size(); ++r) {

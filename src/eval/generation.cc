@@ -33,11 +33,7 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
                                               std::to_string(model->shape().context_tokens));
   }
   const std::vector<std::vector<Token>> prompts = text_windows(*model, text, options.prompt_tokens, options.prompts);
-  std::vector<EvalSubject> rows_of{{"f16", f16_plan(model->shape()), ""}};
-  rows_of.insert(rows_of.end(), subjects.begin(), subjects.end());
-  for (const EvalSubject& s : rows_of) {
-    if (s.plan) check_plan(*s.plan, model->shape(), options.force_plan);
-  }
+  const std::vector<EvalSubject> rows_of = rows_after_f16(model->shape(), subjects, options.force_plan);
   std::unique_ptr<FloatCopy> copy;
   if (options.float_weights) {
     copy = std::make_unique<FloatCopy>(model->path());
@@ -114,8 +110,7 @@ std::vector<GenerationRow> evaluate_generation(std::shared_ptr<const Model> mode
       const auto differs = std::mismatch(said.begin(), said.end(), reference[p].begin()).first;
       row.agreement.push_back(static_cast<int>(differs - said.begin()));
       row.repetition.push_back(repetition_rate(said, kRepeatedNgram));
-      row.bits_per_element += static_cast<double>(runner->cache_bytes(context)) * 8 /
-                              live_elements(cache_config(f16_plan(model->shape()), model->shape()), context) /
+      row.bits_per_element += static_cast<double>(runner->cache_bytes(context)) * 8 / f16_elements(model->shape(), context) /
                               static_cast<double>(prompts.size());
       kept += runner->kept(context - 1);
     }

@@ -236,7 +236,7 @@ std::vector<NeedleCell> evaluate_needle(std::shared_ptr<const Model> model, std:
       }
       int hits = 0, asked = 0;
       double kept = 0, bits = 0;
-      const double elements = live_elements(cache_config(f16_plan(model->shape()), model->shape()), contender.context);
+      const double elements = f16_elements(model->shape(), contender.context);
       const auto feed = [&](std::span<const Token> tokens, bool again) {
         for (size_t i = 0; i < tokens.size(); i += kChunk) {
           const size_t n = std::min(kChunk, tokens.size() - i);

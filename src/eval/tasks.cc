@@ -17,11 +17,7 @@ std::vector<TaskRow> evaluate_tasks(std::shared_ptr<const Model> model, std::spa
                                     std::span<const EvalSubject> subjects, const TaskOptions& options,
                                     const Progress& progress) {
   if (tasks.empty()) throw Error(Status::kInvalidArgument, "there are no tasks to answer");
-  std::vector<EvalSubject> rows_of{{"f16", f16_plan(model->shape()), ""}};
-  rows_of.insert(rows_of.end(), subjects.begin(), subjects.end());
-  for (const EvalSubject& s : rows_of) {
-    if (s.plan) check_plan(*s.plan, model->shape(), options.force_plan);
-  }
+  const std::vector<EvalSubject> rows_of = rows_after_f16(model->shape(), subjects, options.force_plan);
   std::vector<TaskTokens> asked;
   int64_t longest = 0;
   double total = 0, done = 0;
@@ -37,7 +33,6 @@ std::vector<TaskRow> evaluate_tasks(std::shared_ptr<const Model> model, std::spa
   contender.kernel = options.kernel;
   contender.exact = options.exact;
   contender.force_plan = options.force_plan;
-  const CacheConfig full = cache_config(f16_plan(model->shape()), model->shape());
   const auto vocab = static_cast<size_t>(model->vocab_size());
   std::vector<TaskRow> rows;
   for (const EvalSubject& subject : rows_of) {
@@ -76,7 +71,7 @@ std::vector<TaskRow> evaluate_tasks(std::shared_ptr<const Model> model, std::spa
       for (int64_t t = 0; t < asked[i].most; ++t) {
         const auto logits = cache->decode({&token, 1}).first(vocab);
         if (t == 0) {
-          bits += static_cast<double>(cache->cache_bytes(before + 1)) * 8 / live_elements(full, before + 1);
+          bits += static_cast<double>(cache->cache_bytes(before + 1)) * 8 / f16_elements(model->shape(), before + 1);
           kept += cache->kept(before + 1);
         }
         token = static_cast<Token>(std::max_element(logits.begin(), logits.end()) - logits.begin());
