@@ -4,7 +4,9 @@ processes of few threads, each of which leaves what it prints as JSON.
 import argparse
 import concurrent.futures
 import json
+import os
 import pathlib
+import queue
 import re
 import shlex
 import signal
@@ -19,6 +21,12 @@ class Runs:
         self.args = args
         self.folder = pathlib.Path(args.out)
         self.jobs = []
+        self.gpus = queue.Queue()  # a GPU for each slot
+        for slot in range(args.slots):
+            self.gpus.put(args.gpus.split(",")[slot % len(args.gpus.split(","))])
+
+    def on_gpu(self):
+        return self.args.device == "cuda"
 
     def plan(self, model, name):
         return str(self.folder / "plans" / model / f"{name}.json")
@@ -30,6 +38,7 @@ class Runs:
             return
         words = [self.args.kvmix, *shlex.split(command), "--json", "--quiet", "--threads", str(threads or self.args.threads)]
         words.insert(2, f"{self.args.models}/{model}.gguf")
+        words += ["--device", "cuda"] if self.on_gpu() else []
         for p in made:
             if p not in missing:
                 words += ["--plan", p]
@@ -41,9 +50,10 @@ class Runs:
                      f"eval --text {shlex.quote(text or self.args.text)} --context {context} --windows {windows} --scored {scored}",
                      rows[at:at + part])
 
-    def needle(self, model, group, rows, context, seed, kinds="keys", trials=1):
-        self.add(f"needle-{context}.{group}.{seed}", model,
-                 f"eval --needle --contexts {context} --kinds {kinds} --trials {trials} --seed {seed}", rows)
+    def needle(self, model, group, rows, context, seed, kinds="keys", trials=1, part=9):
+        for at in range(0, len(rows), part):
+            self.add(f"needle-{context}.{group}.{seed}.{at}", model,
+                     f"eval --needle --contexts {context} --kinds {kinds} --trials {trials} --seed {seed}", rows[at:at + part])
 
     def generate(self, model, group, rows, prompts=4, prompt=2048, count=128):
         self.add(f"generate.{group}.0", model, f"eval --generate --text {shlex.quote(self.args.text)} --windows {prompts} "
@@ -59,6 +69,7 @@ class Runs:
         words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", "--profile", f"{self.args.profiles}/{model}.json",
                  "--bits", str(bits), "--context", "4096", "--axes", axes, "--needles", "1", *more, "-o", self.plan(model, name),
                  "--json", "--quiet", "--threads", str(self.args.threads), *self.calibration()]
+        words += ["--device", "cuda"] if self.on_gpu() else []
         self.jobs.append((f"axes.{name.split('-')[0]}.{model}", words, seconds))
 
     def make_plans(self, model, plans):
@@ -74,6 +85,7 @@ class Runs:
                 return
             words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", *shlex.split(arguments), "-o", out,
                      "--threads", "1", "--quiet", "--json"]
+            words += ["--device", "cuda"] if self.on_gpu() else []
             if "--planner" not in words:
                 words += ["--profile", profile]
             done = subprocess.run(words, capture_output=True, text=True)
@@ -95,10 +107,12 @@ class Runs:
             if out.exists() or left < 5:
                 return
             began = time.monotonic()
+            gpu = self.gpus.get()
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if self.on_gpu() else None
             with open(log, "w") as errors:
                 errors.write(shlex.join(words) + "\n")
                 errors.flush()
-                process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True)
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
                 try:
                     said, _ = process.communicate(timeout=min(seconds, left))
                 except subprocess.TimeoutExpired:
@@ -108,6 +122,7 @@ class Runs:
                     except subprocess.TimeoutExpired:
                         process.kill()
                         said, _ = process.communicate()
+                self.gpus.put(gpu)
                 errors.write(f"exit {process.returncode} after {time.monotonic() - began:.1f} s\n")
             try:
                 json.loads(said)
@@ -130,6 +145,8 @@ def main(purpose, plans, collect, prepare=None):
         parser.add_argument(name)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of plans and commands")
+    parser.add_argument("--gpus", default="0", help="--device cuda: their numbers, such as 0,1; slots share them")
     parser.add_argument("--limit", type=float, default=900)
     parser.add_argument("--only", default="", help="of the commands those whose name matches this expression")
     parser.add_argument("--sources", default="src", help="folder of source code, the second kind of text of DBudgetKV")

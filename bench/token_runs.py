@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Runs what bench/plan_tables.py shows: rows of the token axis beside bits, as many processes of few threads.
 
-    bench/token_runs.py KVMIX MODELS TEXT PROFILES OUT [--slots 16] [--threads 4] [--limit 900] [--only REGEX] [--print]
+    bench/token_runs.py KVMIX MODELS TEXT PROFILES OUT [--device cuda --gpus 0,1] [--slots 16] [--threads 4] [--limit 900]
+        [--only REGEX] [--print]
 
 MODELS holds smollm2.gguf, gemma3.gguf, qwen.gguf (those that are there are run), PROFILES their profiles NAME.json, OUT takes
 a .json and a .log for each run; one whose .json is there is not run again. What matters most comes first, and at the limit
-(seconds) what still runs is interrupted: it writes the rows that are complete.
+(seconds) what still runs is interrupted: it writes the rows that are complete. On GPUs there are ten times the passkeys and twice
+the text, and no rows of policies that the device does not carry out (kvmix list).
 """
 import pathlib
 import shlex
@@ -56,6 +58,8 @@ def plans(model, args):
     made["long-window"] = "--planner uniform " + tokens("streaming", bound + " sinks=4 decode=evict")
     made["long-h2o"] = "--planner uniform " + tokens("h2o", bound)
     made["long-leankv"] = F16 + " " + tokens("leankv", "low=0.3")
+    if args.device == "cuda":
+        made = {name: words for name, words in made.items() if "h2o" not in words and "leankv" not in words}
     return made
 
 
@@ -66,11 +70,62 @@ def budget_rows(bits, few):
     return [f"b{bits}-{row}" for row in rows]
 
 
-def collect(runs, models):
-    small = [m for m in models if m != "qwen"]
+def collect_on_gpu(runs, models):
+    """What takes a CPU hours: all budgets of all models, 50 passkeys a cell at two lengths, continuations."""
+    def needles(model, group, rows, kinds="key,keys", part=3):
+        for context in (4096, 8192):
+            runs.needle(model, group, rows, context, 0, kinds=kinds, trials=10, part=part)
+
+    def rows_of(bits):
+        return budget_rows(bits, False) + [f"b{bits}-tokens-kvcrush"]
+
+    for model in models:
+        for bits in BUDGETS:
+            runs.text(model, f"b{bits}", rows_of(bits), 4096, 8, 512, part=3)
+    for model in models:
+        for bits in BUDGETS:
+            needles(model, f"b{bits}", rows_of(bits))
+    for model in models:
+        for bits in BUDGETS:
+            runs.generate(model, f"b{bits}", rows_of(bits), prompts=16)
+    claims(runs, models[:1], windows=8, trials=10, needle=needles)
+    for model in models:
+        for bits in BUDGETS:
+            runs.axes(f"b{bits}-axes", model, bits, "tokens,bits", seconds=300)
+    long_generations(runs, ["long-window"])
+
+
+def claims(runs, models, windows, trials, needle):
+    qp = [f"qp-{part}-{x}" for part in ("8th", "16th") for x in ("1x16", "2x8", "4x4")]
+    lean = ["lean-1-0.02", "lean-1-0.1", "lean-1-0.3", "lean-2-0.5"]
+    crush = ["crush-host", "crush-alternate", "crush-mean", "crush-random"]
+    dbudget = ["dbudget-0.01", "dbudget-0.05"]
     code = runs.folder / "code.txt"
     sources = sorted(pathlib.Path(runs.args.sources).rglob("*.cc"))
     code.write_text("\n".join(s.read_text() for s in sources)[:400_000] or "no sources\n")
+    for model in models:
+        for group, rows in (("qp", qp), ("lean", lean), ("crush", crush)):
+            runs.text(model, group, rows, 4096, windows, 512)
+        runs.text(model, "dbudget", dbudget, 4096, windows, 512)
+        runs.text(model, "dbudget-code", dbudget, 4096, windows, 512, text=str(code))
+        for kind in ("key", "keys", "quote", "word"):
+            runs.needle(model, f"dbudget-{kind}", dbudget, 4096, 0, kinds=kind, trials=trials)
+        for group, rows in (("qp", qp), ("lean", lean), ("crush", crush)):
+            needle(model, group, rows)
+
+
+def long_generations(runs, rows):
+    for row in rows:
+        runs.add(f"long.{row}", "smollm2", f"eval --generate --text {shlex.quote(runs.args.text)} --windows 1 "
+                                            "--prompt-tokens 4096 --tokens 4096", [row])
+        runs.add(f"longtext.{row}", "smollm2", f"eval --text {shlex.quote(runs.args.text)} --context 8192 --windows 2", [row])
+
+
+def collect(runs, models):
+    if runs.on_gpu():
+        collect_on_gpu(runs, models)
+        return
+    small = [m for m in models if m != "qwen"]
     if "smollm2" in models:
         runs.add("bench.0", "smollm2", "bench --depths 8160 --tokens 16 --repetitions 5 --peer --peer-types f16",
                  ["k3", "k4", "k4-snapkv@0.25", "k4-mass", "k4-mass-of-every", "k4-h2o@0.25", "leankv"], threads=8)
@@ -82,28 +137,13 @@ def collect(runs, models):
         for bits in BUDGETS:
             runs.text(model, f"b{bits}", budget_rows(bits, False) + [f"b{bits}-tokens-kvcrush"], 4096, 4, 512)
     if "smollm2" in models:
-        for row in ("long-window", "long-h2o", "long-leankv"):
-            runs.add(f"long.{row}", "smollm2", f"eval --generate --text {shlex.quote(runs.args.text)} --windows 1 "
-                                                "--prompt-tokens 4096 --tokens 4096", [row])
-            runs.add(f"longtext.{row}", "smollm2", f"eval --text {shlex.quote(runs.args.text)} --context 8192 --windows 2",
-                     [row])
-    qp = [f"qp-{part}-{x}" for part in ("8th", "16th") for x in ("1x16", "2x8", "4x4")]
-    lean = ["lean-1-0.02", "lean-1-0.1", "lean-1-0.3", "lean-2-0.5"]
-    crush = ["crush-host", "crush-alternate", "crush-mean", "crush-random"]
-    dbudget = ["dbudget-0.01", "dbudget-0.05"]
-    for model in small[:1]:
-        for group, rows in (("qp", qp), ("lean", lean), ("crush", crush)):
-            runs.text(model, group, rows, 4096, 3, 512)
-        runs.text(model, "dbudget", dbudget, 4096, 3, 512)
-        runs.text(model, "dbudget-code", dbudget, 4096, 3, 512, text=str(code))
-        for kind in ("key", "keys", "quote", "word"):
-            runs.needle(model, f"dbudget-{kind}", dbudget, 4096, 0, kinds=kind)
+        long_generations(runs, ("long-window", "long-h2o", "long-leankv"))
     for seed in range(10) if small else ():
         for model in small:
             for bits in BUDGETS:
                 runs.needle(model, f"b{bits}", budget_rows(bits, False), 4096, seed)
-        for group, rows in (("qp", qp), ("lean", lean), ("crush", crush)):
-            runs.needle(small[0], group, rows, 4096, seed)
+    claims(runs, small[:1], windows=3, trials=1,
+           needle=lambda model, group, rows: [runs.needle(model, group, rows, 4096, seed) for seed in range(10)])
     for model in small:
         for bits in BUDGETS:
             runs.generate(model, f"b{bits}", budget_rows(bits, False))

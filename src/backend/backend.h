@@ -55,6 +55,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
+  // Whether all pages of a list but its last one must be full.
+  virtual bool wants_full_pages() const { return false; }
+
   // Pages. allocate throws kOutOfMemory and changes nothing then.
   virtual PageHandle allocate(const PageFormat& format) = 0;
   virtual void release(PageHandle page, const PageFormat& format) = 0;
@@ -66,8 +69,8 @@ class Backend {
   // Whole pages, from one thread outside append and attend.
   virtual void copy(PageHandle from, PageHandle to, const PageFormat& format) = 0;
   virtual void transcode(const Transcode& job) = 0;
-  // By several threads at once, each with its own `thread` below CacheConfig::threads.
-  virtual void gather(const Gather& job, int thread) = 0;
+  // Pages of one layer.
+  virtual void gather(std::span<const Gather> jobs) = 0;
   // The live rows of a side as stored, float [live][the side's width in the page's format].
   virtual void read(const PageEntry& page, Side side, float* rows) const = 0;
   // The live rows of a page as a file holds them: for tiles filled token by token a record per token, else the bytes.

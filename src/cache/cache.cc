@@ -23,9 +23,14 @@ void check_device(const CacheConfig& config) {
     fail(Status::kInvalidArgument, "device \"" + config.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
   }
   if (config.tokens) {
-    fail(Status::kUnsupported,
-         "token policy " + config.tokens->name +
-             " does not run on the device \"cuda\"; take a plan without \"tokens\", or the device \"cpu\"");
+    const std::unique_ptr<Policy> policy = make_policy(*config.tokens);
+    const bool counts = policy->needs().mass != MassReduce::kNone;
+    if (counts || policy->has_low_tier()) {
+      fail(Status::kUnsupported, "token policy " + to_string(*config.tokens) +
+                                     (counts ? " counts what every query pays to each token"
+                                             : " has a second tier of tokens") +
+                                     ", which the device \"cuda\" does not do; take another policy, or the device \"cpu\"");
+    }
   }
   if (config.channels) {
     fail(Status::kUnsupported,
@@ -164,6 +169,7 @@ Cache::Impl::Impl(CacheConfig c)
   }
   if (on_cuda(config)) ledger.write_late();
   backend = on_cuda(config) ? make_cuda_backend(config, formats, ids) : make_cpu_backend(config, formats, ids);
+  if (backend->wants_full_pages()) ledger.fill_pages();
 }
 
 void Cache::Impl::release(std::span<const FreedPage> pages) {

@@ -11,6 +11,7 @@ std::span<const Gather> Ledger::open_compaction(SequenceId id, size_t layer, std
   if (open_) throw Error(Status::kInternal, "a layer is compacted inside a step; end it first");
   begin_change();
   revise(sequence);
+  sequence.quiet_until = 0;
   open_ = true;
   LayerPages& pages = sequence.layers[layer];
   for (size_t h = 0; h < pages.heads.size(); ++h) {
@@ -53,7 +54,7 @@ void Ledger::compact(Compacting job) {
   next.positions.reserve(left);
   if (ids_[job.layer].mass) next.mass.reserve(mass_room(static_cast<int64_t>(left)));
   std::vector<Kept> moving;
-  int64_t empty = kPageTokens;  // slots that may be left
+  int64_t empty = full_pages_ ? 0 : kPageTokens;  // slots that may be left
   int32_t token = 0;
   int64_t before = 0;
   // Tokens from elsewhere that stand before this position; says whether there were any.

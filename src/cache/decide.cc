@@ -4,6 +4,7 @@
 #include <string>
 
 #include "attention/scores.h"
+#include "base/first_failure.h"
 #include "base/parallel.h"
 #include "cache/state.h"
 #include "kvmix/error.h"
@@ -188,89 +189,107 @@ void Cache::Impl::take_mass(const StepEntry& entry) {
   }
 }
 
+// What the policy decides for a layer, by KV head; nothing where all stays as it is.
+std::vector<Ledger::Regroup> Cache::Impl::decide_layer(SequenceId id, SequencePages& sequence, size_t l, Moment when,
+                                                       PolicyScratch& scratch) {
+  const bool prompt_end = when == Moment::kPromptEnd;
+  const LayerFormats& f = ids[l];
+  LayerPages& layer = sequence.layers[l];
+  int64_t counted_from = sequence.counted_from;
+  std::vector<HeadTokens> tokens;
+  std::vector<HeadView> heads;
+  PolicyView view;
+  for (size_t h = 0; h < layer.heads.size(); ++h) {
+    HeadTokens& head = tokens.emplace_back(layer.heads[h], f.low_tier ? &layer.low[h] : nullptr);
+    const size_t n = head.stored.size();
+    if (prompt_end && f.window_queries > 0) {
+      const Backend::Window window = backend->window(id, static_cast<int>(l), static_cast<int>(h));
+      view.window_rows = window.queries;
+      if (f.mass && !f.mass_of_prompts) {
+        counted_from = sequence.length - window.queries;
+        const std::vector<float> mass = mass_of_window(window.sums, n, f.mass_of_largest);
+        set_mass(layer.heads[h], std::span(mass).subspan(static_cast<size_t>(head.low)));
+        if (f.low_tier) set_mass(layer.low[h], std::span(mass).first(static_cast<size_t>(head.low)));
+      }
+      head.window = head.by_position(window.sums, window.sums.size() / std::max<size_t>(n, 1));
+    }
+    if (!f.mass) continue;
+    std::vector<float> mass;
+    if (f.low_tier) mass = layer.low[h].mass;
+    mass.insert(mass.end(), layer.heads[h].mass.begin(), layer.heads[h].mass.end());
+    head.mass = head.by_position(mass, 1);
+    for (const int64_t position : head.positions) {
+      head.queries.push_back(static_cast<int32_t>(sequence.length - std::max(position, counted_from)));
+    }
+  }
+  heads.reserve(tokens.size());
+  for (const HeadTokens& head : tokens) {
+    heads.push_back({.positions = head.positions,
+                     .tiers = head.tiers,
+                     .mass = head.mass,
+                     .queries = head.queries,
+                     .window = head.window});
+  }
+  view.shape = governed.shapes[l];
+  view.moment = when;
+  view.length = sequence.length;
+  view.prompt_length = sequence.prompt_length;
+  view.incoming = prompt_end ? 0 : 1;
+  view.since = kPageTokens;
+  view.heads = heads;
+  Decision decision;
+  governed.policy->decide(view, scratch, decision);
+  std::vector<Ledger::Regroup> groups(tokens.size());
+  for (size_t h = 0; h < tokens.size(); ++h) {
+    const HeadTokens& head = tokens[h];
+    const auto place = [&](int32_t token) { return head.stored[static_cast<size_t>(token)]; };
+    const auto low = static_cast<int32_t>(head.low);
+    for (const int32_t token : decision.heads[h].drop) {
+      (place(token) < low ? groups[h].drop_low : groups[h].drop)
+          .push_back(place(token) < low ? place(token) : place(token) - low);
+    }
+    for (const Move& move : decision.heads[h].move) {
+      if (move.to != Tier::kLow || place(move.token) < low) {
+        throw Error(Status::kInternal, "token policy " + config.tokens->name + " moves a token up");
+      }
+      groups[h].demote.push_back(place(move.token) - low);
+    }
+  }
+  return groups;
+}
+
+// Layers are decided on side by side: a prompt has millions of tokens of heads.
 void Cache::Impl::decide(SequenceId id, Moment when) {
   SequencePages& sequence = ledger.find(id);
   const bool prompt_end = when == Moment::kPromptEnd;
+  std::vector<size_t> layers;
   for (size_t l = 0; l < config.layers.size(); ++l) {
-    const bool chooses = prompt_end && governed.chooses(l, sequence.length);
-    if (!governed.governs(l)) {
-      if (chooses) choose_channels(id, l, {});
-      continue;
+    if (governed.governs(l)) layers.push_back(l);
+  }
+  std::vector<std::vector<Ledger::Regroup>> groups(config.layers.size());
+  const size_t threads = std::min(layers.size(), static_cast<size_t>(on_cuda(config) ? default_threads() : config.threads));
+  policy_scratch.resize(std::max(policy_scratch.size(), threads));
+  FirstFailure failure;
+  parallel_for(static_cast<int>(threads), threads, [&](size_t t) {
+    for (size_t i = t; i < layers.size(); i += threads) {
+      failure.guard([&] { groups[layers[i]] = decide_layer(id, sequence, layers[i], when, policy_scratch[t]); });
     }
-    const LayerFormats& f = ids[l];
-    LayerPages& layer = sequence.layers[l];
-    std::vector<HeadTokens> tokens;
-    std::vector<HeadView> heads;
-    PolicyView view;
-    for (size_t h = 0; h < layer.heads.size(); ++h) {
-      HeadTokens& head = tokens.emplace_back(layer.heads[h], f.low_tier ? &layer.low[h] : nullptr);
-      const size_t n = head.stored.size();
-      if (prompt_end && f.window_queries > 0) {
-        const Backend::Window window = backend->window(id, static_cast<int>(l), static_cast<int>(h));
-        view.window_rows = window.queries;
-        if (f.mass && !f.mass_of_prompts) {
-          sequence.counted_from = sequence.length - window.queries;
-          const std::vector<float> mass = mass_of_window(window.sums, n, f.mass_of_largest);
-          set_mass(layer.heads[h], std::span(mass).subspan(static_cast<size_t>(head.low)));
-          if (f.low_tier) set_mass(layer.low[h], std::span(mass).first(static_cast<size_t>(head.low)));
-        }
-        head.window = head.by_position(window.sums, window.sums.size() / std::max<size_t>(n, 1));
-      }
-      if (!f.mass) continue;
-      std::vector<float> mass;
-      if (f.low_tier) mass = layer.low[h].mass;
-      mass.insert(mass.end(), layer.heads[h].mass.begin(), layer.heads[h].mass.end());
-      head.mass = head.by_position(mass, 1);
-      for (const int64_t position : head.positions) {
-        head.queries.push_back(static_cast<int32_t>(sequence.length - std::max(position, sequence.counted_from)));
-      }
-    }
-    heads.reserve(tokens.size());
-    for (const HeadTokens& head : tokens) {
-      heads.push_back({.positions = head.positions,
-                       .tiers = head.tiers,
-                       .mass = head.mass,
-                       .queries = head.queries,
-                       .window = head.window});
-    }
-    view.shape = governed.shapes[l];
-    view.moment = when;
-    view.length = sequence.length;
-    view.prompt_length = sequence.prompt_length;
-    view.incoming = prompt_end ? 0 : 1;
-    view.since = kPageTokens;
-    view.heads = heads;
-    governed.policy->decide(view, policy_scratch, decision);
-    std::vector<Ledger::Regroup> groups(tokens.size());
-    for (size_t h = 0; h < tokens.size(); ++h) {
-      const HeadTokens& head = tokens[h];
-      const auto place = [&](int32_t token) { return head.stored[static_cast<size_t>(token)]; };
-      const auto low = static_cast<int32_t>(head.low);
-      for (const int32_t token : decision.heads[h].drop) {
-        (place(token) < low ? groups[h].drop_low : groups[h].drop)
-            .push_back(place(token) < low ? place(token) : place(token) - low);
-      }
-      for (const Move& move : decision.heads[h].move) {
-        if (move.to != Tier::kLow || place(move.token) < low) {
-          throw Error(Status::kInternal, "token policy " + config.tokens->name + " moves a token up");
-        }
-        groups[h].demote.push_back(place(move.token) - low);
-      }
-    }
-    if (chooses) choose_channels(id, l, groups);
-    if (!decision.empty()) compact(id, l, groups);
+  });
+  failure.rethrow();
+  const bool from_window = governed.policy != nullptr && governed.policy->needs().mass_from_window;
+  if (prompt_end && from_window && !layers.empty())
+    sequence.counted_from = sequence.length - backend->window(id, static_cast<int>(layers.front()), 0).queries;
+  for (size_t l = 0; l < config.layers.size(); ++l) {
+    if (prompt_end && governed.chooses(l, sequence.length)) choose_channels(id, l, groups[l]);
+    const auto changes = [](const Ledger::Regroup& head) { return !head.empty(); };
+    if (std::any_of(groups[l].begin(), groups[l].end(), changes)) compact(id, l, groups[l]);
   }
 }
 
 void Cache::Impl::compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads) {
   const std::span<const Gather> gathers = ledger.open_compaction(id, layer, heads);
   allocate_changes();
-  const int threads = std::clamp(static_cast<int>(gathers.size()), 1, config.threads);
-  parallel_for(threads, static_cast<size_t>(threads), [&](size_t t) {
-    for (size_t i = t; i < gathers.size(); i += static_cast<size_t>(threads)) {
-      backend->gather(gathers[i], static_cast<int>(t));
-    }
-  });
+  backend->gather(gathers);
   for (const Gather& gather : gathers) sealed_pages += format(gather.to()).role == PageRole::kSealed ? 1 : 0;
   std::vector<FreedPage> freed = ledger.commit();
   // Under a limit the next layer's pages are these.

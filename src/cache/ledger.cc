@@ -67,12 +67,13 @@ void Ledger::settle(SequencePages& sequence) {
 int64_t Ledger::quiet_length(const SequencePages& sequence) const {
   int64_t until = next_seal(sequence);
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (const PageList& list : unlike(sequence.layers[l])) {
+    for (const PageList& list : unlike(l, sequence.layers[l])) {
       if (list.pages.empty()) return sequence.length;
       const PageEntry& last = list.pages.back();
       const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
       const Due pages = ids_[l].seals_in(list) ? due(l, list) : Due{0, 0};
       if (!format.appendable() || shared(last.handle) || pages.end > pages.first) return sequence.length;
+      if (last.first + last.live != sequence.length) return sequence.length;
       until = std::min<int64_t>(until, last.first + format.slots);
       const size_t oldest = body(l, list);
       if (layers_[l].sliding_window > 0 && oldest < list.pages.size())
@@ -196,7 +197,7 @@ void Ledger::seal(const PageChange::Owner& owner, PageList& list, const Due& pag
 int64_t Ledger::next_seal(const SequencePages& sequence) const {
   int64_t next = INT64_MAX;
   for (size_t l = 0; l < layers_.size(); ++l) {
-    for (const PageList& list : unlike(sequence.layers[l])) {
+    for (const PageList& list : unlike(l, sequence.layers[l])) {
       if (!ids_[l].seals_in(list)) continue;
       // Tokens behind what a step would seal now.
       const size_t oldest = due(l, list).end;
@@ -241,8 +242,13 @@ void Ledger::open_list(const PageChange::Owner& owner, PageList& list, const Ste
     const PageEntry page = list.pages[last];
     const PageFormat& format = formats_[static_cast<FormatId>(page.format)];
     // Unless its newest token was dropped, the last page goes on; one that a fork shares is copied before it is written to.
-    if (format.appendable() && page.live < format.slots && page.first + page.live == entry.start) {
+    const bool apart = page.first + page.live != entry.start;
+    if (format.appendable() && page.live < format.slots && (!apart || full_pages_)) {
       if (shared(page.handle)) replace(list, last, static_cast<FormatId>(page.format), true, owner);
+      if (apart) {  // its tokens name their positions, so that only the next one's counts
+        undo_.push_back({&list, last, list.pages[last]});
+        list.pages[last].first = static_cast<int32_t>(entry.start) - page.live;
+      }
       set_live(list, last, end);
       next += list.pages[last].live - page.live;
     }
@@ -259,7 +265,7 @@ void Ledger::open_layer(size_t layer, size_t index) {
     Due pages{};
     for (size_t h = 0; h < heads.size(); ++h) {
       if (!ids_[layer].seals_in(heads[h])) continue;
-      if (h == 0 || !writes_late_) pages = due(layer, heads[h]);
+      if (h == 0 || !heads_alike(layer)) pages = due(layer, heads[h]);
       owner.kv_head = static_cast<int32_t>(h);
       seal(owner, heads[h], pages);
     }

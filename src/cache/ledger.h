@@ -33,8 +33,10 @@ class Ledger {
       : layers_(layers), ids_(ids), formats_(formats) {}
 
   // For a backend that does not read PageEntry::live in a step: steps that change nothing else are written into the lists when
-  // `find` is next asked for the sequence, so that they cost no visit to every list. Not for layers that are governed.
+  // `find` is next asked for the sequence, so that they cost no visit to every list. Not for layers with a low tier or mass.
   void write_late() { writes_late_ = true; }
+  // For a backend that wants it: what a compaction leaves has no page before the last that is not full.
+  void fill_pages() { full_pages_ = true; }
 
   SequenceId create();
   // Both refuse with kNotFound an unknown sequence.
@@ -70,7 +72,7 @@ class Ledger {
     bool empty() const { return drop.empty() && drop_low.empty() && demote.empty(); }
   };
   // Opens a compaction of a layer, outside steps, a Regroup per KV head. Sealed pages that neither lose nor gain a token stay,
-  // as long as no more than a page's slots are left empty in front of those that stay. What is left of the others moves
+  // as long as no more than a page's slots, or with fill_pages none, are left empty in front of those that stay. What is left of the others moves
   // together, in order: the first tokens into the sinks' page, the newest into recent pages, and what is behind the window into
   // sealed ones, as if the tokens that are left had come one after the other. (src/cache/compaction.cc)
   std::span<const Gather> open_compaction(SequenceId id, size_t layer, std::span<const Regroup> heads);
@@ -142,8 +144,9 @@ class Ledger {
   Due due(size_t layer, const PageList& list) const;
   void seal(const PageChange::Owner& owner, PageList& list, const Due& pages);
   // Lists that may differ in more than which pages they hold: where none is governed a layer's heads are alike.
-  std::span<const PageList> unlike(const LayerPages& layer) const {
-    return std::span(layer.heads).first(writes_late_ ? 1 : layer.heads.size());
+  bool heads_alike(size_t layer) const { return writes_late_ && !ids_[layer].governed; }
+  std::span<const PageList> unlike(size_t l, const LayerPages& layer) const {
+    return std::span(layer.heads).first(heads_alike(l) ? 1 : layer.heads.size());
   }
   void drop(const PageEntry& entry, std::vector<FreedPage>& freed);
   void leave_window(size_t layer, SequencePages& sequence, std::vector<FreedPage>& freed);
@@ -167,7 +170,7 @@ class Ledger {
   uint64_t next_revision_ = 1;
   std::unordered_map<PageHandle, int> extra_references_;  // only pages with more than one
 
-  bool writes_late_ = false;
+  bool writes_late_ = false, full_pages_ = false;
   bool open_ = false;
   StepPlan plan_;
   std::vector<PageChange> changes_, by_age_;

@@ -24,8 +24,7 @@ struct Cache::Impl {
   Ledger ledger;
   std::unique_ptr<Backend> backend;
   int64_t sealed_pages = 0;
-  PolicyScratch policy_scratch;
-  Decision decision;
+  std::vector<PolicyScratch> policy_scratch;  // by thread
   std::vector<FreedPage> reserve;  // for what the prompts that end in the open step will keep
   std::unique_ptr<Team> team;      // of step_layer
 
@@ -41,6 +40,8 @@ struct Cache::Impl {
   void fill_reserve(std::span<const StepItem> items);
   void release_reserve();
   void decide(SequenceId id, Moment moment);
+  std::vector<Ledger::Regroup> decide_layer(SequenceId id, SequencePages& sequence, size_t layer, Moment moment,
+                                            PolicyScratch& scratch);
   void compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads);
   void check_decoded(std::span<const StepItem> items) const;
   void take_mass(const StepEntry& entry);

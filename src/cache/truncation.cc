@@ -37,6 +37,7 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
   }
   begin_change();
   open_ = true;
+  if (full_pages_) revise(sequence);
   growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
                      std::min(sequence.counted_from, n_tokens), sequence.in_prompt, sequence.revision, false});
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -68,8 +69,8 @@ void Ledger::cut(size_t layer, int kv_head, PageList& list, bool low, int64_t n_
   const PageEntry last = list.pages[keep - 1];
   const PageFormat& format = formats_[static_cast<FormatId>(last.format)];
   const int32_t newest = list.position(last, before, live - 1);
-  // A cut page is appended to again, unless its newest token is gone.
-  if (!low && !format.appendable() && live < format.slots && newest + 1 == n_tokens) {
+  // A cut page is appended to again, unless its newest token is gone, where pages need not be full.
+  if (!low && !format.appendable() && live < format.slots && (newest + 1 == n_tokens || full_pages_)) {
     replace(list, keep - 1, ids_[layer].recent, false);
     plan_.transcodes[layer].push_back({static_cast<int>(layer), kv_head, last, &list, keep - 1});
   }

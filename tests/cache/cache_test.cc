@@ -462,8 +462,8 @@ TEST(Cache, WhatADeviceCannotDoIsNamed) {
   const LayerConfig layer = make_layer(2, 1, 64, key_codec(2), value_codec(2));
   EXPECT_NE(refused(on(layer, "abacus"), Status::kInvalidArgument).find("\"cpu\" or \"cuda\""), std::string::npos);
   CacheConfig dropping = on(layer, "cuda");
-  dropping.tokens = PolicySpec{"snapkv", {}};
-  EXPECT_NE(refused(dropping, Status::kUnsupported).find("snapkv"), std::string::npos);
+  dropping.tokens = PolicySpec{"h2o", {}};
+  EXPECT_NE(refused(dropping, Status::kUnsupported).find("h2o"), std::string::npos);
   CacheConfig kernel = forced(on(layer, "cuda"), "portable");
   EXPECT_NE(refused(kernel, Status::kInvalidArgument).find("portable"), std::string::npos);
   CacheConfig host = on(layer, "cpu");

@@ -223,6 +223,142 @@ TEST(Ledger, AnythingInAnyOrderLosesNoPageAndFreesNoneTwice) {
   }
 }
 
+// Positions that lists hold, by sequence, layer and KV head, as operations should leave them.
+using Positions = std::map<SequenceId, std::vector<std::vector<int64_t>>>;
+
+// How far lists are behind their sequences, as a device keeps it: looked at again where Tables would be written.
+struct Lengths {
+  struct Row {
+    uint64_t revision = 0;
+    std::vector<int64_t> dropped;
+  };
+  void step(const StepPlan& plan, const Positions& before) {
+    for (const StepEntry& entry : plan.entries) {
+      Row& row = rows[entry.id];
+      if (row.revision != entry.pages->revision && row.revision != entry.revision) {
+        row.dropped.clear();
+        for (const LayerPages& layer : entry.pages->layers) {
+          for (const PageList& list : layer.heads) {
+            int64_t tokens = 0;
+            for (size_t i = 0; i + 1 < list.pages.size(); ++i) tokens += list.pages[i].live;
+            row.dropped.push_back(list.pages.back().first - tokens);
+          }
+        }
+      }
+      row.revision = entry.pages->revision;
+      for (size_t i = 0; i < row.dropped.size(); ++i) {
+        ASSERT_EQ(entry.end() - row.dropped[i], static_cast<int64_t>(before.at(entry.id)[i].size()) + entry.n_tokens);
+      }
+    }
+  }
+  std::map<SequenceId, Row> rows;
+};
+
+void run_governed(unsigned seed, bool late) {
+  std::mt19937 random(seed);
+  std::vector<LayerConfig> layers = mixed_layers();
+  layers.erase(layers.begin() + 1);
+  Books books(layers);
+  for (LayerFormats& ids : books.ids) ids.governed = true;
+  Ledger& ledger = books.ledger;
+  if (late) ledger.write_late();
+  ledger.fill_pages();
+  Positions expected;
+  Lengths lengths;
+  const auto lists_of = [&](SequenceId id, const auto& visit) {
+    size_t i = 0;
+    for (const LayerPages& layer : ledger.find(id).layers) {
+      for (const PageList& list : layer.heads) visit(list, expected[id][i++]);
+    }
+  };
+  expected[ledger.create()].resize(4);
+  for (int i = 0; i < 400; ++i) {
+    auto chosen = expected.begin();
+    std::advance(chosen, random() % expected.size());
+    const SequenceId id = chosen->first;
+    switch (random() % 10) {
+      case 0: {
+        const bool fresh = random() % 2 == 0;
+        const SequenceId made = fresh ? ledger.create() : ledger.fork(id);
+        expected[made] = fresh ? std::vector<std::vector<int64_t>>(4) : expected[id];
+        break;
+      }
+      case 1:
+        if (expected.size() < 2) break;
+        books.free(ledger.remove(id));
+        expected.erase(id);
+        break;
+      case 2: {
+        const int64_t to = std::max<int64_t>(0, ledger.length(id) - static_cast<int64_t>(random() % 300));
+        ledger.open_truncation(id, to);
+        books.free(books.allocate() ? ledger.commit() : ledger.abort());
+        for (auto& list : expected[id]) std::erase_if(list, [&](int64_t p) { return p >= to; });
+        break;
+      }
+      case 3: {
+        const size_t layer = random() % 2, most = 1 + random() % 4;
+        std::vector<Ledger::Regroup> heads(2);
+        for (size_t h = 0; h < 2; ++h) {
+          std::vector<int64_t>& list = expected[id][layer * 2 + h];
+          std::vector<int64_t> left;
+          for (size_t t = 0; t < list.size(); ++t) {
+            if (t >= 16 && random() % 5 < most) {
+              heads[h].drop.push_back(static_cast<int32_t>(t));
+            } else {
+              left.push_back(list[t]);
+            }
+          }
+          list = left;
+        }
+        ledger.open_compaction(id, layer, heads);
+        books.allocate();
+        books.free(ledger.commit());
+        break;
+      }
+      default: {
+        std::vector<StepItem> items{{id, 1 + static_cast<int>(random() % (random() % 3 == 0 ? 400 : 3))}};
+        ledger.open(items);
+        if (random() % 4 == 0) {
+          if (books.allocate(random() % (ledger.changes().size() + 1))) lengths.step(ledger.plan(), expected);
+          books.free(ledger.abort());
+          break;
+        }
+        books.allocate();
+        lengths.step(ledger.plan(), expected);
+        books.free(ledger.commit());
+        for (auto& list : expected[id]) {
+          for (int t = 0; t < items[0].n_tokens; ++t) list.push_back(ledger.length(id) - items[0].n_tokens + t);
+        }
+      }
+    }
+    if (late && i % 7 != 0) continue;
+    for (const auto& [one, positions] : expected) {
+      lists_of(one, [&](const PageList& list, const std::vector<int64_t>& wanted) {
+        std::vector<int64_t> held;
+        list.for_each_token([&](const PageEntry&, int, int32_t position) { held.push_back(position); });
+        ASSERT_EQ(held, wanted);
+        for (size_t p = 0; p + 1 < list.pages.size(); ++p) {
+          ASSERT_EQ(list.pages[p].live, books.formats[static_cast<FormatId>(list.pages[p].format)].slots) << "page " << p;
+        }
+      });
+    }
+    if (::testing::Test::HasFatalFailure()) FAIL() << "seed " << seed << ", operation " << i;
+  }
+  while (!expected.empty()) {
+    books.free(ledger.remove(expected.begin()->first));
+    expected.erase(expected.begin());
+  }
+  EXPECT_TRUE(books.handed_out.empty());
+}
+
+TEST(Ledger, WhereTokensAreDroppedPagesAreFullForABackendThatWantsIt) {
+  for (unsigned seed = 0; seed < 20; ++seed) {
+    run_governed(seed, false);
+    run_governed(seed, true);
+    if (HasFatalFailure()) return;
+  }
+}
+
 TEST(Ledger, RefusesWhatCannotBe) {
   Books books(mixed_layers());
   const SequenceId id = books.ledger.create();

@@ -8,7 +8,9 @@ using testing::all_positions;
 using testing::contents;
 using testing::error_over_kept;
 using testing::feed;
+using testing::kDeviceChunks;
 using testing::key_codec;
+using testing::kPolicyDim;
 using testing::kPrompt;
 using testing::kRecents;
 using testing::make_layer;
@@ -22,25 +24,29 @@ using testing::two_layers;
 using testing::used_bytes;
 using testing::value_codec;
 
-TEST(PolicyCache, EveryPolicyRuns) {
+class PolicyCache : public testing::PoliciesOnDevice {};
+INSTANTIATE_TEST_SUITE_P(Devices, PolicyCache, ::testing::ValuesIn(testing::kDevices), testing::device_name);
+
+TEST(PolicyCacheOnCpu, EveryPolicyRuns) {
   std::set<std::string> names;
   for (const PolicySpec& spec : running_policies(false)) names.insert(spec.name);
   for (const PolicyInfo& info : policies()) EXPECT_TRUE(names.contains(info.name)) << info.name;
 }
 
 // What stays is what the policy says of the reference's scores over the keys that the pages hold.
-TEST(PolicyCache, KeepsWhatThePolicyDecides) {
+TEST_P(PolicyCache, KeepsWhatThePolicyDecides) {
   for (const CodecSpec& recent : kRecents) {
-    for (const PolicySpec& spec : running_policies()) {
+    for (const PolicySpec& spec : running()) {
       std::mt19937 random(1);
-      const CacheConfig config = two_layers(spec, recent);
+      const CacheConfig config = layers_of(spec, recent);
       Cache cache(config);
       CacheConfig unsealed = cache.config();  // in the policy's widths
       unsealed.tokens.reset();
       for (LayerConfig& layer : unsealed.layers) layer.window.tokens = 4096;
       Cache reference(unsealed);
       const SequenceId id = cache.create(), same = reference.create();
-      const Rows rows = random_rows(config.layers[0], kPrompt, random);
+      Rows rows = random_rows(config.layers[0], kPrompt, random);
+      testing::round_queries(rows);
       feed(cache, id, rows, kPrompt, kPrompt);
       feed(reference, same, rows, kPrompt, kPrompt);
       const std::unique_ptr<Policy> policy = make_policy(spec);
@@ -112,12 +118,12 @@ TEST(PolicyCache, KeepsWhatThePolicyDecides) {
   }
 }
 
-TEST(PolicyCache, ChunkedPromptsAreWholeOnes) {
+TEST_P(PolicyCache, ChunkedPromptsAreWholeOnes) {
   constexpr int kTokens = 500;  // past three pages, and more than any policy keeps
   for (const CodecSpec& recent : kRecents) {
-    for (const PolicySpec& spec : running_policies()) {
+    for (const PolicySpec& spec : running()) {
       std::mt19937 random(2);
-      CacheConfig config = two_layers(spec, recent);
+      CacheConfig config = layers_of(spec, recent);
       config.layers.erase(config.layers.begin() + 1);  // sliding windows seal inside prompts
       Cache cache(config);
       const Rows rows = random_rows(config.layers[0], kTokens, random);
@@ -136,11 +142,11 @@ TEST(PolicyCache, ChunkedPromptsAreWholeOnes) {
 }
 
 // Bytes fall to the formula's, and stay on it token by token; attention is that over the kept tokens.
-TEST(PolicyCache, BytesAndAttentionAreThoseOfTheKeptTokens) {
+TEST_P(PolicyCache, BytesAndAttentionAreThoseOfTheKeptTokens) {
   for (const CodecSpec& recent : kRecents) {
-    for (const PolicySpec& spec : running_policies()) {
+    for (const PolicySpec& spec : running()) {
       std::mt19937 random(3);
-      CacheConfig config = two_layers(spec, recent);
+      CacheConfig config = layers_of(spec, recent);
       config.exact = true;  // what is left is the codecs'
       Cache cache(config);
       const SequenceId id = cache.create();
@@ -150,7 +156,7 @@ TEST(PolicyCache, BytesAndAttentionAreThoseOfTheKeptTokens) {
       const Needs needs = make_policy(spec)->needs();
       const bool counted = needs.every_step && needs.mass != MassReduce::kNone;
       const bool fixed = spec.name != "adakv" && spec.name != "dbudgetkv" && spec.name != "kvcrush" && !counted;
-      constexpr size_t page_bytes = size_t{2} * kPageTokens * 32 * sizeof(uint16_t);
+      constexpr size_t page_bytes = size_t{2} * kPageTokens * kPolicyDim * sizeof(uint16_t);
       for (int i = 0; i < 300; ++i) {
         Rows rows = random_rows(config.layers[0], 1, random);
         step(cache, {{id, 1}}, rows);
@@ -178,16 +184,16 @@ TEST(PolicyCache, BytesAndAttentionAreThoseOfTheKeptTokens) {
   }
 }
 
-TEST(PolicyCache, SinksAndWindowStayAndNoTokenStandsTwice) {
-  for (const PolicySpec& spec : running_policies()) {
+TEST_P(PolicyCache, SinksAndWindowStayAndNoTokenStandsTwice) {
+  for (const PolicySpec& spec : running()) {
     std::mt19937 random(4);
-    Cache cache(two_layers(spec));
+    Cache cache(layers_of(spec));
     const SequenceId id = cache.create();
     feed(cache, id, random_rows(cache.config().layers[0], kPrompt, random), kPrompt, kPrompt);
     const std::unique_ptr<Policy> policy = make_policy(spec);
     for (const int l : {0, 2}) {
       LayerShape shape{
-          .layer = l, .layers = 3, .ordinal = l / 2, .ordinals = 2, .kv_heads = 2, .heads_per_kv = 2, .head_dim = 32};
+          .layer = l, .layers = 3, .ordinal = l / 2, .ordinals = 2, .kv_heads = 2, .heads_per_kv = 2, .head_dim = kPolicyDim};
       shape.token_bytes.fill(64);
       const Protection kept = policy->protection(shape, kPrompt);
       const auto heads = cache.kept(id, l);
@@ -206,7 +212,7 @@ TEST(PolicyCache, SinksAndWindowStayAndNoTokenStandsTwice) {
 }
 
 // Sinks that fill more than a page's slots are scored, and moved together, like other tokens.
-TEST(PolicyCache, ManySinks) {
+TEST(PolicyCacheOnCpu, ManySinks) {
   for (const PolicySpec& spec : running_policies()) {
     std::mt19937 random(14);
     CacheConfig config = two_layers(spec);
@@ -225,10 +231,10 @@ TEST(PolicyCache, ManySinks) {
   }
 }
 
-TEST(PolicyCache, PagesThatWereFreedDoNotMatter) {
-  for (const PolicySpec& spec : running_policies()) {
+TEST_P(PolicyCache, PagesThatWereFreedDoNotMatter) {
+  for (const PolicySpec& spec : running()) {
     std::mt19937 random(5);
-    const CacheConfig config = two_layers(spec);
+    const CacheConfig config = layers_of(spec);
     Cache cache(config), busy(config);
     const SequenceId a = cache.create(), b = busy.create();
     const Rows rows = random_rows(config.layers[0], kPrompt, random),
@@ -245,12 +251,12 @@ TEST(PolicyCache, PagesThatWereFreedDoNotMatter) {
   }
 }
 
-TEST(PolicyCache, ForkTruncateSaveAndAbortLoseNothing) {
+TEST_P(PolicyCache, ForkTruncateSaveAndAbortLoseNothing) {
   const std::string path = ::testing::TempDir() + "/kvmix_policy_cache_" + std::to_string(getpid());
   for (const CodecSpec& recent : kRecents) {
-    for (const PolicySpec& spec : running_policies()) {
+    for (const PolicySpec& spec : running()) {
       std::mt19937 random(6);
-      CacheConfig config = two_layers(spec, recent);
+      CacheConfig config = layers_of(spec, recent);
       config.layers.erase(config.layers.begin() + 1);
       Cache cache(config), other(config);
       const SequenceId id = cache.create();
@@ -309,14 +315,15 @@ TEST(PolicyCache, ForkTruncateSaveAndAbortLoseNothing) {
 }
 
 // A prompt that fits without its compaction's pages is refused before it starts, or kept and compacted; nothing is in between.
-TEST(PolicyCache, OutOfMemoryComesBeforeAnythingChanged) {
-  for (const PolicySpec& spec : running_policies()) {
+TEST_P(PolicyCache, OutOfMemoryComesBeforeAnythingChanged) {
+  for (const PolicySpec& spec : running()) {
     std::mt19937 random(7);
-    CacheConfig config = two_layers(spec);
+    CacheConfig config = layers_of(spec);
     const Rows rows = random_rows(config.layers[0], kPrompt, random);
     int refused = 0, taken = 0;
     // Beyond limits that nothing met every larger one gives the same.
-    for (size_t limit = size_t{400} << 10; limit < size_t{3} << 20 && taken < 3; limit += size_t{128} << 10) {
+    const size_t unit = on_cpu() ? 1 : kDeviceChunks;
+    for (size_t limit = unit * 400 << 10; limit < unit * 3 << 20 && taken < 3; limit += unit * 128 << 10) {
       config.max_bytes = limit;
       Cache cache(config);
       const SequenceId id = cache.create();
@@ -339,9 +346,10 @@ TEST(PolicyCache, OutOfMemoryComesBeforeAnythingChanged) {
   }
 }
 
-TEST(PolicyCache, WhatCannotRunIsNamed) {
-  const auto refused = [](const PolicySpec& spec, int sliding_window, const std::string& what) {
+TEST(PolicyCacheOnCpu, WhatCannotRunIsNamed) {
+  const auto refused = [](const PolicySpec& spec, int sliding_window, const std::string& what, const char* device = "cpu") {
     CacheConfig config = two_layers(spec);
+    config.device = device;
     for (LayerConfig& layer : config.layers) layer.sliding_window = sliding_window;
     try {
       Cache cache(config);
@@ -354,11 +362,14 @@ TEST(PolicyCache, WhatCannotRunIsNamed) {
   refused({"magic", {}}, 0, "magic");
   refused({"snapkv", {{"tokens", 10.0}}}, 0, "tokens is 10");
   refused({"snapkv", {}}, 256, "every layer has a sliding window");
+  for (const char* name : {"h2o", "leankv"}) {
+    refused({name, {}}, 0, std::string(name) + " counts what every query pays to each token, which the device \"cuda\"", "cuda");
+  }
 }
 
-TEST(PolicyCache, DecodedTokensAreNoPrompt) {
+TEST_P(PolicyCache, DecodedTokensAreNoPrompt) {
   std::mt19937 random(8);
-  Cache cache(two_layers({"snapkv", {}}));
+  Cache cache(layers_of({"snapkv", {}}));
   const SequenceId id = cache.create();
   feed(cache, id, random_rows(cache.config().layers[0], kPrompt, random), kPrompt, kPrompt);
   const size_t kept = cache.kept(id, 0)[0].size();

@@ -8,32 +8,46 @@ using testing::all_positions;
 using testing::contents;
 using testing::error_over_kept;
 using testing::feed;
+using testing::kDeviceChunks;
 using testing::key_codec;
+using testing::kPolicyDim;
 using testing::kPrompt;
 using testing::kRecents;
 using testing::make_layer;
 using testing::part;
 using testing::random_rows;
 using testing::Rows;
-using testing::running_policies;
 using testing::step;
 using testing::stored_rows;
 using testing::two_layers;
 using testing::used_bytes;
 using testing::value_codec;
 
+class PolicyDecoding : public testing::PoliciesOnDevice {
+ protected:
+  // Those of these that the device carries out.
+  std::vector<PolicySpec> here_of(const std::vector<PolicySpec>& all) const {
+    std::vector<PolicySpec> runs;
+    for (const PolicySpec& spec : all) {
+      if (on_cpu() || make_policy(spec)->needs().mass == MassReduce::kNone) runs.push_back(spec);
+    }
+    return runs;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Devices, PolicyDecoding, ::testing::ValuesIn(testing::kDevices), testing::device_name);
+
 // Decoding under policies that act on every token: what stays, from the attention that was counted, of every token or of some
 // that stand for the others. Rows are fp16, so the reference knows the keys.
-TEST(PolicyDecoding, KeepsWhatThePolicyDecides) {
+TEST_P(PolicyDecoding, KeepsWhatThePolicyDecides) {
   const std::vector<PolicySpec> specs = {
       {"streaming", {{"tokens", 200.0}}},
       {"h2o", {{"tokens", 200.0}}},
       {"h2o", {{"tokens", 200.0}, {"score", "mean"}, {"recent", 40.0}, {"every", 4.0}}},
       {"leankv", {{"low", 0.7}, {"high-k-bits", 16.0}, {"high-v-bits", 16.0}, {"low-k-bits", 16.0}, {"low-v-bits", 16.0}}}};
-  constexpr int kTokens = 300, kDim = 32;
-  for (const PolicySpec& spec : specs) {
+  constexpr int kTokens = 300, kDim = kPolicyDim;
+  for (const PolicySpec& spec : here_of(specs)) {
     std::mt19937 random(21);
-    CacheConfig config = testing::one_layer(make_layer(4, 2, kDim, CodecSpec{}, CodecSpec{}, 16));
+    CacheConfig config = here(testing::one_layer(make_layer(4, 2, kDim, CodecSpec{}, CodecSpec{}, 16)));
     config.tokens = spec;
     Cache cache(config);
     const LayerConfig& layer = config.layers[0];
@@ -140,14 +154,14 @@ TEST(PolicyDecoding, KeepsWhatThePolicyDecides) {
 }
 
 // A long generation stays at its bound, token by token, also under a limit that leaves little room beside it.
-TEST(PolicyDecoding, EndlessGenerationsStayAtTheirBound) {
-  for (const PolicySpec& spec : {PolicySpec{"streaming", {{"tokens", 300.0}}}, PolicySpec{"h2o", {{"tokens", 300.0}}}}) {
+TEST_P(PolicyDecoding, EndlessGenerationsStayAtTheirBound) {
+  for (const PolicySpec& spec : here_of({{"streaming", {{"tokens", 300.0}}}, {"h2o", {{"tokens", 300.0}}}})) {
     for (const CodecSpec& recent : kRecents) {
       std::mt19937 random(22);
-      CacheConfig config = two_layers(spec, recent);
+      CacheConfig config = layers_of(spec, recent);
       config.layers.erase(config.layers.begin() + 1);
       const bool exact = spec.name == "streaming";
-      constexpr size_t page_bytes = size_t{2} * kPageTokens * 32 * sizeof(uint16_t);
+      constexpr size_t page_bytes = size_t{2} * kPageTokens * kPolicyDim * sizeof(uint16_t);
       // The bound: a page more than the budget, and where tokens go from anywhere, a page that they leave partly empty.
       size_t bound = 0;
       for (int64_t n = kPrompt; n < kPrompt + 3 * kPageTokens; ++n) bound = std::max(bound, predict_bytes(config, n, kPrompt));
@@ -172,11 +186,11 @@ TEST(PolicyDecoding, EndlessGenerationsStayAtTheirBound) {
 }
 
 // A step that attention has seen and that is then undone has paid nothing.
-TEST(PolicyDecoding, AbortedStepsAreNotCounted) {
-  for (const PolicySpec& spec : running_policies()) {
+TEST_P(PolicyDecoding, AbortedStepsAreNotCounted) {
+  for (const PolicySpec& spec : running()) {
     if (!make_policy(spec)->needs().every_step) continue;
     std::mt19937 random(23);
-    CacheConfig config = two_layers(spec);
+    CacheConfig config = layers_of(spec);
     config.layers.erase(config.layers.begin() + 1);
     Cache plain(config), shaken(config);
     const SequenceId a = plain.create(), b = shaken.create();
@@ -202,12 +216,12 @@ TEST(PolicyDecoding, AbortedStepsAreNotCounted) {
 }
 
 // A sequence that was saved, or forked, goes on as the first would have: the counts are part of it.
-TEST(PolicyDecoding, CopiesGoOnAlike) {
+TEST_P(PolicyDecoding, CopiesGoOnAlike) {
   const std::string path = ::testing::TempDir() + "/kvmix_policy_copies_" + std::to_string(getpid());
-  for (const PolicySpec& spec : running_policies()) {
+  for (const PolicySpec& spec : running()) {
     if (!make_policy(spec)->needs().every_step) continue;
     std::mt19937 random(24);
-    CacheConfig config = two_layers(spec);
+    CacheConfig config = layers_of(spec);
     config.layers.erase(config.layers.begin() + 1);
     Cache cache(config), other(config);
     const SequenceId id = cache.create();
@@ -239,11 +253,11 @@ TEST(PolicyDecoding, CopiesGoOnAlike) {
 }
 
 // Up to next_seal decoded tokens may come together.
-TEST(PolicyDecoding, ChunksOfDecodedTokensAreSingleOnes) {
-  for (const PolicySpec& spec : running_policies()) {
+TEST_P(PolicyDecoding, ChunksOfDecodedTokensAreSingleOnes) {
+  for (const PolicySpec& spec : running()) {
     if (!make_policy(spec)->needs().every_step) continue;
     std::mt19937 random(25);
-    CacheConfig config = two_layers(spec);
+    CacheConfig config = layers_of(spec);
     config.layers.erase(config.layers.begin() + 1);
     Cache cache(config), other(config);
     const SequenceId one = cache.create(), many = other.create();
@@ -267,14 +281,15 @@ TEST(PolicyDecoding, ChunksOfDecodedTokensAreSingleOnes) {
 }
 
 // Under a limit a generation is refused before a step, or goes on; a refused one has lost nothing.
-TEST(PolicyDecoding, OutOfMemoryComesBeforeAStep) {
-  for (const PolicySpec& spec : {PolicySpec{"streaming", {{"tokens", 300.0}}}, PolicySpec{"h2o", {{"tokens", 300.0}}},
-                                 PolicySpec{"leankv", {{"low", 0.7}}}}) {
+TEST_P(PolicyDecoding, OutOfMemoryComesBeforeAStep) {
+  for (const PolicySpec& spec :
+       here_of({{"streaming", {{"tokens", 300.0}}}, {"h2o", {{"tokens", 300.0}}}, {"leankv", {{"low", 0.7}}}})) {
     int refused = 0, taken = 0;
     // Beyond limits that nothing met every larger one gives the same.
-    for (size_t limit = size_t{300} << 10; limit < size_t{3} << 20 && taken < 3; limit += size_t{200} << 10) {
+    const size_t unit = on_cpu() ? 1 : kDeviceChunks;
+    for (size_t limit = unit * 300 << 10; limit < unit * 3 << 20 && taken < 3; limit += unit * 200 << 10) {
       std::mt19937 random(26);
-      CacheConfig config = two_layers(spec);
+      CacheConfig config = layers_of(spec);
       config.layers.erase(config.layers.begin() + 1);
       config.max_bytes = limit;
       Cache cache(config);
@@ -302,7 +317,7 @@ TEST(PolicyDecoding, OutOfMemoryComesBeforeAStep) {
   }
 }
 
-TEST(PolicyDecoding, ManyDecodedTokensAreRefusedWhereEachIsCounted) {
+TEST(PolicyDecodingOnCpu, ManyDecodedTokensAreRefusedWhereEachIsCounted) {
   std::mt19937 random(27);
   Cache cache(two_layers({"h2o", {}}));
   const SequenceId id = cache.create();

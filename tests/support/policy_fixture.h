@@ -13,10 +13,11 @@
 #include "kvmix/error.h"
 #include "policy/policy.h"
 #include "support/cache_fixture.h"
+#include "support/devices.h"
 
 namespace kvmix::testing {
 
-inline constexpr int kPrompt = 900;
+inline constexpr int kPrompt = 900, kPolicyDim = 64;
 
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool kThreadsWatched = true;
@@ -26,7 +27,7 @@ inline constexpr bool kThreadsWatched = false;
 
 // Specs of every registered policy, as it comes and with choices that need less or more of attention. How threads meet depends
 // on what a policy needs and on its tiers, not on what it chooses: where they are watched, one policy of each kind will do.
-inline std::vector<PolicySpec> running_policies(bool one_of_a_kind = kThreadsWatched) {
+inline std::vector<PolicySpec> running_policies(bool one_of_a_kind = kThreadsWatched, const std::string& device = "cpu") {
   std::vector<PolicySpec> specs;
   std::set<std::tuple<MassReduce, bool, bool, bool, bool>> kinds;
   for (const PolicyInfo& info : policies()) {
@@ -36,8 +37,9 @@ inline std::vector<PolicySpec> running_policies(bool one_of_a_kind = kThreadsWat
       if (info.name == "dbudgetkv") spec.values["frozen"] = 0.0;
       if (info.name == "quantized-pruning") spec.values["keep"] = 0.1;
       if (info.name == "leankv") spec.values["low"] = 0.7;
-      CacheConfig config = one_layer(make_layer(4, 2, 32, key_codec(4), value_codec(3, 32)));
+      CacheConfig config = one_layer(make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32)));
       config.tokens = spec;
+      config.device = device;
       try {
         Cache cache(config);
       } catch (const Error&) {
@@ -56,10 +58,10 @@ inline std::vector<PolicySpec> running_policies(bool one_of_a_kind = kThreadsWat
 
 inline CacheConfig two_layers(const PolicySpec& spec, const CodecSpec& recent = {}) {
   CacheConfig config;
-  LayerConfig sliding = make_layer(4, 2, 32, key_codec(4), value_codec(3, 32));
+  LayerConfig sliding = make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32));
   sliding.sliding_window = 200;
-  config.layers = {with_recent(make_layer(4, 2, 32, key_codec(4), value_codec(3, 32), 16, 64), recent),
-                   with_recent(sliding, recent), with_recent(make_layer(4, 2, 32, CodecSpec{}, CodecSpec{}, 0), recent)};
+  config.layers = {with_recent(make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32), 16, 64), recent),
+                   with_recent(sliding, recent), with_recent(make_layer(4, 2, kPolicyDim, CodecSpec{}, CodecSpec{}, 0), recent)};
   config.threads = 2;
   config.tokens = spec;
   return config;
@@ -147,6 +149,21 @@ inline std::vector<std::vector<int64_t>> all_positions(const Cache& cache, Seque
     for (auto& head : cache.kept(id, l)) all.push_back(std::move(head));
   }
   return all;
+}
+
+// A device's pages of one size take chunks of memory: limits that a prompt meets are as many times larger.
+inline constexpr size_t kDeviceChunks = 8;
+
+// Suites that every policy goes through on every device that carries it out.
+class PoliciesOnDevice : public OnDevice {
+ protected:
+  std::vector<PolicySpec> running() const { return running_policies(kThreadsWatched, GetParam()); }
+  CacheConfig layers_of(const PolicySpec& spec, const CodecSpec& recent = {}) const { return here(two_layers(spec, recent)); }
+};
+
+// What fp16 holds is the same query on every device.
+inline void round_queries(Rows& rows) {
+  for (float& x : rows.q) x = static_cast<float>(static_cast<_Float16>(x));
 }
 
 }  // namespace kvmix::testing

@@ -158,6 +158,15 @@ void CpuBackend::gather(const Gather& job, Side side, Scratch& scratch) const {
                           (key ? layer.key_maps : layer.value_maps).feedback(job.kv_head), out);
 }
 
+void CpuBackend::gather(std::span<const Gather> jobs) {
+  const size_t threads = std::min(jobs.size(), threads_.size());
+  parallel_for(static_cast<int>(threads), threads, [&](size_t t) {
+    for (size_t i = t; i < jobs.size(); i += threads) {
+      for (const Side side : {Side::kKey, Side::kValue}) gather(jobs[i], side, threads_[t]);
+    }
+  });
+}
+
 void CpuBackend::append(int layer_index, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) {
   const auto l = static_cast<size_t>(layer_index);
   const Layer& layer = layers_[l];

@@ -27,9 +27,7 @@ class CpuBackend final : public Backend {
   size_t scratch_bytes() const override;
   void copy(PageHandle from, PageHandle to, const PageFormat& format) override;
   void transcode(const Transcode& job) override { transcode(job, threads_[0]); }
-  void gather(const Gather& job, int thread) override {
-    for (const Side side : {Side::kKey, Side::kValue}) gather(job, side, threads_[static_cast<size_t>(thread)]);
-  }
+  void gather(std::span<const Gather> jobs) override;
   void read(const PageEntry& page, Side side, float* rows) const override;
   size_t saved_bytes(const PageFormat& format, int live) const override;
   void save(const PageEntry& page, std::string& to) const override;

@@ -71,14 +71,20 @@ void Event::make_wait(cudaStream_t stream, unsigned flags) const {
   check_cuda(cudaStreamWaitEvent(stream, event_, flags), "event: wait");
 }
 
+void Event::wait() const { check_cuda(cudaEventSynchronize(event_), "event: wait"); }
+
 bool CudaBackend::Shape::operator==(const Shape& other) const {
   return std::memcmp(&format, &other.format, sizeof format) == 0 && q_heads == other.q_heads && kv_heads == other.kv_heads &&
-         sinks == other.sinks && sliding_window == other.sliding_window;
+         sinks == other.sinks && sliding_window == other.sliding_window && governed == other.governed;
 }
 
 bool CudaBackend::Shape::cut_alike(const Shape& other) const {
   return q_heads == other.q_heads && kv_heads == other.kv_heads && sinks == other.sinks &&
-         sliding_window == other.sliding_window;
+         sliding_window == other.sliding_window && (governed < 0) == (other.governed < 0);
+}
+
+bool CudaBackend::Shape::same_cut(const Shape& other) const {
+  return std::memcmp(&format, &other.format, sizeof format) == 0 && cut_alike(other) && lengths == other.lengths;
 }
 
 CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers)
@@ -100,7 +106,14 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
                                             std::to_string(most_shared_bytes()) +
                                             " (kvmix list --device cuda); take the device \"cpu\"");
     }
-    const Shape shape{format, layer.q_heads, layer.kv_heads, layer.sinks, layer.sliding_window, {}};
+    const Shape shape{.format = format,
+                      .q_heads = layer.q_heads,
+                      .kv_heads = layer.kv_heads,
+                      .sinks = layer.sinks,
+                      .sliding_window = layer.sliding_window,
+                      .governed = layers[l].governed ? static_cast<int>(l) : -1,
+                      .launches = {},
+                      .lengths = {}};
     const auto known = std::find(shapes_.begin(), shapes_.end(), shape);
     const auto index = static_cast<size_t>(known - shapes_.begin());
     if (known == shapes_.end()) shapes_.push_back(shape);
@@ -132,6 +145,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     kvmix_cuda_attend_params decode = attend_params(shape);
     decode.q_tokens = 1;
     kernels_used_.emplace_back(kernel_name(decode));
+    room_bytes_ += query_bytes(layers_.back());
   }
 }
 
@@ -171,6 +185,10 @@ size_t CudaBackend::scratch_bytes() const {
   size_t bytes = inputs_.bytes() + tables_.bytes() + queries_.bytes() + outputs_.bytes() + workspace_.bytes();
   for (const DeviceMemory* rows : {&host_q_, &host_k_, &host_v_, &host_out_}) bytes += rows->bytes();
   for (const DeviceMemory& numbers : constants_) bytes += numbers.bytes();
+  for (const DeviceMemory* room : {&window_scores_, &window_sums_, &staged_}) bytes += room->bytes();
+  for (const DeviceMemory& room : spare_rooms_) bytes += room.bytes();
+  for (const auto& [id, kept] : prompt_queries_) bytes += kept.rooms[0].bytes() + kept.rooms[1].bytes();
+  bytes += moves_.bytes();
   return bytes;
 }
 
@@ -191,14 +209,6 @@ void CudaBackend::transcode(const Transcode& job) {
   open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)), record_shape(layer.format),
               reinterpret_cast<uint8_t*>(memory(job.to().handle)), layer.open,
               layer.key_panels == nullptr ? nullptr : layer.key_panels + job.kv_head * feedback_panel(dim, dim), stream_.get());
-}
-
-void CudaBackend::gather(const Gather&, int) {
-  throw Error(Status::kUnsupported, "tokens cannot be dropped on the device \"cuda\"; take the device \"cpu\"");
-}
-
-Backend::Window CudaBackend::window(SequenceId, int, int) const {
-  throw Error(Status::kUnsupported, "prompts are not scored on the device \"cuda\"; take the device \"cpu\"");
 }
 
 std::span<const float> CudaBackend::query_squares(SequenceId, int, int) const {

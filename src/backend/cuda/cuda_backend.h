@@ -5,11 +5,16 @@
 // The kernels' page tables hold one id for all heads of a page; here each head has pages of its own, so a launch takes every
 // (sequence, KV head) as a sequence with one KV head. Sequences with as many new tokens go together: decode is one launch,
 // every length of chunks another.
+//
+// Where a token policy drops tokens of a layer, the heads' lists have lengths of their own. To the kernels such a list is a
+// shorter sequence: the tokens that are left are its first ones, since keys were rotated before they were stored, and pages are
+// full (wants_full_pages). policies.cc scores prompts for policies and makes the pages of what they keep.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <array>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,6 +25,7 @@
 #include "backend/cuda/memory.h"
 #include "backend/cuda/pool.h"
 #include "backend/cuda/rows.h"
+#include "backend/cuda/window.h"
 #include "kvmix/kvmix_cuda.h"
 
 namespace kvmix::cuda {
@@ -47,6 +53,7 @@ class Event {
   void record(cudaStream_t on) const;
   // `flags` as of cudaStreamWaitEvent.
   void make_wait(cudaStream_t stream, unsigned flags = 0) const;
+  void wait() const;
 
  private:
   cudaEvent_t event_ = nullptr;
@@ -57,6 +64,7 @@ class CudaBackend final : public Backend {
   CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers);
   ~CudaBackend() override;
 
+  bool wants_full_pages() const override { return true; }
   PageHandle allocate(const PageFormat& format) override;
   void release(PageHandle page, const PageFormat& format) override;
   void trim() override;
@@ -64,7 +72,7 @@ class CudaBackend final : public Backend {
   size_t scratch_bytes() const override;
   void copy(PageHandle from, PageHandle to, const PageFormat& format) override;
   void transcode(const Transcode& job) override;
-  void gather(const Gather& job, int thread) override;
+  void gather(std::span<const Gather> jobs) override;
   void read(const PageEntry& page, Side side, float* rows) const override;
   size_t saved_bytes(const PageFormat& format, int live) const override;
   void save(const PageEntry& page, std::string& to) const override;
@@ -77,10 +85,10 @@ class CudaBackend final : public Backend {
   Window window(SequenceId id, int layer, int kv_head) const override;
   std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
   Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
-  void end() override {}
-  void forget(SequenceId) override {}
-  void fork(SequenceId, SequenceId) override {}
-  void cut_queries(SequenceId, int64_t) override {}
+  void end() override;
+  void forget(SequenceId id) override;
+  void fork(SequenceId from, SequenceId to) override;
+  void cut_queries(SequenceId id, int64_t n) override;
   void report(CacheStats& stats) const override;
 
  private:
@@ -100,9 +108,12 @@ class CudaBackend final : public Backend {
   struct Shape {
     kvmix_cuda_format format;
     int q_heads, kv_heads, sinks, sliding_window;
+    int governed = -1;  // the one layer, whose lists have lengths of their own
     std::vector<Launch> launches;
+    std::vector<int32_t> lengths;  // of its lists, [entries of the step][kv_heads]
 
     bool cut_alike(const Shape& other) const;  // where a launch of both is cut into the same pieces
+    bool same_cut(const Shape& other) const;   // they are
     bool operator==(const Shape& other) const;
   };
   struct Layer {
@@ -119,21 +130,53 @@ class CudaBackend final : public Backend {
     size_t open_ids_at = 0, record_ids_at = 0;
     int seals = 0;        // pages, of all heads each
     size_t table_at = 0;  // its page tables begin here
+    // Of a governed layer: how far its lists are behind their sequences' lengths, [rows of the page tables][kv_heads]; and where
+    // the inputs have it.
+    std::vector<int32_t> dropped = {};
+    size_t dropped_at = 0;
 
     int heads_per_kv() const { return config.q_heads / config.kv_heads; }
+  };
+
+  // The last queries of a prompt that goes on, of all layers, in one of two rooms; the open step writes to the other.
+  struct PromptQueries {
+    std::array<DeviceMemory, 2> rooms;
+    int turn = 0;
+    int64_t begin = 0, end = 0;  // positions
+  };
+  // A prompt in the open step: the queries that will be kept, and, where it ends, of each layer what they score.
+  struct PromptStep {
+    size_t entry;  // of the plan
+    int64_t before;  // rows of the entries before, in the order of the step
+    bool ends;
+    int64_t begin, end;  // positions
+    struct Scored {
+      size_t heads_at = 0;          // of WindowHead, in the inputs
+      std::vector<WindowHead> heads;  // sums are those of window_sums_
+      int64_t most_tokens = 0;
+    };
+    std::vector<Scored> layers;
   };
 
   void use_device() const;
   const float* constant(std::span<const float> numbers);
   kvmix_cuda_attend_params attend_params(const Shape& shape) const;
+  void cut_shapes();
   void cut(Shape& shape);
-  std::span<const int32_t> lengths(const Launch& launch);
+  std::span<const int32_t> lengths(const Shape& shape, const Launch& launch) const;
+  void read_lengths(Shape& shape) const;
+  void read_dropped(Layer& layer, size_t l, size_t row, const StepEntry& entry) const;
+  void begin_prompts();
+  void score_prompts(const Layer& layer, size_t l);
+  int queries_kept(const Layer& layer) const { return layer.ids.governed ? layer.ids.window_queries : 0; }
+  size_t query_bytes(const Layer& layer) const;
   void write_work(const Shape& shape, const Launch& launch, std::byte* to);
   void write_tables();
   void find_patches();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids);
   void seal(const Layer& layer, cudaStream_t stream);
+  void seal_pages(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const;
   void seal_all();
   // Makes what is queued from here on wait for sealing, also of a step that was aborted.
   void join() const;
@@ -190,6 +233,17 @@ class CudaBackend final : public Backend {
   std::vector<TablePatch> patches_;
   std::vector<int32_t> patched_row_;  // by entry of the plan; -1: not patched
   std::vector<int> sealed_of_head_;
+  // By sequence; and those of the open step. What one prompt leaves the next takes.
+  std::map<SequenceId, PromptQueries> prompt_queries_;
+  std::map<SequenceId, PromptStep> prompts_;
+  std::vector<DeviceMemory> spare_rooms_;
+  size_t room_bytes_ = 0;  // of a prompt's queries
+  DeviceMemory window_scores_, window_sums_, staged_;
+  PinnedMemory host_sums_;
+  size_t sums_ = 0;  // of the open step
+  Event scored_;
+  StepInputs moves_;  // of gather
+
   DeviceMemory queries_, outputs_, workspace_;
   size_t clean_bytes_ = 0;                            // of the workspace, from its beginning: they are zero
   DeviceMemory host_q_, host_k_, host_v_, host_out_;  // of rows that come from the host

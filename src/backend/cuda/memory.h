@@ -15,7 +15,11 @@ class DeviceMemory {
   DeviceMemory() = default;
   DeviceMemory(DeviceMemory&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-  DeviceMemory& operator=(DeviceMemory&&) = delete;
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
   ~DeviceMemory() { static_cast<void>(cudaFree(data_)); }
   // What was there is lost, unless it is as large already. True where it is new. Throws kOutOfMemory naming `what`, and is
   // empty then.

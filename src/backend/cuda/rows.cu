@@ -5,9 +5,8 @@
 #include <type_traits>
 
 #include "backend/cuda/layer_format.h"
-#include "backend/cuda/row_codes.cuh"
+#include "backend/cuda/row_store.cuh"
 #include "backend/cuda/rows.h"
-#include "base/cuda/async_copy.cuh"
 #include "base/cuda/launch.h"
 #include "base/cuda/overlap.cuh"
 #include "codec/cuda/format.h"
@@ -16,10 +15,8 @@ namespace kvmix::cuda {
 namespace {
 
 constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
-constexpr int kFeedbackWarps = 4, kFeedbackThreads = 32 * kFeedbackWarps;  // of a block that rounds with feedback
 constexpr int64_t kUnitBytes = static_cast<int64_t>(kPageUnit);
 
-__device__ inline int lane_of() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ inline int64_t row_of() { return static_cast<int64_t>(blockIdx.x) * kRowWarps + static_cast<int>(threadIdx.x) / 32; }
 
 // Orthonormal Hadamard over the largest power of two that divides the width, as src/rows/hadamard.cc.
@@ -93,71 +90,6 @@ __device__ inline void apply(const RowOps& ops, const RowNumbers<dim>& numbers, 
   __syncwarp();
 }
 
-// What a warp feeds errors back with, in shared memory; nothing where it does not.
-template <int dim, int rows>
-struct Feedback {
-  const float* panels = nullptr;
-  FeedbackRoom<dim, rows>* room = nullptr;
-};
-template <int dim, int rows>
-struct FeedbackSpace {
-  static constexpr int panel_bytes = feedback_panel(dim, dim) * 4;
-  static constexpr int bytes = panel_bytes + kFeedbackWarps * static_cast<int>(sizeof(FeedbackRoom<dim, rows>));
-};
-// Begins to bring a head's panels; wait_panels waits for them, with the block.
-template <int dim, int rows>
-__device__ inline Feedback<dim, rows> bring_panels(uint8_t* shared, const float* panels) {
-  using Space = FeedbackSpace<dim, rows>;
-  for (int at = static_cast<int>(threadIdx.x) * 16; at < Space::panel_bytes; at += kFeedbackThreads * 16) {
-    copy_async(shared + at, reinterpret_cast<const uint8_t*>(panels) + at);
-  }
-  commit_copies();
-  auto* const rooms = reinterpret_cast<FeedbackRoom<dim, rows>*>(shared + Space::panel_bytes);
-  return {reinterpret_cast<const float*>(shared), rooms + threadIdx.x / 32};
-}
-__device__ inline void wait_panels() {
-  wait_copies<0>();
-  __syncthreads();
-}
-
-// Rows of one head and side as an open page stores them, fp16 or codes: row r to `to[r]`, unless that is null.
-struct OpenSlot {
-  uint8_t* page = nullptr;
-  int slot = 0, slots = 0;
-  bool rows = false;  // fp16 rows next to each other
-};
-template <int dim, int rows, bool key>
-__device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape& open, const OpenSlot (&to)[rows],
-                                  const Feedback<dim, rows>& feedback) {
-  const int lane = lane_of();
-  const SideShape side = key ? open.key() : open.value();
-  const int part = key ? kHeaderBytes : open.key_bytes();
-  bool coded = false;
-#pragma unroll
-  for (int r = 0; r < rows; ++r) {
-    if (to[r].page == nullptr) continue;
-    if (to[r].rows) {
-      auto* const halves = reinterpret_cast<__half*>(to[r].page) + ((key ? 0 : to[r].slots) + to[r].slot) * dim;
-#pragma unroll
-      for (int i = 0; i < dim / 32; ++i) halves[32 * i + lane] = __float2half_rn(x[r][i]);
-    } else if (side.bits == 16) {
-      store_halves<dim, key>(x[r], to[r].slot, lane, to[r].page + part);
-    } else {
-      coded = true;
-    }
-  }
-  if (!coded) return;
-  RowCodes<dim, rows> codes;
-  codes.encode(x, side.group, lane);
-  if constexpr (key) {
-    if (feedback.room != nullptr) codes.feed_back(x, feedback.panels, *feedback.room, lane);
-  }
-#pragma unroll
-  for (int r = 0; r < rows; ++r) {
-    if (to[r].page != nullptr && !to[r].rows) codes.template store<key>(r, side, to[r].slot, lane, to[r].page + part);
-  }
-}
-
 // The rows of a warp, `rows` of a head, mapped, and where they go.
 template <int dim, int rows, bool key>
 __device__ inline void take_rows(const AppendRows& job, int row0, int head, float* room, float (&x)[rows][dim / 32],
@@ -175,11 +107,13 @@ __device__ inline void take_rows(const AppendRows& job, int row0, int head, floa
     for (int i = 0; i < dim / 32; ++i) x[r][i] = from[32 * i + lane];
     apply<dim>(ops, numbers, head, x[r], room);
     const PageTable& table = job.table;
-    const bool sink = place.position < table.sinks;
-    const int behind = place.position - table.sinks;
+    const int64_t list = static_cast<int64_t>(place.entry) * job.kv_heads + head;
+    const int at = place.position - (job.dropped == nullptr ? 0 : job.dropped[list]);
+    const bool sink = at < table.sinks;
+    const int behind = at - table.sinks;
     const int page = sink ? 0 : behind / kPageTokens + (table.sinks > 0 ? 1 : 0);
-    const int32_t id = table.ids[(static_cast<int64_t>(place.entry) * job.kv_heads + head) * table.stride + page];
-    to[r] = {table.pages + static_cast<int64_t>(~id) * kUnitBytes, sink ? place.position : behind % kPageTokens,
+    const int32_t id = table.ids[list * table.stride + page];
+    to[r] = {table.pages + static_cast<int64_t>(~id) * kUnitBytes, sink ? at : behind % kPageTokens,
              sink ? table.sinks : kPageTokens, sink || !job.open.has_codes()};
   }
 }
@@ -260,25 +194,6 @@ __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant
       job.out[row * job.stride + head * dim + 32 * i + lane] = x[i];
     }
   }
-}
-
-// The number of an element of a record's side, as Codec::decode gives it.
-__device__ inline float number_of(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
-  const CodeCell cell = code_cell(key, token, channel);
-  const auto* const halves = reinterpret_cast<const uint16_t*>(part);
-  const auto bit_half = [&](const CodePlace& place) {
-    return halves[(cell.block * block_bytes(side.bits) + word_offset(side.bits, cell.at.lane, place.word)) / 2 + cell.at.half];
-  };
-  const auto float_of = [](uint16_t h) { return __half2float(__ushort_as_half(h)); };
-  if (side.bits == 16) return float_of(bit_half(code_bit_place(16, cell.at.reg, cell.field, 0)));
-  int code = 0;
-  for (int b = 0; b < side.bits; ++b) {
-    const CodePlace place = code_bit_place(side.bits, cell.at.reg, cell.field, b);
-    code |= (bit_half(place) >> place.bit & 1) << b;
-  }
-  const auto* const scales = reinterpret_cast<const uint16_t*>(part + side.meta()) + side.scale_at(token, channel);
-  const float centre = static_cast<float>((1 << side.bits) - 1) * 0.5f;
-  return float_of(scales[kMidStep]) + float_of(scales[0]) * (static_cast<float>(code) - centre);
 }
 
 // Rows that a warp feeds errors back in at once.

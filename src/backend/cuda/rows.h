@@ -49,6 +49,7 @@ struct AppendRows {
   int rows, kv_heads, head_dim;
   const RowPlace* places;
   PageTable table;
+  const int32_t* dropped;  // [entries][kv_heads], how far the head's list is behind the positions, or null
   RowOps key, value;
   RecordShape open;         // of pages but the sinks' (RecordShape::has_codes)
   const float* key_panels;  // feedback of 8-bit keys, of each KV head as feedback_panels.h, or null

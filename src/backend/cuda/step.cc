@@ -30,44 +30,94 @@ int64_t pages_of(int64_t length, int sinks) {
 
 }  // namespace
 
-// As choose_pieces takes it: all KV heads of a sequence together.
+// As choose_pieces takes it: all KV heads of a sequence together, unless each has a length of its own.
 kvmix_cuda_attend_params CudaBackend::attend_params(const Shape& shape) const {
   kvmix_cuda_attend_params p{};
   p.format = shape.format;
-  p.q_heads = shape.q_heads, p.kv_heads = shape.kv_heads;
+  const int together = shape.governed >= 0 ? shape.kv_heads : 1;
+  p.q_heads = shape.q_heads / together, p.kv_heads = shape.kv_heads / together;
   p.sinks = shape.sinks, p.sliding_window = shape.sliding_window;
   return p;
 }
 
-std::span<const int32_t> CudaBackend::lengths(const Launch& launch) {
-  return std::span(lengths_).subspan(launch.first, launch.entries);
+std::span<const int32_t> CudaBackend::lengths(const Shape& shape, const Launch& launch) const {
+  if (shape.governed < 0) return std::span(lengths_).subspan(launch.first, launch.entries);
+  const auto heads = static_cast<size_t>(shape.kv_heads);
+  return std::span(shape.lengths).subspan(launch.first * heads, launch.entries * heads);
+}
+
+void CudaBackend::read_lengths(Shape& shape) const {
+  const std::vector<int32_t>& dropped = layers_[static_cast<size_t>(shape.governed)].dropped;
+  const auto heads = static_cast<size_t>(shape.kv_heads);
+  shape.lengths.resize(order_.size() * heads);
+  for (size_t i = 0; i < order_.size(); ++i) {
+    for (size_t h = 0; h < heads; ++h) shape.lengths[i * heads + h] = lengths_[i] - dropped[i * heads + h];
+  }
+}
+
+// Of lists whose pages are full but for the last; how many slots of that one are live need not be up to date.
+void CudaBackend::read_dropped(Layer& layer, size_t l, size_t row, const StepEntry& entry) const {
+  const auto heads = static_cast<size_t>(layer.config.kv_heads);
+  for (size_t h = 0; h < heads; ++h) {
+    const std::vector<PageEntry>& pages = entry.pages->layers[l].heads[h].pages;
+    int64_t before = 0;  // tokens of the pages before the last
+    for (size_t i = 0; i + 1 < pages.size(); ++i) {
+      before += pages[i].live;
+      if (pages[i].live < format(pages[i]).slots) throw Error(Status::kInternal, "a page within a list is not full");
+    }
+    layer.dropped[row * heads + h] = static_cast<int32_t>(pages.back().first - before);
+  }
 }
 
 void CudaBackend::cut(Shape& shape) {
   shape.launches.clear();
   int64_t before = 0;
+  const size_t lists = shape.governed >= 0 ? static_cast<size_t>(shape.kv_heads) : 1;
+  const auto of_entry = [&](size_t entry) { return lengths(shape, {.first = entry, .entries = 1, .tokens = 0, .before = 0}); };
   for (size_t first = 0; first < order_.size();) {
     const int tokens = plan_->entries[order_[first]].n_tokens;
     kvmix_cuda_attend_params p = attend_params(shape);
     p.q_tokens = tokens;
     const bool images = uses_images(p);
-    const auto image_bytes = static_cast<size_t>(page_image_bytes(shape.format.head_dim) * shape.kv_heads);
+    const auto image_bytes = static_cast<size_t>(page_image_bytes(shape.format.head_dim) * p.kv_heads);
     size_t end = first, bytes = 0;
     for (; end < order_.size(); ++end) {
       if (plan_->entries[order_[end]].n_tokens != tokens) break;
-      if (images) bytes += static_cast<size_t>(pages_of(lengths_[end], shape.sinks)) * image_bytes;
+      for (const int32_t length : of_entry(end)) {
+        if (images) bytes += static_cast<size_t>(pages_of(length, shape.sinks)) * image_bytes;
+      }
       if (end > first && bytes > kMostImageBytes) break;
     }
-    p.sequences = static_cast<int32_t>(end - first);
+    p.sequences = static_cast<int32_t>((end - first) * lists);
     check_shape(p);
     Launch launch{.first = first, .entries = end - first, .tokens = tokens, .before = before};
-    launch.pieces = choose_pieces(p, lengths(launch), 0);
-    launch.work_items = count_items(p, lengths(launch), launch.pieces);
+    const std::span<const int32_t> of_launch = lengths(shape, launch);
+    launch.pieces = choose_pieces(p, of_launch, 0);
+    launch.work_items = count_items(p, of_launch, launch.pieces);
     launch.items = tokens == 1 ? common_length(launch.work_items) : launch.work_items;
-    launch.workspace_bytes = workspace_bytes(p, lengths(launch), launch.items);
+    launch.workspace_bytes = workspace_bytes(p, of_launch, launch.items);
     shape.launches.push_back(launch);
     before += static_cast<int64_t>(end - first) * tokens;
     first = end;
+  }
+}
+
+// Layers of the same format whose lists are as long have one cut.
+void CudaBackend::cut_shapes() {
+  for (size_t i = 0; i < shapes_.size(); ++i) {
+    Shape& shape = shapes_[i];
+    if (shape.governed < 0) {
+      cut(shape);
+      continue;
+    }
+    read_lengths(shape);
+    size_t j = 0;
+    while (j < i && !shapes_[j].same_cut(shape)) ++j;
+    if (j == i) {
+      cut(shape);
+    } else {
+      shape.launches = shapes_[j].launches;
+    }
   }
 }
 
@@ -76,9 +126,9 @@ void CudaBackend::write_work(const Shape& shape, const Launch& launch, std::byte
   p.q_tokens = launch.tokens;
   const std::span list(reinterpret_cast<kvmix_cuda_item*>(to + launch.items_at), launch.items);
   const std::span work = list.first(launch.work_items);
-  write_items(p, lengths(launch), launch.pieces, work);
+  write_items(p, lengths(shape, launch), launch.pieces, work);
   for (kvmix_cuda_item& item : work) {
-    item.sequence = item.sequence * shape.kv_heads + item.kv_head;
+    item.sequence = item.sequence * p.kv_heads + item.kv_head;
     item.kv_head = 0;
   }
   kvmix_cuda_item none{};
@@ -96,7 +146,9 @@ void CudaBackend::write_tables() {
   size_t at = 0;
   for (Layer& layer : layers_) {
     layer.table_at = at;
-    at += tables_.rows() * static_cast<size_t>(layer.config.kv_heads) * static_cast<size_t>(tables_.stride);
+    const size_t lists = tables_.rows() * static_cast<size_t>(layer.config.kv_heads);
+    at += lists * static_cast<size_t>(tables_.stride);
+    if (layer.ids.governed) layer.dropped.resize(lists);
   }
   const auto stale = [&](size_t row) {
     const StepEntry& entry = plan_->entries[order_[row]];
@@ -117,7 +169,9 @@ void CudaBackend::write_tables() {
     };
     for (size_t l = 0, alike = 0; l < layers_.size(); ++l) {
       for (size_t row = first; row < end; ++row) {
-        write_table(layers_[l], l, plan_->entries[order_[row]], tables_.host(layers_[l].table_at + row * width(l)));
+        const StepEntry& entry = plan_->entries[order_[row]];
+        write_table(layers_[l], l, entry, tables_.host(layers_[l].table_at + row * width(l)));
+        if (layers_[l].ids.governed) read_dropped(layers_[l], l, row, entry);
       }
       ++alike;  // layers whose tables are of one size lie as far apart
       if (l + 1 < layers_.size() && width(l + 1) == width(l)) continue;
@@ -144,8 +198,8 @@ void CudaBackend::find_patches() {
     const Layer& layer = layers_[static_cast<size_t>(owner.layer)];
     const PageEntry& page = change.entry();
     const int64_t list = row * layer.config.kv_heads + owner.kv_head;
-    patches_.push_back(
-        {static_cast<int64_t>(layer.table_at) + list * tables_.stride + table_place(layer, page), table_id(page)});
+    const int64_t place = layer.ids.governed ? static_cast<int64_t>(change.index) : table_place(layer, page);
+    patches_.push_back({static_cast<int64_t>(layer.table_at) + list * tables_.stride + place, table_id(page)});
   }
 }
 
@@ -154,21 +208,22 @@ void CudaBackend::write_table(const Layer& layer, size_t l, const StepEntry& ent
     int64_t at = 0;
     for (const PageEntry& page : list.pages) {
       // Pages that a sliding window left are not read.
-      for (const int64_t place = table_place(layer, page); at < place;) table[at++] = 0;
+      for (const int64_t place = layer.ids.governed ? at : table_place(layer, page); at < place;) table[at++] = 0;
       table[at++] = table_id(page);
     }
     table += tables_.stride;
   }
 }
 
-// Any page of a head goes with any of another: [pages][kv_heads].
+// Any page of a head goes with any of another: [pages][kv_heads]. Heads of their own lengths may seal fewer than others.
 void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) {
   if (layer.seals == 0) return;
   sealed_of_head_.assign(static_cast<size_t>(layer.config.kv_heads), 0);
+  std::fill_n(open_ids, layer.seals * layer.config.kv_heads, 0);
+  std::fill_n(record_ids, layer.seals * layer.config.kv_heads, kNoRecord);
   for (const Transcode& job : plan_->transcodes[l]) {
     const int page = sealed_of_head_[static_cast<size_t>(job.kv_head)]++;
     const int at = page * layer.config.kv_heads + job.kv_head;
-    if (page >= layer.seals) throw Error(Status::kInternal, "heads of a layer seal different numbers of pages");
     open_ids[at] = id_of(job.from.handle);
     record_ids[at] = id_of(job.to().handle);
   }
@@ -188,10 +243,10 @@ void CudaBackend::begin(const StepPlan& plan) {
   for (const StepEntry& entry : plan.entries) rows_ += entry.n_tokens;
   lengths_.clear();
   for (const size_t entry : order_) lengths_.push_back(static_cast<int32_t>(plan.entries[entry].end()));
-  for (Shape& shape : shapes_) cut(shape);
-
   write_tables();
   find_patches();
+  cut_shapes();
+  begin_prompts();
 
   // What goes where.
   size_t bytes = 0, most_query = 0, most_kv = 0, workspace = 0;
@@ -206,7 +261,7 @@ void CudaBackend::begin(const StepPlan& plan) {
     for (Launch& launch : shapes_[i].launches) {
       workspace = std::max(workspace, launch.workspace_bytes);
       for (size_t j = 0; j < i && !launch.shares_items; ++j) {
-        if (!shapes_[j].cut_alike(shapes_[i])) continue;
+        if (!shapes_[j].cut_alike(shapes_[i]) || shapes_[j].lengths != shapes_[i].lengths) continue;
         for (const Launch& other : shapes_[j].launches) {
           if (other.first != launch.first || other.entries != launch.entries || other.pieces != launch.pieces) continue;
           launch.items_at = other.items_at;
@@ -219,11 +274,17 @@ void CudaBackend::begin(const StepPlan& plan) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     Layer& layer = layers_[l];
     const auto heads = static_cast<size_t>(layer.config.kv_heads), dim = static_cast<size_t>(layer.config.head_dim);
-    layer.seals = static_cast<int>(plan.transcodes[l].size() / heads);
-    layer.open_ids_at = place(plan.transcodes[l].size(), sizeof(int32_t));
-    layer.record_ids_at = place(plan.transcodes[l].size(), sizeof(int32_t));
+    sealed_of_head_.assign(heads, 0);
+    for (const Transcode& job : plan.transcodes[l]) ++sealed_of_head_[static_cast<size_t>(job.kv_head)];
+    layer.seals = *std::max_element(sealed_of_head_.begin(), sealed_of_head_.end());
+    layer.open_ids_at = place(static_cast<size_t>(layer.seals) * heads, sizeof(int32_t));
+    layer.record_ids_at = place(static_cast<size_t>(layer.seals) * heads, sizeof(int32_t));
+    if (layer.ids.governed) layer.dropped_at = place(order_.size() * heads, sizeof(int32_t));
     most_query = std::max(most_query, static_cast<size_t>(layer.config.q_heads) * dim);
     most_kv = std::max(most_kv, heads * dim);
+  }
+  for (auto& [id, prompt] : prompts_) {
+    for (PromptStep::Scored& scored : prompt.layers) scored.heads_at = place(scored.heads.size(), sizeof(WindowHead));
   }
   const size_t patches_at = place(patches_.size(), sizeof(TablePatch));
   const auto rows = static_cast<size_t>(rows_);
@@ -256,6 +317,14 @@ void CudaBackend::begin(const StepPlan& plan) {
     const Layer& layer = layers_[l];
     write_seals(layer, l, reinterpret_cast<int32_t*>(to + layer.open_ids_at),
                 reinterpret_cast<int32_t*>(to + layer.record_ids_at));
+    if (!layer.ids.governed) continue;
+    std::copy_n(layer.dropped.begin(), order_.size() * static_cast<size_t>(layer.config.kv_heads),
+                reinterpret_cast<int32_t*>(to + layer.dropped_at));
+  }
+  for (const auto& [id, prompt] : prompts_) {
+    for (const PromptStep::Scored& scored : prompt.layers) {
+      std::copy(scored.heads.begin(), scored.heads.end(), reinterpret_cast<WindowHead*>(to + scored.heads_at));
+    }
   }
   std::copy(patches_.begin(), patches_.end(), reinterpret_cast<TablePatch*>(to + patches_at));
   join();
@@ -297,22 +366,30 @@ void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
   p.open_page_stride = p.record_page_stride = kPageUnit;
   p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
   p.stream = stream;
+  seal_pages(layer, p, layer.open);
+}
+
+void CudaBackend::seal_pages(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const {
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
   cuda::seal(p, {.keys_fitted = layer.keys_fitted,
                  .values_fitted = layer.values_fitted,
                  .keys_unbiased = layer.keys_unbiased,
                  .values_unbiased = layer.values_unbiased,
                  .ids_of_heads = true,
-                 .open = layer.open});
+                 .open = open});
 }
 
 uint64_t CudaBackend::launch_key() {
+  if (!prompts_.empty()) return 0;
   Checksum sum;
   const auto add = [&](const auto& number) { sum.update(&number, sizeof number); };
   for (const Shape& shape : shapes_) {
     if (shape.launches.size() != 1 || shape.launches.front().tokens != 1) return 0;
     add(shape.launches.front().items);
     add(shape.launches.front().items_at);
+  }
+  for (const Layer& layer : layers_) {
+    if (layer.ids.governed) add(layer.dropped_at);
   }
   // Waiting costs every layer of a launch, so that one whose step seals nothing does not.
   add(seals_);
@@ -372,6 +449,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .head_dim = dim,
        .places = input<RowPlace>(0),
        .table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at), tables_.stride, layer.config.sinks},
+       .dropped = layer.ids.governed ? input<int32_t>(layer.dropped_at) : nullptr,
        .key = layer.key,
        .value = layer.value,
        .open = layer.open,
@@ -438,6 +516,7 @@ void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, floa
   job.q = nullptr, job.out = to, job.stride = to_stride;
   job.halves = outputs_.data(), job.ops = layer.output;
   map_outputs(job, stream_.get());
+  score_prompts(layer, static_cast<size_t>(layer_index));
   if (device_rows_) return;
   check_cuda(cudaMemcpy2DAsync(out, static_cast<size_t>(out_stride) * sizeof(float), host_out_.data(), width, width,
                                static_cast<size_t>(rows_), cudaMemcpyDeviceToHost, stream_.get()),

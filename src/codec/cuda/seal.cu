@@ -288,6 +288,7 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
   auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
   const int64_t page = blockIdx.x * args.id_page_step + blockIdx.y * args.id_head_step;
+  if (args.record_ids[page] == kNoRecord) return;
   const uint8_t* const open =
       args.open_pages + args.open_ids[page] * args.open_page_stride + static_cast<int64_t>(blockIdx.y) * args.open_head_stride;
   uint8_t* const record = args.records + args.record_ids[page] * args.record_page_stride +

@@ -8,6 +8,8 @@ namespace kvmix::cuda {
 
 void check_seal(const kvmix_cuda_seal_params& params);
 void check_append(const kvmix_cuda_append_params& params);
+// A record id that is no work, where ids are of heads.
+inline constexpr int32_t kNoRecord = -1;
 // What the ABI's parameters do not say: which sides are fitted (beside `fitted`, which means both), and without bias,
 // whether ids are [pages][kv_heads], each of its own, instead of [pages], and the shape of open pages, fp16 rows or 8-bit ones
 // (tile_layout.h).

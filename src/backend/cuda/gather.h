@@ -1,0 +1,36 @@
+// Pages made of tokens of other pages, after a token policy has dropped some: rows that move as they are where both pages hold
+// the same open rows, else by way of fp16, as the CPU's (CpuBackend::gather).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "codec/cuda/tile_layout.h"
+
+namespace kvmix::cuda {
+
+// Where a token comes from. A page of fp16 rows has `rows` slots; else it is a record, open or sealed.
+struct RowSource {
+  static constexpr int32_t kOpenRecord = 0, kSealedRecord = -1;
+  const uint8_t* page;
+  int32_t slot, rows;
+};
+// A page that takes `sources` tokens, and repeats the last one up to `slots`: `rows` slots of fp16 rows, or an open record.
+struct RowTarget {
+  uint8_t* page;
+  int64_t first;  // of its sources
+  int32_t sources, slots, rows, kv_head;
+};
+
+struct MoveRows {
+  const RowTarget* targets;
+  const RowSource* sources;
+  int count;  // of targets
+  int head_dim;
+  RecordShape open, sealed;
+  const float* key_panels;  // as AppendRows, where keys are rounded anew with feedback
+};
+void move_rows(const MoveRows& job, cudaStream_t stream);
+
+}  // namespace kvmix::cuda
