@@ -45,10 +45,11 @@ class Runs:
         self.jobs.append((f"{name}.{model}", words, seconds))
 
     def text(self, model, group, rows, context, windows, scored, text=None, part=2):
+        command = f"eval --text {shlex.quote(text or self.args.text)} --context {context} --windows {windows} --scored {scored}"
+        # A GPU rounds activations before it multiplies quantised weights, which would be most of what small divergences are.
+        command += " --float-weights" if self.on_gpu() else ""
         for at in range(0, len(rows), part):
-            self.add(f"text-{context}.{group}.{at}", model,
-                     f"eval --text {shlex.quote(text or self.args.text)} --context {context} --windows {windows} --scored {scored}",
-                     rows[at:at + part])
+            self.add(f"text-{context}.{group}.{at}", model, command, rows[at:at + part])
 
     def needle(self, model, group, rows, context, seed, kinds="keys", trials=1, part=9):
         for at in range(0, len(rows), part):

@@ -20,7 +20,7 @@ constexpr int kUsualTokens = 2048;  // of a prompt and a window
 constexpr int kJoined = 512;        // prompts of fewer tokens are joined to windows
 
 struct Arguments {
-  std::string model, out = "profile.json", sensitivity;
+  std::string model, out = "profile.json", sensitivity = "fisher";
   int windows = 1;
   int sinks = -1, local_sinks = -1, window = -1;  // -1: as is usual
   bool mpo = false;
@@ -62,7 +62,7 @@ int profile(Arguments arguments, const Common& common) {
     }
   }
   const auto partial = [&](const Profile& part) { write_profile(part, arguments.out); };
-  if (arguments.sensitivity.empty()) {
+  if (arguments.sensitivity == "none") {
     profile_gradients(model, prompts, {.device = arguments.calibration.device, .threads = common.threads, .partial = partial},
                       measured, progress);
   } else {
@@ -99,7 +99,7 @@ int profile(Arguments arguments, const Common& common) {
 void add_profile(CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = add_command(context, "profile", "Measure how much each layer's keys and values matter to a model",
-                                  "kvmix profile smollm2 --sensitivity fisher -o profile.json");
+                                  "kvmix profile smollm2 -o profile.json");
   command->add_option("model", arguments->model, kModelHelp)->required();
   CalibrationOptions& calibration = arguments->calibration;
   command->add_option(
@@ -117,23 +117,23 @@ void add_profile(CommandContext& context) {
   command
       ->add_option(
           "--sensitivity", arguments->sensitivity,
-          "Also measure what each codec costs in each layer: kl (on the running cache), fisher (from gradients) or output "
-          "(attention output)")
-      ->check(CLI::IsMember({"kl", "fisher", "output"}));
+          "How what each codec costs in each layer is measured: fisher (from gradients), output (attention output), kl (on the "
+          "running cache) or none (the paper's gradient scores alone)")
+      ->check(CLI::IsMember({"fisher", "output", "kl", "none"}))
+      ->capture_default_str();
   command
       ->add_option("--windows", arguments->windows,
-                   "--sensitivity: windows of --tokens: prompts, joined to 2048 where they have fewer than 512")
+                   "Windows of --tokens that codecs are measured on: prompts, joined to 2048 where they have fewer than 512")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
   const auto fp16 = [&](const char* name, int& value, const char* help) {
-    command->add_option(name, value, std::string("--sensitivity: ") + help + ", as plans will keep")
-        ->check(CLI::Range(0, 4096));
+    command->add_option(name, value, std::string(help) + ", as plans will keep")->check(CLI::Range(0, 4096));
   };
-  fp16("--sinks", arguments->sinks, "first tokens in fp16 (16)");
-  fp16("--local-sinks", arguments->local_sinks, "the same in layers with a sliding window (0)");
-  fp16("--window", arguments->window, "newest tokens in fp16 (64, or a 16th of the narrowest sliding window)");
+  fp16("--sinks", arguments->sinks, "First tokens in fp16 (16)");
+  fp16("--local-sinks", arguments->local_sinks, "First tokens in fp16 in layers with a sliding window (0)");
+  fp16("--window", arguments->window, "Newest tokens in fp16 (64, or a 16th of the narrowest sliding window)");
   command->add_flag("--mpo", arguments->mpo,
-                    "--sensitivity: also behind DecoQuant's decomposition, for planner kvmix to take where it pays");
+                    "Measure codecs also behind DecoQuant's decomposition, for planner kvmix to take where it pays");
   command->add_option("-o,--out", arguments->out, "The profile file to write")->capture_default_str();
   command->callback(
       [&context, arguments] { context.action = [arguments](const Common& common) { return profile(*arguments, common); }; });

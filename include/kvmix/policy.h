@@ -53,6 +53,9 @@ PolicySpec parse_policy(const std::string& text);
 // Throws kInvalidArgument in one line: an unknown policy or parameter with those there are, a value out of range, a budget
 // smaller than sinks and window.
 void check_policy(const PolicySpec& spec);
+// Whether such a policy counts what every query pays to each token, or has a second tier of tokens: what the device "cuda" does
+// not do. Throws as check_policy does.
+bool counts_or_tiers(const PolicySpec& spec);
 
 // The same of channel policies.
 std::span<const PolicyInfo> channel_policies();

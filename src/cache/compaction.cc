@@ -6,13 +6,25 @@
 
 namespace kvmix {
 
-std::span<const Gather> Ledger::open_compaction(SequenceId id, size_t layer, std::span<const Regroup> heads) {
+std::span<const Gather> Ledger::open_compaction(SequenceId id, Compactions compactions) {
   SequencePages& sequence = find(id);
   if (open_) throw Error(Status::kInternal, "a layer is compacted inside a step; end it first");
   begin_change();
   revise(sequence);
   sequence.quiet_until = 0;
   open_ = true;
+  compactions_ = std::move(compactions);
+  for (Compaction& made : compactions_) {
+    for (Gather& gather : made.gathers) {
+      changes_.push_back({&made.next, gather.index, {}, false, {}});
+      gathers_.push_back(std::move(gather));
+    }
+  }
+  return gathers_;
+}
+
+Ledger::Compactions Ledger::compacted(SequencePages& sequence, size_t layer, std::span<const Regroup> heads) const {
+  Compactions made;
   LayerPages& pages = sequence.layers[layer];
   for (size_t h = 0; h < pages.heads.size(); ++h) {
     PageList& list = pages.heads[h];
@@ -32,10 +44,13 @@ std::span<const Gather> Ledger::open_compaction(SequenceId id, size_t layer, std
       std::sort(gone.begin(), gone.end());
     }
     const int head = static_cast<int>(h);
-    if (!gone.empty()) compact({layer, head, false, list, gone, {}});
-    if (!moved.empty() || !change.drop_low.empty()) compact({layer, head, true, pages.low[h], change.drop_low, moved});
+    const auto add = [&](PageList& of, bool low, std::span<const int32_t> drop, std::span<const Kept> added) {
+      compact({layer, head, low, of, drop, added}, made.emplace_back(Compaction{&of, {}, {}}));
+    };
+    if (!gone.empty()) add(list, false, gone, {});
+    if (!moved.empty() || !change.drop_low.empty()) add(pages.low[h], true, change.drop_low, moved);
   }
-  return gathers_;
+  return made;
 }
 
 // Slots that stay empty if `page` is kept behind so many tokens that move together.
@@ -46,14 +61,15 @@ int64_t Ledger::left_empty(const Compacting& job, size_t tokens, const PageList&
   return gap + formats_[static_cast<FormatId>(page.format)].slots - page.live;
 }
 
-void Ledger::compact(Compacting job) {
-  PageList& list = job.list;
-  PageList& next = compactions_.emplace_back(Compaction{&list, {}}).next;
+void Ledger::compact(Compacting job, Compaction& to) const {
+  const PageList& list = job.list;
+  PageList& next = to.next;
   next.channels = list.channels;
   const size_t left = static_cast<size_t>(list.tokens()) - job.drop.size() + job.added.size();
   next.positions.reserve(left);
   if (ids_[job.layer].mass) next.mass.reserve(mass_room(static_cast<int64_t>(left)));
   std::vector<Kept> moving;
+  moving.reserve(left);
   int64_t empty = full_pages_ ? 0 : kPageTokens;  // slots that may be left
   int32_t token = 0;
   int64_t before = 0;
@@ -87,7 +103,7 @@ void Ledger::compact(Compacting job) {
     if (!whole || !settled || gap > empty) continue;
     empty -= gap;
     const auto own = static_cast<ptrdiff_t>(first_moving);
-    move_together(job, std::span(moving).first(first_moving), false, next);
+    move_together(job, std::span(moving).first(first_moving), false, to);
     next.pages.push_back(page);
     std::for_each(moving.begin() + own, moving.end(), [&](const Kept& kept) {
       next.positions.push_back(kept.position);
@@ -96,20 +112,22 @@ void Ledger::compact(Compacting job) {
     moving.clear();
   }
   moving.insert(moving.end(), job.added.begin(), job.added.end());
-  move_together(job, moving, true, next);
+  move_together(job, moving, true, to);
   const std::vector<PageEntry> pages = std::move(next.pages);
   next.pages.reserve(table_room(pages.size()));
   next.pages.assign(pages.begin(), pages.end());
 }
 
 // Adds pages of these tokens; `newest`: those behind them are still to come.
-void Ledger::move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, PageList& next) {
+void Ledger::move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, Compaction& to) const {
+  PageList& next = to.next;
   const LayerConfig& config = layers_[job.layer];
   const LayerFormats& ids = ids_[job.layer];
   const auto add = [&](FormatId format, int slots) {
     const size_t n = std::min(tokens.size(), static_cast<size_t>(slots));
     if (n == 0) return;
     Gather gather{static_cast<int>(job.layer), job.kv_head, &next, next.pages.size(), {}};
+    gather.sources.reserve(n);
     for (const Kept& kept : tokens.first(n)) {
       gather.sources.push_back({kept.page, kept.slot});
       next.positions.push_back(kept.position);
@@ -117,8 +135,7 @@ void Ledger::move_together(const Compacting& job, std::span<const Kept> tokens, 
     }
     const auto live = static_cast<int32_t>(n);
     next.pages.push_back({kNoPage, format, tokens[n - 1].position - live + 1, live});
-    changes_.push_back({&next, next.pages.size() - 1, {}, false, {}});
-    gathers_.push_back(std::move(gather));
+    to.gathers.push_back(std::move(gather));
     tokens = tokens.subspan(n);
   };
   if (job.low) {

@@ -224,11 +224,8 @@ std::vector<Ledger::Regroup> Cache::Impl::decide_layer(SequenceId id, SequencePa
   }
   heads.reserve(tokens.size());
   for (const HeadTokens& head : tokens) {
-    heads.push_back({.positions = head.positions,
-                     .tiers = head.tiers,
-                     .mass = head.mass,
-                     .queries = head.queries,
-                     .window = head.window});
+    heads.push_back(
+        {.positions = head.positions, .tiers = head.tiers, .mass = head.mass, .queries = head.queries, .window = head.window});
   }
   view.shape = governed.shapes[l];
   view.moment = when;
@@ -267,27 +264,31 @@ void Cache::Impl::decide(SequenceId id, Moment when) {
     if (governed.governs(l)) layers.push_back(l);
   }
   std::vector<std::vector<Ledger::Regroup>> groups(config.layers.size());
+  std::vector<Ledger::Compactions> compactions(config.layers.size());
   const size_t threads = std::min(layers.size(), static_cast<size_t>(on_cuda(config) ? default_threads() : config.threads));
   policy_scratch.resize(std::max(policy_scratch.size(), threads));
-  FirstFailure failure;
-  parallel_for(static_cast<int>(threads), threads, [&](size_t t) {
-    for (size_t i = t; i < layers.size(); i += threads) {
-      failure.guard([&] { groups[layers[i]] = decide_layer(id, sequence, layers[i], when, policy_scratch[t]); });
-    }
-  });
-  failure.rethrow();
+  const auto each_layer = [&](const auto& work) {
+    FirstFailure failure;
+    parallel_for(static_cast<int>(threads), threads, [&](size_t t) {
+      for (size_t i = t; i < layers.size(); i += threads) failure.guard([&] { work(layers[i], policy_scratch[t]); });
+    });
+    failure.rethrow();
+  };
+  each_layer([&](size_t l, PolicyScratch& scratch) { groups[l] = decide_layer(id, sequence, l, when, scratch); });
   const bool from_window = governed.policy != nullptr && governed.policy->needs().mass_from_window;
   if (prompt_end && from_window && !layers.empty())
     sequence.counted_from = sequence.length - backend->window(id, static_cast<int>(layers.front()), 0).queries;
   for (size_t l = 0; l < config.layers.size(); ++l) {
     if (prompt_end && governed.chooses(l, sequence.length)) choose_channels(id, l, groups[l]);
-    const auto changes = [](const Ledger::Regroup& head) { return !head.empty(); };
-    if (std::any_of(groups[l].begin(), groups[l].end(), changes)) compact(id, l, groups[l]);
+  }
+  each_layer([&](size_t l, PolicyScratch&) { compactions[l] = ledger.compacted(sequence, l, groups[l]); });
+  for (Ledger::Compactions& of_layer : compactions) {
+    if (!of_layer.empty()) compact(id, std::move(of_layer));
   }
 }
 
-void Cache::Impl::compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads) {
-  const std::span<const Gather> gathers = ledger.open_compaction(id, layer, heads);
+void Cache::Impl::compact(SequenceId id, Ledger::Compactions compactions) {
+  const std::span<const Gather> gathers = ledger.open_compaction(id, std::move(compactions));
   allocate_changes();
   backend->gather(gathers);
   for (const Gather& gather : gathers) sealed_pages += format(gather.to()).role == PageRole::kSealed ? 1 : 0;

@@ -71,11 +71,20 @@ class Ledger {
     std::vector<int32_t> demote;  // to the low tier
     bool empty() const { return drop.empty() && drop_low.empty() && demote.empty(); }
   };
-  // Opens a compaction of a layer, outside steps, a Regroup per KV head. Sealed pages that neither lose nor gain a token stay,
-  // as long as no more than a page's slots, or with fill_pages none, are left empty in front of those that stay. What is left of the others moves
-  // together, in order: the first tokens into the sinks' page, the newest into recent pages, and what is behind the window into
-  // sealed ones, as if the tokens that are left had come one after the other. (src/cache/compaction.cc)
-  std::span<const Gather> open_compaction(SequenceId id, size_t layer, std::span<const Regroup> heads);
+  // A list of a layer and what it becomes; `gathers` make the pages of `next` that are new.
+  struct Compaction {
+    PageList* list;
+    PageList next;
+    std::vector<Gather> gathers;
+  };
+  using Compactions = std::deque<Compaction>;  // whose elements stay where they are
+  // A compaction of a layer, outside steps, a Regroup per KV head. Sealed pages that neither lose nor gain a token stay,
+  // as long as no more than a page's slots, or with fill_pages none, are left empty in front of those that stay. What is left
+  // of the others moves together, in order: the first tokens into the sinks' page, the newest into recent pages, and what is
+  // behind the window into sealed ones, as if the tokens that are left had come one after the other. (src/cache/compaction.cc)
+  // Of several layers by several threads at once, as long as the sequence stays as it is.
+  Compactions compacted(SequencePages& sequence, size_t layer, std::span<const Regroup> heads) const;
+  std::span<const Gather> open_compaction(SequenceId id, Compactions compactions);
   // The length of Cache::next_seal.
   int64_t next_seal(const SequencePages& sequence) const;
 
@@ -109,10 +118,6 @@ class Ledger {
     uint64_t revision;  // before it
     bool quiet;         // the lists are written late
   };
-  struct Compaction {
-    PageList* list;
-    PageList next;
-  };
   struct Kept {  // a token that a compaction moves
     PageEntry page;
     int slot;
@@ -128,12 +133,12 @@ class Ledger {
     size_t layer;
     int kv_head;
     bool low;
-    PageList& list;
+    const PageList& list;
     std::span<const int32_t> drop;
     std::span<const Kept> added;
   };
-  void compact(Compacting job);
-  void move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, PageList& next);
+  void compact(Compacting job, Compaction& to) const;
+  void move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, Compaction& to) const;
   int64_t left_empty(const Compacting& job, size_t tokens, const PageList& next, const PageEntry& page) const;
   void replace(PageList& list, size_t index, FormatId format, bool copies, const PageChange::Owner& owner = {});
   void set_live(PageList& list, size_t index, int64_t end);
@@ -181,7 +186,7 @@ class Ledger {
   std::vector<Growth> growth_;
   std::vector<SequencePages*> found_;  // of the step's items
   std::vector<size_t> loud_;           // entries of the step whose lists are written now
-  std::deque<Compaction> compactions_;
+  Compactions compactions_;
   std::vector<Gather> gathers_;
 };
 

@@ -25,8 +25,8 @@ struct Cache::Impl {
   std::unique_ptr<Backend> backend;
   int64_t sealed_pages = 0;
   std::vector<PolicyScratch> policy_scratch;  // by thread
-  std::vector<FreedPage> reserve;  // for what the prompts that end in the open step will keep
-  std::unique_ptr<Team> team;      // of step_layer
+  std::vector<FreedPage> reserve;             // for what the prompts that end in the open step will keep
+  std::unique_ptr<Team> team;                 // of step_layer
 
   const PageFormat& format(const PageEntry& entry) const { return formats[static_cast<FormatId>(entry.format)]; }
   void release(std::span<const FreedPage> pages);
@@ -42,7 +42,7 @@ struct Cache::Impl {
   void decide(SequenceId id, Moment moment);
   std::vector<Ledger::Regroup> decide_layer(SequenceId id, SequencePages& sequence, size_t layer, Moment moment,
                                             PolicyScratch& scratch);
-  void compact(SequenceId id, size_t layer, std::span<const Ledger::Regroup> heads);
+  void compact(SequenceId id, Ledger::Compactions compactions);
   void check_decoded(std::span<const StepItem> items) const;
   void take_mass(const StepEntry& entry);
   // Chooses channels for the layer's heads that hold no page of chosen ones yet; tokens that `dropped` names by head do not

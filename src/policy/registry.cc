@@ -44,6 +44,11 @@ std::unique_ptr<Policy> make_policy(const PolicySpec& spec) {
 
 void check_policy(const PolicySpec& spec) { make_policy(spec); }
 
+bool counts_or_tiers(const PolicySpec& spec) {
+  const std::unique_ptr<Policy> policy = make_policy(spec);
+  return policy->needs().mass != MassReduce::kNone || policy->has_low_tier();
+}
+
 bool Decision::empty() const {
   return std::all_of(heads.begin(), heads.end(), [](const HeadDecision& h) { return h.drop.empty() && h.move.empty(); });
 }

@@ -310,7 +310,7 @@ void run_governed(unsigned seed, bool late) {
           }
           list = left;
         }
-        ledger.open_compaction(id, layer, heads);
+        ledger.open_compaction(id, ledger.compacted(ledger.find(id), layer, heads));
         books.allocate();
         books.free(ledger.commit());
         break;

@@ -363,7 +363,8 @@ TEST(PolicyCacheOnCpu, WhatCannotRunIsNamed) {
   refused({"snapkv", {{"tokens", 10.0}}}, 0, "tokens is 10");
   refused({"snapkv", {}}, 256, "every layer has a sliding window");
   for (const char* name : {"h2o", "leankv"}) {
-    refused({name, {}}, 0, std::string(name) + " counts what every query pays to each token, which the device \"cuda\"", "cuda");
+    refused({name, {}}, 0, std::string(name) + " counts what every query pays to each token, which the device \"cuda\"",
+            "cuda");
   }
 }
 

@@ -63,7 +63,7 @@ TEST_F(Cli, FilesThatAreNotWhatTheyShouldBeAreRefused) {
 
 TEST_F(Cli, BudgetsThatCannotBeMetSayTheSmallest) {
   const std::string profile = folder_.file("profile.json"), plan = folder_.file("plan.json");
-  ASSERT_EQ(run({"profile", model_, "--prompts", "2", "--tokens", "64", "-o", profile}).status, 0);
+  ASSERT_EQ(run({"profile", model_, "--prompts", "2", "--tokens", "64", "--sensitivity", "none", "-o", profile}).status, 0);
   refuses(2, {"plan", model_, "--profile", profile, "--bits", "0.5", "--context", "1024", "-o", plan}, {"smallest"});
   refuses(2, {"plan", model_, "--profile", profile, "--fit", "1KiB", "--context", "1024", "-o", plan}, {"smallest"});
   EXPECT_FALSE(std::filesystem::exists(plan));
@@ -110,7 +110,8 @@ TEST_F(Cli, CtrlCEndsWith130) {
   EXPECT_EQ(cut.out, "");
 
   const std::string profile = folder_.file("profile.json");
-  Program profiling(folder_, {"profile", model_, "--prompts", "4000", "--tokens", "512", "-o", profile});
+  Program profiling(folder_,
+                    {"profile", model_, "--prompts", "4000", "--tokens", "512", "--sensitivity", "none", "-o", profile});
   ASSERT_TRUE(profiling.until([&] { return !profiling.err().empty(); }));
   profiling.interrupt();
   const Outcome stopped = profiling.wait();
@@ -169,7 +170,9 @@ TEST_F(Cli, CalibrationThatIsNoTextIsRefused) {
 
 TEST_F(Cli, ProfilesThatAreDamagedOrSomethingElseAreRefused) {
   const std::string profile = folder_.file("profile.json"), plan = folder_.file("kvmix.json");
-  ASSERT_EQ(run({"profile", model_, "--prompts", "2", "--tokens", "64", "--quiet", "-o", profile}).status, 0);
+  ASSERT_EQ(
+      run({"profile", model_, "--prompts", "2", "--tokens", "64", "--sensitivity", "none", "--quiet", "-o", profile}).status,
+      0);
   const std::string good = testing::read_bytes(profile);
   const auto refused = [&](const std::string& content, const std::vector<std::string>& words) {
     testing::write_bytes(profile, content);
@@ -249,7 +252,7 @@ TEST_F(Cli, AModelWithNumbersThatAreNoneIsNotProfiled) {
   for (int i = 0; i < 100; ++i) text += "the sea is a sea of words ";
   testing::write_bytes(calibration, text);
   for (const std::vector<std::string>& more :
-       {std::vector<std::string>{}, {"--sensitivity", "fisher"}, {"--sensitivity", "kl"}}) {
+       {std::vector<std::string>{"--sensitivity", "none"}, {}, {"--sensitivity", "kl"}}) {
     std::vector<std::string> command = {"profile",  bad,   "--calib", calibration, "--prompts", "1",
                                         "--tokens", "512", "--quiet", "-o",        out};
     command.insert(command.end(), more.begin(), more.end());
@@ -318,7 +321,8 @@ TEST_F(Cli, TooLittleMemoryIsSaid) {
   const std::vector<std::vector<std::string>> commands = {
       {"generate", model_, "-p", "a", "-n", "2", "--threads", "1", "--quiet"},
       {"bench", model_, "--depths", "900", "--tokens", "1", "--repetitions", "1", "--threads", "1", "--quiet"},
-      {"profile", model_, "--prompts", "1", "--tokens", "512", "--threads", "1", "--quiet", "-o", out}};
+      {"profile", model_, "--prompts", "1", "--tokens", "512", "--sensitivity", "none", "--threads", "1", "--quiet", "-o",
+       out}};
   for (const auto& command : commands) {
     int refusals = 0, successes = 0;
     for (size_t mib = 24; mib <= 1024 && successes == 0; mib += mib / 6) {

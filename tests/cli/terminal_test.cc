@@ -69,9 +69,9 @@ TEST(Terminal, ProgressIsABarThatFitsAndGoes) {
   testing::write_tiny_model({.architecture = "llama", .output_head = true}, model);
   for (const unsigned short columns : {80, 30}) {
     // Writing so much text takes more than the half second after which a bar tells the time that is left.
-    Terminal profile(
-        {"profile", model, "--prompts", "120", "--tokens", "256", "--threads", "1", "-o", folder.file("profile.json")},
-        columns);
+    Terminal profile({"profile", model, "--prompts", "120", "--tokens", "256", "--sensitivity", "none", "--threads", "1", "-o",
+                      folder.file("profile.json")},
+                     columns);
     EXPECT_EQ(profile.wait(), 0) << profile.screen();
     const std::string& screen = profile.screen();
     // Every state of the bar begins by clearing the one before.
@@ -93,7 +93,8 @@ TEST(Terminal, CtrlCStopsAMeasurementWithAClearLine) {
   const testing::TemporaryFolder folder("kvmix-terminal");
   const std::string model = folder.file("tiny.gguf"), out = folder.file("profile.json");
   testing::write_tiny_model({.architecture = "llama", .output_head = true}, model);
-  Terminal profile({"profile", model, "--prompts", "4000", "--tokens", "512", "--threads", "1", "-o", out}, 80);
+  Terminal profile(
+      {"profile", model, "--prompts", "4000", "--tokens", "512", "--sensitivity", "none", "--threads", "1", "-o", out}, 80);
   ASSERT_TRUE(profile.shows("%")) << profile.screen();
   profile.type(kCtrlC);
   EXPECT_EQ(profile.wait(), 130) << profile.screen();

@@ -3,8 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <span>
 #include <vector>
 
@@ -169,6 +171,41 @@ TEST_P(DeviceEngine, ABatchDecodesAsOnTheCpu) {
     if (bits == 4) {
       EXPECT_LT(apart, 0.1 * cost);
     }
+  }
+}
+
+// Prompts of different lengths, read in chunks, of which a policy keeps a part; then decoding, by captured launches too.
+TEST_P(DeviceEngine, APolicyKeepsTheTokensThatItKeepsOnTheCpu) {
+  const size_t lengths[] = {700, 450};
+  const auto batch = [&](const char* device) {
+    EngineOptions options;
+    options.device = device;
+    if (options.device == "cpu") options.kernel = "portable";
+    options.threads = 2;
+    Plan governed = plan(4);
+    governed.tokens = PolicySpec{"adakv", {{"keep", 0.3}}};
+    return Batch(std::make_unique<Engine>(model_, governed, options), tokens_, lengths);
+  };
+  Batch cpu = batch("cpu"), cuda = batch("cuda");
+  for (size_t s = 0; s < cpu.ids.size(); ++s) {
+    for (int l = 0; l < static_cast<int>(model_->shape().layers.size()); ++l) {
+      const auto ours = cuda.engine->cache().kept(cuda.ids[s], l), theirs = cpu.engine->cache().kept(cpu.ids[s], l);
+      size_t tokens = 0, differ = 0;  // scores a rounding apart change places
+      for (size_t h = 0; h < theirs.size(); ++h) {
+        std::vector<int64_t> apart;
+        std::set_symmetric_difference(ours[h].begin(), ours[h].end(), theirs[h].begin(), theirs[h].end(),
+                                      std::back_inserter(apart));
+        tokens += theirs[h].size(), differ += apart.size();
+      }
+      EXPECT_LE(static_cast<double>(differ), 0.06 * static_cast<double>(tokens)) << "layer " << l;
+    }
+  }
+  for (int i = 0; i < 200; ++i) {  // past a sealed page
+    const auto at = static_cast<size_t>(700 + i % 200);
+    const std::span<const Token> next[] = {std::span(tokens_).subspan(at, 1), std::span(tokens_).subspan(at, 1)};
+    const auto a = cpu.step(next), b = cuda.step(next);
+    if (i % 20 != 19) continue;
+    EXPECT_LT(mean_divergence(a, b), 0.02) << "token " << i;
   }
 }
 

@@ -61,7 +61,8 @@ inline CacheConfig two_layers(const PolicySpec& spec, const CodecSpec& recent = 
   LayerConfig sliding = make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32));
   sliding.sliding_window = 200;
   config.layers = {with_recent(make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32), 16, 64), recent),
-                   with_recent(sliding, recent), with_recent(make_layer(4, 2, kPolicyDim, CodecSpec{}, CodecSpec{}, 0), recent)};
+                   with_recent(sliding, recent),
+                   with_recent(make_layer(4, 2, kPolicyDim, CodecSpec{}, CodecSpec{}, 0), recent)};
   config.threads = 2;
   config.tokens = spec;
   return config;

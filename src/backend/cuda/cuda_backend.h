@@ -130,8 +130,8 @@ class CudaBackend final : public Backend {
     size_t open_ids_at = 0, record_ids_at = 0;
     int seals = 0;        // pages, of all heads each
     size_t table_at = 0;  // its page tables begin here
-    // Of a governed layer: how far its lists are behind their sequences' lengths, [rows of the page tables][kv_heads]; and where
-    // the inputs have it.
+    // Of a governed layer: how far its lists are behind their sequences' lengths, [rows of the page tables][kv_heads]; and
+    // where the inputs have it.
     std::vector<int32_t> dropped = {};
     size_t dropped_at = 0;
 
@@ -146,12 +146,12 @@ class CudaBackend final : public Backend {
   };
   // A prompt in the open step: the queries that will be kept, and, where it ends, of each layer what they score.
   struct PromptStep {
-    size_t entry;  // of the plan
+    size_t entry;    // of the plan
     int64_t before;  // rows of the entries before, in the order of the step
     bool ends;
     int64_t begin, end;  // positions
     struct Scored {
-      size_t heads_at = 0;          // of WindowHead, in the inputs
+      size_t heads_at = 0;            // of WindowHead, in the inputs
       std::vector<WindowHead> heads;  // sums are those of window_sums_
       int64_t most_tokens = 0;
     };

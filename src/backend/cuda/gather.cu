@@ -18,13 +18,15 @@ __device__ inline void copy_row(const SideShape& side, const uint8_t* from, int 
     const auto place = [&](int slot) {
       const CodeCell cell = code_cell(key, slot, 32 * i + lane);
       const CodePlace at = code_place(side.bits, cell.at.reg, cell.field);
-      return cell.block * block_bytes(side.bits) + word_offset(side.bits, cell.at.lane, at.word) + 2 * cell.at.half + at.bit / 8;
+      return cell.block * block_bytes(side.bits) + word_offset(side.bits, cell.at.lane, at.word) + 2 * cell.at.half +
+             at.bit / 8;
     };
     const int a = place(from_slot), b = place(to_slot);
     for (int byte = 0; byte < width; ++byte) to[b + byte] = from[a + byte];
   }
   if (lane >= side.groups()) return;
-  const auto* const scales = reinterpret_cast<const uint16_t*>(from + side.meta()) + side.scale_at(from_slot, lane * side.group);
+  const auto* const scales =
+      reinterpret_cast<const uint16_t*>(from + side.meta()) + side.scale_at(from_slot, lane * side.group);
   auto* const moved = reinterpret_cast<uint16_t*>(to + side.meta()) + side.scale_at(to_slot, lane * side.group);
   moved[0] = scales[0];
   moved[kMidStep] = scales[kMidStep];

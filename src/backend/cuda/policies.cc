@@ -10,8 +10,8 @@
 namespace kvmix::cuda {
 namespace {
 
-constexpr size_t kMostScores = size_t{16} << 20;   // floats of window scores, if a KV head does not take more
-constexpr size_t kMostStaged = size_t{64} << 20;   // bytes of rows on their way into sealed pages
+constexpr size_t kMostScores = size_t{16} << 20;  // floats of window scores, if a KV head does not take more
+constexpr size_t kMostStaged = size_t{64} << 20;  // bytes of rows on their way into sealed pages
 
 }  // namespace
 
@@ -103,8 +103,8 @@ void CudaBackend::score_prompts(const Layer& layer, size_t l) {
     const PromptStep::Scored& scored = prompt.layers[l];
     const auto row = static_cast<size_t>(std::find(order_.begin(), order_.end(), prompt.entry) - order_.begin());
     const int64_t lists = static_cast<int64_t>(row) * config.kv_heads;
-    score_window({.table = {reinterpret_cast<uint8_t*>(pool_.base()),
-                            tables_.device(layer.table_at) + lists * tables_.stride, tables_.stride, config.sinks},
+    score_window({.table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at) + lists * tables_.stride,
+                            tables_.stride, config.sinks},
                   .open = layer.open,
                   .sealed = record_shape(layer.format),
                   .heads = input<WindowHead>(scored.heads_at),
@@ -136,8 +136,7 @@ Backend::Window CudaBackend::window(SequenceId id, int layer, int kv_head) const
   scored_.wait();
   const PromptStep& prompt = prompts_.at(id);
   const WindowHead& head = prompt.layers[static_cast<size_t>(layer)].heads[static_cast<size_t>(kv_head)];
-  const auto sums =
-      static_cast<size_t>(head.tokens) * static_cast<size_t>(layers_[static_cast<size_t>(layer)].heads_per_kv());
+  const auto sums = static_cast<size_t>(head.tokens) * static_cast<size_t>(layers_[static_cast<size_t>(layer)].heads_per_kv());
   return {{host_sums_.data<float>() + head.first_sum, sums}, static_cast<int>(prompt.end - prompt.begin)};
 }
 

@@ -23,10 +23,10 @@ __global__ void keep_kernel(const __grid_constant__ KeepQueries job) {
     const int head = i / octets, octet = i % octets;
     const uint4* from = reinterpret_cast<const uint4*>(job.kept) + at + i;
     if (position >= job.start) {
-      const int64_t row = (job.before * job.kv_heads + static_cast<int64_t>(head / job.heads_per_kv) * job.tokens + position -
-                           job.start) *
-                              job.heads_per_kv +
-                          head % job.heads_per_kv;
+      const int64_t row =
+          (job.before * job.kv_heads + static_cast<int64_t>(head / job.heads_per_kv) * job.tokens + position - job.start) *
+              job.heads_per_kv +
+          head % job.heads_per_kv;
       from = reinterpret_cast<const uint4*>(job.halves) + row * octets + octet;
     }
     reinterpret_cast<uint4*>(job.to)[at + i] = *from;
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
   const int head = scores.first_head + static_cast<int>(blockIdx.y), sinks = job.table.sinks;
   const bool sink = sinks > 0 && page == 0;
   const int64_t first = sinks == 0 ? static_cast<int64_t>(page) * kPageTokens
-                                   : sink ? 0 : sinks + static_cast<int64_t>(page - 1) * kPageTokens;
+                        : sink     ? 0
+                                   : sinks + static_cast<int64_t>(page - 1) * kPageTokens;
   const int64_t left = job.heads[head].tokens - first;
   if (left <= 0) return;
   const int slots = sink ? sinks : kPageTokens, count = static_cast<int>(min(left, static_cast<int64_t>(slots)));
