@@ -25,7 +25,7 @@ double dot(const float* a, const float* b, int n) {  // n a multiple of 16
 }  // namespace
 
 LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
-    : ops_(latent_ops(false)),
+    : ops_(float_ops(false)),
       layer_(layer),
       queries_(rows.queries),
       keys_(rows.keys),
@@ -123,7 +123,7 @@ std::vector<float> LayerErrors::weights(const Block& block, const Read& keys) co
   std::vector<float> scores(static_cast<size_t>((end - begin) * kLanes)), apart(static_cast<size_t>((to - from) * kLanes));
   const auto at = [&](int64_t u) { return (u - begin) * kLanes; };
   const auto score = [&](const float* rows, int64_t first, int64_t last, float* out) {
-    ops_.rebuild(rows + head + first * dim, static_cast<int>(last - first), dim, block.queries.data(), kLanes, out);
+    ops_.multiply(rows + head + first * dim, static_cast<int>(last - first), dim, block.queries.data(), kLanes, out);
   };
   score(keys.sealed, begin, to, scores.data());
   score(keys.recent, to, end, scores.data() + at(to));

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/cpu/latent_ops.h"
+#include "attention/cpu/float_ops.h"
 #include "kvmix/cache.h"
 #include "profile/gradients.h"
 
@@ -52,7 +52,7 @@ class LayerErrors {
   std::vector<float> outputs(const Read* keys, const Read& values) const;
   CodecErrors errors(Side side, const Read& changed) const;
 
-  const LatentOps& ops_;  // products of rows are those of latents
+  const FloatOps& ops_;  // products of rows are those of latents
   const LayerConfig& layer_;
   const std::vector<float>&queries_, &keys_, &values_, &gradient_;
   int64_t n_;

@@ -94,7 +94,7 @@ class CpuBackend final : public Backend {
     std::vector<std::byte> kernel;
     std::vector<float> q, thin_q, rows;
     PartialRoom whole, apart;                   // of a unit, and of its pages in a further format
-    std::vector<float> queries, scores, lanes;  // of a window, or of a prompt's mass
+    std::vector<float> queries, scores, lanes, dots;  // of a window, or of a prompt's mass
     std::vector<float> paid;                    // mass of a KV head's tokens
     std::vector<float> references, factors;     // of a unit's rows: what weights were taken against, and what scales them
     std::vector<uint16_t> half, thin_half;      // a page's rows on their way from one format to another

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention/cpu/latent_ops.h"
+#include "attention/cpu/float_ops.h"
 #include "backend/cpu/cpu_backend.h"
 
 namespace kvmix {
@@ -77,7 +77,7 @@ void CpuBackend::latent_rows(const LayerPages& lists, size_t page, Side side, co
 
 void CpuBackend::attend_latents(const Layer& layer, const Unit& unit, const float* q, int64_t q_stride, const Partial& partial,
                                 Scratch& scratch) const {
-  const LatentOps& ops = latent_ops(forced_kernel_ == "portable");
+  const FloatOps& ops = float_ops(forced_kernel_ == "portable");
   const LayerConfig& config = layer.config;
   const LatentFactors& factors = *config.factors;
   const LatentFactors::Head &key_head = factors.key[static_cast<size_t>(unit.head)],
@@ -104,7 +104,7 @@ void CpuBackend::attend_latents(const Layer& layer, const Unit& unit, const floa
       const int64_t first = page.first + slot;
       if (first + n <= oldest || first > newest) continue;
       latent_rows(lists, at, Side::kKey, key_head, slot, n, tile, latents);
-      ops.rebuild(latents, n, key_head.count, key_head.up.data(), dim, keys);
+      ops.multiply(latents, n, key_head.count, key_head.up.data(), dim, keys);
       finish_keys(factors, unit.head, dim, first, n, keys);
       latent_rows(lists, at, Side::kValue, value_head, slot, n, tile, latents);
       for (int r = 0; r < rows; ++r) {
@@ -143,7 +143,7 @@ void CpuBackend::latent_output(const Layer& layer, int kv_head, const float* acc
   const LatentFactors& f = *layer.config.factors;
   const int dim = layer.config.head_dim;
   const LatentFactors::Head& head = f.value[static_cast<size_t>(kv_head)];
-  latent_ops(forced_kernel_ == "portable").rebuild(acc, 1, head.count, head.up.data(), dim, out);
+  float_ops(forced_kernel_ == "portable").multiply(acc, 1, head.count, head.up.data(), dim, out);
   for (int c = 0; c < dim; ++c) {
     out[c] *= norm;
     if (!f.value_bias.empty()) out[c] += f.value_bias[static_cast<size_t>(kv_head * dim + c)];

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention/cpu/float_ops.h"
 #include "attention/scores.h"
 #include "backend/cpu/cpu_backend.h"
 
@@ -92,6 +93,7 @@ void CpuBackend::begin_mass(size_t l, size_t e) {
     grow(t.queries, rows * dim);
     grow(t.scores, rows * most);
     grow(t.rows, kPageTokens * dim);
+    grow(t.dots, rows * kPageTokens);
     grow(t.lanes, kPageTokens * dim);
     grow(t.paid, most);
   }
@@ -110,6 +112,7 @@ void CpuBackend::attend_mass(size_t l, size_t e, int kv_head, const float* q, in
   if (pages.low != nullptr) std::copy(pages.low->mass.begin(), pages.low->mass.end(), paid.begin());
   std::copy(pages.list.mass.begin(), pages.list.mass.end(), paid.begin() + static_cast<ptrdiff_t>(low));
 
+  const FloatOps& ops = float_ops(forced_kernel_ == "portable");
   const int step = std::max(1, kRowsTogether / heads);
   for (int first = 0; first < entry.n_tokens; first += step) {
     const int queries = std::min(step, entry.n_tokens - first);
@@ -127,7 +130,7 @@ void CpuBackend::attend_mass(size_t l, size_t e, int kv_head, const float* q, in
       const size_t seen = tokens - static_cast<size_t>(queries - 1 - t), n = tokens * static_cast<size_t>(heads);
       const std::span<float> rows(scratch.scores.data() + static_cast<size_t>(t) * n, n);
       for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
-        weigh(rows.subspan(h * tokens, seen), layer.config.scale, layer.config.softcap);
+        ops.weigh(rows.data() + h * tokens, seen, layer.config.scale, layer.config.softcap);
         std::fill_n(rows.begin() + static_cast<ptrdiff_t>(h * tokens + seen), tokens - seen, 0.0f);
       }
       if (layer.ids.mass_of_largest) {

@@ -2,19 +2,16 @@
 // each channel, for channel policies.
 //
 // A layer's queries are kept across the chunks of a prompt. Where it ends, each query head scores all keys of its KV head as
-// the pages hold them: a page's rows are decoded once for all queries. The arithmetic is that of attention/scores.h, so the
-// sums are equal to the bit however the prompt was cut.
+// the pages hold them: a page's rows are decoded once for all queries. The arithmetic is that of attention/scores.h, and a
+// score's does not depend on what stands beside it, so the sums are equal to the bit however the prompt was cut.
 #include <algorithm>
 
+#include "attention/cpu/float_ops.h"
 #include "attention/scores.h"
 #include "backend/cpu/cpu_backend.h"
 
 namespace kvmix {
-namespace {
-
-constexpr size_t kLanes = 16;  // tokens whose dots are made together
-
-}  // namespace
+namespace {}  // namespace
 
 void CpuBackend::begin_window(size_t l, size_t e) {
   const StepEntry& entry = plan_->entries[e];
@@ -53,6 +50,7 @@ void CpuBackend::begin_window(size_t l, size_t e) {
     grow(t.scores, wanted * most);
     grow(t.rows, kPageTokens * dim);
     grow(t.lanes, kPageTokens * dim);
+    grow(t.dots, wanted * kPageTokens);
   }
 }
 
@@ -118,19 +116,14 @@ void CpuBackend::key_lanes(const PageEntry& page, const PageList& list, int dim,
 
 void CpuBackend::dots(const HeadPages& pages, std::span<const float> queries, size_t dim, size_t tokens, Scratch& scratch) {
   const size_t rows = queries.size() / dim;
+  const FloatOps& ops = float_ops(forced_kernel_ == "portable");
   size_t at = 0;
   const auto score_slots = [&](const PageEntry& page, const PageList& list, int slot, size_t n) {
     key_lanes(page, list, static_cast<int>(dim), slot, static_cast<int>(n), scratch);
+    ops.multiply(queries.data(), static_cast<int>(rows), static_cast<int>(dim), scratch.lanes.data(), kPageTokens,
+                 scratch.dots.data());
     for (size_t r = 0; r < rows; ++r) {
-      for (size_t first = 0; first < n; first += kLanes) {
-        float sums[kLanes] = {};
-        for (size_t c = 0; c < dim; ++c) {
-          const float x = queries[r * dim + c];
-          const float* keys = scratch.lanes.data() + c * kPageTokens + first;
-          for (size_t t = 0; t < kLanes; ++t) sums[t] += x * keys[t];
-        }
-        std::copy_n(sums, std::min(kLanes, n - first), scratch.scores.data() + r * tokens + at + first);
-      }
+      std::copy_n(scratch.dots.data() + r * kPageTokens, n, scratch.scores.data() + r * tokens + at);
     }
     at += n;
   };
@@ -148,11 +141,12 @@ void CpuBackend::dots(const HeadPages& pages, std::span<const float> queries, si
 void CpuBackend::score(const Layer& layer, const HeadPages& pages, std::span<const float> queries, std::span<float> sums,
                        Scratch& scratch) {
   const auto dim = static_cast<size_t>(layer.config.head_dim), rows = queries.size() / dim, tokens = sums.size();
+  const FloatOps& ops = float_ops(forced_kernel_ == "portable");
   dots(pages, queries, dim, tokens, scratch);
   // The prompt's tokens are the list's newest: the last query sees all.
   for (size_t r = 0; r < rows; ++r) {
     const std::span<float> seen(scratch.scores.data() + r * tokens, tokens - (rows - 1 - r));
-    weigh(seen, layer.config.scale, layer.config.softcap);
+    ops.weigh(seen.data(), seen.size(), layer.config.scale, layer.config.softcap);
     add_to_window(seen, sums);
   }
 }

@@ -1,5 +1,5 @@
-// Every instruction set's operations on latents, against double precision.
-#include "attention/cpu/latent_ops.h"
+// Every instruction set's operations on rows, against double precision.
+#include "attention/cpu/float_ops.h"
 
 #include <gtest/gtest.h>
 
@@ -18,8 +18,8 @@ std::vector<float> numbers(size_t n, unsigned seed) {
   return out;
 }
 
-TEST(LatentOps, AreWhatTheyStandFor) {
-  for (const LatentOps* ops : latent_ops_registry()) {
+TEST(FloatOps, AreWhatTheyStandFor) {
+  for (const FloatOps* ops : float_ops_registry()) {
     if (!ops->available()) continue;
     for (const int dim : {32, 48, 64, 80, 128, 256}) {
       for (const int count : {16, 24, 112, 250}) {
@@ -30,7 +30,7 @@ TEST(LatentOps, AreWhatTheyStandFor) {
           std::vector<float> keys(size(n, dim) + 1, 7.0f), scores(static_cast<size_t>(n) + 1, 7.0f),
               acc = numbers(size(count, 1), 5);
           const std::vector<float> before = acc;
-          ops->rebuild(rows.data(), n, count, up.data(), dim, keys.data());
+          ops->multiply(rows.data(), n, count, up.data(), dim, keys.data());
           ops->dots(query.data(), keys.data(), n, dim, scores.data());
           ops->add(weights.data(), rows.data(), n, count, acc.data());
           double worst = 0;
@@ -60,8 +60,38 @@ TEST(LatentOps, AreWhatTheyStandFor) {
       }
     }
   }
-  EXPECT_STREQ(latent_ops(true).name, "portable");
-  EXPECT_TRUE(latent_ops(false).available());
+}
+
+TEST(FloatOps, WeighsAsASoftmax) {
+  for (const FloatOps* ops : float_ops_registry()) {
+    if (!ops->available()) continue;
+    for (const size_t n : {1, 7, 16, 33, 5000}) {
+      for (const float softcap : {0.0f, 5.0f}) {
+        std::vector<float> x = numbers(n, 6);
+        for (float& score : x) score *= 60;
+        const std::vector<float> scores = x;
+        x.push_back(7.0f);
+        ops->weigh(x.data(), n, 0.5f, softcap);
+        const auto logit = [&](float score) {
+          const double scaled = 0.5 * static_cast<double>(score), cap = static_cast<double>(softcap);
+          return cap > 0 ? cap * std::tanh(scaled / cap) : scaled;
+        };
+        double sum = 0, most = -1e9;
+        for (const float score : scores) most = std::max(most, logit(score));
+        for (const float score : scores) sum += std::exp(logit(score) - most);
+        for (size_t i = 0; i < n; ++i) {
+          const double weight = std::exp(logit(scores[i]) - most) / sum;
+          ASSERT_NEAR(static_cast<double>(x[i]), weight, 1e-5 * weight + 1e-12) << ops->name << " " << i << " of " << n;
+        }
+        EXPECT_EQ(x.back(), 7.0f) << ops->name;
+      }
+    }
+  }
+}
+
+TEST(FloatOps, TheBestIsTaken) {
+  EXPECT_STREQ(float_ops(true).name, "portable");
+  EXPECT_TRUE(float_ops(false).available());
 }
 
 }  // namespace

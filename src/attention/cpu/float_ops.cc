@@ -1,11 +1,12 @@
 // The portable operations, and which there are.
-#include "attention/cpu/latent_ops.h"
+#include "attention/cpu/float_ops.h"
 
 #include <array>
 #include <cstddef>
 #include <type_traits>
 
-#include "attention/cpu/latent_ops_body.h"
+#include "attention/cpu/float_ops_body.h"
+#include "attention/scores.h"
 
 namespace kvmix {
 namespace {
@@ -28,36 +29,40 @@ struct Portable {
   static float reduce_add(const V& x) { return (x.x[0] + x.x[1]) + (x.x[2] + x.x[3]); }
 };
 
-constexpr LatentOps kPortableLatentOps = ops<Portable>("portable", [] { return true; });
+constexpr FloatOps kPortableFloatOps = ops<Portable>(
+    "portable", [] { return true; },
+    [](float* x, size_t n, float scale, float softcap) {
+      kvmix::weigh({x, n}, scale, softcap);
+    });
 
 }  // namespace
 
 #if defined(KVMIX_SIMD)
-extern const LatentOps kAvx512LatentOps, kAvx2LatentOps;
+extern const FloatOps kAvx512FloatOps, kAvx2FloatOps;
 #endif
 
 namespace {
 
 const std::array kOps = {
 #if defined(KVMIX_SIMD)
-    &kAvx512LatentOps,
-    &kAvx2LatentOps,
+    &kAvx512FloatOps,
+    &kAvx2FloatOps,
 #endif
-    &kPortableLatentOps,
+    &kPortableFloatOps,
 };
 
 }  // namespace
 
-std::span<const LatentOps* const> latent_ops_registry() { return kOps; }
+std::span<const FloatOps* const> float_ops_registry() { return kOps; }
 
-const LatentOps& latent_ops(bool portable) {
-  static const LatentOps& best = []() -> const LatentOps& {
-    for (const LatentOps* each : kOps) {
+const FloatOps& float_ops(bool portable) {
+  static const FloatOps& best = []() -> const FloatOps& {
+    for (const FloatOps* each : kOps) {
       if (each->available()) return *each;
     }
-    return kPortableLatentOps;
+    return kPortableFloatOps;
   }();
-  return portable ? kPortableLatentOps : best;
+  return portable ? kPortableFloatOps : best;
 }
 
 }  // namespace kvmix

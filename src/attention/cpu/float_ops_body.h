@@ -1,15 +1,19 @@
-// LatentOps over vectors as base/simd_avx2.h has them: V of kWidth floats (4, 8 or 16), zero, set1, load, store, fma,
+// FloatOps over vectors as base/simd_avx2.h has them: V of kWidth floats (4, 8 or 16), zero, set1, load, store, fma,
 // reduce_add. Internal linkage: included once per instruction set.
 #pragma once
 
-#include "attention/cpu/latent_ops.h"
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention/cpu/float_ops.h"
 
 namespace kvmix {
 namespace {
 
 // kTokens tokens by kVectors vectors of channels at a time stay in registers while all latents go by.
 template <typename Simd, int kTokens, int kVectors>
-void rebuild_block(const float* rows, int count, const float* up, int dim, float* out) {
+void multiply_block(const float* rows, int count, const float* up, int dim, float* out) {
   typename Simd::V sums[kTokens][kVectors];
   for (auto& token : sums) {
     for (auto& sum : token) sum = Simd::zero();
@@ -28,13 +32,13 @@ void rebuild_block(const float* rows, int count, const float* up, int dim, float
 }
 
 template <typename Simd>
-void rebuild(const float* rows, int n, int count, const float* up, int dim, float* out) {
+void multiply(const float* rows, int n, int count, const float* up, int dim, float* out) {
   constexpr int kTokens = 4, kVectors = 2, kChannels = kVectors * Simd::kWidth;
   const auto blocks = [&](auto tokens) {
     int c = 0;
     for (; c + kChannels <= dim; c += kChannels)
-      rebuild_block<Simd, decltype(tokens)::value, kVectors>(rows, count, up + c, dim, out + c);
-    for (; c < dim; c += Simd::kWidth) rebuild_block<Simd, decltype(tokens)::value, 1>(rows, count, up + c, dim, out + c);
+      multiply_block<Simd, decltype(tokens)::value, kVectors>(rows, count, up + c, dim, out + c);
+    for (; c < dim; c += Simd::kWidth) multiply_block<Simd, decltype(tokens)::value, 1>(rows, count, up + c, dim, out + c);
     rows += decltype(tokens)::value * count;
     out += decltype(tokens)::value * dim;
   };
@@ -75,9 +79,45 @@ void add(const float* weights, const float* rows, int n, int width, float* acc) 
   }
 }
 
+// The weights of a softmax over x scale, kWidth at a time; what is left over is filled up.
 template <typename Simd>
-constexpr LatentOps ops(const char* name, bool (*available)()) {
-  return {name, available, rebuild<Simd>, dots<Simd>, add<Simd>};
+void weigh(float* x, size_t n, float scale, float softcap) {
+  using V = typename Simd::V;
+  constexpr size_t kWidth = Simd::kWidth;
+  constexpr float kLog2e = 1.44269504f;
+  const auto each = [&](float fill, const auto& change) {
+    size_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) change(x + i);
+    if (i == n) return;
+    alignas(64) float rest[kWidth];
+    std::fill(std::copy(x + i, x + n, rest), rest + kWidth, fill);
+    change(rest);
+    std::copy_n(rest, n - i, x + i);
+  };
+  float most = -std::numeric_limits<float>::infinity();
+  for (size_t i = 0; softcap > 0 && i < n; ++i) x[i] = softcap * std::tanh(x[i] * scale / softcap);
+  const V by = Simd::set1(softcap > 0 ? 1.0f : scale);
+  V highest = Simd::set1(most);
+  each(most, [&](float* at) {
+    const V scaled = Simd::mul(Simd::load(at), by);
+    Simd::store(at, scaled);
+    highest = Simd::max(scaled, highest);
+  });
+  most = Simd::reduce_max(highest);
+  const V reference = Simd::set1(most), log2e = Simd::set1(kLog2e);
+  V sum = Simd::zero();
+  each(-std::numeric_limits<float>::infinity(), [&](float* at) {
+    const V weight = Simd::exp2(Simd::mul(Simd::sub(Simd::load(at), reference), log2e));
+    Simd::store(at, weight);
+    sum = Simd::add(sum, weight);
+  });
+  const V part = Simd::set1(1.0f / Simd::reduce_add(sum));
+  each(0.0f, [&](float* at) { Simd::store(at, Simd::mul(Simd::load(at), part)); });
+}
+
+template <typename Simd>
+constexpr FloatOps ops(const char* name, bool (*available)(), decltype(FloatOps::weigh) weighs = weigh<Simd>) {
+  return {name, available, multiply<Simd>, dots<Simd>, weighs, add<Simd>};
 }
 
 }  // namespace
