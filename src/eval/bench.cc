@@ -46,9 +46,12 @@ size_t taken_bytes(const std::string& device) {
 
 // Sequences of up to `tokens` tokens that a row can have in so much device memory.
 int sequences_in(size_t memory, const Model& model, const EvalSubject& subject, int64_t tokens) {
-  constexpr double kRest = 1.5 * (1 << 30);  // the driver's, work space and the graph of a chunk
+  constexpr double kGiB = 1 << 30;
+  // The driver's, work space and the graph of a chunk; of a token policy what scores prompts and moves rows, and page tables of
+  // the many sequences that fewer tokens leave room for.
+  const double rest = subject.plan && subject.plan->tokens ? 2.5 * kGiB : 1.5 * kGiB;
   const double logits = 2.0 * sizeof(float) * model.vocab_size();
-  const double room = static_cast<double>(memory) - static_cast<double>(model.weight_bytes()) - kRest;
+  const double room = static_cast<double>(memory) - static_cast<double>(model.weight_bytes()) - rest;
   int n = 0;
   if (subject.plan) {
     CacheConfig config = cache_config(*subject.plan, model.shape());

@@ -13,6 +13,11 @@ namespace {
 constexpr size_t kMostScores = size_t{16} << 20;  // floats of window scores, if a KV head does not take more
 constexpr size_t kMostStaged = size_t{64} << 20;  // bytes of rows on their way into sealed pages
 
+template <class T>
+const T* on_device(const StepInputs& inputs, size_t at) {
+  return reinterpret_cast<const T*>(inputs.device() + at);
+}
+
 }  // namespace
 
 size_t CudaBackend::query_bytes(const Layer& layer) const {
@@ -250,9 +255,8 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
     std::copy(open_ids.begin(), open_ids.end(), reinterpret_cast<int32_t*>(to + open_at));
     std::copy(record_ids.begin(), record_ids.end(), reinterpret_cast<int32_t*>(to + record_at));
     moves_.upload(bytes, stream_.get());
-    const auto here = [&](auto* type, size_t at) { return reinterpret_cast<decltype(type)>(moves_.device() + at); };
-    move_rows({.targets = here(static_cast<const RowTarget*>(nullptr), targets_at),
-               .sources = here(static_cast<const RowSource*>(nullptr), sources_at),
+    move_rows({.targets = on_device<RowTarget>(moves_, targets_at),
+               .sources = on_device<RowSource>(moves_, sources_at),
                .count = static_cast<int>(targets.size()),
                .head_dim = config.head_dim,
                .open = layer.open,
@@ -265,8 +269,8 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
     p.pages = static_cast<int32_t>(pages), p.kv_heads = config.kv_heads;
     p.open_pages = staged_.data(), p.records = pool_.base();
     p.open_page_stride = static_cast<int64_t>(staged), p.record_page_stride = kPageUnit;
-    p.open_ids = here(static_cast<const int32_t*>(nullptr), open_at);
-    p.record_ids = here(static_cast<const int32_t*>(nullptr), record_at);
+    p.open_ids = on_device<int32_t>(moves_, open_at);
+    p.record_ids = on_device<int32_t>(moves_, record_at);
     p.stream = stream_.get();
     seal_pages(layer, p, {config.head_dim, kF16Bits, kF16Bits, kPageTokens, kPageTokens});
   }
