@@ -93,11 +93,11 @@ class CpuBackend final : public Backend {
   struct Scratch {  // of a thread
     std::vector<std::byte> kernel;
     std::vector<float> q, thin_q, rows;
-    PartialRoom whole, apart;                   // of a unit, and of its pages in a further format
+    PartialRoom whole, apart;                         // of a unit, and of its pages in a further format
     std::vector<float> queries, scores, lanes, dots;  // of a window, or of a prompt's mass
-    std::vector<float> paid;                    // mass of a KV head's tokens
-    std::vector<float> references, factors;     // of a unit's rows: what weights were taken against, and what scales them
-    std::vector<uint16_t> half, thin_half;      // a page's rows on their way from one format to another
+    std::vector<float> paid;                          // mass of a KV head's tokens
+    std::vector<float> references, factors;           // of a unit's rows: what weights were taken against, and what scales them
+    std::vector<uint16_t> half, thin_half;            // a page's rows on their way from one format to another
     std::vector<int64_t> positions;
     std::vector<PageRef> pages;
     double append_seconds = 0, seal_seconds = 0, attend_seconds = 0;
