@@ -11,7 +11,6 @@
 #include "backend/cpu/cpu_backend.h"
 
 namespace kvmix {
-namespace {}  // namespace
 
 void CpuBackend::begin_window(size_t l, size_t e) {
   const StepEntry& entry = plan_->entries[e];

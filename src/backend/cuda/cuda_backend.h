@@ -240,7 +240,6 @@ class CudaBackend final : public Backend {
   size_t room_bytes_ = 0;  // of a prompt's queries
   DeviceMemory window_scores_, window_sums_, staged_;
   PinnedMemory host_sums_;
-  size_t sums_ = 0;  // of the open step
   Event scored_;
   StepInputs moves_;  // of gather
 

@@ -28,10 +28,9 @@ size_t CudaBackend::query_bytes(const Layer& layer) const {
 // Which queries of the step's prompts are kept, and where those that end a prompt put what they see.
 void CudaBackend::begin_prompts() {
   prompts_.clear();
-  sums_ = 0;
   if (room_bytes_ == 0) return;
   int64_t before = 0;
-  size_t scores = 0;
+  size_t scores = 0, sums = 0;
   for (size_t i = 0; i < order_.size(); ++i) {
     const size_t e = order_[i];
     const StepEntry& entry = plan_->entries[e];
@@ -64,9 +63,9 @@ void CudaBackend::begin_prompts() {
       if (queries_kept(layer) == 0) continue;
       const auto heads = static_cast<size_t>(layer.config.kv_heads);
       for (const int32_t length : std::span(shapes_[layer.shape].lengths).subspan(i * heads, heads)) {
-        scored.heads.push_back({static_cast<int64_t>(sums_), length});
+        scored.heads.push_back({static_cast<int64_t>(sums), length});
         scored.most_tokens = std::max<int64_t>(scored.most_tokens, length);
-        sums_ += static_cast<size_t>(length) * static_cast<size_t>(layer.heads_per_kv());
+        sums += static_cast<size_t>(length) * static_cast<size_t>(layer.heads_per_kv());
       }
       const size_t room_of_head = window_room(layer.heads_per_kv(), window, scored.most_tokens);
       const size_t together = std::clamp<size_t>(kMostScores / room_of_head, 1, heads);
@@ -74,8 +73,8 @@ void CudaBackend::begin_prompts() {
     }
   }
   window_scores_.reserve(scores * sizeof(float), "scores of a prompt's last queries");
-  window_sums_.reserve(sums_ * sizeof(float), "what a prompt's last queries look at");
-  host_sums_.reserve(sums_ * sizeof(float), "pinned memory of what a prompt's last queries look at");
+  window_sums_.reserve(sums * sizeof(float), "what a prompt's last queries look at");
+  host_sums_.reserve(sums * sizeof(float), "pinned memory of what a prompt's last queries look at");
 }
 
 // Once the layer was attended to: its queries stand in queries_.
