@@ -3,6 +3,7 @@ processes of few threads, each of which leaves what it prints as JSON.
 """
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import pathlib
@@ -22,11 +23,14 @@ class Runs:
         self.folder = pathlib.Path(args.out)
         self.jobs = []
         self.gpus = queue.Queue()  # a GPU for each slot
-        for slot in range(args.slots):
-            self.gpus.put(args.gpus.split(",")[slot % len(args.gpus.split(","))])
+        for _, gpu in zip(range(args.slots), itertools.cycle(args.gpus.split(","))):
+            self.gpus.put(gpu)
 
     def on_gpu(self):
         return self.args.device == "cuda"
+
+    def device(self):
+        return ["--device", self.args.device] if self.on_gpu() else []
 
     def plan(self, model, name):
         return str(self.folder / "plans" / model / f"{name}.json")
@@ -38,7 +42,7 @@ class Runs:
             return
         words = [self.args.kvmix, *shlex.split(command), "--json", "--quiet", "--threads", str(threads or self.args.threads)]
         words.insert(2, f"{self.args.models}/{model}.gguf")
-        words += ["--device", "cuda"] if self.on_gpu() else []
+        words += self.device()
         for p in made:
             if p not in missing:
                 words += ["--plan", p]
@@ -70,7 +74,7 @@ class Runs:
         words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", "--profile", f"{self.args.profiles}/{model}.json",
                  "--bits", str(bits), "--context", "4096", "--axes", axes, "--needles", "1", *more, "-o", self.plan(model, name),
                  "--json", "--quiet", "--threads", str(self.args.threads), *self.calibration()]
-        words += ["--device", "cuda"] if self.on_gpu() else []
+        words += self.device()
         self.jobs.append((f"axes.{name.split('-')[0]}.{model}", words, seconds))
 
     def make_plans(self, model, plans):
@@ -86,7 +90,7 @@ class Runs:
                 return
             words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", *shlex.split(arguments), "-o", out,
                      "--threads", "1", "--quiet", "--json"]
-            words += ["--device", "cuda"] if self.on_gpu() else []
+            words += self.device()
             if "--planner" not in words:
                 words += ["--profile", profile]
             done = subprocess.run(words, capture_output=True, text=True)

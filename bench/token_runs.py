@@ -70,24 +70,25 @@ def budget_rows(bits, few):
     return [f"b{bits}-{row}" for row in rows]
 
 
+def all_rows(bits):
+    return budget_rows(bits, False) + [f"b{bits}-tokens-kvcrush"]
+
+
 def collect_on_gpu(runs, models):
     """What takes a CPU hours: all budgets of all models, 50 passkeys a cell at two lengths, continuations."""
     def needles(model, group, rows, kinds="key,keys", part=3):
         for context in (4096, 8192):
             runs.needle(model, group, rows, context, 0, kinds=kinds, trials=10, part=part)
 
-    def rows_of(bits):
-        return budget_rows(bits, False) + [f"b{bits}-tokens-kvcrush"]
-
     for model in models:
         for bits in BUDGETS:
-            runs.text(model, f"b{bits}", rows_of(bits), 4096, 8, 512, part=3)
+            runs.text(model, f"b{bits}", all_rows(bits), 4096, 8, 512, part=3)
     for model in models:
         for bits in BUDGETS:
-            needles(model, f"b{bits}", rows_of(bits))
+            needles(model, f"b{bits}", all_rows(bits))
     for model in models:
         for bits in BUDGETS:
-            runs.generate(model, f"b{bits}", rows_of(bits), prompts=16)
+            runs.generate(model, f"b{bits}", all_rows(bits), prompts=16)
     claims(runs, models[:1], windows=8, trials=10, needle=needles)
     for model in models:
         for bits in BUDGETS:
@@ -135,7 +136,7 @@ def collect(runs, models):
             runs.needle("qwen", f"b{bits}", budget_rows(bits, True), 4096, 0)
     for model in small:
         for bits in BUDGETS:
-            runs.text(model, f"b{bits}", budget_rows(bits, False) + [f"b{bits}-tokens-kvcrush"], 4096, 4, 512)
+            runs.text(model, f"b{bits}", all_rows(bits), 4096, 4, 512)
     if "smollm2" in models:
         long_generations(runs, ("long-window", "long-h2o", "long-leankv"))
     for seed in range(10) if small else ():

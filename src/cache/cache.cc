@@ -22,12 +22,10 @@ void check_device(const CacheConfig& config) {
   if (!on_cuda(config)) {
     fail(Status::kInvalidArgument, "device \"" + config.device + "\" is unknown; expected \"cpu\" or \"cuda\"");
   }
-  if (config.tokens) {
-    if (counts_or_tiers(*config.tokens)) {
-      fail(Status::kUnsupported, "token policy " + to_string(*config.tokens) +
-                                     " counts what every query pays to each token, which the device \"cuda\" does not do; take "
-                                     "another policy (kvmix list --device cuda), or the device \"cpu\"");
-    }
+  if (config.tokens && counts_or_tiers(*config.tokens)) {
+    fail(Status::kUnsupported, "token policy " + to_string(*config.tokens) +
+                                   " counts what every query pays to each token, which the device \"cuda\" does not do; take "
+                                   "another policy (kvmix list --device cuda), or the device \"cpu\"");
   }
   if (config.channels) {
     fail(Status::kUnsupported,
@@ -308,12 +306,11 @@ void Cache::end_step() {
   const StepPlan& plan = impl.ledger.plan();
   const bool decoding = plan.decoding();
   std::vector<std::pair<SequenceId, Moment>> decisions;
-  const bool counts = std::any_of(impl.ids.begin(), impl.ids.end(), [](const LayerFormats& f) { return f.mass; });
   for (const StepEntry& entry : plan.entries) {
     if (impl.governed.policy == nullptr && impl.governed.channels == nullptr) break;
     const auto moment = impl.moment(*entry.pages, {entry.prompt, entry.ends_prompt}, entry.n_tokens);
     if (moment) decisions.emplace_back(entry.id, *moment);
-    if (counts) impl.take_mass(entry);
+    if (impl.governed.counts()) impl.take_mass(entry);
   }
   const std::vector<FreedPage> freed = impl.ledger.commit();
   for (const std::vector<Transcode>& layer : plan.transcodes) impl.sealed_pages += static_cast<int64_t>(layer.size());

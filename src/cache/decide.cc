@@ -93,7 +93,7 @@ void set_mass(PageList& list, std::span<const float> mass) {
 }  // namespace
 
 void Cache::Impl::check_decoded(std::span<const StepItem> items) const {
-  if (governed.policy == nullptr || governed.policy->needs().mass == MassReduce::kNone) return;
+  if (!governed.counts()) return;
   for (const StepItem& item : items) {
     if (!item.decoded || item.n_tokens <= kMostDecoded) continue;
     throw Error(Status::kInvalidArgument, "a step of " + std::to_string(item.n_tokens) + " decoded tokens: token policy " +
@@ -195,7 +195,6 @@ std::vector<Ledger::Regroup> Cache::Impl::decide_layer(SequenceId id, SequencePa
   const bool prompt_end = when == Moment::kPromptEnd;
   const LayerFormats& f = ids[l];
   LayerPages& layer = sequence.layers[l];
-  int64_t counted_from = sequence.counted_from;
   std::vector<HeadTokens> tokens;
   std::vector<HeadView> heads;
   PolicyView view;
@@ -206,7 +205,6 @@ std::vector<Ledger::Regroup> Cache::Impl::decide_layer(SequenceId id, SequencePa
       const Backend::Window window = backend->window(id, static_cast<int>(l), static_cast<int>(h));
       view.window_rows = window.queries;
       if (f.mass && !f.mass_of_prompts) {
-        counted_from = sequence.length - window.queries;
         const std::vector<float> mass = mass_of_window(window.sums, n, f.mass_of_largest);
         set_mass(layer.heads[h], std::span(mass).subspan(static_cast<size_t>(head.low)));
         if (f.low_tier) set_mass(layer.low[h], std::span(mass).first(static_cast<size_t>(head.low)));
@@ -219,7 +217,7 @@ std::vector<Ledger::Regroup> Cache::Impl::decide_layer(SequenceId id, SequencePa
     mass.insert(mass.end(), layer.heads[h].mass.begin(), layer.heads[h].mass.end());
     head.mass = head.by_position(mass, 1);
     for (const int64_t position : head.positions) {
-      head.queries.push_back(static_cast<int32_t>(sequence.length - std::max(position, counted_from)));
+      head.queries.push_back(static_cast<int32_t>(sequence.length - std::max(position, sequence.counted_from)));
     }
   }
   heads.reserve(tokens.size());
@@ -274,10 +272,9 @@ void Cache::Impl::decide(SequenceId id, Moment when) {
     });
     failure.rethrow();
   };
-  each_layer([&](size_t l, PolicyScratch& scratch) { groups[l] = decide_layer(id, sequence, l, when, scratch); });
-  const bool from_window = governed.policy != nullptr && governed.policy->needs().mass_from_window;
-  if (prompt_end && from_window && !layers.empty())
+  if (prompt_end && governed.counts() && governed.policy->needs().mass_from_window)
     sequence.counted_from = sequence.length - backend->window(id, static_cast<int>(layers.front()), 0).queries;
+  each_layer([&](size_t l, PolicyScratch& scratch) { groups[l] = decide_layer(id, sequence, l, when, scratch); });
   for (size_t l = 0; l < config.layers.size(); ++l) {
     if (prompt_end && governed.chooses(l, sequence.length)) choose_channels(id, l, groups[l]);
   }

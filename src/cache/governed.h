@@ -32,6 +32,8 @@ struct Governed {
   };
   Held held(size_t layer, int64_t prompt, int64_t n) const;
 
+  // The policy wants what queries pay to each token.
+  bool counts() const { return policy != nullptr && policy->needs().mass != MassReduce::kNone; }
   // Policies that act on decoded tokens are asked at the end of every kPageTokens-th step of one token behind a prompt, the
   // first a token earlier: with the token to come a page's worth has come since. So a head holds up to a page more than its
   // budget.

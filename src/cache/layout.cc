@@ -133,7 +133,7 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
     const PagePrediction p = stored_pages(layer, layout.seals || thin, length);
     size_t head = sizeof(PageList) + list_room(layer, length) * sizeof(PageEntry);
     head += static_cast<size_t>(named) * sizeof(int32_t);
-    if (governed.governs(l) && governed.policy->needs().mass != MassReduce::kNone) head += mass_room(length) * sizeof(float);
+    if (governed.governs(l) && governed.counts()) head += mass_room(length) * sizeof(float);
     if (governed.governs(l) && governed.policy->has_low_tier()) head += sizeof(PageList);
     head += length > 0 && layer.sinks > 0 ? layout.sinks.bytes : 0;
     if (thin) head += static_cast<size_t>(governed.thin[l].key.width);

@@ -197,7 +197,8 @@ TEST_P(DeviceEngine, APolicyKeepsTheTokensThatItKeepsOnTheCpu) {
                                       std::back_inserter(apart));
         tokens += theirs[h].size(), differ += apart.size();
       }
-      EXPECT_LE(static_cast<double>(differ), 0.06 * static_cast<double>(tokens)) << "layer " << l;
+      const double most = l == 0 ? 0.02 : 0.06;  // later layers see what attention before them has rounded
+      EXPECT_LE(static_cast<double>(differ), most * static_cast<double>(tokens)) << "layer " << l;
     }
   }
   for (int i = 0; i < 200; ++i) {  // past a sealed page

@@ -145,6 +145,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     kvmix_cuda_attend_params decode = attend_params(shape);
     decode.q_tokens = 1;
     kernels_used_.emplace_back(kernel_name(decode));
+    layers_.back().queries_at = room_bytes_;
     room_bytes_ += query_bytes(layers_.back());
   }
 }

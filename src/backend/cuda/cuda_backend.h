@@ -1,6 +1,7 @@
 // Pages in device memory, attended to by the kernels of attention/cuda. All work is queued on one stream, but sealing, which
 // others do beside the attention of the layers before, and with CacheConfig::append_beside the storing of rows. cuda_backend.cc
-// holds pages and constants, step.cc makes a step's tables and launches, stored.cc moves pages between the device and files.
+// holds pages and constants, work.cc cuts a step's attention, step.cc makes its tables and launches, stored.cc moves pages
+// between the device and files.
 //
 // The kernels' page tables hold one id for all heads of a page; here each head has pages of its own, so a launch takes every
 // (sequence, KV head) as a sequence with one KV head. Sequences with as many new tokens go together: decode is one launch,
@@ -134,6 +135,7 @@ class CudaBackend final : public Backend {
     // where the inputs have it.
     std::vector<int32_t> dropped = {};
     size_t dropped_at = 0;
+    size_t queries_at = 0;  // its own in a room of a prompt's
 
     int heads_per_kv() const { return config.q_heads / config.kv_heads; }
   };
@@ -146,7 +148,7 @@ class CudaBackend final : public Backend {
   };
   // A prompt in the open step: the queries that will be kept, and, where it ends, of each layer what they score.
   struct PromptStep {
-    size_t entry;    // of the plan
+    size_t row;      // of the page tables
     int64_t before;  // rows of the entries before, in the order of the step
     bool ends;
     int64_t begin, end;  // positions
@@ -163,7 +165,7 @@ class CudaBackend final : public Backend {
   kvmix_cuda_attend_params attend_params(const Shape& shape) const;
   void cut_shapes();
   void cut(Shape& shape);
-  std::span<const int32_t> lengths(const Shape& shape, const Launch& launch) const;
+  std::span<const int32_t> lengths(const Shape& shape, size_t first, size_t entries) const;
   void read_lengths(Shape& shape) const;
   void read_dropped(Layer& layer, size_t l, size_t row, const StepEntry& entry) const;
   void begin_prompts();
@@ -183,6 +185,8 @@ class CudaBackend final : public Backend {
   void attend(const Layer& layer, const Launch& launch);
   const PageFormat& format(const PageEntry& page) const { return formats_[static_cast<FormatId>(page.format)]; }
   RecordShape shape_of(const PageFormat& format) const;
+  // fp16 rows next to each other, keys before values.
+  static bool is_rows(const PageFormat& f) { return f.rows || f.role == PageRole::kSinks; }
   static int32_t id_of(PageHandle page) { return static_cast<int32_t>(page - 1); }
   // What tables say of a page, and at which of a head's places.
   int32_t table_id(const PageEntry& page) const {

@@ -29,11 +29,12 @@ size_t CudaBackend::query_bytes(const Layer& layer) const {
 void CudaBackend::begin_prompts() {
   prompts_.clear();
   if (room_bytes_ == 0) return;
+  int window = 0;
+  for (const Layer& layer : layers_) window = std::max(window, queries_kept(layer));
   int64_t before = 0;
   size_t scores = 0, sums = 0;
   for (size_t i = 0; i < order_.size(); ++i) {
-    const size_t e = order_[i];
-    const StepEntry& entry = plan_->entries[e];
+    const StepEntry& entry = plan_->entries[order_[i]];
     const int64_t rows_before = before;
     before += entry.n_tokens;
     if (!entry.prompt) continue;
@@ -49,9 +50,7 @@ void CudaBackend::begin_prompts() {
     }
     room.reserve(room_bytes_, "the last queries of a prompt");
     PromptStep& step = prompts_[entry.id];
-    int window = 0;
-    for (const Layer& layer : layers_) window = std::max(window, queries_kept(layer));
-    step = {.entry = e,
+    step = {.row = i,
             .before = rows_before,
             .ends = entry.ends_prompt,
             .begin = std::max({entry.end() - window, entry.prompt_start, known}),
@@ -80,14 +79,12 @@ void CudaBackend::begin_prompts() {
 // Once the layer was attended to: its queries stand in queries_.
 void CudaBackend::score_prompts(const Layer& layer, size_t l) {
   if (queries_kept(layer) == 0 || prompts_.empty()) return;
-  size_t room_at = 0;
-  for (size_t before = 0; before < l; ++before) room_at += query_bytes(layers_[before]);
   const LayerConfig& config = layer.config;
   for (const auto& [id, prompt] : prompts_) {
     const PromptQueries& queries = prompt_queries_.at(id);
-    const StepEntry& entry = plan_->entries[prompt.entry];
+    const StepEntry& entry = plan_->entries[order_[prompt.row]];
     const auto room = [&](int turn) {
-      return reinterpret_cast<__half*>(queries.rooms[static_cast<size_t>(turn)].data() + room_at);
+      return reinterpret_cast<__half*>(queries.rooms[static_cast<size_t>(turn)].data() + layer.queries_at);
     };
     __half* const to = room(1 - queries.turn);
     const KeepQueries keep{.halves = reinterpret_cast<const __half*>(queries_.data()),
@@ -105,8 +102,7 @@ void CudaBackend::score_prompts(const Layer& layer, size_t l) {
     keep_queries(keep, stream_.get());
     if (!prompt.ends) continue;
     const PromptStep::Scored& scored = prompt.layers[l];
-    const auto row = static_cast<size_t>(std::find(order_.begin(), order_.end(), prompt.entry) - order_.begin());
-    const int64_t lists = static_cast<int64_t>(row) * config.kv_heads;
+    const int64_t lists = static_cast<int64_t>(prompt.row) * config.kv_heads;
     score_window({.table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at) + lists * tables_.stride,
                             tables_.stride, config.sinks},
                   .open = layer.open,
@@ -225,16 +221,14 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
                          .kv_head = job.kv_head});
       for (const Gather::Source& source : job.sources) {
         const PageFormat& f = format(source.page);
-        const bool halves = f.rows || f.role == PageRole::kSinks;
-        const int32_t kind = halves ? f.slots : f.appendable() ? RowSource::kOpenRecord : RowSource::kSealedRecord;
+        const int32_t kind = is_rows(f) ? f.slots : f.appendable() ? RowSource::kOpenRecord : RowSource::kSealedRecord;
         sources.push_back({reinterpret_cast<const uint8_t*>(memory(source.page.handle)), source.slot, kind});
         feeds_back = feeds_back || (rows == 0 && kind != RowSource::kOpenRecord);
       }
     };
     for (const Gather* job : first == 0 ? std::span(open) : std::span<const Gather*>()) {
       const PageFormat& f = format(job->to());
-      const bool halves = f.rows || f.role == PageRole::kSinks;
-      add(*job, memory(job->to().handle), halves ? f.slots : 0, static_cast<int>(job->sources.size()));
+      add(*job, memory(job->to().handle), is_rows(f) ? f.slots : 0, static_cast<int>(job->sources.size()));
     }
     for (size_t h = 0; h < heads; ++h) {
       for (size_t i = first; i < std::min(first + pages, sealed[h].size()); ++i) {

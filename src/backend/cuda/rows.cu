@@ -158,14 +158,6 @@ __global__ void __launch_bounds__(kFeedbackThreads, dim <= 128 ? 3 : 1)
   }
 }
 
-// The place of a (row, query head) among the halves, in rows of head_dim.
-__device__ inline int64_t half_row(const HeadRows& job, int64_t row, int head) {
-  const RowPlace place = job.places[row];
-  const int64_t of_head = static_cast<int64_t>(place.before) * job.kv_heads +
-                          static_cast<int64_t>(head / job.heads_per_kv) * place.tokens + place.token;
-  return of_head * job.heads_per_kv + head % job.heads_per_kv;
-}
-
 template <int dim, bool queries>
 __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant__ HeadRows job) {
   __shared__ float room[kRowWarps][dim];
@@ -173,7 +165,9 @@ __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant
   const int64_t task = row_of(), tasks = static_cast<int64_t>(job.rows) * heads, row = min(task, tasks - 1) / heads;
   const int head = static_cast<int>(min(task, tasks - 1) - row * heads);
   // What is older than the launch before: the row's place and the numbers of its maps.
-  __half* const half = static_cast<__half*>(job.halves) + half_row(job, row, head) * dim;
+  const RowPlace place = job.places[row];
+  __half* const half = static_cast<__half*>(job.halves) +
+                       half_row(place.before, place.tokens, place.token, head, job.kv_heads, job.heads_per_kv) * dim;
   const RowNumbers<dim> numbers(job.ops, head / job.heads_per_kv);
   wait_for_launch_before();
   let_next_launch_begin();

@@ -58,6 +58,11 @@ struct AppendRows {
 void append_rows(const AppendRows& job, cudaStream_t stream);
 
 // Queries and outputs in fp16 lie as attention takes them: entry by entry, of each [kv_heads][tokens][heads_per_kv][head_dim].
+// The place of a token's query head, in rows of head_dim, of an entry of so many tokens that so many rows stand before.
+KVMIX_HOST_DEVICE constexpr int64_t half_row(int64_t before, int tokens, int64_t token, int head, int kv_heads,
+                                             int heads_per_kv) {
+  return (before * kv_heads + static_cast<int64_t>(head / heads_per_kv) * tokens + token) * heads_per_kv + head % heads_per_kv;
+}
 struct HeadRows {
   const float* q;  // [rows][q_heads][head_dim]
   float* out;

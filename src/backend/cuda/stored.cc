@@ -37,7 +37,6 @@ size_t side_offset(const PageFormat& format, Side side) {
   return side == Side::kKey ? 0
                             : static_cast<size_t>(format.slots) * static_cast<size_t>(format.value.width) * sizeof(uint16_t);
 }
-bool is_rows(const PageFormat& format) { return format.rows || format.role == PageRole::kSinks; }
 
 }  // namespace
 

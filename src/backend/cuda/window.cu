@@ -23,10 +23,7 @@ __global__ void keep_kernel(const __grid_constant__ KeepQueries job) {
     const int head = i / octets, octet = i % octets;
     const uint4* from = reinterpret_cast<const uint4*>(job.kept) + at + i;
     if (position >= job.start) {
-      const int64_t row =
-          (job.before * job.kv_heads + static_cast<int64_t>(head / job.heads_per_kv) * job.tokens + position - job.start) *
-              job.heads_per_kv +
-          head % job.heads_per_kv;
+      const int64_t row = half_row(job.before, job.tokens, position - job.start, head, job.kv_heads, job.heads_per_kv);
       from = reinterpret_cast<const uint4*>(job.halves) + row * octets + octet;
     }
     reinterpret_cast<uint4*>(job.to)[at + i] = *from;
