@@ -18,7 +18,7 @@ class Results:
         self.needle = collections.defaultdict(list)  # (model, context, group, row): cells
         self.generate = {}  # (model, group, row): row
         heard = set()  # what every command measures again: haystacks of f16
-        self.bench, self.long, self.longtext, self.axes = [], {}, {}, {}
+        self.bench, self.speed, self.long, self.longtext, self.axes = [], [], {}, {}, {}
         for path in sorted(pathlib.Path(folder).glob("*.json")):
             kind, group, *part, model = path.stem.split(".")
             kind, _, context = kind.partition("-")
@@ -34,6 +34,7 @@ class Results:
                     self.generate[model, group, row["name"]] = row
                 elif kind == "bench":
                     self.bench.append(row)
+                    self.speed.append((model, row))
                 elif kind == "long":
                     self.long[row["name"]] = row
                 elif kind == "longtext":
@@ -147,17 +148,18 @@ def axes_lines(results):
 
 
 def ranks(results):
-    """Latents and key channels beside bits: text of 2,048 tokens (Qwen 1,024), passkeys among 1,024."""
+    """Latents and key channels beside bits: text of 2,048 tokens (Qwen 1,024), passkeys among 512."""
     for model in results.models():
         rows = []
         for group in ("r4", "r2", "claim"):
             for row in results.rows(model, group):
                 texts = [t for context in (1024, 2048) for t in results.text.get((model, context, group, row), [])]
                 perplexity = f"{texts[0]['perplexity']:.2f}" if texts else "-"
-                cells = results.needle.get((model, 1024, group, row), [])
-                rows.append([row, *text_cells(texts), perplexity, *needle_cells(cells)[1:]])
+                cells = results.needle.get((model, 512, group, row), [])
+                speed = [f"{r['decode_tokens_per_s']:.1f}" for m, r in results.speed if m == model and r["name"] == row]
+                rows.append([row, *text_cells(texts), perplexity, *needle_cells(cells, "key")[1:2], *needle_cells(cells)[1:], *(speed or ["-"])[:1]])
         print(f"{NAMES[model]}\n")
-        table(["row", "bits", "kept", "mean KL", "top-1", "perplexity", "keys at 1K", "nll"], rows)
+        table(["row", "bits", "kept", "mean KL", "top-1", "perplexity", "key", "keys", "nll", "tokens/s"], rows)
     axes_lines(results)
 
 

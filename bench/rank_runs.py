@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Runs what bench/plan_tables.py shows: latents and fewer key channels beside bits, at equal bytes, as many processes of few threads.
 
-    bench/rank_runs.py KVMIX MODELS TEXT PROFILES OUT [--slots 16] [--threads 4] [--limit 900] [--only REGEX] [--print]
+    bench/rank_runs.py KVMIX MODELS TEXT PROFILES OUT [--device cuda --gpus 0,1] [--slots 16] [--threads 4] [--limit 900]
+        [--only REGEX] [--print]
 
 MODELS, PROFILES and OUT are as bench/token_runs.py has them. PROFILES/calib.txt, where it is there, is the text that factors and
-joint plans are measured on.
+joint plans are measured on. On a GPU rows of latents are left out, as they do not run there.
 """
 import concurrent.futures
 import pathlib
@@ -31,6 +32,8 @@ def keeps(method):
 
 def prepare(runs, model):
     args = runs.args
+    if runs.on_gpu():
+        return
     (runs.folder / "factors").mkdir(parents=True, exist_ok=True)
 
     def make(case):
@@ -80,6 +83,8 @@ def plans(model, args):
             latents(f"claim-{method}@{keep:g}", method, keep, 16)
     for keep in CHANNELS:
         made[f"claim-think@{keep:g}"] = (F16, think(keep))
+    if args.device == "cuda":
+        made = {name: words for name, words in made.items() if name.endswith("-bits") or "think" in name}
     return made
 
 
@@ -91,14 +96,20 @@ def collect(runs, models):
             groups.setdefault(name.split("-")[0], []).append(name)
         for group, rows in groups.items():
             runs.text(model, group, rows, 1024 if big else 2048, 1 if big else 2, 256 if big else 512, part=1 if big else 2)
+        if runs.on_gpu():
+            for group, rows in groups.items():
+                runs.needle(model, group, rows, 512, 0, kinds="key,keys", trials=10)
+            continue
+        runs.add("bench.r4", model, "bench --depths 1024 --tokens 16 --repetitions 3",
+                 [f"r4-{row}" for row in ("bits", "palu@0.5x8", "recalkv@0.5x8", "lorc@0.5x8", "think@0.5")], threads=8)
         for budget in SPENT:
             runs.axes(f"r{budget}-joint", model, budget, "tokens,bits,channels,rank", "--factors",
                       factors(runs.args, model, "palu", 1), seconds=1200)
-    for seed in range(10):
+    for seed in () if runs.on_gpu() else range(10):
         for model in models:
             for group, rows in (("r4", [f"r4-{row}" for row in ("bits", "palu@0.5x8", "recalkv@0.5x8", "lorc@0.75x5", "think@0.5")]),
                                 ("r2", [f"r2-{row}" for row in ("bits", "palu@0.5x4", "recalkv@0.5x4", "lorc@0.5x4", "think@0.5")])):
-                runs.needle(model, group, rows, 1024, seed)
+                runs.needle(model, group, rows, 512, seed)
 
 
 main(__doc__, plans, collect, prepare)
