@@ -277,9 +277,7 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
   open_ = true;
   loud_.clear();
   for (size_t e = 0; e < growth_.size(); ++e) {
-    if (growth_[e].quiet) continue;
-    settle(*growth_[e].sequence);
-    loud_.push_back(e);
+    if (!growth_[e].quiet) loud_.push_back(e);
   }
   fetch_lists(0);
   fetch_lists(1);
@@ -288,11 +286,14 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
     fetch_lists(l + 2);
     fetch_last_pages(l + 1);
     for (const size_t e : loud_) {
+      SequencePages& sequence = *growth_[e].sequence;
+      if (sequence.late) settle(sequence, sequence.layers[l]);
       const size_t before = changes_.size();
       open_layer(l, e);
-      if (changes_.size() > before) revise(*growth_[e].sequence);
+      if (changes_.size() > before) revise(sequence);
     }
   }
+  for (const size_t e : loud_) growth_[e].sequence->late = false;
   // New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among
   // what goes.
   ages_.clear();

@@ -163,6 +163,7 @@ class Ledger {
   void fetch_last_pages(size_t layer) const;
   SequencePages& look_up(SequenceId id);
   void settle(SequencePages& sequence);
+  static void settle(const SequencePages& sequence, LayerPages& layer);
   int64_t quiet_length(const SequencePages& sequence) const;
   void revise(SequencePages& sequence) { sequence.revision = next_revision_++; }
 

@@ -9,11 +9,13 @@ namespace kvmix {
 void Ledger::settle(SequencePages& sequence) {
   if (!sequence.late) return;
   sequence.late = false;
-  for (LayerPages& layer : sequence.layers) {
-    for (PageList& list : layer.heads) {
-      PageEntry& last = list.pages.back();
-      last.live = static_cast<int32_t>(sequence.length) - last.first;
-    }
+  for (LayerPages& layer : sequence.layers) settle(sequence, layer);
+}
+
+void Ledger::settle(const SequencePages& sequence, LayerPages& layer) {
+  for (PageList& list : layer.heads) {
+    PageEntry& last = list.pages.back();
+    last.live = static_cast<int32_t>(sequence.length) - last.first;
   }
 }
 

@@ -37,7 +37,9 @@ const StepPlan& Ledger::open_truncation(SequenceId id, int64_t n_tokens) {
   }
   begin_change();
   open_ = true;
-  if (full_pages_) revise(sequence);
+  // Of lists that lost tokens, a backend keeps how many (fill_pages), which a cut may change where no page does.
+  const auto governed = [](const LayerFormats& layer) { return layer.governed; };
+  if (full_pages_ && std::any_of(ids_.begin(), ids_.end(), governed)) revise(sequence);
   growth_.push_back({&sequence, n_tokens, std::min(sequence.prompt_length, n_tokens), std::min(sequence.prompt_start, n_tokens),
                      std::min(sequence.counted_from, n_tokens), sequence.in_prompt, sequence.revision, false});
   for (size_t l = 0; l < layers_.size(); ++l) {
