@@ -95,7 +95,6 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
       pool_(config.max_bytes, stream_.get()) {
   if (config.append_beside) beside_.emplace(nullptr, true);
   layers_.reserve(layers.size());
-  layer_sealed_.resize(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const kvmix_cuda_format format = layer_format(layer, "layer " + std::to_string(l));
@@ -147,11 +146,12 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     kernels_used_.emplace_back(kernel_name(decode));
     layers_.back().queries_at = room_bytes_;
     room_bytes_ += query_bytes(layers_.back());
+    if (layers[l].seals) sealing_[seal_group(l)].can_seal = true;
   }
 }
 
 CudaBackend::~CudaBackend() {
-  for (const Stream& stream : sealing_) static_cast<void>(cudaStreamSynchronize(stream.get()));
+  for (const SealGroup& group : sealing_) static_cast<void>(cudaStreamSynchronize(group.stream.get()));
   if (beside_) static_cast<void>(cudaStreamSynchronize(beside_->get()));
   static_cast<void>(cudaStreamSynchronize(stream_.get()));
 }

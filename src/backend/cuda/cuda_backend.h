@@ -14,7 +14,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <map>
 #include <optional>
 #include <string>
@@ -27,6 +29,7 @@
 #include "backend/cuda/pool.h"
 #include "backend/cuda/rows.h"
 #include "backend/cuda/window.h"
+#include "codec/cuda/seal.h"
 #include "kvmix/kvmix_cuda.h"
 
 namespace kvmix::cuda {
@@ -177,8 +180,7 @@ class CudaBackend final : public Backend {
   void find_patches();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids);
-  void seal(const Layer& layer, cudaStream_t stream);
-  void seal_pages(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const;
+  SealJob seal_job(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const;
   void seal_all();
   // Makes what is queued from here on wait for sealing, also of a step that was aborted.
   void join() const;
@@ -207,17 +209,26 @@ class CudaBackend final : public Backend {
   int device_;
   bool device_rows_;
   Stream stream_;
-  // Sealing a few pages takes long for what it does, so that of several layers runs side by side.
-  static constexpr size_t kSealStreams = 8;
-  std::array<Stream, kSealStreams> sealing_;
-  std::array<Event, kSealStreams> stream_sealed_;
+  // Sealing a few pages takes long for what it does, and launches and events time of the host. So layers are sealed in groups,
+  // the first of which are small as attention waits for them, each twice as many layers as the one before: by one launch for
+  // each kernel that its layers take, on a stream of its own.
+  static constexpr size_t kSealGroups = 8;
+  static size_t seal_group(size_t layer) { return std::min<size_t>(std::bit_width(layer + 1) - 1, kSealGroups - 1); }
+  static bool begins_group(size_t layer) { return layer == 0 || seal_group(layer) != seal_group(layer - 1); }
+  struct SealGroup {
+    Stream stream;
+    Event sealed;
+    bool can_seal = false;  // it has layers that ever do
+    bool seals = false;     // in the step
+  };
+  std::array<SealGroup, kSealGroups> sealing_;
+  std::vector<SealJob> seal_jobs_;
   Event planned_, sealed_;
   bool seals_ = false;  // the step does
   // Where rows are stored beside what stream_ does meanwhile; none: on stream_.
   std::optional<Stream> beside_;
   Event projected_, appended_;
   bool appends_ = false;  // there, what stream_ does not wait for yet
-  std::vector<Event> layer_sealed_;
   DevicePool pool_;
   std::vector<DeviceMemory> constants_;
   std::vector<Layer> layers_;

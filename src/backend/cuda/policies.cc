@@ -265,7 +265,8 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
     p.open_ids = on_device<int32_t>(moves_, open_at);
     p.record_ids = on_device<int32_t>(moves_, record_at);
     p.stream = stream_.get();
-    seal_pages(layer, p, {config.head_dim, kF16Bits, kF16Bits, kPageTokens, kPageTokens});
+    const SealJob job = seal_job(layer, p, {config.head_dim, kF16Bits, kF16Bits, kPageTokens, kPageTokens});
+    seal({&job, 1});
   }
 }
 

@@ -233,44 +233,47 @@ void CudaBackend::begin(const StepPlan& plan) {
 
 // What a layer seals must be there when that layer is attended to.
 void CudaBackend::seal_all() {
-  size_t used = 0;
-  for (size_t l = 0; l < layers_.size(); ++l) {
-    if (layers_[l].seals == 0) continue;
-    const cudaStream_t stream = sealing_[used % kSealStreams].get();
-    if (used == 0) planned_.record(stream_.get());
-    if (used < kSealStreams) planned_.make_wait(stream);
-    seal(layers_[l], stream);
-    layer_sealed_[l].record(stream);
-    ++used;
+  SealGroup* last = nullptr;
+  for (size_t l = 0; l < layers_.size();) {
+    SealGroup& group = sealing_[seal_group(l)];
+    seal_jobs_.clear();
+    do {
+      const Layer& layer = layers_[l++];
+      if (layer.seals == 0) continue;
+      kvmix_cuda_seal_params p{};
+      p.format = layer.format;
+      p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
+      p.open_pages = p.records = pool_.base();
+      p.open_page_stride = p.record_page_stride = kPageUnit;
+      p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
+      p.stream = group.stream.get();
+      seal_jobs_.push_back(seal_job(layer, p, layer.open));
+    } while (l < layers_.size() && !begins_group(l));
+    group.seals = !seal_jobs_.empty();
+    if (!group.seals) continue;
+    if (last == nullptr) planned_.record(stream_.get());
+    planned_.make_wait(group.stream.get());
+    seal(seal_jobs_);
+    group.sealed.record(group.stream.get());
+    last = &group;
   }
-  seals_ = used > 0;
+  seals_ = last != nullptr;
   if (!seals_) return;
-  for (size_t i = 1; i < std::min(used, kSealStreams); ++i) {
-    stream_sealed_[i].record(sealing_[i].get());
-    stream_sealed_[i].make_wait(sealing_[0].get());
+  for (const SealGroup& group : sealing_) {
+    if (group.seals && &group != last) group.sealed.make_wait(last->stream.get());
   }
-  sealed_.record(sealing_[0].get());
+  sealed_.record(last->stream.get());
 }
 
-void CudaBackend::seal(const Layer& layer, cudaStream_t stream) {
-  kvmix_cuda_seal_params p{};
-  p.format = layer.format;
-  p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
-  p.open_pages = p.records = pool_.base();
-  p.open_page_stride = p.record_page_stride = kPageUnit;
-  p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
-  p.stream = stream;
-  seal_pages(layer, p, layer.open);
-}
-
-void CudaBackend::seal_pages(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const {
+SealJob CudaBackend::seal_job(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const {
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
-  cuda::seal(p, {.keys_fitted = layer.keys_fitted,
-                 .values_fitted = layer.values_fitted,
-                 .keys_unbiased = layer.keys_unbiased,
-                 .values_unbiased = layer.values_unbiased,
-                 .ids_of_heads = true,
-                 .open = open});
+  return {p,
+          {.keys_fitted = layer.keys_fitted,
+           .values_fitted = layer.values_fitted,
+           .keys_unbiased = layer.keys_unbiased,
+           .values_unbiased = layer.values_unbiased,
+           .ids_of_heads = true,
+           .open = open}};
 }
 
 uint64_t CudaBackend::launch_key() {
@@ -324,14 +327,15 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
     bring(k, k_stride, host_k_);
     bring(v, v_stride, host_v_);
   }
-  const Event& sealed = layer_sealed_[static_cast<size_t>(layer_index)];
+  const auto l = static_cast<size_t>(layer_index);
+  const SealGroup& group = sealing_[seal_group(l)];
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (keyed_) check_cuda(cudaStreamIsCapturing(stream_.get(), &capture), "append");
   if (capture == cudaStreamCaptureStatusActive) {
-    // In whatever step that seals it is launched, it waits for the sealing of that one.
-    if (layer.ids.seals && seals_) sealed.make_wait(stream, cudaEventWaitExternal);
+    // In whatever step that seals it is launched, it waits for the sealing of that one. Layers follow each other.
+    if (group.can_seal && seals_ && begins_group(l)) group.sealed.make_wait(stream, cudaEventWaitExternal);
   } else if (layer.seals > 0) {
-    sealed.make_wait(stream);
+    group.sealed.make_wait(stream);
   }
   append_rows(
       {.k = k,

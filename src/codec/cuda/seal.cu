@@ -7,6 +7,7 @@
 // tile.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "base/cuda/fragments.cuh"
@@ -23,11 +24,8 @@ namespace {
 
 constexpr int kSegment = 32;
 
-struct SealArguments {
-  const uint8_t* open_pages;
-  int64_t open_page_stride, open_head_stride;
-  uint8_t* records;
-  int64_t record_page_stride, record_head_stride;
+// Pages of one layer.
+struct SealLayer {
   const int32_t* open_ids;
   const int32_t* record_ids;
   int64_t id_page_step, id_head_step;
@@ -35,6 +33,16 @@ struct SealArguments {
   bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
   kvmix_cuda_transform key_transform, value_transform;
 };
+struct SealArguments {
+  static constexpr int kMostLayers = 22;
+  const uint8_t* open_pages;
+  int64_t open_page_stride, open_head_stride;
+  uint8_t* records;
+  int64_t record_page_stride, record_head_stride;
+  int first_page[kMostLayers + 1];  // of each layer among the launch's; pages in all behind the last one
+  SealLayer layers[kMostLayers];
+};
+static_assert(sizeof(SealArguments) <= 4096);  // what a kernel takes
 
 // Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
 // every group and, for feedback, its scale and midpoint (half2), rounding errors.
@@ -277,8 +285,11 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   extern __shared__ __align__(16) uint8_t space[];
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
-  const SideShape side = key ? args.shape.key() : args.shape.value();
-  const kvmix_cuda_transform& transform = key ? args.key_transform : args.value_transform;
+  int at_layer = 0;
+  while (static_cast<int>(blockIdx.x) >= args.first_page[at_layer + 1]) ++at_layer;
+  const SealLayer& layer = args.layers[at_layer];
+  const SideShape side = key ? layer.shape.key() : layer.shape.value();
+  const kvmix_cuda_transform& transform = key ? layer.key_transform : layer.value_transform;
   constexpr bool changed = way == Way::kTransformed || way == Way::kFeedback;
   const bool feedback = way == Way::kFeedback && transform.feedback != nullptr && side.bits != 16;
   const int thread = static_cast<int>(threadIdx.x);
@@ -287,22 +298,23 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
   auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
-  const int64_t page = blockIdx.x * args.id_page_step + blockIdx.y * args.id_head_step;
-  if (args.record_ids[page] == kNoRecord) return;
+  const int64_t page =
+      (static_cast<int>(blockIdx.x) - args.first_page[at_layer]) * layer.id_page_step + blockIdx.y * layer.id_head_step;
+  if (layer.record_ids[page] == kNoRecord) return;
   const uint8_t* const open =
-      args.open_pages + args.open_ids[page] * args.open_page_stride + static_cast<int64_t>(blockIdx.y) * args.open_head_stride;
-  uint8_t* const record = args.records + args.record_ids[page] * args.record_page_stride +
+      args.open_pages + layer.open_ids[page] * args.open_page_stride + static_cast<int64_t>(blockIdx.y) * args.open_head_stride;
+  uint8_t* const record = args.records + layer.record_ids[page] * args.record_page_stride +
                           static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
-  uint8_t* const part = record + (key ? kHeaderBytes : args.shape.key_bytes());
+  uint8_t* const part = record + (key ? kHeaderBytes : layer.shape.key_bytes());
 
   const bool transformed = changed && (transform.center != nullptr || transform.hadamard != 0);
-  if (!args.open.has_codes()) {
+  if (!layer.open.has_codes()) {
     const auto* const source = reinterpret_cast<const uint4*>(open) + (key ? 0 : kPageTokens * dim / 8);
     load_tile<dim>(source, transformed || side.bits == 16, tile);
   } else if (key) {
-    load_record_tile<dim, true>(open + kHeaderBytes, args.open.key(), tile);
+    load_record_tile<dim, true>(open + kHeaderBytes, layer.open.key(), tile);
   } else {
-    load_record_tile<dim, false>(open + args.open.key_bytes(), args.open.value(), tile);
+    load_record_tile<dim, false>(open + layer.open.key_bytes(), layer.open.value(), tile);
   }
   __syncthreads();
   if constexpr (changed) {
@@ -324,7 +336,7 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
       meta[to + kMidStep] = stored.mid;
       if (feedback) kept[at] = __halves2half2(__ushort_as_half(stored.scale), __ushort_as_half(stored.mid));
     };
-    if (way == Way::kFitted || (changed && (key ? args.keys_fitted : args.values_fitted))) {
+    if (way == Way::kFitted || (changed && (key ? layer.keys_fitted : layer.values_fitted))) {
       auto* const fits = reinterpret_cast<GroupScale*>(space + layout.ranges);
       // Whole warps: `width` is a multiple of the eight groups that a warp takes.
       for (int job = thread; job < count_of_groups * kPartialSums; job += kSealThreads) {
@@ -332,7 +344,7 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
         const int line = i - thread % 32 / kPartialSums;
         const auto fit = [&](auto values) {
           return fit_values<values.value, row_halves>(tile, !side.per_token, line, first, side.bits,
-                                                      key ? args.keys_unbiased : args.values_unbiased);
+                                                      key ? layer.keys_unbiased : layer.values_unbiased);
         };
         GroupScale stored;
         // A last group of channels may be shorter.
@@ -454,38 +466,87 @@ SealKernel kernel_of(const kvmix_cuda_seal_params& p, bool keys_fitted, bool val
   return keys_fitted ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
 }
 
+bool keys_fitted(const SealJob& job) {
+  return job.params.fitted != 0 || job.details.keys_fitted || job.details.keys_unbiased;
+}
+bool values_fitted(const SealJob& job) {
+  return job.params.fitted != 0 || job.details.values_fitted || job.details.values_unbiased;
+}
+
+// Layers that one kernel seals together.
+class SealLaunch {
+ public:
+  SealLaunch(SealKernel kernel, const kvmix_cuda_seal_params& p)
+      : kernel_(kernel), kv_heads_(p.kv_heads), stream_(static_cast<cudaStream_t>(p.stream)) {
+    a_.open_pages = static_cast<const uint8_t*>(p.open_pages);
+    a_.open_page_stride = p.open_page_stride, a_.open_head_stride = p.open_head_stride;
+    a_.records = static_cast<uint8_t*>(p.records);
+    a_.record_page_stride = p.record_page_stride, a_.record_head_stride = p.record_head_stride;
+  }
+
+  void add(const SealJob& job) {
+    if (layers_ == SealArguments::kMostLayers) go();
+    const auto& [p, details] = job;
+    const SealLayer layer{p.open_ids,
+                          p.record_ids,
+                          details.ids_of_heads ? p.kv_heads : 1,
+                          details.ids_of_heads ? 1 : 0,
+                          record_shape(p.format),
+                          {p.format.head_dim, details.open.key_bits, details.open.value_bits, details.open.key_group,
+                           details.open.value_group, true},
+                          keys_fitted(job),
+                          values_fitted(job),
+                          details.keys_unbiased,
+                          details.values_unbiased,
+                          p.key_transform,
+                          p.value_transform};
+    shared_ = std::max({shared_, seal_space(layer.shape.key(), p.key_transform.feedback != nullptr).bytes,
+                        seal_space(layer.shape.value(), p.value_transform.feedback != nullptr).bytes});
+    a_.layers[layers_] = layer;
+    a_.first_page[layers_ + 1] = a_.first_page[layers_] + p.pages;
+    ++layers_;
+  }
+
+  void go() {
+    allow_shared(kernel_, shared_, "seal: shared memory");
+    const dim3 grid(static_cast<unsigned>(a_.first_page[layers_]), static_cast<unsigned>(kv_heads_), 2);
+    kernel_<<<grid, kSealThreads, static_cast<size_t>(shared_), stream_>>>(a_);
+    check_cuda(cudaGetLastError(), "seal: launch");
+    layers_ = 0;
+  }
+
+ private:
+  SealKernel kernel_;
+  int kv_heads_, layers_ = 0, shared_ = 0;
+  cudaStream_t stream_;
+  SealArguments a_{};
+};
+
 }  // namespace
 
+void seal(std::span<const SealJob> jobs) {
+  const auto kernel = [](const SealJob& job) { return kernel_of(job.params, keys_fitted(job), values_fitted(job)); };
+  const auto together = [&](const SealJob& a, const SealJob& b) {
+    return a.params.kv_heads == b.params.kv_heads && a.params.format.head_dim == b.params.format.head_dim &&
+           kernel(a) == kernel(b);
+  };
+  for (size_t first = 0; first < jobs.size(); ++first) {
+    const SealJob& job = jobs[first];
+    if (std::any_of(jobs.begin(), jobs.begin() + static_cast<ptrdiff_t>(first),
+                    [&](const SealJob& before) { return together(before, job); })) {
+      continue;
+    }
+    SealLaunch launch(kernel(job), job.params);
+    for (const SealJob& next : jobs.subspan(first)) {
+      if (together(job, next)) launch.add(next);
+    }
+    launch.go();
+  }
+}
+
 void seal(const kvmix_cuda_seal_params& p, const SealDetails& details) {
-  const bool keys_fitted = p.fitted != 0 || details.keys_fitted || details.keys_unbiased;
-  const bool values_fitted = p.fitted != 0 || details.values_fitted || details.values_unbiased;
-  const SealArguments a{static_cast<const uint8_t*>(p.open_pages),
-                        p.open_page_stride,
-                        p.open_head_stride,
-                        static_cast<uint8_t*>(p.records),
-                        p.record_page_stride,
-                        p.record_head_stride,
-                        p.open_ids,
-                        p.record_ids,
-                        details.ids_of_heads ? p.kv_heads : 1,
-                        details.ids_of_heads ? 1 : 0,
-                        record_shape(p.format),
-                        {p.format.head_dim, details.open.key_bits, details.open.value_bits, details.open.key_group,
-                         details.open.value_group, true},
-                        keys_fitted,
-                        values_fitted,
-                        details.keys_unbiased,
-                        details.values_unbiased,
-                        p.key_transform,
-                        p.value_transform};
-  const int keys = seal_space(a.shape.key(), p.key_transform.feedback != nullptr).bytes;
-  const int values = seal_space(a.shape.value(), p.value_transform.feedback != nullptr).bytes;
-  const int shared = keys > values ? keys : values;
-  const SealKernel kernel = kernel_of(p, keys_fitted, values_fitted);
-  allow_shared(kernel, shared, "seal: shared memory");
-  const dim3 grid(static_cast<unsigned>(p.pages), static_cast<unsigned>(p.kv_heads), 2);
-  kernel<<<grid, kSealThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(a);
-  check_cuda(cudaGetLastError(), "seal: launch");
+  const SealJob job{p, details};
+  seal({&job, 1});
 }
 
 void append(const kvmix_cuda_append_params& p) {

@@ -1,6 +1,8 @@
 // Launches that write pages. Defined in seal.cu, or where the build has no CUDA by functions that throw kUnsupported.
 #pragma once
 
+#include <span>
+
 #include "codec/cuda/tile_layout.h"
 #include "kvmix/kvmix_cuda.h"
 
@@ -18,6 +20,13 @@ struct SealDetails {
   RecordShape open{0, 16, 16, 128, 128};
 };
 void seal(const kvmix_cuda_seal_params& params, const SealDetails& details = {});
+// Several, say of several layers, in as few launches as the kernels they take: one for each and each number of KV heads. They
+// have head_dim's of their own, but the first one's memory (open pages, records, their strides) and stream.
+struct SealJob {
+  kvmix_cuda_seal_params params;
+  SealDetails details;
+};
+void seal(std::span<const SealJob> jobs);
 void append(const kvmix_cuda_append_params& params);
 
 }  // namespace kvmix::cuda
