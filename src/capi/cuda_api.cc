@@ -63,15 +63,16 @@ kvmix_status kvmix_cuda_cut(const kvmix_cuda_attend_params* params, const int32_
     need(params, "params"), need(lengths, "lengths"), need(item_count, "item_count"), need(workspace_bytes, "workspace_bytes");
     check_shape(*params);
     const std::span of_sequences(lengths, static_cast<size_t>(params->sequences));
-    const Pieces pieces = choose_pieces(*params, of_sequences, slots);
-    const auto count = static_cast<int32_t>(count_items(*params, of_sequences, pieces));
+    const PageRuns runs = page_runs(*params, of_sequences);
+    const Pieces pieces = choose_pieces(*params, runs, slots);
+    const auto count = static_cast<int32_t>(count_items(*params, runs, pieces));
     if (items != nullptr) {
       require(capacity >= count,
               "cut: " + std::to_string(count) + " items do not fit a capacity of " + std::to_string(capacity));
       write_items(*params, of_sequences, pieces, {items, static_cast<size_t>(count)});
     }
     *item_count = count;
-    *workspace_bytes = cuda::workspace_bytes(*params, of_sequences, static_cast<size_t>(count));
+    *workspace_bytes = cuda::workspace_bytes(*params, runs, static_cast<size_t>(count));
   });
 }
 

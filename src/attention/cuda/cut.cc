@@ -33,24 +33,11 @@ Run run_of(const kvmix_cuda_attend_params& p, int length) {
 }
 
 // An empty sequence still gets a piece, which writes zeros and -inf.
-int pieces_of(const Run& r, const Pieces& pieces) { return std::max(1, (r.end - r.begin + pieces.pages - 1) / pieces.pages); }
+int pieces_of(int64_t pages, const Pieces& pieces) {
+  return static_cast<int>(std::max<int64_t>(1, (pages + pieces.pages - 1) / pieces.pages));
+}
 
-Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, const Residency& device) {
-  std::vector<int64_t> runs_of;  // by pages: many sequences have few different numbers of them
-  int64_t pages = 0;
-  int longest = 1;
-  for (const int32_t length : lengths) {
-    const Run r = run_of(p, length);
-    const int count = r.end - r.begin;
-    pages += static_cast<int64_t>(count) * p.kv_heads;
-    longest = std::max(longest, count);
-    if (runs_of.size() <= static_cast<size_t>(count)) runs_of.resize(static_cast<size_t>(count) + 1);
-    ++runs_of[static_cast<size_t>(count)];
-  }
-  std::vector<std::pair<int64_t, int64_t>> counts;  // pages, and how many runs have as many
-  for (size_t count = 0; count < runs_of.size(); ++count) {
-    if (runs_of[count] > 0) counts.emplace_back(static_cast<int64_t>(count), runs_of[count]);
-  }
+Pieces choose(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Residency& device) {
   // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
   // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
   // the arithmetic of one warp. The other kernels take a page a block: that of fp16 pages as long as memory does or a block
@@ -60,14 +47,14 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
   constexpr double kBlock = 2.5, kBlockWarp = 0.125, kSum = 1.8, kSumSplit = 0.07;
   const bool fast = uses_fast_kernel(p), fp16 = uses_fp16_kernel(p), decodes = fast || fp16;
   const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
-  int chunk = longest;
+  int chunk = runs.longest;
   double best = -1.0;
   const int most = query_rows(p) > kTileRows ? 1 : kMaxSplits;
-  for (int splits = 1; splits <= std::min(longest, most); ++splits) {
-    int candidate = (longest + splits - 1) / splits;
+  for (int splits = 1; splits <= std::min(runs.longest, most); ++splits) {
+    int candidate = (runs.longest + splits - 1) / splits;
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
     int64_t blocks = 0;
-    for (const auto& [count, n] : counts) blocks += (count + candidate - 1) / candidate * n * p.kv_heads;
+    for (const auto& [count, n] : runs.counts) blocks += (count + candidate - 1) / candidate * n * p.kv_heads;
     blocks = std::max<int64_t>(decodes ? blocks * row_blocks(p) : blocks, 1);
     // Long runs are not cut into so many short blocks that the kernel with fewer registers takes them.
     if (splits > 1 && device.few_blocks > 0 && device.each(blocks) > device.few_blocks) break;
@@ -85,7 +72,7 @@ Pieces choose(const kvmix_cuda_attend_params& p, std::span<const int32_t> length
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
   // What is little beside the L2 shall leave it as it was, unless another block reads it again.
-  const int64_t bytes = decodes ? pages * record_shape(p.format).bytes() : 0;
+  const int64_t bytes = decodes ? runs.pages * p.kv_heads * record_shape(p.format).bytes() : 0;
   return {chunk, bytes <= kSparingBytes && (!decodes || row_blocks(p) == 1)};
 }
 
@@ -97,14 +84,31 @@ Residency residency_of_slots(const kvmix_cuda_attend_params& p, int slots) {
 
 }  // namespace
 
-Pieces choose_pieces(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, int slots) {
-  return choose(p, lengths, slots > 0 ? residency_of_slots(p, slots) : residency(p));
+PageRuns page_runs(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths) {
+  PageRuns runs;
+  std::vector<int64_t> of_count;  // many sequences have few different numbers of pages
+  for (const int32_t length : lengths) {
+    const Run r = run_of(p, length);
+    const auto count = static_cast<size_t>(r.end - r.begin);
+    runs.pages += r.end - r.begin;
+    runs.longest = std::max(runs.longest, r.end - r.begin);
+    if (of_count.size() <= count) of_count.resize(count + 1);
+    ++of_count[count];
+  }
+  for (size_t count = 0; count < of_count.size(); ++count) {
+    if (of_count[count] > 0) runs.counts.emplace_back(static_cast<int64_t>(count), of_count[count]);
+  }
+  return runs;
 }
 
-size_t count_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, const Pieces& pieces) {
-  size_t items = 0;
-  for (const int32_t length : lengths) items += static_cast<size_t>(pieces_of(run_of(p, length), pieces) * p.kv_heads);
-  return items;
+Pieces choose_pieces(const kvmix_cuda_attend_params& p, const PageRuns& runs, int slots) {
+  return choose(p, runs, slots > 0 ? residency_of_slots(p, slots) : residency(p));
+}
+
+size_t count_items(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Pieces& pieces) {
+  int64_t items = 0;
+  for (const auto& [count, n] : runs.counts) items += pieces_of(count, pieces) * n * p.kv_heads;
+  return static_cast<size_t>(items);
 }
 
 void write_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, const Pieces& pieces,
@@ -114,7 +118,7 @@ void write_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> len
   size_t at = 0;
   for (size_t sequence = 0; sequence < lengths.size(); ++sequence) {
     const Run r = run_of(p, lengths[sequence]);
-    const int splits = pieces_of(r, pieces);
+    const int splits = pieces_of(r.end - r.begin, pieces);
     for (int head = 0; head < p.kv_heads; ++head) {
       const int partial = static_cast<int>(at);
       for (int split = 0; split < splits; ++split) {
@@ -133,14 +137,11 @@ void write_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> len
   }
 }
 
-size_t workspace_bytes(const kvmix_cuda_attend_params& p, std::span<const int32_t> lengths, size_t items) {
-  size_t bytes = workspace_layout(p).bytes(static_cast<int32_t>(items));
-  if (!uses_images(p)) return bytes;
-  for (const int32_t length : lengths) {
-    const Run r = run_of(p, length);
-    bytes += static_cast<size_t>((r.end - r.begin) * p.kv_heads) * static_cast<size_t>(page_image_bytes(p.format.head_dim));
-  }
-  return bytes;
+size_t workspace_bytes(const kvmix_cuda_attend_params& p, const PageRuns& runs, size_t items) {
+  const size_t images =
+      uses_images(p) ? static_cast<size_t>(runs.pages * p.kv_heads) * static_cast<size_t>(page_image_bytes(p.format.head_dim))
+                     : 0;
+  return workspace_layout(p).bytes(static_cast<int32_t>(items)) + images;
 }
 
 }  // namespace kvmix::cuda

@@ -101,6 +101,7 @@ class CudaBackend final : public Backend {
     size_t first, entries;  // of the step's, by `order_`
     int tokens;
     int64_t before;  // rows of the entries before
+    size_t runs;     // of page_runs_
     Pieces pieces{};
     size_t items = 0;       // of the work list, with those that are no work
     size_t work_items = 0;  // without
@@ -167,6 +168,7 @@ class CudaBackend final : public Backend {
   const float* constant(std::span<const float> numbers);
   kvmix_cuda_attend_params attend_params(const Shape& shape) const;
   void cut_shapes();
+  void part(Shape& shape);
   void cut(Shape& shape);
   std::span<const int32_t> lengths(const Shape& shape, size_t first, size_t entries) const;
   void read_lengths(Shape& shape) const;
@@ -239,6 +241,7 @@ class CudaBackend final : public Backend {
   const StepPlan* plan_ = nullptr;
   std::vector<size_t> order_;     // entries of the plan, by new tokens
   std::vector<int32_t> lengths_;  // of its entries in that order
+  std::vector<PageRuns> page_runs_;
   int rows_ = 0;
   bool keyed_ = false;  // launch_key was called: append and attend may be captured
   StepInputs inputs_;

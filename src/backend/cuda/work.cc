@@ -49,10 +49,10 @@ void CudaBackend::read_lengths(Shape& shape) const {
   }
 }
 
-void CudaBackend::cut(Shape& shape) {
+// Launches of sequences of as many new tokens, and what their pages are.
+void CudaBackend::part(Shape& shape) {
   shape.launches.clear();
   int64_t before = 0;
-  const size_t lists = shape.governed >= 0 ? static_cast<size_t>(shape.kv_heads) : 1;
   for (size_t first = 0; first < order_.size();) {
     const int tokens = plan_->entries[order_[first]].n_tokens;
     kvmix_cuda_attend_params p = attend_params(shape);
@@ -62,41 +62,57 @@ void CudaBackend::cut(Shape& shape) {
     size_t end = first, bytes = 0;
     for (; end < order_.size(); ++end) {
       if (plan_->entries[order_[end]].n_tokens != tokens) break;
+      if (!images) continue;
       for (const int32_t length : lengths(shape, end, 1)) {
-        if (images) bytes += static_cast<size_t>(pages_of(length, shape.sinks)) * image_bytes;
+        bytes += static_cast<size_t>(pages_of(length, shape.sinks)) * image_bytes;
       }
       if (end > first && bytes > kMostImageBytes) break;
     }
-    p.sequences = static_cast<int32_t>((end - first) * lists);
-    check_shape(p);
-    Launch launch{.first = first, .entries = end - first, .tokens = tokens, .before = before};
-    const std::span<const int32_t> of_launch = lengths(shape, launch.first, launch.entries);
-    launch.pieces = choose_pieces(p, of_launch, 0);
-    launch.work_items = count_items(p, of_launch, launch.pieces);
-    launch.items = tokens == 1 ? common_length(launch.work_items) : launch.work_items;
-    launch.workspace_bytes = workspace_bytes(p, of_launch, launch.items);
-    shape.launches.push_back(launch);
+    shape.launches.push_back(
+        {.first = first, .entries = end - first, .tokens = tokens, .before = before, .runs = page_runs_.size()});
+    page_runs_.push_back(page_runs(p, lengths(shape, first, end - first)));
     before += static_cast<int64_t>(end - first) * tokens;
     first = end;
   }
 }
 
-// Layers of the same format whose lists are as long have one cut.
+void CudaBackend::cut(Shape& shape) {
+  const size_t lists = shape.governed >= 0 ? static_cast<size_t>(shape.kv_heads) : 1;
+  for (Launch& launch : shape.launches) {
+    kvmix_cuda_attend_params p = attend_params(shape);
+    p.q_tokens = launch.tokens;
+    p.sequences = static_cast<int32_t>(launch.entries * lists);
+    check_shape(p);
+    const PageRuns& runs = page_runs_[launch.runs];
+    launch.pieces = choose_pieces(p, runs, 0);
+    launch.work_items = count_items(p, runs, launch.pieces);
+    launch.items = launch.tokens == 1 ? common_length(launch.work_items) : launch.work_items;
+    launch.workspace_bytes = workspace_bytes(p, runs, launch.items);
+    launch.shares_items = false;
+  }
+}
+
+// Layers whose lists are as long have the same launches; those of the same format have one cut.
 void CudaBackend::cut_shapes() {
+  page_runs_.clear();
   for (size_t i = 0; i < shapes_.size(); ++i) {
     Shape& shape = shapes_[i];
-    if (shape.governed < 0) {
-      cut(shape);
+    if (shape.governed >= 0) read_lengths(shape);
+    const auto end = shapes_.begin() + static_cast<ptrdiff_t>(i);
+    const auto same = std::find_if(shapes_.begin(), end, [&](const Shape& other) { return other.same_cut(shape); });
+    if (same != end) {
+      shape.launches = same->launches;
       continue;
     }
-    read_lengths(shape);
-    size_t j = 0;
-    while (j < i && !shapes_[j].same_cut(shape)) ++j;
-    if (j == i) {
-      cut(shape);
+    const auto alike = std::find_if(shapes_.begin(), end, [&](const Shape& other) {
+      return other.format.head_dim == shape.format.head_dim && other.cut_alike(shape) && other.lengths == shape.lengths;
+    });
+    if (alike != end) {
+      shape.launches = alike->launches;
     } else {
-      shape.launches = shapes_[j].launches;
+      part(shape);
     }
+    cut(shape);
   }
 }
 

@@ -466,9 +466,7 @@ SealKernel kernel_of(const kvmix_cuda_seal_params& p, bool keys_fitted, bool val
   return keys_fitted ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
 }
 
-bool keys_fitted(const SealJob& job) {
-  return job.params.fitted != 0 || job.details.keys_fitted || job.details.keys_unbiased;
-}
+bool keys_fitted(const SealJob& job) { return job.params.fitted != 0 || job.details.keys_fitted || job.details.keys_unbiased; }
 bool values_fitted(const SealJob& job) {
   return job.params.fitted != 0 || job.details.values_fitted || job.details.values_unbiased;
 }
