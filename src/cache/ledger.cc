@@ -17,6 +17,8 @@ void check_prompt(const StepItem& item, const SequencePages& sequence) {
 }
 
 void check_each_once(std::span<const StepItem> items) {
+  const auto ascend = [](const StepItem& a, const StepItem& b) { return a.sequence >= b.sequence; };
+  if (std::adjacent_find(items.begin(), items.end(), ascend) == items.end()) return;
   std::vector<SequenceId> ids;
   ids.reserve(items.size());
   for (const StepItem& item : items) ids.push_back(item.sequence);
@@ -85,7 +87,7 @@ std::vector<FreedPage> Ledger::remove(SequenceId id) {
 }
 
 void Ledger::drop(const PageEntry& entry, std::vector<FreedPage>& freed) {
-  const auto extra = extra_references_.find(entry.handle);
+  const auto extra = extra_references_.empty() ? extra_references_.end() : extra_references_.find(entry.handle);
   if (extra == extra_references_.end()) {
     freed.push_back({entry.handle, static_cast<FormatId>(entry.format)});
   } else if (--extra->second == 0) {
@@ -198,6 +200,21 @@ void Ledger::open_list(const PageChange::Owner& owner, PageList& list, const Ste
   while (next < end) add(ids_[layer].recent, kPageTokens);
 }
 
+void Ledger::open_like(const Opened& first, const PageChange::Owner& owner, PageList& list) {
+  const std::vector<PageEntry>& like = first.list.pages;
+  old_sizes_.push_back({&list, first.pages});
+  if (list.pages.capacity() < like.capacity()) list.pages.reserve(like.capacity());
+  if (first.copies) replace(list, first.pages - 1, static_cast<FormatId>(like[first.pages - 1].format), true, owner);
+  if (first.grows) {
+    undo_.push_back({&list, first.pages - 1, list.pages[first.pages - 1]});
+    list.pages[first.pages - 1].live = like[first.pages - 1].live;
+  }
+  for (size_t i = first.pages; i < like.size(); ++i) {
+    list.pages.push_back({kNoPage, like[i].format, like[i].first, like[i].live});
+    changes_.push_back({&list, i, {}, false, owner});
+  }
+}
+
 void Ledger::open_layer(size_t layer, size_t index) {
   const StepEntry& entry = plan_.entries[index];
   std::vector<PageList>& heads = growth_[index].sequence->layers[layer].heads;
@@ -212,9 +229,17 @@ void Ledger::open_layer(size_t layer, size_t index) {
       seal(owner, heads[h], pages);
     }
   }
-  for (size_t h = 0; h < heads.size(); ++h) {
+  const size_t pages = heads[0].pages.size(), changes = changes_.size(), undo = undo_.size();
+  owner.kv_head = 0;
+  open_list(owner, heads[0], entry);
+  const Opened first{heads[0], pages, changes_.size() > changes && changes_[changes].copies, undo_.size() > undo};
+  for (size_t h = 1; h < heads.size(); ++h) {
     owner.kv_head = static_cast<int32_t>(h);
-    open_list(owner, heads[h], entry);
+    if (heads_alike(layer)) {
+      open_like(first, owner, heads[h]);
+    } else {
+      open_list(owner, heads[h], entry);
+    }
   }
 }
 
@@ -236,14 +261,46 @@ void Ledger::fetch_last_pages(size_t layer) const {
   }
 }
 
+// New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among what
+// goes. Changes of a step are of few ages, so that they are counted instead of compared.
+void Ledger::order_changes() {
+  const auto age = [](const PageChange& change) { return change.before.handle != kNoPage ? -1 : change.entry().first; };
+  ages_.clear();
+  age_of_.clear();
+  bool ordered = true;
+  size_t last = 0;
+  for (const PageChange& change : changes_) {
+    const int32_t of_change = age(change);
+    if (ages_.empty() || ages_[last].age != of_change) {
+      ordered = ordered && (ages_.empty() || ages_[last].age < of_change);
+      const auto known = std::find_if(ages_.begin(), ages_.end(), [&](const Age& a) { return a.age == of_change; });
+      last = static_cast<size_t>(known - ages_.begin());
+      if (known == ages_.end()) ages_.push_back({of_change, 0, last});
+    }
+    ++ages_[last].count;
+    age_of_.push_back(static_cast<uint32_t>(last));
+  }
+  if (ordered) return;
+  std::vector<Age> by_age = ages_;
+  std::sort(by_age.begin(), by_age.end(), [](const Age& a, const Age& b) { return a.age < b.age; });
+  size_t at = 0;
+  for (const Age& each : by_age) at += std::exchange(ages_[each.place].count, at);  // from now on where its next one goes
+  by_age_.resize(changes_.size());
+  for (size_t i = 0; i < changes_.size(); ++i) by_age_[ages_[age_of_[i]].count++] = changes_[i];
+  changes_.swap(by_age_);
+}
+
 const StepPlan& Ledger::open(std::span<const StepItem> items) {
   if (open_) throw Error(Status::kInvalidArgument, "a step is already open; end or abort it first");
   if (items.empty()) throw Error(Status::kInvalidArgument, "a step needs at least one sequence");
   check_each_once(items);
   begin_change();
   found_.clear();
+  size_t next = 0;  // most steps name sequences in the index' order
   for (const StepItem& item : items) {
-    SequencePages& sequence = look_up(item.sequence);
+    const bool here = next < index_.size() && index_[next].first == item.sequence;
+    SequencePages& sequence = here ? *index_[next].second : look_up(item.sequence);
+    next = here ? next + 1 : 0;
     fetch_ahead(&sequence), fetch_ahead(&sequence.layers);
     found_.push_back(&sequence);
   }
@@ -294,17 +351,7 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
     }
   }
   for (const size_t e : loud_) growth_[e].sequence->late = false;
-  // New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among
-  // what goes.
-  ages_.clear();
-  for (const PageChange& change : changes_)
-    ages_.emplace_back(change.before.handle != kNoPage ? -1 : change.entry().first, ages_.size());
-  if (!std::is_sorted(ages_.begin(), ages_.end())) {
-    std::sort(ages_.begin(), ages_.end());
-    by_age_.clear();
-    for (const auto& [age, index] : ages_) by_age_.push_back(changes_[index]);
-    changes_.swap(by_age_);
-  }
+  order_changes();
   plan_.changes = changes_;
   return plan_;
 }

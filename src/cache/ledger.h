@@ -127,6 +127,14 @@ class Ledger {
 
   void open_layer(size_t layer, size_t entry);
   void open_list(const PageChange::Owner& owner, PageList& list, const StepEntry& entry);
+  // The same of a list that is like one that was opened, of so many pages before, the last of which was copied or goes on.
+  struct Opened {
+    const PageList& list;
+    size_t pages;
+    bool copies, grows;
+  };
+  void open_like(const Opened& first, const PageChange::Owner& owner, PageList& list);
+  void order_changes();
   void cut(size_t layer, int kv_head, PageList& list, bool low, int64_t n_tokens);
   // `added` come from another list.
   struct Compacting {
@@ -180,7 +188,12 @@ class Ledger {
   bool open_ = false;
   StepPlan plan_;
   std::vector<PageChange> changes_, by_age_;
-  std::vector<std::pair<int32_t, size_t>> ages_;  // of changes, with their places
+  struct Age {  // of changes: how many, then where the next one goes; and which it is among those that there are
+    int32_t age;
+    size_t count, place;
+  };
+  std::vector<Age> ages_;
+  std::vector<uint32_t> age_of_;  // by change
   std::vector<Undo> undo_;
   std::vector<Size> old_sizes_;  // of lists that may have grown
   std::vector<Cut> cuts_;        // of lists that a truncation shortens on commit

@@ -119,21 +119,31 @@ void write_items(const kvmix_cuda_attend_params& p, std::span<const int32_t> len
   for (size_t sequence = 0; sequence < lengths.size(); ++sequence) {
     const Run r = run_of(p, lengths[sequence]);
     const int splits = pieces_of(r.end - r.begin, pieces);
-    for (int head = 0; head < p.kv_heads; ++head) {
-      const int partial = static_cast<int>(at);
-      for (int split = 0; split < splits; ++split) {
-        kvmix_cuda_item item{};
-        item.sequence = static_cast<int32_t>(sequence), item.kv_head = head;
-        item.page_begin = r.begin + split * pieces.pages;
-        item.page_end = std::min(item.page_begin + pieces.pages, r.end);
-        item.split = split, item.splits = splits, item.partial = partial, item.ticket = ticket;
-        item.length = lengths[sequence];
-        if (images) item.partial = image, image += item.page_end - item.page_begin;
-        item.evict_first = pieces.evict_first;
-        to[at++] = item;
-      }
-      ++ticket;
+    const auto of_head = static_cast<size_t>(splits);
+    const size_t first = at;
+    for (int split = 0; split < splits; ++split) {
+      kvmix_cuda_item& item = to[at++];
+      item = {};
+      item.sequence = static_cast<int32_t>(sequence);
+      item.page_begin = r.begin + split * pieces.pages;
+      item.page_end = std::min(item.page_begin + pieces.pages, r.end);
+      item.split = split, item.splits = splits, item.ticket = ticket;
+      item.partial = images ? image + item.page_begin - r.begin : static_cast<int>(first);
+      item.length = lengths[sequence];
+      item.evict_first = pieces.evict_first;
     }
+    // The other heads' are the same but for whose they are.
+    const int partials = images ? r.end - r.begin : splits;
+    for (int head = 1; head < p.kv_heads; ++head) {
+      for (size_t split = 0; split < of_head; ++split) {
+        kvmix_cuda_item& item = to[at++];
+        item = to[first + split];
+        item.kv_head = head;
+        item.ticket += head;
+        item.partial += head * partials;
+      }
+    }
+    ticket += p.kv_heads, image += p.kv_heads * (r.end - r.begin);
   }
 }
 

@@ -142,11 +142,16 @@ void DevicePool::unmap(Chunk& chunk, uint32_t index) {
   chunk.memory.clear();
 }
 
+std::set<uint32_t>& DevicePool::open_chunks(size_t bytes) {
+  const auto known = std::find_if(sizes_.begin(), sizes_.end(), [&](const Size& size) { return size.bytes == bytes; });
+  return known != sizes_.end() ? known->open : sizes_.emplace_back(Size{bytes, {}}).open;
+}
+
 uint32_t DevicePool::allocate(size_t bytes) {
   if (bytes == 0 || bytes % kPageUnit != 0 || bytes > chunk_bytes_)
     throw Error(Status::kInternal, "pool: a page of " + std::to_string(bytes) + " bytes");
   if (max_bytes_ != 0 && used_ + bytes > max_bytes_) throw_limit();
-  std::set<uint32_t>& open = open_[bytes];
+  std::set<uint32_t>& open = open_chunks(bytes);
   if (open.empty()) {
     if (spare_.empty() && unmapped_.empty()) {
       if (max_bytes_ != 0) throw_limit();
@@ -183,7 +188,7 @@ void DevicePool::release(uint32_t unit, size_t bytes) {
   const size_t offset = unit * kPageUnit;
   const auto index = static_cast<uint32_t>(offset / chunk_bytes_);
   Chunk& chunk = chunks_[index];
-  std::set<uint32_t>& open = open_[bytes];
+  std::set<uint32_t>& open = open_chunks(bytes);
   used_ -= bytes;
   if (--chunk.live == 0) {
     open.erase(index);

@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <set>
 #include <vector>
 
@@ -62,9 +61,15 @@ class DevicePool {
   size_t max_bytes_, chunk_bytes_, range_bytes_ = 0;
   unsigned long long base_ = 0;
   size_t used_ = 0, taken_ = 0;
-  std::vector<Chunk> chunks_;                  // of the range
-  std::map<size_t, std::set<uint32_t>> open_;  // by page bytes: chunks with room, the first is filled first
-  std::vector<uint32_t> spare_;                // mapped, without a page
+  std::vector<Chunk> chunks_;  // of the range
+  // Of pages of one size: chunks with room, the first is filled first. There are few sizes.
+  struct Size {
+    size_t bytes;
+    std::set<uint32_t> open;
+  };
+  std::set<uint32_t>& open_chunks(size_t bytes);
+  std::vector<Size> sizes_;
+  std::vector<uint32_t> spare_;  // mapped, without a page
   std::set<uint32_t> unmapped_;
 };
 

@@ -68,6 +68,8 @@ void CudaBackend::part(Shape& shape) {
       }
       if (end > first && bytes > kMostImageBytes) break;
     }
+    p.sequences = static_cast<int32_t>(end - first);
+    check_shape(p);
     shape.launches.push_back(
         {.first = first, .entries = end - first, .tokens = tokens, .before = before, .runs = page_runs_.size()});
     page_runs_.push_back(page_runs(p, lengths(shape, first, end - first)));
@@ -82,7 +84,6 @@ void CudaBackend::cut(Shape& shape) {
     kvmix_cuda_attend_params p = attend_params(shape);
     p.q_tokens = launch.tokens;
     p.sequences = static_cast<int32_t>(launch.entries * lists);
-    check_shape(p);
     const PageRuns& runs = page_runs_[launch.runs];
     launch.pieces = choose_pieces(p, runs, 0);
     launch.work_items = count_items(p, runs, launch.pieces);
