@@ -187,23 +187,14 @@ class Plans:
         self.model = use_kvmix(model)
         self.plans = plans
 
-        class Pages(kvmix.Cache):
-            def begin_step(self, items, **kwargs):  # one prompt, then what stands for decoded tokens
-                items = list(items)
-                super().begin_step(items, decoded=any(self.length(s) for s, _ in items))
-
         class AsGguf(KVmixCache):
-            """Takes plans that were made of the GGUF file, whose heads' channels are pairs of neighbours, and token policies."""
-
-            def __init__(self, plan, model):
-                super().__init__(kvmix.Plan.f16(kvmix.transformers.model_shape(model)), model)
-                self.pages = Pages(plan, self.shape, force=True, kernel=kernel, exact=exact)
+            """Takes plans that were made of the GGUF file, whose heads' channels are pairs of neighbours."""
 
             def attend(self, layer, query, key, value, mask):
                 query, key = (x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for x in (query, key))
                 return super().attend(layer, query, key, value, mask)
 
-        self.make = lambda plan: AsGguf(kvmix.Plan.read(plan), model)
+        self.make = lambda plan: AsGguf(kvmix.Plan.read(plan), model, force=True, kernel=kernel, exact=exact)
 
     @staticmethod
     def bytes(cache):
@@ -215,6 +206,7 @@ class Plans:
         self.model.set_attn_implementation("kvmix")
         for name, plan in self.plans:
             cache = prefill(self.model, window, self.make(plan))
+            cache.announce(SCORED, decoded=True)
             before, result = read(self.model, window, cache, self.bytes)
             yield name, before, self.bytes(cache), result
 

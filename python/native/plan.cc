@@ -38,6 +38,13 @@ std::vector<std::pair<std::string, std::string>> layer_codecs(const Plan& plan) 
   return list;
 }
 
+Plan with_tokens(const Plan& plan, const std::optional<std::string>& policy) {
+  Plan result = plan;
+  result.tokens = policy ? std::optional(parse_policy(*policy)) : std::nullopt;
+  if (policy) result.note += "; tokens " + to_string(*result.tokens);
+  return result;
+}
+
 void check_layers(const Plan& plan, const ModelShape& shape) { check_plan(plan, shape, true); }
 
 // Of gradient norms that another program measured, [prompt][layer].
@@ -135,6 +142,10 @@ void bind_plan_class(nb::module_& m) {
       .def(
           "write", [](const Plan& p, const nb::object& path) { write_plan(p, path_text(path)); }, "path"_a,
           "Writes a plan file: to a temporary that is renamed. Raises FileError.")
+      .def("with_tokens", &with_tokens, "policy"_a.none(),
+           nb::sig("def with_tokens(self, policy: str | None) -> Plan"),
+           "The same plan with a token policy, spelled as in \"snapkv keep=0.25 window=32\", in place of its own; None: without.\n"
+           "Raises InvalidArgumentError naming the policy or parameter.")
       .def("check", &check_plan, "shape"_a, "force"_a = false, "name"_a = "the plan",
            "Raises MismatchError unless the plan was made for this model, or `force` and as many layers.")
       .def(

@@ -327,10 +327,6 @@ def test_what_cannot_work_is_refused(llama):
     with pytest.raises(kvmix.UnsupportedError, match="not causal"), torch.no_grad():
         seen = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=ours.device)
         ours(ids(1, 4).to(ours.device), attention_mask=seen, past_key_values=f16(ours))
-    with pytest.raises(kvmix.UnsupportedError, match="streaming"):
-        text = kvmix.Plan.uniform(shape, 4, 4).to_json()
-        text = text.replace('"layers"', '"tokens": {"policy": "streaming"}, "layers"', 1)
-        KVmixCache(kvmix.Plan.from_json(text), ours)
     with pytest.raises(kvmix.MismatchError, match="softcap"):
         cache.layers[0].check(None, None, None, 30.0)
     with pytest.raises(kvmix.UnsupportedError, match="encoder"):

@@ -28,10 +28,11 @@ class KVmixLayer(CacheLayerMixin):
         self.shape = owner.shape.layers[index]
         self.is_sliding = self.shape.sliding_window > 0
 
-    # Sliding layers free what their window leaves behind, so that going back may be impossible: truncate says so then.
+    # Sliding layers free what their window leaves behind, so that going back may be impossible: truncate says so then. A policy
+    # would take the candidates of assisted decoding, which come with the prompt, for a part of it.
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return not self.is_sliding
+        return not self.is_sliding and not self.owner.policies
 
     @property
     def batch_size(self) -> int:
@@ -112,6 +113,10 @@ class KVmixCache(Cache):
     The cache is on the model's device, the CPU or one GPU; there it is bound to the stream that is torch's current one when it is
     made. Keys and values of any floating type are stored as the plan says. `pages` is the kvmix.Cache with the bytes that
     it takes.
+
+    A plan's token and channel policies choose where a prompt ends. A forward pass of several tokens is a prompt, as model.generate
+    makes one; prompts that come in several passes, and passes that are no prompt, are announced: `announce`. Positions, masks
+    and get_seq_length() count tokens that were dropped; `pages.kept(sequences[row], layer)` has those that are left.
     """
 
     def __init__(
@@ -122,11 +127,7 @@ class KVmixCache(Cache):
 
         Raises MismatchError for another model's plan, UnsupportedError for models and plans that cannot run so.
         """
-        for what, policy in (("token", plan.tokens), ("channel", plan.channels)):
-            if policy is not None:
-                raise UnsupportedError(
-                    f"the plan has the {what} policy {policy}: transformers does not say where prompts end; take a plan without"
-                )
+        self.policies = [policy for policy in (plan.tokens, plan.channels) if policy is not None]
         self.shape = model_shape(model)
         self._config = model.config.get_text_config(decoder=True)
         self.device = model.get_input_embeddings().weight.device
@@ -146,6 +147,8 @@ class KVmixCache(Cache):
         self._pad: list[int] = []  # of each row, in front of its first token
         self._known_masks: list[tuple[torch.Tensor, int]] = []
         self._given_step = False  # begin_decode opened it
+        self._announced: tuple[int, bool] | None = None  # up to which length, and whether these are decoded tokens
+        self._prompt_end = 0  # the length at which policies chose last
         super().__init__(layers=[KVmixLayer(self, i) for i in range(len(self.shape.layers))])
 
     def expect(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -220,13 +223,40 @@ class KVmixCache(Cache):
             self._next_layer = 0
             self._known_masks.clear()
             self.seen += tokens
+            decoded = self._announced is not None and self._announced[1]
+            if self._announced is not None and self._announced[0] == self.seen:
+                self._announced = None
+                self._prompt_end = self._prompt_end if decoded else self.seen
+            elif self._announced is None and tokens > 1:
+                self._prompt_end = self.seen
         return out.reshape(batch, tokens, heads, head_dim).to(query.dtype)
+
+    def announce(self, tokens: int, *, decoded: bool = False) -> None:
+        """The next `tokens` of each row, padding included, are one prompt, in as many forward passes as they come in
+        (prefill_chunk_size); or, `decoded`, they stand for tokens that were decoded one by one, as in scoring a text behind its
+        prompt. Only a plan with policies wants to know, which choose at a prompt's end.
+
+        Raises InvalidArgumentError while tokens that were announced before are still to come.
+        """
+        if tokens < 1:
+            raise InvalidArgumentError(f"announce of {tokens} tokens; expected at least 1")
+        self._abort()
+        self._check_all_came("announce")
+        self._announced = (self.seen + tokens, decoded)
+
+    def _check_all_came(self, what: str) -> None:
+        if self._announced is not None:
+            raise InvalidArgumentError(
+                f"{what} while {self._announced[0] - self.seen} of the tokens that were announced are still to come: run the "
+                "model over them, or reset()"
+            )
 
     def begin_decode(self) -> None:
         """Opens a step of one token of each row, for a loop that runs or launches the model's layers and then calls end_decode."""
         self._abort()
         if not self.sequences:
             raise InvalidArgumentError("begin_decode of an empty cache: run the model over a prompt first")
+        self._check_all_came("begin_decode")
         self._rows = None
         self.pages.begin_step([(s, 1) for s in self.sequences])
         self._given_step = True
@@ -236,7 +266,26 @@ class KVmixCache(Cache):
         self.pages.end_step()
         self.seen += 1
 
+    def _kind_of_pass(self, tokens: int) -> dict[str, bool]:
+        """What the cache's step is told of the tokens of a forward pass."""
+        end = self.seen + tokens
+        if self._announced is not None:
+            last, decoded = self._announced
+            if end > last:
+                raise InvalidArgumentError(
+                    f"a forward pass of {tokens} tokens where {last - self.seen} of those that were announced are left"
+                )
+            return {"decoded": True} if decoded else {"more": end < last}
+        if self.policies and tokens > 1 and self.seen and self._prompt_end == self.seen:
+            raise InvalidArgumentError(
+                f"a pass of {tokens} tokens right behind one of several, where the plan's policy {self.policies[0]} took the "
+                "prompt to have ended: reset() and announce(the prompt's tokens) before its first pass, or announce(tokens, "
+                "decoded=True) before this one; a second prompt is announced too"
+            )
+        return {}
+
     def _begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:
+        kind = self._kind_of_pass(tokens)
         if not self.sequences:
             self.sequences = [self.pages.create() for _ in range(batch)]
         lengths = [self.pages.length(s) for s in self.sequences]
@@ -268,7 +317,7 @@ class KVmixCache(Cache):
         items = [(s, n) for s, n in zip(self.sequences, counts) if n]
         self._pad = [self.seen + tokens - length - n for length, n in zip(lengths, counts)]
         if items:
-            self.pages.begin_step(items)
+            self.pages.begin_step(items, **kind)
 
     def _check_mask(self, layer: int, mask: torch.Tensor | None, batch: int, tokens: int) -> None:
         """The cache computes causal attention without padding, within the layer's window: a mask must ask for just that."""
@@ -335,7 +384,8 @@ class KVmixCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest -tokens_to_remove tokens; a positive number is the length to keep. What packing has lost stays
-        lost, but tokens of the last step were not packed yet. Raises UnsupportedError where a sliding window has freed them.
+        lost, but tokens of the last step were not packed yet. Raises UnsupportedError where a sliding window has freed them,
+        and where a policy has chosen by tokens that would go.
         """
         self._abort()
         keep = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
@@ -343,6 +393,12 @@ class KVmixCache(Cache):
             raise InvalidArgumentError(f"crop({tokens_to_remove}) of a cache of {self.seen} tokens")
         if keep == self.seen:
             return
+        self._check_all_came("crop")
+        if self.policies and 0 < keep < self._prompt_end:
+            raise UnsupportedError(
+                f"crop to {keep} tokens: the plan's policy {self.policies[0]} chose by all {self._prompt_end} tokens up to its "
+                "prompt's end, some of which are gone; reset() and start again"
+            )
         # All rows or none: one may be refused.
         copies = [self.pages.fork(s) for s in self.sequences]
         try:
@@ -357,6 +413,7 @@ class KVmixCache(Cache):
             self.pages.remove(sequence)
         self.sequences = copies
         self.seen = keep
+        self._prompt_end = min(self._prompt_end, keep)
 
     def reset(self) -> None:
         self._abort()
@@ -364,6 +421,8 @@ class KVmixCache(Cache):
             self.pages.remove(sequence)
         self.sequences = []
         self.seen = 0
+        self._announced = None
+        self._prompt_end = 0
 
     def activate_past_recording(self) -> None:
         pass

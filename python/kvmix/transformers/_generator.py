@@ -107,6 +107,7 @@ class Generator:
             self.cache.reset()
             input_ids = input_ids.to(self._device)
             rows, length = input_ids.shape
+            self.cache.announce(length)
             positions = torch.arange(length, device=self._device).expand(rows, -1)
             if attention_mask is not None and bool(attention_mask.all()):
                 attention_mask = None
