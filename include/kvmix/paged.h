@@ -9,6 +9,11 @@
 // equal but for rounding, and but for the arithmetic of the kernels, which may take other precision for few queries than for
 // many. Unlike a Cache's, pages begin at multiples of kPageTokens whatever the sinks are.
 //
+// With CacheConfig::device "cuda" blocks, and what lies beside them, are in the memory of the calling thread's current GPU;
+// rows are as CacheConfig::device_rows says, steps are queued on CacheConfig::stream. There a plan with sinks keeps a
+// sequence's whole first block in fp16, beside the blocks, and results are equal but for rounding where a step holds other
+// sequences.
+//
 // Rows that are not packed, and sinks, lie beside the blocks, found by block and nonce: memory that is lent to another sequence
 // is never read for this one's. No call says that a block was freed; what was given up is used again (PagedStep::spare).
 #pragma once
@@ -47,22 +52,23 @@ struct PagedMemory {
 // Calls come from one thread at a time; `threads` of its own attend.
 class PagedAttention {
  public:
-  // `most_sequences`: that are live at once, which rows beside the blocks are kept for. Throws kUnsupported naming what a plan
-  // asks for that blocks cannot do: policies, windows that are ratios, more than kPageTokens sinks, other devices.
+  // `most_sequences`: that are live at once, which rows beside the blocks are kept for. CacheConfig::max_bytes is the limit of
+  // these. Throws kUnsupported naming what a plan asks for that blocks cannot do: policies, windows that are ratios, more than
+  // kPageTokens sinks; and what the device cannot.
   PagedAttention(const CacheConfig& config, int most_sequences);
   ~PagedAttention();
   PagedAttention(const PagedAttention&) = delete;
   PagedAttention& operator=(const PagedAttention&) = delete;
 
   const CacheConfig& config() const;
-  size_t block_bytes(int layer) const;  // a multiple of 64
+  size_t block_bytes(int layer) const;  // a multiple of 64, on a GPU of 128
   // The most that stands beside the blocks: for each of most_sequences its open rows and, of as many first blocks, the sinks.
   // Sinks of first blocks that outlive their sequences in a prefix cache come on top, at most `sink_bytes` a block.
   size_t beside_bytes() const;
   size_t sink_bytes() const;  // of one first block, all layers
 
-  // Stores the rows of a layer and attends. Block b's part is at blocks + b * block_stride, 64-byte aligned. k, v: float
-  // [rows][kv_heads][head_dim], q, out: [rows][q_heads][head_dim], strides in floats; out must not alias q. Throws
+  // Stores the rows of a layer and attends. Block b's part is at blocks + b * block_stride, aligned as block_bytes. k,
+  // v: float [rows][kv_heads][head_dim], q, out: [rows][q_heads][head_dim], strides in floats; out must not alias q. Throws
   // kInvalidArgument for steps that cannot be, kInternal for rows that were given up while their sequence lived.
   void step(int layer, const PagedStep& step, std::byte* blocks, int64_t block_stride, const float* k, int64_t k_stride,
             const float* v, int64_t v_stride, const float* q, int64_t q_stride, float* out, int64_t out_stride);

@@ -35,6 +35,13 @@ CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int
   config.max_bytes = max_bytes;
   config.kernel = kernel;
   config.exact = exact;
+  set_device(config, device, stream);
+  return config;
+}
+
+}  // namespace
+
+void set_device(CacheConfig& config, const std::string& device, uintptr_t stream) {
   config.device = device;
   if (device == "cuda") {
     config.threads = 1;
@@ -43,10 +50,8 @@ CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int
   } else if (stream != 0) {
     refuse("a stream belongs to the device \"cuda\"; leave it out on the device \"" + device + "\"");
   }
-  return config;
 }
 
-// The GPU that a cache just made on the device "cuda" is on.
 int current_gpu() {
   int gpu = 0;
 #ifdef KVMIX_CUDA
@@ -55,6 +60,8 @@ int current_gpu() {
 #endif
   return gpu;
 }
+
+namespace {
 
 // Calls from several Python threads come one after the other; a step's layers are attended to in order.
 class PythonCache {
@@ -274,6 +281,10 @@ void bind_cache(nb::module_& m) {
       "Free and all bytes of the calling thread's current GPU. Raises UnsupportedError where there is none, or no CUDA in "
       "this\n"
       "build.");
+  m.def(
+      "cuda_architectures", [] { return cuda_support().architectures; },
+      "The GPUs that this build has code for, in CMake's words; asks no device. Raises UnsupportedError in a build without "
+      "CUDA.");
   m.def(
       "attention_kernels",
       [] {

@@ -64,8 +64,7 @@ nb::object text_of(std::string_view bytes) {
 }
 
 nb::object generate_text(const PythonModel& m, const std::vector<Token>& prompt, const std::optional<Plan>& plan,
-                          int max_tokens, float temperature, uint64_t seed, const nb::object& on_text, int threads,
-                          bool force) {
+                         int max_tokens, float temperature, uint64_t seed, const nb::object& on_text, int threads, bool force) {
   GenerateOptions options;
   options.max_tokens = max_tokens;
   options.sampling.temperature = temperature;
@@ -131,12 +130,14 @@ void bind_model(nb::module_& m) {
            "float32 [tokens, vocab_size]: the model's logits with a cache of this plan (None: f16), in chunks of 128 tokens.\n"
            "Raises MismatchError for another model's plan, InvalidArgumentError beyond the model's context.")
       .def("generate", &generate_text,
-           nb::sig("def generate(self, prompt: collections.abc.Sequence[int], plan: Plan | None = None, *, max_tokens: int = 256, "
-                   "temperature: float = 0.8, seed: int = 0, on_text: object | None = None, threads: int = 0, force: bool = False) "
-                   "-> str"),
-           "prompt"_a, "plan"_a = nb::none(), nb::kw_only(), "max_tokens"_a = 256,
-           "temperature"_a = 0.8f, "seed"_a = 0, "on_text"_a = nb::none(), "threads"_a = 0, "force"_a = false,
-           "Text that continues the prompt's tokens; bytes that are no UTF-8 become U+FFFD. on_text(text) is called as it comes;\n"
+           nb::sig(
+               "def generate(self, prompt: collections.abc.Sequence[int], plan: Plan | None = None, *, max_tokens: int = 256, "
+               "temperature: float = 0.8, seed: int = 0, on_text: object | None = None, threads: int = 0, force: bool = False) "
+               "-> str"),
+           "prompt"_a, "plan"_a = nb::none(), nb::kw_only(), "max_tokens"_a = 256, "temperature"_a = 0.8f, "seed"_a = 0,
+           "on_text"_a = nb::none(), "threads"_a = 0, "force"_a = false,
+           "Text that continues the prompt's tokens; bytes that are no UTF-8 become U+FFFD. on_text(text) is called as it "
+           "comes;\n"
            "what it returns, if not None, says whether to go on. temperature 0: the likeliest token.")
       .def("__repr__", [](const PythonModel& p) { return "Model('" + p.model->path() + "')"; });
 }

@@ -16,19 +16,24 @@ using namespace nb::literals;
 
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
-using Bytes = nb::ndarray<uint8_t, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t>;
 
-CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int threads, int part, int parts) {
+CacheConfig config_of(const Plan& plan, const ModelShape& shape, bool force, int threads, int part, int parts,
+                      const std::string& device, uintptr_t stream) {
   check_plan(plan, shape, force);
   CacheConfig config = cache_config(plan, shape);
   config.threads = threads == 0 ? default_threads() : threads;
+  set_device(config, device, stream);
   return part_of_heads(config, part, parts);
 }
 
 class PythonPaged {
  public:
-  PythonPaged(const Plan& plan, const ModelShape& shape, bool force, int threads, int most_sequences, int part, int parts)
-      : paged_(config_of(plan, shape, force, threads, part, parts), most_sequences) {}
+  PythonPaged(const Plan& plan, const ModelShape& shape, bool force, int threads, int most_sequences, int part, int parts,
+              const std::string& device, uintptr_t stream)
+      : paged_(config_of(plan, shape, force, threads, part, parts, device, stream), most_sequences) {
+    if (device == "cuda") place_.gpu = current_gpu();
+  }
 
   size_t block_bytes(int layer) const {
     check_layer(layer);
@@ -48,7 +53,11 @@ class PythonPaged {
     if (blocks.ndim() < 2 || static_cast<size_t>(blocks.stride(0)) < paged_.block_bytes(layer))
       refuse("blocks have shape " + shape_text(nb::ndarray<>(blocks)) + "; expected uint8 [blocks, ...] of " +
              std::to_string(paged_.block_bytes(layer)) + " bytes each");
+    const int device = place_.on_cpu() ? nb::device::cpu::value : nb::device::cuda::value;
+    if (blocks.device_type() != device || (!place_.on_cpu() && blocks.device_id() != place_.gpu))
+      refuse("blocks are not in the memory of the device that attends to them");
     for (int64_t s = 0; s < sequences; ++s) {
+      if (row_begin.data()[s] == row_begin.data()[s + 1]) continue;
       const int32_t* row = table.data() + s * table.stride(0);
       const int64_t used = (int64_t{lengths.data()[s]} + kPageTokens - 1) / kPageTokens;
       if (used > static_cast<int64_t>(table.shape(1))) refuse("sequence " + std::to_string(s) + " is longer than its blocks");
@@ -60,10 +69,10 @@ class PythonPaged {
     }
     const int64_t rows = sequences > 0 ? row_begin.data()[sequences] : 0;
     if (rows == 0) return;
-    const Rows key = take_rows(k, "key", rows, config.kv_heads, config.head_dim, false);
-    const Rows value = take_rows(v, "value", rows, config.kv_heads, config.head_dim, false);
-    const Rows query = take_rows(q, "query", rows, config.q_heads, config.head_dim, false);
-    const Rows result = take_rows(out, "out", rows, config.q_heads, config.head_dim, true);
+    const Rows key = take_rows(k, "key", rows, config.kv_heads, config.head_dim, false, place_);
+    const Rows value = take_rows(v, "value", rows, config.kv_heads, config.head_dim, false, place_);
+    const Rows query = take_rows(q, "query", rows, config.q_heads, config.head_dim, false, place_);
+    const Rows result = take_rows(out, "out", rows, config.q_heads, config.head_dim, true, place_);
     const PagedStep step{.sequences = static_cast<int>(sequences),
                          .row_begin = row_begin.data(),
                          .lengths = lengths.data(),
@@ -94,6 +103,7 @@ class PythonPaged {
   }
 
   PagedAttention paged_;
+  Place place_;
   std::mutex mutex_;
 };
 
@@ -101,8 +111,8 @@ class PythonPaged {
 
 void bind_paged(nb::module_& m) {
   nb::class_<PythonPaged>(m, "NativePaged")
-      .def(nb::init<const Plan&, const ModelShape&, bool, int, int, int, int>(), "plan"_a, "shape"_a, "force"_a, "threads"_a,
-           "most_sequences"_a, "part"_a, "parts"_a)
+      .def(nb::init<const Plan&, const ModelShape&, bool, int, int, int, int, const std::string&, uintptr_t>(), "plan"_a,
+           "shape"_a, "force"_a, "threads"_a, "most_sequences"_a, "part"_a, "parts"_a, "device"_a = "cpu", "stream"_a = 0)
       .def("block_bytes", &PythonPaged::block_bytes, "layer"_a)
       .def_prop_ro("beside_bytes", [](const PythonPaged& p) { return p.get().beside_bytes(); })
       .def_prop_ro("sink_bytes", [](const PythonPaged& p) { return p.get().sink_bytes(); })

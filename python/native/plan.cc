@@ -142,9 +142,9 @@ void bind_plan_class(nb::module_& m) {
       .def(
           "write", [](const Plan& p, const nb::object& path) { write_plan(p, path_text(path)); }, "path"_a,
           "Writes a plan file: to a temporary that is renamed. Raises FileError.")
-      .def("with_tokens", &with_tokens, "policy"_a.none(),
-           nb::sig("def with_tokens(self, policy: str | None) -> Plan"),
-           "The same plan with a token policy, spelled as in \"snapkv keep=0.25 window=32\", in place of its own; None: without.\n"
+      .def("with_tokens", &with_tokens, "policy"_a.none(), nb::sig("def with_tokens(self, policy: str | None) -> Plan"),
+           "The same plan with a token policy, spelled as in \"snapkv keep=0.25 window=32\", in place of its own; None: "
+           "without.\n"
            "Raises InvalidArgumentError naming the policy or parameter.")
       .def("check", &check_plan, "shape"_a, "force"_a = false, "name"_a = "the plan",
            "Raises MismatchError unless the plan was made for this model, or `force` and as many layers.")

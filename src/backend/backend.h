@@ -78,6 +78,11 @@ class Backend {
   virtual void save(const PageEntry& page, std::string& to) const = 0;
   virtual void load(const PageEntry& page, const char* from) = 0;
 
+  // Pages in memory of somebody else: those that rows of a layer end in, sealed or, where nothing is sealed, open. `blocks`
+  // holds until the next call; only a backend of one layer has them. Handles are by place, multiples of the block's alignment.
+  virtual void use_blocks(std::byte* blocks) = 0;
+  virtual PageHandle in_blocks(size_t offset) const = 0;
+
   // A step: begin sees the plan with all its pages in place and readies everything that append and attend write to. The plan
   // stays as it is until the step's last call. append and attend as in Cache.
   virtual void begin(const StepPlan& plan) = 0;
@@ -120,8 +125,9 @@ class Backend {
 std::unique_ptr<Backend> make_cpu_backend(const CacheConfig& config, const FormatTable& formats,
                                           std::vector<LayerFormats> layers);
 
-// Of the calling thread's current CUDA device. Throws kUnsupported where there is none, and for what it has no code for.
+// Of the calling thread's current CUDA device. `beside`: another on the same stream, whose working memory it uses too. Throws
+// kUnsupported where there is no device, and for what it has no code for.
 std::unique_ptr<Backend> make_cuda_backend(const CacheConfig& config, const FormatTable& formats,
-                                           std::vector<LayerFormats> layers);
+                                           std::vector<LayerFormats> layers, const Backend* beside = nullptr);
 
 }  // namespace kvmix

@@ -67,7 +67,8 @@ struct PageChange {
 struct StepPlan {
   std::vector<StepEntry> entries;
   std::span<const PageChange> changes;
-  std::vector<std::vector<Transcode>> transcodes;  // by layer; done before the step's rows are appended
+  std::vector<std::vector<Transcode>> transcodes;  // by layer; done before the step's rows are appended ...
+  bool seals_after_append = false;                 // ... or, on a device, between them and what is attended to
 
   bool decoding() const {
     for (const StepEntry& entry : entries) {

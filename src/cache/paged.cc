@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "backend/backend.h"
-#include "backend/cpu/pool.h"
+#include "backend/cuda/layer_format.h"
 #include "base/first_failure.h"
 #include "base/team.h"
 #include "cache/layout.h"
@@ -17,7 +17,7 @@
 namespace kvmix {
 namespace {
 
-constexpr size_t kNonceBytes = 64;  // of a block, behind its pages; keeps what follows aligned
+constexpr size_t kNonceBytes = 64;  // of a block in the CPU's memory, behind its pages; keeps what follows aligned
 
 [[noreturn]] void fail(Status status, const std::string& what) { throw Error(status, "paged attention: " + what); }
 
@@ -35,7 +35,6 @@ void refuse_latents(const LayerConfig& layer, size_t l) {
 CacheConfig checked(const CacheConfig& config) {
   for (size_t l = 0; l < config.layers.size(); ++l) refuse_latents(config.layers[l], l);
   const Cache checks(config);  // what a cache refuses is refused here with the same words
-  if (config.device != "cpu") fail(Status::kUnsupported, "device is " + config.device + "; blocks are in the CPU's memory");
   if (config.tokens || config.channels) {
     fail(Status::kUnsupported, "the plan has policy " + (config.tokens ? config.tokens : config.channels)->name +
                                    ", and blocks keep all tokens and channels; take a plan without policies");
@@ -56,24 +55,28 @@ CacheConfig checked(const CacheConfig& config) {
 
 struct Beside {
   uint64_t nonce;
-  std::byte* rows;
-  uint64_t used;  // the layer's last step that read or wrote it
+  std::vector<PageHandle> pages;  // by KV head
+  uint64_t used;                  // the layer's last step that read or wrote it
 };
 using BesideMap = std::unordered_map<int32_t, Beside>;
 
 struct Layer {
-  Layer(const CacheConfig& all, size_t index, int most_sequences) : config(all) {
+  Layer(const CacheConfig& all, size_t index, int most_sequences, const Backend* other) : config(all), device(on_cuda(all)) {
     config.layers = {all.layers[index]};
-    const LayerConfig& layer = config.layers[0];
-    layout = layer_layout(layer);
+    LayerConfig& layer = config.layers[0];
+    layout = layer_layout(layer, device);
+    if (device && layer.sinks > 0) {  // whose kernels count pages from the end of the sinks
+      layer.sinks = layout.seals ? kPageTokens : 0;
+      layout = layer_layout(layer, true);
+    }
     ids = {.sinks = formats.add(layout.sinks),
            .recent = formats.add(layout.recent),
            .sealed = formats.add(layout.sealed),
            .seals = layout.seals};
-    backend = make_cpu_backend(config, formats, {ids});
+    backend = device ? make_cuda_backend(config, formats, {ids}, other) : make_cpu_backend(config, formats, {ids});
     const auto heads = static_cast<size_t>(layer.kv_heads);
     page_bytes = (layout.seals ? layout.sealed : layout.recent).bytes;
-    block_bytes = heads * page_bytes + kNonceBytes;
+    block_bytes = heads * page_bytes + (device ? 0 : kNonceBytes);
     if (!layout.seals) return;
     sinks = layer.sinks;
     window = layer.window.tokens;
@@ -98,7 +101,26 @@ struct Layer {
     return std::min(end, layout.seals ? std::min(behind(0), behind(window)) : behind(0));
   }
 
+  // Whose a block is: written into it, or, where that would have to wait for a device, beside it.
+  uint64_t nonce_of(int32_t id, const std::byte* block) const {
+    uint64_t nonce = 0;
+    if (device) {
+      const auto at = owners.find(id);
+      return at == owners.end() ? nonce : at->second;
+    }
+    std::memcpy(&nonce, block + block_bytes - kNonceBytes, sizeof nonce);
+    return nonce;
+  }
+  void own(int32_t id, std::byte* block, uint64_t nonce) {
+    if (device) {
+      owners[id] = nonce;
+    } else {
+      std::memcpy(block + block_bytes - kNonceBytes, &nonce, sizeof nonce);
+    }
+  }
+
   CacheConfig config;
+  bool device;  // blocks and what lies beside them are in the memory of a GPU
   FormatTable formats;
   LayerFormats ids{};
   LayerLayout layout{};
@@ -106,6 +128,7 @@ struct Layer {
   int64_t sinks = 0, window = 0;
   size_t page_bytes, block_bytes, open_bytes = 0, sink_bytes = 0, reserve = 0;
   BesideMap open, first;  // by block: rows not packed, sinks
+  std::unordered_map<int32_t, uint64_t> owners;
   uint64_t clock = 0, last_spare = 0;
 };
 
@@ -125,9 +148,9 @@ struct TeamJob {
   }
 };
 
-PageEntry entry_of(const std::byte* memory, FormatId format, int64_t first, int64_t live) {
+PageEntry entry_of(PageHandle handle, FormatId format, int64_t first, int64_t live) {
   PageEntry page;
-  page.handle = static_cast<PageHandle>(reinterpret_cast<uintptr_t>(memory));
+  page.handle = handle;
   page.format = format;
   page.first = static_cast<int32_t>(first);
   page.live = static_cast<int32_t>(live);
@@ -168,34 +191,48 @@ CacheConfig part_of_heads(const CacheConfig& config, int part, int parts) {
 }
 
 struct PagedAttention::Impl {
-  Impl(const CacheConfig& given, int most) : config(checked(given)), pool(given.max_bytes) {
+  Impl(const CacheConfig& given, int most) : config(checked(given)), max_bytes(given.max_bytes) {
     if (most < 1) fail(Status::kInvalidArgument, "most_sequences is " + std::to_string(most) + "; expected at least 1");
     config.max_bytes = 0;
-    for (size_t l = 0; l < config.layers.size(); ++l) layers.push_back(std::make_unique<Layer>(config, l, most));
+    for (size_t l = 0; l < config.layers.size(); ++l)
+      layers.push_back(std::make_unique<Layer>(config, l, most, l == 0 ? nullptr : layers[0]->backend.get()));
     for (const auto& layer : layers) {
       beside_bytes += layer->open_bytes * layer->reserve + layer->sink_bytes * static_cast<size_t>(most);
     }
     // Threads are hired on the cores that the caller may use now.
+    if (on_cuda(config)) config.threads = 1;
     team.run(
         config.threads, [](void*) {}, nullptr);
   }
 
-  static uint64_t nonce_of(const Layer& layer, const std::byte* block) {
-    uint64_t nonce;
-    std::memcpy(&nonce, block + layer.block_bytes - kNonceBytes, sizeof nonce);
-    return nonce;
+  // A page for each KV head.
+  std::vector<PageHandle> take(Layer& layer, const PageFormat& format) {
+    const size_t heads = static_cast<size_t>(layer.config.layers[0].kv_heads), bytes = heads * format.bytes;
+    if (max_bytes > 0 && beside_used + bytes > max_bytes)
+      fail(Status::kOutOfMemory, "rows beside the blocks take more than " + std::to_string(max_bytes) + " bytes");
+    std::vector<PageHandle> pages;
+    try {
+      while (pages.size() < heads) pages.push_back(layer.backend->allocate(format));
+    } catch (...) {
+      for (const PageHandle page : pages) layer.backend->release(page, format);
+      throw;
+    }
+    beside_used += bytes;
+    return pages;
   }
-  void drop(BesideMap& map, BesideMap::iterator at, size_t bytes) {
-    pool.release(at->second.rows, bytes);
+  void drop(Layer& layer, BesideMap& map, BesideMap::iterator at) {
+    const PageFormat& format = &map == &layer.open ? layer.layout.recent : layer.layout.sinks;
+    for (const PageHandle page : at->second.pages) layer.backend->release(page, format);
+    beside_used -= at->second.pages.size() * format.bytes;
     map.erase(at);
   }
-  void drop(BesideMap& map, int32_t block, size_t bytes) {
-    if (const auto at = map.find(block); at != map.end()) drop(map, at, bytes);
+  void drop(Layer& layer, BesideMap& map, int32_t block) {
+    if (const auto at = map.find(block); at != map.end()) drop(layer, map, at);
   }
   // Rows of a block that belongs to whoever wrote its nonce.
   const Beside& find(Layer& layer, BesideMap& map, int32_t id, const std::byte* block, const char* what) const {
     const auto at = map.find(id);
-    if (at == map.end() || at->second.nonce != nonce_of(layer, block)) {
+    if (at == map.end() || at->second.nonce != layer.nonce_of(id, block)) {
       fail(Status::kInternal, std::string(what) + " of block " + std::to_string(id) +
                                   " of a layer were given up while a sequence " +
                                   "reads them; hold more sequences (most_sequences)");
@@ -205,26 +242,27 @@ struct PagedAttention::Impl {
   }
   // Makes a block the writer's own.
   void begin_block(Layer& layer, int32_t id, std::byte* block, bool is_first) {
-    drop(layer.first, id, layer.sink_bytes);
-    drop(layer.open, id, layer.open_bytes);
+    drop(layer, layer.first, id);
+    drop(layer, layer.open, id);
     if (layer.open.size() >= layer.reserve) {
       // Whose sequence was left out of a step that had room for it has none any more.
       const auto oldest = std::min_element(layer.open.begin(), layer.open.end(),
                                            [](const auto& a, const auto& b) { return a.second.used < b.second.used; });
-      if (oldest != layer.open.end() && oldest->second.used < layer.last_spare) drop(layer.open, oldest, layer.open_bytes);
+      if (oldest != layer.open.end() && oldest->second.used < layer.last_spare) drop(layer, layer.open, oldest);
     }
     const uint64_t nonce = ++nonces;
-    std::memcpy(block + layer.block_bytes - kNonceBytes, &nonce, sizeof nonce);
-    layer.open[id] = {nonce, pool.allocate(layer.open_bytes), layer.clock};
-    if (is_first && layer.sinks > 0) layer.first[id] = {nonce, pool.allocate(layer.sink_bytes), layer.clock};
+    layer.own(id, block, nonce);
+    layer.open[id] = {nonce, take(layer, layer.layout.recent), layer.clock};
+    if (is_first && layer.sinks > 0) layer.first[id] = {nonce, take(layer, layer.layout.sinks), layer.clock};
   }
 
   CacheConfig config;
-  PagePool pool;
   Team team{false};
+  size_t max_bytes, beside_used = 0;
   std::vector<std::unique_ptr<Layer>> layers;
   size_t beside_bytes = 0;
   uint64_t nonces = 0;
+  uint64_t revisions = 0;  // of pieces' pages: no two steps have one of them
   // The step in progress.
   std::deque<SequencePages> pieces;
   StepPlan plan, sealing;
@@ -253,7 +291,7 @@ PagedMemory PagedAttention::memory() const {
     m.open_bytes += layer->open.size() * layer->open_bytes;
     m.sink_bytes += layer->first.size() * layer->sink_bytes;
   }
-  m.taken_bytes = impl_->pool.taken_bytes();
+  for (const auto& layer : impl_->layers) m.taken_bytes += layer->backend->pool().taken;
   return m;
 }
 
@@ -272,14 +310,18 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
   }
   Layer& layer = *impl.layers[static_cast<size_t>(layer_index)];
   const int heads = layer.config.layers[0].kv_heads;
-  if (reinterpret_cast<uintptr_t>(blocks) % 64 != 0 || block_stride % 64 != 0 ||
+  const size_t unit = layer.device ? cuda::kPageUnit : 64;
+  if (reinterpret_cast<uintptr_t>(blocks) % unit != 0 || static_cast<size_t>(block_stride) % unit != 0 ||
       block_stride < static_cast<int64_t>(layer.block_bytes)) {
     fail(Status::kInvalidArgument, "blocks of layer " + std::to_string(layer_index) + " are " + std::to_string(block_stride) +
                                        " bytes apart; expected at least " + std::to_string(layer.block_bytes) +
-                                       " and, as their address, a multiple of 64");
+                                       " and, as their address, a multiple of " + std::to_string(unit));
   }
+  layer.backend->use_blocks(blocks);
   const auto memory = [&](int32_t id) { return blocks + id * block_stride; };
-  const auto page_of = [&](int32_t id, int h) { return memory(id) + static_cast<size_t>(h) * layer.page_bytes; };
+  const auto page_of = [&](int32_t id, int h) {
+    return layer.backend->in_blocks(static_cast<size_t>(id * block_stride) + static_cast<size_t>(h) * layer.page_bytes);
+  };
   struct Rows {
     const int32_t* table;
     int64_t start, end, row;
@@ -318,6 +360,7 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
   StepPlan &plan = impl.plan, &sealing = impl.sealing;
   plan.entries.clear();
   plan.transcodes.assign(1, {});
+  plan.seals_after_append = layer.device;
   sealing.entries.clear();
   sealing.transcodes.assign(1, {});
   impl.pieces.clear();
@@ -328,17 +371,16 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
       e = layer.piece_end(a, rows.end);
       SequencePages& pages = impl.pieces.emplace_back();
       pages.length = e;
+      pages.revision = ++impl.revisions;
       pages.layers.resize(1);
       pages.layers[0].heads.resize(static_cast<size_t>(heads));
-      const auto add = [&](int h, const std::byte* at, FormatId format, int64_t first, int64_t live) {
+      const auto add = [&](int h, PageHandle at, FormatId format, int64_t first, int64_t live) {
         if (live > 0) pages.layers[0].heads[static_cast<size_t>(h)].pages.push_back(entry_of(at, format, first, live));
       };
       if (layer.sinks > 0 && !layer.left_behind(layer.sinks, a)) {
         const int32_t id = rows.table[0];
-        const std::byte* sinks = impl.find(layer, layer.first, id, memory(id), "sinks").rows;
-        for (int h = 0; h < heads; ++h) {
-          add(h, sinks + static_cast<size_t>(h) * layer.layout.sinks.bytes, layer.ids.sinks, 0, std::min(layer.sinks, e));
-        }
+        const std::vector<PageHandle>& sinks = impl.find(layer, layer.first, id, memory(id), "sinks").pages;
+        for (int h = 0; h < heads; ++h) add(h, sinks[static_cast<size_t>(h)], layer.ids.sinks, 0, std::min(layer.sinks, e));
       }
       const int64_t open = layer.open_from(a);
       for (int64_t b = 0; b * kPageTokens < e; ++b) {
@@ -346,10 +388,10 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
         const int32_t id = rows.table[b];
         const int64_t first = first_slot(b), live = std::min(e, (b + 1) * kPageTokens) - first;
         const bool beside = layer.layout.seals && b >= open;
-        const std::byte* own = beside ? impl.find(layer, layer.open, id, memory(id), "rows").rows : nullptr;
+        const auto* own = beside ? &impl.find(layer, layer.open, id, memory(id), "rows").pages : nullptr;
         for (int h = 0; h < heads; ++h) {
           if (beside) {
-            add(h, own + static_cast<size_t>(h) * layer.layout.recent.bytes, layer.ids.recent, first, live);
+            add(h, (*own)[static_cast<size_t>(h)], layer.ids.recent, first, live);
           } else {
             add(h, page_of(id, h), layer.layout.seals ? layer.ids.sealed : layer.ids.recent, first, live);
           }
@@ -362,20 +404,20 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
                               .row = rows.row + a - rows.start,
                               .prompt = false,
                               .ends_prompt = false,
-                              .prompt_start = 0});
+                              .prompt_start = 0,
+                              .revision = pages.revision});
     }
     // Blocks that are now full are packed at once: they may be shared from here on.
     for (int64_t b = rows.start / kPageTokens; layer.layout.seals && (b + 1) * kPageTokens <= rows.end; ++b) {
       const int32_t id = rows.table[b];
       const int64_t first = first_slot(b), live = (b + 1) * kPageTokens - first;
       if (live == 0 || layer.left_behind((b + 1) * kPageTokens, rows.start)) continue;
-      const std::byte* own = impl.find(layer, layer.open, id, memory(id), "rows").rows;
+      const std::vector<PageHandle>& own = impl.find(layer, layer.open, id, memory(id), "rows").pages;
       for (int h = 0; h < heads; ++h) {
         PageList& list = impl.sealed[static_cast<size_t>(h)];
         list.pages.push_back(entry_of(page_of(id, h), layer.ids.sealed, first, live));
         sealing.transcodes[0].push_back(
-            {0, h, entry_of(own + static_cast<size_t>(h) * layer.layout.recent.bytes, layer.ids.recent, first, live), &list,
-             list.pages.size() - 1});
+            {0, h, entry_of(own[static_cast<size_t>(h)], layer.ids.recent, first, live), &list, list.pages.size() - 1});
       }
     }
   }
@@ -387,7 +429,8 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
         impl.config.threads, [](void* data) { static_cast<TeamJob*>(data)->work(); }, &job);
     job.failure.rethrow();
   };
-  if (sealing.transcodes[0].empty()) {
+  if (layer.device || sealing.transcodes[0].empty()) {
+    plan.transcodes.swap(sealing.transcodes);
     run(plan, true, true);
   } else {
     run(plan, true, false);
@@ -399,8 +442,8 @@ void PagedAttention::step(int layer_index, const PagedStep& step, std::byte* blo
   for (const Rows& rows : sequences) {
     for (int64_t b = layer.open_from(rows.start); layer.layout.seals && b < layer.open_from(rows.end); ++b) {
       const auto at = layer.open.find(rows.table[b]);
-      if (at != layer.open.end() && at->second.nonce == Impl::nonce_of(layer, memory(rows.table[b])))
-        impl.drop(layer.open, at, layer.open_bytes);
+      if (at != layer.open.end() && at->second.nonce == layer.nonce_of(rows.table[b], memory(rows.table[b])))
+        impl.drop(layer, layer.open, at);
     }
   }
 }

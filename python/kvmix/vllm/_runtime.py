@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -150,17 +151,48 @@ class Runtime:
                 "kvmix-paper: --window none), or use --no-enable-prefix-caching"
             )
         self.force = os.environ.get("KVMIX_FORCE", "") == "1"
+        self.stream: Any = None
+        most = config.scheduler_config.max_num_seqs
+        if config.device_config.device_type == "cuda":
+            self.stream = torch.cuda.current_stream()
+            self.paged = _native.NativePaged(
+                self.plan, self.shape, self.force, 1, most, part, parts, "cuda", self.stream.cuda_stream
+            )
+        else:
+            self.paged = self._on_cpu(most, part, parts)
+        self.most_tokens = config.scheduler_config.max_num_batched_tokens
+        self._take_memory(cache, config.scheduler_config.max_num_seqs)
+
+    def _on_cpu(self, most: int, part: int, parts: int) -> _native.NativePaged:
         cores, own = _cores(), os.sched_getaffinity(0)
         os.sched_setaffinity(0, cores)
         try:
-            self.paged = _native.NativePaged(
-                self.plan, self.shape, self.force, min(torch.get_num_threads(), max(1, len(cores))),
-                config.scheduler_config.max_num_seqs, part, parts,
-            )  # fmt: skip
+            threads = min(torch.get_num_threads(), max(1, len(cores)))
+            return _native.NativePaged(self.plan, self.shape, self.force, threads, most, part, parts)
         finally:
             os.sched_setaffinity(0, own)
-        self.most_tokens = config.scheduler_config.max_num_batched_tokens
-        self._take_memory(cache, config.scheduler_config.max_num_seqs)
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Work on pages has one stream, that of loading; vLLM computes on another, which waits for it and is waited for."""
+        if self.stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream()
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "kvmix.vllm: attention cannot be captured in a CUDA graph: leave cudagraph_mode to vLLM, or take PIECEWISE"
+            )
+        if current == self.stream:
+            yield
+            return
+        self.stream.wait_stream(current)
+        yield
+        current.wait_stream(self.stream)
+
+    def handed(self, tensor: torch.Tensor) -> Any:
+        """For the library, in the order of the stream that on_stream is about."""
+        return tensor if self.stream is None else tensor.__dlpack__(stream=-1)
 
     def _take_memory(self, cache: Any, sequences: int) -> None:
         """What lies beside the blocks comes out of what vLLM was given for its cache."""

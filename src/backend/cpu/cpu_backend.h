@@ -32,6 +32,10 @@ class CpuBackend final : public Backend {
   size_t saved_bytes(const PageFormat& format, int live) const override;
   void save(const PageEntry& page, std::string& to) const override;
   void load(const PageEntry& page, const char* from) override;
+  void use_blocks(std::byte* blocks) override { blocks_ = blocks; }
+  PageHandle in_blocks(size_t offset) const override {
+    return static_cast<PageHandle>(reinterpret_cast<uintptr_t>(blocks_ + offset));
+  }
   void begin(const StepPlan& plan) override;
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
@@ -192,6 +196,7 @@ class CpuBackend final : public Backend {
   const FormatTable& formats_;
   std::vector<Layer> layers_;
   PagePool pool_;
+  std::byte* blocks_ = nullptr;
   bool exact_;
   std::string forced_kernel_;
   std::vector<const AttentionKernel*> kernels_;  // candidates, best first

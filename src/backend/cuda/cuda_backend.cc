@@ -14,9 +14,9 @@
 namespace kvmix {
 
 std::unique_ptr<Backend> make_cuda_backend(const CacheConfig& config, const FormatTable& formats,
-                                           std::vector<LayerFormats> layers) {
+                                           std::vector<LayerFormats> layers, const Backend* beside) {
   cuda::check_device();
-  return std::make_unique<cuda::CudaBackend>(config, formats, std::move(layers));
+  return std::make_unique<cuda::CudaBackend>(config, formats, std::move(layers), static_cast<const cuda::CudaBackend*>(beside));
 }
 
 namespace cuda {
@@ -87,12 +87,16 @@ bool CudaBackend::Shape::same_cut(const Shape& other) const {
   return std::memcmp(&format, &other.format, sizeof format) == 0 && cut_alike(other) && lengths == other.lengths;
 }
 
-CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers)
+CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers,
+                         const CudaBackend* beside)
     : formats_(formats),
       device_(current_device()),
       device_rows_(config.device_rows),
       stream_(config.stream),
-      pool_(config.max_bytes, stream_.get()) {
+      pool_(config.max_bytes, stream_.get()),
+      records_(pool_.base()),
+      open_pages_(pool_.base()),
+      scratch_(beside == nullptr ? std::make_shared<Scratch>() : beside->scratch_) {
   if (config.append_beside) beside_.emplace(nullptr, true);
   layers_.reserve(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -183,14 +187,27 @@ void CudaBackend::trim() {
 }
 
 size_t CudaBackend::scratch_bytes() const {
-  size_t bytes = inputs_.bytes() + tables_.bytes() + queries_.bytes() + outputs_.bytes() + workspace_.bytes();
-  for (const DeviceMemory* rows : {&host_q_, &host_k_, &host_v_, &host_out_}) bytes += rows->bytes();
+  const Scratch& s = *scratch_;
+  size_t bytes = inputs_.bytes() + tables_.bytes() + s.queries.bytes() + s.outputs.bytes() + s.workspace.bytes();
+  for (const DeviceMemory* rows : {&s.host_q, &s.host_k, &s.host_v, &s.host_out}) bytes += rows->bytes();
   for (const DeviceMemory& numbers : constants_) bytes += numbers.bytes();
   for (const DeviceMemory* room : {&window_scores_, &window_sums_, &staged_}) bytes += room->bytes();
   for (const DeviceMemory& room : spare_rooms_) bytes += room.bytes();
   for (const auto& [id, kept] : prompt_queries_) bytes += kept.rooms[0].bytes() + kept.rooms[1].bytes();
   bytes += moves_.bytes();
   return bytes;
+}
+
+void CudaBackend::use_blocks(std::byte* blocks) {
+  if (layers_.size() != 1) throw Error(Status::kInternal, "blocks of several layers");
+  (layers_.front().ids.seals ? records_ : open_pages_) = blocks;
+}
+
+PageHandle CudaBackend::in_blocks(size_t offset) const {
+  if (offset % kPageUnit != 0 || offset / kPageUnit > static_cast<size_t>(INT32_MAX))
+    throw Error(Status::kUnsupported, "a block " + std::to_string(offset) + " bytes behind the first; units of " +
+                                          std::to_string(kPageUnit) + " bytes are numbered up to 2147483647");
+  return offset / kPageUnit + 1;
 }
 
 void CudaBackend::copy(PageHandle from, PageHandle to, const PageFormat& format) {

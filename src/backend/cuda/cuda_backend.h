@@ -18,6 +18,7 @@
 #include <array>
 #include <bit>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -65,7 +66,8 @@ class Event {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers);
+  CudaBackend(const CacheConfig& config, const FormatTable& formats, std::vector<LayerFormats> layers,
+              const CudaBackend* beside = nullptr);
   ~CudaBackend() override;
 
   bool wants_full_pages() const override { return true; }
@@ -81,6 +83,8 @@ class CudaBackend final : public Backend {
   size_t saved_bytes(const PageFormat& format, int live) const override;
   void save(const PageEntry& page, std::string& to) const override;
   void load(const PageEntry& page, const char* from) override;
+  void use_blocks(std::byte* blocks) override;
+  PageHandle in_blocks(size_t offset) const override;
   void begin(const StepPlan& plan) override;
   // The first of the threads queues everything.
   void append(int layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride, Worker worker) override;
@@ -182,6 +186,8 @@ class CudaBackend final : public Backend {
   void find_patches();
   void write_table(const Layer& layer, size_t l, const StepEntry& entry, int32_t* table) const;
   void write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids);
+  // What the step seals of a layer; other pages, whose rows are `open`.
+  SealJob seal_job(const Layer& layer, cudaStream_t stream) const;
   SealJob seal_job(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const;
   void seal_all();
   // Makes what is queued from here on wait for sealing, also of a step that was aborted.
@@ -232,6 +238,8 @@ class CudaBackend final : public Backend {
   Event projected_, appended_;
   bool appends_ = false;  // there, what stream_ does not wait for yet
   DevicePool pool_;
+  // What handles of pages count from: the pool's memory, or somebody else's (use_blocks).
+  std::byte *records_, *open_pages_;
   std::vector<DeviceMemory> constants_;
   std::vector<Layer> layers_;
   std::vector<Shape> shapes_;
@@ -261,9 +269,13 @@ class CudaBackend final : public Backend {
   Event scored_;
   StepInputs moves_;  // of gather
 
-  DeviceMemory queries_, outputs_, workspace_;
-  size_t clean_bytes_ = 0;                            // of the workspace, from its beginning: they are zero
-  DeviceMemory host_q_, host_k_, host_v_, host_out_;  // of rows that come from the host
+  // Working memory of one layer's calls.
+  struct Scratch {
+    DeviceMemory queries, outputs, workspace;
+    size_t clean_bytes = 0;                         // of the workspace, from its beginning: they are zero
+    DeviceMemory host_q, host_k, host_v, host_out;  // of rows that come from the host
+  };
+  std::shared_ptr<Scratch> scratch_;
 };
 
 }  // namespace kvmix::cuda

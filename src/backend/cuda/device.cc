@@ -96,7 +96,7 @@ std::vector<CudaDevice> cuda_devices() {
 #endif
 
 #ifndef KVMIX_CUDA
-std::unique_ptr<Backend> make_cuda_backend(const CacheConfig&, const FormatTable&, std::vector<LayerFormats>) {
+std::unique_ptr<Backend> make_cuda_backend(const CacheConfig&, const FormatTable&, std::vector<LayerFormats>, const Backend*) {
   cuda::check_device();
   return nullptr;
 }

@@ -76,7 +76,7 @@ void CudaBackend::begin_prompts() {
   host_sums_.reserve(sums * sizeof(float), "pinned memory of what a prompt's last queries look at");
 }
 
-// Once the layer was attended to: its queries stand in queries_.
+// Once the layer was attended to: its queries stand in scratch_->queries.
 void CudaBackend::score_prompts(const Layer& layer, size_t l) {
   if (queries_kept(layer) == 0 || prompts_.empty()) return;
   const LayerConfig& config = layer.config;
@@ -87,7 +87,7 @@ void CudaBackend::score_prompts(const Layer& layer, size_t l) {
       return reinterpret_cast<__half*>(queries.rooms[static_cast<size_t>(turn)].data() + layer.queries_at);
     };
     __half* const to = room(1 - queries.turn);
-    const KeepQueries keep{.halves = reinterpret_cast<const __half*>(queries_.data()),
+    const KeepQueries keep{.halves = reinterpret_cast<const __half*>(scratch_->queries.data()),
                            .kept = queries.rooms[static_cast<size_t>(queries.turn)].bytes() == 0 ? nullptr : room(queries.turn),
                            .to = to,
                            .before = prompt.before,

@@ -182,14 +182,14 @@ void CudaBackend::begin(const StepPlan& plan) {
   }
   const size_t patches_at = place(patches_.size(), sizeof(TablePatch));
   const auto rows = static_cast<size_t>(rows_);
-  queries_.reserve(rows * most_query * sizeof(uint16_t), "queries of a step");
-  outputs_.reserve(rows * most_query * sizeof(uint16_t), "outputs of a step");
-  if (workspace_.reserve(workspace, "partial results of attention")) clean_bytes_ = 0;
+  scratch_->queries.reserve(rows * most_query * sizeof(uint16_t), "queries of a step");
+  scratch_->outputs.reserve(rows * most_query * sizeof(uint16_t), "outputs of a step");
+  if (scratch_->workspace.reserve(workspace, "partial results of attention")) scratch_->clean_bytes = 0;
   if (!device_rows_) {
-    host_q_.reserve(rows * most_query * sizeof(float), "queries from the host");
-    host_out_.reserve(rows * most_query * sizeof(float), "outputs to the host");
-    host_k_.reserve(rows * most_kv * sizeof(float), "keys from the host");
-    host_v_.reserve(rows * most_kv * sizeof(float), "values from the host");
+    scratch_->host_q.reserve(rows * most_query * sizeof(float), "queries from the host");
+    scratch_->host_out.reserve(rows * most_query * sizeof(float), "outputs to the host");
+    scratch_->host_k.reserve(rows * most_kv * sizeof(float), "keys from the host");
+    scratch_->host_v.reserve(rows * most_kv * sizeof(float), "values from the host");
   }
 
   std::byte* const to = inputs_.begin(bytes);
@@ -228,7 +228,8 @@ void CudaBackend::begin(const StepPlan& plan) {
     const int32_t row = patched_row_[static_cast<size_t>(&entry - plan.entries.data())];
     if (row >= 0) tables_.revisions[static_cast<size_t>(row)] = entry.pages->revision;
   }
-  seal_all();
+  seals_ = false;
+  if (!plan.seals_after_append) seal_all();
 }
 
 // What a layer seals must be there when that layer is attended to.
@@ -239,15 +240,7 @@ void CudaBackend::seal_all() {
     seal_jobs_.clear();
     do {
       const Layer& layer = layers_[l++];
-      if (layer.seals == 0) continue;
-      kvmix_cuda_seal_params p{};
-      p.format = layer.format;
-      p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
-      p.open_pages = p.records = pool_.base();
-      p.open_page_stride = p.record_page_stride = kPageUnit;
-      p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
-      p.stream = group.stream.get();
-      seal_jobs_.push_back(seal_job(layer, p, layer.open));
+      if (layer.seals > 0) seal_jobs_.push_back(seal_job(layer, group.stream.get()));
     } while (l < layers_.size() && !begins_group(l));
     group.seals = !seal_jobs_.empty();
     if (!group.seals) continue;
@@ -263,6 +256,17 @@ void CudaBackend::seal_all() {
     if (group.seals && &group != last) group.sealed.make_wait(last->stream.get());
   }
   sealed_.record(last->stream.get());
+}
+
+SealJob CudaBackend::seal_job(const Layer& layer, cudaStream_t stream) const {
+  kvmix_cuda_seal_params p{};
+  p.format = layer.format;
+  p.pages = layer.seals, p.kv_heads = layer.config.kv_heads;
+  p.open_pages = open_pages_, p.records = records_;
+  p.open_page_stride = p.record_page_stride = kPageUnit;
+  p.open_ids = input<int32_t>(layer.open_ids_at), p.record_ids = input<int32_t>(layer.record_ids_at);
+  p.stream = stream;
+  return seal_job(layer, p, layer.open);
 }
 
 SealJob CudaBackend::seal_job(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const {
@@ -290,17 +294,18 @@ uint64_t CudaBackend::launch_key() {
   }
   // Waiting costs every layer of a launch, so that one whose step seals nothing does not.
   add(seals_);
-  for (const void* memory : {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
-                             static_cast<const void*>(queries_.data()), static_cast<const void*>(outputs_.data()),
-                             static_cast<const void*>(workspace_.data())}) {
+  for (const void* memory :
+       {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
+        static_cast<const void*>(scratch_->queries.data()), static_cast<const void*>(scratch_->outputs.data()),
+        static_cast<const void*>(scratch_->workspace.data())}) {
     add(memory);
   }
   add(rows_);
   add(tables_.rows());
   add(tables_.stride);
-  add(workspace_.bytes());
+  add(scratch_->workspace.bytes());
   keyed_ = true;
-  clean_bytes_ = 0;  // what state a step that is launched again finds the workspace in is not known
+  scratch_->clean_bytes = 0;  // what state a step that is launched again finds the workspace in is not known
   return std::max<uint64_t>(sum.value(), 1);
 }
 
@@ -324,8 +329,8 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
       rows = reinterpret_cast<const float*>(room.data());
       stride = heads * dim;
     };
-    bring(k, k_stride, host_k_);
-    bring(v, v_stride, host_v_);
+    bring(k, k_stride, scratch_->host_k);
+    bring(v, v_stride, scratch_->host_v);
   }
   const auto l = static_cast<size_t>(layer_index);
   const SealGroup& group = sealing_[seal_group(l)];
@@ -334,7 +339,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
   if (capture == cudaStreamCaptureStatusActive) {
     // In whatever step that seals it is launched, it waits for the sealing of that one. Layers follow each other.
     if (group.can_seal && seals_ && begins_group(l)) group.sealed.make_wait(stream, cudaEventWaitExternal);
-  } else if (layer.seals > 0) {
+  } else if (layer.seals > 0 && !plan_->seals_after_append) {
     group.sealed.make_wait(stream);
   }
   append_rows(
@@ -346,13 +351,14 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .kv_heads = heads,
        .head_dim = dim,
        .places = input<RowPlace>(0),
-       .table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at), tables_.stride, layer.config.sinks},
+       .table = {reinterpret_cast<uint8_t*>(open_pages_), tables_.device(layer.table_at), tables_.stride, layer.config.sinks},
        .dropped = layer.ids.governed ? input<int32_t>(layer.dropped_at) : nullptr,
        .key = layer.key,
        .value = layer.value,
        .open = layer.open,
        .key_panels = layer.key_panels},
       stream);
+  if (layer.seals > 0 && plan_->seals_after_append) seal(std::array{seal_job(layer, stream)});
   if (beside_) appended_.record(stream);
 }
 
@@ -364,19 +370,19 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   p.q_tokens = launch.tokens;
   p.scale = config.scale, p.softcap = config.softcap;
   const auto at = static_cast<size_t>(launch.before) * static_cast<size_t>(config.q_heads * config.head_dim) * sizeof(uint16_t);
-  p.q = queries_.data() + at, p.out = outputs_.data() + at;
-  p.records = pool_.base(), p.record_page_stride = kPageUnit;
-  p.open_pages = pool_.base(), p.open_page_stride = kPageUnit;
+  p.q = scratch_->queries.data() + at, p.out = scratch_->outputs.data() + at;
+  p.records = records_, p.record_page_stride = kPageUnit;
+  p.open_pages = open_pages_, p.open_page_stride = kPageUnit;
   p.page_table = tables_.device(layer.table_at) + static_cast<int64_t>(launch.first) * config.kv_heads * tables_.stride;
   p.page_table_stride = tables_.stride;
   p.items = input<kvmix_cuda_item>(launch.items_at), p.item_count = static_cast<int32_t>(launch.items);
-  p.workspace = workspace_.data(), p.workspace_bytes = workspace_.bytes();
+  p.workspace = scratch_->workspace.data(), p.workspace_bytes = scratch_->workspace.bytes();
   p.stream = stream_.get();
   // A launch leaves its tickets zero and may write behind them.
   const size_t tickets = workspace_layout(p).ticket_bytes;
-  const bool clears = tickets > clean_bytes_;
-  if (clears) check_cuda(cudaMemsetAsync(workspace_.data(), 0, tickets, stream_.get()), "attend: clear tickets");
-  clean_bytes_ = tickets;
+  const bool clears = tickets > scratch_->clean_bytes;
+  if (clears) check_cuda(cudaMemsetAsync(scratch_->workspace.data(), 0, tickets, stream_.get()), "attend: clear tickets");
+  scratch_->clean_bytes = tickets;
   cuda::attend(p, {config.sinks, layer.open, !clears});
 }
 
@@ -390,11 +396,11 @@ void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, floa
   float* to = out;
   int64_t to_stride = out_stride;
   if (!device_rows_) {
-    check_cuda(cudaMemcpy2DAsync(host_q_.data(), width, q, static_cast<size_t>(q_stride) * sizeof(float), width,
+    check_cuda(cudaMemcpy2DAsync(scratch_->host_q.data(), width, q, static_cast<size_t>(q_stride) * sizeof(float), width,
                                  static_cast<size_t>(rows_), cudaMemcpyHostToDevice, stream_.get()),
                "attend: copy from the host");
-    q = reinterpret_cast<const float*>(host_q_.data());
-    to = reinterpret_cast<float*>(host_out_.data());
+    q = reinterpret_cast<const float*>(scratch_->host_q.data());
+    to = reinterpret_cast<float*>(scratch_->host_out.data());
     q_stride = to_stride = row;
   }
   HeadRows job{.q = q,
@@ -405,18 +411,18 @@ void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, floa
                .heads_per_kv = layer.heads_per_kv(),
                .head_dim = config.head_dim,
                .places = input<RowPlace>(0),
-               .halves = queries_.data(),
+               .halves = scratch_->queries.data(),
                .ops = layer.query};
   if (beside_) appended_.make_wait(stream_.get());
   appends_ = false;
   map_queries(job, !beside_, stream_.get());
   for (const Launch& launch : shapes_[layer.shape].launches) attend(layer, launch);
   job.q = nullptr, job.out = to, job.stride = to_stride;
-  job.halves = outputs_.data(), job.ops = layer.output;
+  job.halves = scratch_->outputs.data(), job.ops = layer.output;
   map_outputs(job, stream_.get());
   score_prompts(layer, static_cast<size_t>(layer_index));
   if (device_rows_) return;
-  check_cuda(cudaMemcpy2DAsync(out, static_cast<size_t>(out_stride) * sizeof(float), host_out_.data(), width, width,
+  check_cuda(cudaMemcpy2DAsync(out, static_cast<size_t>(out_stride) * sizeof(float), scratch_->host_out.data(), width, width,
                                static_cast<size_t>(rows_), cudaMemcpyDeviceToHost, stream_.get()),
              "attend: copy to the host");
   check_cuda(cudaStreamSynchronize(stream_.get()), "attend");
