@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "backend/page.h"
 #include "backend/step_plan.h"
@@ -103,6 +104,13 @@ class Backend {
   // Of the same: the mean over the last LayerFormats::channel_queries queries of their squares, as they meet stored keys,
   // [heads_per_kv][head_dim].
   virtual std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const = 0;
+  // Of a layer's lists, outside of append and attend: the means by channel of the squares of keys, as they are stored, over the
+  // tokens that are not among `dropped` (ascending places). [lists][head_dim]. No page of them is of chosen channels.
+  struct KeySquares {
+    const PageList* list;
+    std::span<const int32_t> dropped;
+  };
+  virtual std::vector<float> key_squares(int layer, std::span<const KeySquares> lists) = 0;
   // What the lists' mass becomes with the open step's queries, once the layer was attended to: of the head's low tier and of
   // its others. Empty where the step adds none. The caller may exchange the vectors for others.
   struct Mass {

@@ -27,11 +27,6 @@ void check_device(const CacheConfig& config) {
                                    " counts what every query pays to each token, which the device \"cuda\" does not do; take "
                                    "another policy (kvmix list --device cuda), or the device \"cpu\"");
   }
-  if (config.channels) {
-    fail(Status::kUnsupported,
-         "channel policy " + config.channels->name +
-             " does not run on the device \"cuda\"; take a plan without \"channels\", or the device \"cpu\"");
-  }
   if (!config.kernel.empty()) {
     fail(Status::kInvalidArgument,
          "attention kernel \"" + config.kernel + "\" is the device \"cpu\"'s; leave the kernel out on \"cuda\"");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "backend/cuda/layer_format.h"
 #include "cache/layout.h"
 #include "kvmix/error.h"
 
@@ -46,6 +47,10 @@ void Governed::govern_channels() {
              " are rounded with \"feedback\", whose weights are for all channels together; make the plan without feedback");
     }
     format = sealed_format(layer.key.codec, layer.value.codec, layer.head_dim, width);
+    if (on_cuda(config)) {
+      const std::string where = "channel policy " + config.channels->name + ": layer " + std::to_string(l);
+      format.bytes = cuda::record_bytes(cuda::thin_shape(layer, width, where));
+    }
     if (policy != nullptr) shapes[l].token_bytes.fill(static_cast<double>(format.bytes) / kPageTokens);
   }
   if (all_slide) refuse("every layer has a sliding window, whose keys keep all channels; leave the policy out");

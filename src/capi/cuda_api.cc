@@ -42,7 +42,7 @@ kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* format, const
   return guarded([&] {
     need(format, "format"), need(key_tile, "key_tile"), need(value_tile, "value_tile"), need(record, "record");
     check_format(*format);
-    record_from_tiles(record_shape(*format), static_cast<const uint8_t*>(key_tile), static_cast<const uint8_t*>(value_tile),
+    record_from_tiles({record_shape(*format)}, static_cast<const uint8_t*>(key_tile), static_cast<const uint8_t*>(value_tile),
                       static_cast<uint8_t*>(record));
   });
 }
@@ -52,7 +52,7 @@ kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const
   return guarded([&] {
     need(format, "format"), need(key_tile, "key_tile"), need(value_tile, "value_tile"), need(record, "record");
     check_format(*format);
-    tiles_from_record(record_shape(*format), static_cast<const uint8_t*>(record), static_cast<uint8_t*>(key_tile),
+    tiles_from_record({record_shape(*format)}, static_cast<const uint8_t*>(record), static_cast<uint8_t*>(key_tile),
                       static_cast<uint8_t*>(value_tile));
   });
 }

@@ -39,6 +39,16 @@ struct AttendArguments {
   int64_t new_sequence_stride, new_token_stride, new_head_stride;
 };
 
+// Keys of which a head's pages hold chosen channels alone: how many, a multiple of 16, and which, [lists][width] ascending. A
+// launch for such pages meets no others; a query comes to them with these channels.
+struct ThinKeys {
+  int width;
+  const uint8_t* channels;
+  __device__ const uint8_t* of(const kvmix_cuda_item& item, int kv_heads) const {
+    return channels + (static_cast<int64_t>(item.sequence) * kv_heads + item.kv_head) * width;
+  }
+};
+
 __device__ inline float load_query(const AttendArguments& args, int64_t at) {
   return args.bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(args.q)[at])
                    : __half2float(static_cast<const __half*>(args.q)[at]);

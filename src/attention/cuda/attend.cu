@@ -12,7 +12,7 @@ namespace {
 
 // Of a kernel whose warps hold a ring each: eight warps and all registers are fastest. Many short blocks want more warps, which
 // hide each other's beginnings.
-Residency decode_residency(const RecordShape& shape) {
+Residency decode_residency(const ThinShape& shape) {
   const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - query_bytes(shape.head_dim);
   const int all = std::clamp(room / stage_of(shape).ring, kWarps, kMaxWarps);
   constexpr int kFewBlocks = 8;  // of a multiprocessor
@@ -33,10 +33,12 @@ int most_shared_bytes() {
 
 void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   if (p.item_count == 0) return;
-  const WorkspaceLayout space = workspace_layout(p);
-  if (p.workspace_bytes < space.bytes(p.item_count)) {
+  const bool split = open.shared_items > 0;
+  const int32_t items = split ? open.shared_items : p.item_count;
+  const WorkspaceLayout space = workspace_layout(p, split);
+  if (p.workspace_bytes < space.bytes(items)) {
     throw Error(Status::kInvalidArgument, "attend: workspace_bytes " + std::to_string(p.workspace_bytes) + " is below the " +
-                                              std::to_string(space.bytes(p.item_count)) + " that kvmix_cuda_cut asks for");
+                                              std::to_string(space.bytes(items)) + " that kvmix_cuda_cut asks for");
   }
   require(p.new_keys == nullptr || !open.shape.has_codes(), "attend: new rows are stored into open pages of fp16 alone");
   constexpr float kLog2E = 1.44269504088896f;
@@ -51,7 +53,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   a.items = p.items;
   a.tickets = reinterpret_cast<int32_t*>(base);
   a.partial_sums = reinterpret_cast<float*>(base + space.ticket_bytes);
-  a.partials = reinterpret_cast<float*>(base + space.ticket_bytes + space.sum_bytes * static_cast<size_t>(p.item_count));
+  a.partials = reinterpret_cast<float*>(base + space.ticket_bytes + space.sum_bytes * static_cast<size_t>(items));
   a.kv_heads = p.kv_heads, a.group = p.q_heads / p.kv_heads, a.q_tokens = p.q_tokens;
   a.sinks = p.sinks, a.sink_slots = open.sink_slots, a.open = open.shape, a.sliding_window = p.sliding_window,
   a.bf16 = p.bf16 != 0, a.overlapped = open.overlapped;
@@ -61,26 +63,29 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   a.new_sequence_stride = p.new_sequence_stride, a.new_token_stride = p.new_token_stride;
   a.new_head_stride = p.new_head_stride;
   const int rows = a.group * a.q_tokens;
-  if (rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
-  if (uses_fp16_kernel(p)) return launch_fp16(p, a);
-  if (!uses_fast_kernel(p)) return launch_pages(p, a);
-  const RecordShape shape = record_shape(p.format);
-  const Residency device = decode_residency(shape);
+  const bool thin = open.key_width > 0;
+  const ThinKeys keys{open.key_width, open.channels};
+  if (!split && rows > kTileRows && has_prefill_kernel()) return launch_prefill(p, a);
+  if (!split && uses_fp16_kernel(p)) return launch_fp16(p, a);
+  if (!uses_fast_kernel(p)) return thin ? launch_thin_pages(p, a, keys) : launch_pages(p, a);
+  const ThinShape shape{record_shape(p.format), open.key_width};
+  Residency device = decode_residency(shape);
+  if (thin) device.all = std::min(device.all, kFewWarps);
   const int row_blocks = cuda::row_blocks(p), blocks = p.item_count * row_blocks;
   const int warps = device.block_warps(blocks);
   // At least so much that a multiprocessor takes no more blocks than planned.
   const int resident = std::max(1, device.warps(blocks) / warps);
   const int shared = std::max(decode_shared_bytes(shape, warps),
                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
-  const DecodeArguments d{a, stage_of(shape), row_blocks};
-  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, open.overlapped, p.stream};
+  const DecodeArguments d{a, stage_of(shape), row_blocks, keys};
+  const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, thin, open.overlapped, p.stream};
   if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch_decode<dim>(launch, d); }))
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no decode kernel");
 }
 
 Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
-  if (uses_fast_kernel(p)) return decode_residency(record_shape(p.format));
+  if (uses_fast_kernel(p)) return decode_residency({record_shape(p.format)});
   const int blocks = std::max(
       1, uses_fp16_kernel(p) ? resident_fp16_blocks(p.format.head_dim) : resident_page_blocks(p.format.head_dim, rows));
   return {device_attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};

@@ -49,7 +49,7 @@ Pieces choose(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Res
   const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
   int chunk = runs.longest;
   double best = -1.0;
-  const int most = query_rows(p) > kTileRows ? 1 : kMaxSplits;
+  const int most = query_rows(p) > kTileRows ? 1 : most_splits(p);
   for (int splits = 1; splits <= std::min(runs.longest, most); ++splits) {
     int candidate = (runs.longest + splits - 1) / splits;
     if (fast && candidate > kPagesAtOnce) candidate = (candidate + kPagesAtOnce - 1) / kPagesAtOnce * kPagesAtOnce;
@@ -103,6 +103,12 @@ PageRuns page_runs(const kvmix_cuda_attend_params& p, std::span<const int32_t> l
 
 Pieces choose_pieces(const kvmix_cuda_attend_params& p, const PageRuns& runs, int slots) {
   return choose(p, runs, slots > 0 ? residency_of_slots(p, slots) : residency(p));
+}
+
+int most_splits(const kvmix_cuda_attend_params& p) {
+  // The page kernel's block adds up the splits of its rows at once: of more than 16, two floats each take more than it has.
+  const int rows = std::min(query_rows(p), kTileRows);
+  return std::min(kMaxSplits, page_shared_bytes(p.format.head_dim) / (rows * 2 * static_cast<int>(sizeof(float))));
 }
 
 size_t count_items(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Pieces& pieces) {

@@ -26,6 +26,8 @@ struct PageRuns {
 PageRuns page_runs(const kvmix_cuda_attend_params& params, std::span<const int32_t> lengths);
 // The fastest for a device of `slots` resident thread blocks; 0 asks the current device.
 Pieces choose_pieces(const kvmix_cuda_attend_params& params, const PageRuns& runs, int slots);
+// Into how many a head's pages can be cut: what kernels hold the sums of.
+int most_splits(const kvmix_cuda_attend_params& params);
 size_t count_items(const kvmix_cuda_attend_params& params, const PageRuns& runs, const Pieces& pieces);
 // Writes count_items of them.
 void write_items(const kvmix_cuda_attend_params& params, std::span<const int32_t> lengths, const Pieces& pieces,

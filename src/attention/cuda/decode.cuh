@@ -59,8 +59,9 @@ __device__ inline void load_piece(const uint8_t* piece, int lane, uint32_t (&w)[
 
 __device__ constexpr float code_centre_of(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
 
-// What a warp holds: sums of weights times values, and of weights times what has no codes.
-template <int dim, int most_warps>
+// What a warp holds: sums of weights times values, and of weights times what has no codes. `thin`: keys have `key_tiles`
+// channel tiles instead of all.
+template <int dim, int most_warps, bool thin = false>
 struct Warp {
   // Channel tiles of values side by side, where registers allow: twelve warps on a multiprocessor have 168 a thread.
   static constexpr int kValueTiles = most_warps <= kFewWarps ? 4 : 2;
@@ -151,24 +152,25 @@ struct Warp {
   // Scores of a packed key part, times `factor` of a column. `groups`: of tokens.
   template <int bits, int groups>
   __device__ void packed_scores(const uint8_t* part, const uint2* query, int exponent, const float (&factor)[2], bool wide,
-                                float (&s)[kFields][4], int lane) {
+                                float (&s)[kFields][4], int key_tiles, int lane) {
     constexpr int kGroupFields = kFields / groups;
+    const int tiles = thin ? key_tiles : kTiles, width = thin ? 16 * key_tiles : dim;
     const uint32_t shrink = power_half(-exponent);
     const uint8_t* codes = part + kHeaderBytes;
-    const uint8_t* meta = codes + code_bytes(bits, dim) + lane % 4 * 16;
+    const uint8_t* meta = codes + code_bytes(bits, width) + lane % 4 * 16;
     float sums[groups][4] = {};  // rows 0..7 sum query times midpoint, rows 8..15 query times scale
 #pragma unroll
     for (int f = 0; f < kFields; ++f)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[f][i] = 0.0f;
 #pragma unroll(bits == 8 ? 1 : 2)
-    for (int c = 0; c < kTiles; ++c) {
+    for (int c = 0; c < tiles; ++c) {
       const uint2 q = query[c * 32 + lane];
       uint32_t w[block_words(bits)];
       load_words<bits>(codes + c * block_bytes(bits), lane, w);
 #pragma unroll
       for (int g = 0; g < groups; ++g) {
-        const uint4 m = *reinterpret_cast<const uint4*>(meta + g * (dim * 4) + c * 64);
+        const uint4 m = *reinterpret_cast<const uint4*>(meta + g * (width * 4) + c * 64);
         const uint32_t rows[4] = {m.z, m.x, m.w, m.y};
         mma(sums[g], rows, q.x, q.y);
         const uint32_t q0 = multiply(q.x, multiply(m.x, shrink)), q1 = multiply(q.y, multiply(m.y, shrink));
@@ -387,7 +389,8 @@ __device__ inline void with_code_width(int bits, const Body& body) {
   CodeWidths::visit(bits, body);
 }
 
-template <int dim, int most_warps>
+// `thin`: all pages are sealed ones of the list's chosen key channels.
+template <int dim, int most_warps, bool thin = false>
 __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ float row_factor[kRows];
@@ -417,6 +420,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     return (static_cast<int64_t>(of.sequence) * args.q_tokens + token) * (args.kv_heads * args.group) + head;
   };
 
+  const int key_width = thin ? arguments.thin.width : dim;
   // Pairs of channels lane, lane + 32, ...
   constexpr int kPairs = (dim + 63) / 64;
   float2 x[kPairs];
@@ -424,6 +428,14 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int channel = 2 * lane + 64 * i;
+      if constexpr (thin) {
+        x[i] = make_float2(0.0f, 0.0f);
+        if (row >= rows || channel >= key_width) continue;
+        const int64_t from = row_offset(mine, row) * dim;
+        const uint8_t* const chosen = arguments.thin.of(mine, args.kv_heads) + channel;
+        x[i] = make_float2(load_query(args, from + chosen[0]), load_query(args, from + chosen[1]));
+        continue;
+      }
       x[i] =
           row < rows && channel < dim ? load_query_pair(args, row_offset(mine, row) * dim + channel) : make_float2(0.0f, 0.0f);
     }
@@ -442,7 +454,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   fetch(mine, id, true);
   fetch(mine, id, false);
   // Ids, in search of open pages.
-  const int32_t here = mine.page_begin + lane < mine.page_end ? page_id(mine, mine.page_begin + lane) : 0;
+  const int32_t here = !thin && mine.page_begin + lane < mine.page_end ? page_id(mine, mine.page_begin + lane) : 0;
 
   if (args.overlapped) {
     wait_for_launch_before();
@@ -463,7 +475,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int channel = 2 * lane + 64 * i, c = channel % 16, column = wide ? row : 2 * row;
-      if (channel >= dim) continue;
+      if (channel >= key_width) continue;
       uint32_t* const to = reinterpret_cast<uint32_t*>(query) + ((channel / 16) * 32 + column * 4 + (c % 8) / 2) * 2 + c / 8;
       *to = pack(x[i].x * power(kQueryLift - exponent), x[i].y * power(kQueryLift - exponent));
       if (!wide) to[4 * 2] = 0;  // the odd column
@@ -488,7 +500,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   // Open pages are read last, without copies ahead: at least they shall be near by then.
   // Four warps share one, a quarter each, and those after them take the next.
   const int quarter = warp % 4, turns = present / 4;
-  unsigned open = __ballot_sync(~0u, here < 0);
+  unsigned open = thin ? 0u : __ballot_sync(~0u, here < 0);
   for (unsigned rest = open; warp < 4 && rest != 0; rest &= rest - 1) {
     const int at = __ffs(static_cast<int>(rest)) - 1, page = item.page_begin + at;
     const int live = live_tokens(page, first_token(page)) - 32 * quarter;
@@ -509,7 +521,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     }
   }
   const float factor[2] = {row_factor[row_of(0)], wide ? row_factor[row_of(1)] : 0.0f};
-  using State = Warp<dim, most_warps>;
+  using State = Warp<dim, most_warps, thin>;
   State state;
   state.reset();
   for (; page < item.page_end; page += present) {
@@ -525,7 +537,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
       const int2 exponent = *reinterpret_cast<const int2*>(ring);
       with_code_width(stage.key_bits, [&](auto bits) {
         List<1, 2, 4>::visit(stage.key_groups, [&](auto groups) {
-          state.template packed_scores<bits.value, groups.value>(ring, query, exponent.x, factor, wide, s, lane);
+          state.template packed_scores<bits.value, groups.value>(ring, query, exponent.x, factor, wide, s, key_width / 16,
+                                                                 lane);
         });
       });
       __syncwarp();
@@ -553,7 +566,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
 
   // Open pages, a quarter a warp: alone it would be the last of its block by far.
   int turn = 0;
-  for (int base = item.page_begin; base < item.page_end; base += 32) {
+  for (int base = item.page_begin; !thin && base < item.page_end; base += 32) {
     if (base != item.page_begin) open = __ballot_sync(~0u, base + lane < item.page_end && page_id(item, base + lane) < 0);
     for (; open != 0; open &= open - 1) {
       const int page = base + __ffs(static_cast<int>(open)) - 1;

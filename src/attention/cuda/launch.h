@@ -11,10 +11,12 @@ struct DecodeArguments {
   AttendArguments attend;
   Stage stage;
   int row_blocks;  // blocks of an item, each with its share of the query rows
+  ThinKeys thin;   // of the kernel for them
 };
 struct DecodeLaunch {
   int blocks, threads, shared;
   int resident_warps;  // on a multiprocessor
+  bool thin;           // at most kFewWarps of them
   bool overlapped;
   void* stream;
 };
@@ -24,6 +26,7 @@ void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments)
 
 void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
+void launch_thin_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments, const ThinKeys& thin);
 void launch_fp16(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 int resident_page_blocks(int head_dim, int rows);  // on one multiprocessor
 int resident_fp16_blocks(int head_dim);

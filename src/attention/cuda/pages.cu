@@ -8,31 +8,38 @@ namespace kvmix::cuda {
 namespace {
 
 // Calls body with the kernel for a format and number of query rows, and its shared memory.
-template <class Body>
+template <bool thin, class Body>
 void with_kernel(int head_dim, int rows, const Body& body) {
   const bool few = rows <= kWarpRows;
-  const bool known = HeadDims::visit(
-      head_dim, [&](auto dim) { body(few ? page_kernel<dim, true> : page_kernel<dim, false>, PageTile<dim>::shared_bytes); });
+  const bool known = HeadDims::visit(head_dim, [&](auto dim) {
+    body(few ? page_kernel<dim, true, thin> : page_kernel<dim, false, thin>, PageTile<dim>::shared_bytes);
+  });
   if (!known) throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(head_dim) + " has no page kernel");
 }
 
-}  // namespace
-
-void launch_pages(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
+template <bool thin>
+void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments, const ThinKeys& keys) {
   const int rows = arguments.group * arguments.q_tokens;
-  const RecordShape shape = record_shape(p.format);
-  with_kernel(p.format.head_dim, rows, [&](auto* kernel, int shared) {
+  const ThinShape shape{record_shape(p.format), keys.width};
+  with_kernel<thin>(p.format.head_dim, rows, [&](auto* kernel, int shared) {
     allow_shared(kernel, shared, "attend: shared memory");
     const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kTileRows - 1) / kTileRows));
     kernel<<<grid, kThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(
-        PageArguments{arguments, shape.key(), shape.value(), shape.key_bytes()});
+        PageArguments{arguments, shape.key(), shape.value(), shape.key_bytes(), keys});
     check_cuda(cudaGetLastError(), "attend: launch");
   });
 }
 
+}  // namespace
+
+void launch_pages(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) { launch<false>(p, arguments, {}); }
+void launch_thin_pages(const kvmix_cuda_attend_params& p, const AttendArguments& arguments, const ThinKeys& keys) {
+  launch<true>(p, arguments, keys);
+}
+
 int resident_page_blocks(int head_dim, int rows) {
   int blocks = 0;
-  with_kernel(head_dim, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
+  with_kernel<false>(head_dim, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
   return blocks;
 }
 

@@ -19,6 +19,7 @@ struct PageArguments {
   AttendArguments attend;
   SideShape key, value;
   int value_start;  // of a record
+  ThinKeys thin;    // of the kernel for them
 };
 
 template <int dim>
@@ -31,11 +32,11 @@ struct PageTile {
 };
 
 // A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel. Values of an open page
-// become zero from `live` on.
-template <int dim, bool key, bool open>
+// become zero from `live` on. `thin`: keys of fewer channels, which stand in the first columns.
+template <int dim, bool key, bool open, bool thin = false>
 __device__ inline void expand_side(const uint8_t* part, const SideShape& side, int live, __half* out) {
   constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row;
-  constexpr unsigned kBlocks = dim / 16;
+  const unsigned blocks = thin ? static_cast<unsigned>(side.head_dim) / 16 : dim / 16;
   with_format<key, open>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
@@ -48,15 +49,15 @@ __device__ inline void expand_side(const uint8_t* part, const SideShape& side, i
     };
     unsigned block = threadIdx.x / 32;
     if constexpr (bits == 16) {
-      for (; block < kBlocks; block += kWarps) copy_block<0, kFields>(part, block, lane, store);
+      for (; block < blocks; block += kWarps) copy_block<0, kFields>(part, block, lane, store);
     } else {
       LaneScales<what.value> scales(part + side.meta(), side, lane);
       uint32_t w[block_words(bits)];
-      load_codes<bits>(part + block * block_bytes(bits), lane, w);
-      while (block < kBlocks) {
+      if (!thin || block < blocks) load_codes<bits>(part + block * block_bytes(bits), lane, w);
+      while (block < blocks) {
         dequantise_block<what.value, bits, 0, kFields>(w, scales, block, store);
         block += kWarps;
-        if (block < kBlocks) load_codes<bits>(part + block * block_bytes(bits), lane, w);
+        if (block < blocks) load_codes<bits>(part + block * block_bytes(bits), lane, w);
       }
     }
   });
@@ -89,7 +90,8 @@ __device__ inline void copy_open(const __half* page, int live, int value_row, __
   }
 }
 
-template <int dim, bool split_tokens>
+// `thin`: all pages are sealed ones of the list's chosen key channels.
+template <int dim, bool split_tokens, bool thin = false>
 __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
                                             : dim <= 128 ? 3
                                                          : 1) page_kernel(const __grid_constant__ PageArguments arguments) {
@@ -107,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     return (static_cast<int64_t>(item.sequence) * args.q_tokens + token) * q_heads + head;
   };
   using Tile = PageTile<dim>;
+  const int key_width = thin ? arguments.thin.width : dim;
   auto* const keys = reinterpret_cast<__half*>(shared);
   auto* const values = reinterpret_cast<__half*>(shared + Tile::key_bytes);
 
@@ -116,7 +119,9 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     float x[dim / 32], best = 0.0f;
 #pragma unroll
     for (int i = 0; i < dim / 32; ++i) {
-      x[i] = row < rows ? load_query(args, row_offset(row) * dim + 32 * i + lane) : 0.0f;
+      int channel = 32 * i + lane;
+      if constexpr (thin) channel = channel < key_width ? arguments.thin.of(item, args.kv_heads)[channel] : -1;
+      x[i] = row < rows && channel >= 0 ? load_query(args, row_offset(row) * dim + channel) : 0.0f;
       best = fmaxf(best, fabsf(x[i]));
     }
 #pragma unroll
@@ -168,9 +173,9 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     __syncthreads();
     if (id >= 0) {
       const uint8_t* record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-      expand_side<dim, true, false>(record + kHeaderBytes, arguments.key, live, keys);
+      expand_side<dim, true, false, thin>(record + kHeaderBytes, arguments.key, live, keys);
       expand_side<dim, false, false>(record + arguments.value_start, arguments.value, live, values);
-    } else {
+    } else if constexpr (!thin) {
       const uint8_t* const open =
           args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride;
       if (is_rows(args, page)) {
@@ -186,6 +191,7 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
       float s[4][4] = {};
 #pragma unroll
       for (int k = 0; k < dim / 16; ++k) {
+        if (thin && 16 * k >= key_width) break;
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
           uint32_t b[4];
@@ -263,8 +269,8 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
   }
   __syncthreads();
   write_rows<dim / 4, split_tokens ? kWarps : 1>(
-      args, item, {row0, rows, all_rows, item.ticket}, reinterpret_cast<float2*>(shared), &last, row_offset,
-      [&](int w, int row) {
+      args, item, {row0, rows, all_rows, item.ticket * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y)},
+      reinterpret_cast<float2*>(shared), &last, row_offset, [&](int w, int row) {
         const int at = w * kWarpRows + row;
         return RowPart{merged_sums[at], reinterpret_cast<const float4*>(merged + at * Tile::merge_row)};
       });

@@ -57,10 +57,10 @@ void check_shape(const kvmix_cuda_attend_params& p) {
           "attend: new rows are taken with at most 64 query rows a KV head; append them first");
 }
 
-WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p) {
+WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p, bool split) {
   const size_t tickets =
       static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * static_cast<size_t>(row_blocks(p)) * sizeof(int32_t);
-  const auto rows = static_cast<size_t>(query_rows(p) > kTileRows ? 0 : query_rows(p));
+  const auto rows = static_cast<size_t>(query_rows(p) > kTileRows && !split ? 0 : query_rows(p));
   return {(tickets + 255) / 256 * 256, (rows * 2 * sizeof(float) + 15) / 16 * 16,
           rows * sizeof(float) * static_cast<size_t>(p.format.head_dim)};
 }

@@ -34,7 +34,8 @@ struct WorkspaceLayout {
   size_t ticket_bytes, sum_bytes, partial_bytes;
   size_t bytes(int32_t items) const { return ticket_bytes + (sum_bytes + partial_bytes) * static_cast<size_t>(items); }
 };
-WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params);
+// `split`: also where more than kTileRows query rows are split along the pages (OpenPages::shared_items).
+WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params, bool split = false);
 
 // What a device takes at once of the kernel for a shape. `all` on each of `processors` multiprocessors are warps of the decode
 // kernel of codes or thread blocks of the others; launches of up to `few_blocks` blocks a multiprocessor take `few` of them.
@@ -58,6 +59,13 @@ struct OpenPages {
   // The launch before it in the stream writes queries, outputs and the workspace alone, and all before have ended when it lets
   // this one begin (base/cuda/overlap.cuh).
   bool overlapped = false;
+  // Of a launch for some of the pages that its items' lists have, others for the rest: the items of all of them, which share
+  // tickets and partial results, and which kernels each can then take: none that is for more than kTileRows rows alone. 0: the
+  // launch is for all pages.
+  int32_t shared_items = 0;
+  // Of one for pages of chosen key channels (ThinKeys); 0: of all.
+  int key_width = 0;
+  const uint8_t* channels = nullptr;
 };
 void attend(const kvmix_cuda_attend_params& params, const OpenPages& open = {});
 Residency residency(const kvmix_cuda_attend_params& params);  // of the kernel that takes it, on the current device

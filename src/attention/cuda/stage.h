@@ -25,7 +25,8 @@ struct Stage {
   int key_pitch, ring;  // ring: both buffers of a warp
 };
 
-inline Stage stage_of(const RecordShape& shape) {
+template <class Shape>  // RecordShape or ThinShape
+Stage stage_of(const Shape& shape) {
   const auto log2 = [](int v) { return std::bit_width(static_cast<unsigned>(v)) - 1; };
   const auto whole_lines = [](int bytes) { return (bytes + 127) / 128 * 128; };
   Stage s{};
@@ -41,7 +42,8 @@ inline Stage stage_of(const RecordShape& shape) {
                      kRows * kMaxSplits * 8 / kWarps});
   return s;
 }
-inline int decode_shared_bytes(const RecordShape& shape, int warps) {
+template <class Shape>
+int decode_shared_bytes(const Shape& shape, int warps) {
   return query_bytes(shape.head_dim) + warps * stage_of(shape).ring;
 }
 

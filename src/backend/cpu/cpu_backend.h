@@ -41,6 +41,7 @@ class CpuBackend final : public Backend {
   void attend(int layer, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) override;
   Window window(SequenceId id, int layer, int kv_head) const override;
   std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
+  std::vector<float> key_squares(int layer, std::span<const KeySquares> lists) override;
   Mass mass(SequenceId id, int layer, int kv_head) override;
   void end() override;
   void forget(SequenceId id) override { queries_.erase(id); }

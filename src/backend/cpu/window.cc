@@ -167,6 +167,32 @@ std::span<const float> CpuBackend::query_squares(SequenceId id, int layer, int k
   return std::span(prompts_.at(id).squares[l]).subspan(static_cast<size_t>(kv_head) * n, n);
 }
 
+std::vector<float> CpuBackend::key_squares(int layer, std::span<const KeySquares> lists) {
+  const auto width = static_cast<size_t>(layers_[static_cast<size_t>(layer)].config.head_dim);
+  std::vector<float> means(lists.size() * width, 0.0f);
+  parallel_for(std::clamp(static_cast<int>(lists.size()), 1, static_cast<int>(threads_.size())), lists.size(), [&](size_t i) {
+    float* const sums = means.data() + i * width;
+    std::span<const int32_t> dropped = lists[i].dropped;
+    std::vector<float> rows;
+    int32_t token = 0;
+    size_t stay = 0;
+    for (const PageEntry& page : lists[i].list->pages) {
+      rows.resize(static_cast<size_t>(page.live) * width);
+      read(page, Side::kKey, rows.data());
+      for (size_t slot = 0; slot < static_cast<size_t>(page.live); ++slot, ++token) {
+        if (!dropped.empty() && dropped.front() == token) {
+          dropped = dropped.subspan(1);
+          continue;
+        }
+        ++stay;
+        for (size_t c = 0; c < width; ++c) sums[c] += rows[slot * width + c] * rows[slot * width + c];
+      }
+    }
+    for (size_t c = 0; c < width; ++c) sums[c] /= static_cast<float>(std::max<size_t>(stay, 1));
+  });
+  return means;
+}
+
 void CpuBackend::end() {
   for (auto& [id, step] : prompts_) {
     if (step.ends) {

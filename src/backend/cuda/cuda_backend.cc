@@ -75,12 +75,12 @@ void Event::wait() const { check_cuda(cudaEventSynchronize(event_), "event: wait
 
 bool CudaBackend::Shape::operator==(const Shape& other) const {
   return std::memcmp(&format, &other.format, sizeof format) == 0 && q_heads == other.q_heads && kv_heads == other.kv_heads &&
-         sinks == other.sinks && sliding_window == other.sliding_window && governed == other.governed;
+         sinks == other.sinks && sliding_window == other.sliding_window && own_layer == other.own_layer;
 }
 
 bool CudaBackend::Shape::cut_alike(const Shape& other) const {
   return q_heads == other.q_heads && kv_heads == other.kv_heads && sinks == other.sinks &&
-         sliding_window == other.sliding_window && (governed < 0) == (other.governed < 0);
+         sliding_window == other.sliding_window && (own_layer < 0) == (other.own_layer < 0);
 }
 
 bool CudaBackend::Shape::same_cut(const Shape& other) const {
@@ -99,6 +99,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
       scratch_(beside == nullptr ? std::make_shared<Scratch>() : beside->scratch_) {
   if (config.append_beside) beside_.emplace(nullptr, true);
   layers_.reserve(layers.size());
+  for (const LayerFormats& layer : layers) most_kept_ = std::max(most_kept_, layer.kept_queries());
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
     const kvmix_cuda_format format = layer_format(layer, "layer " + std::to_string(l));
@@ -114,7 +115,7 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
                       .kv_heads = layer.kv_heads,
                       .sinks = layer.sinks,
                       .sliding_window = layer.sliding_window,
-                      .governed = layers[l].governed ? static_cast<int>(l) : -1,
+                      .own_layer = layers[l].governed || layers[l].thins ? static_cast<int>(l) : -1,
                       .launches = {},
                       .lengths = {}};
     const auto known = std::find(shapes_.begin(), shapes_.end(), shape);
@@ -144,13 +145,14 @@ CudaBackend::CudaBackend(const CacheConfig& config, const FormatTable& formats, 
     made.value_feedback.feedback = constant(v.feedback);
     if (!k.feedback.empty() && made.open.key_bits != kF16Bits)
       made.key_panels = constant(panels_of(k.feedback, layer.kv_heads, layer.head_dim));
+    if (made.ids.thins) made.thin = thin_shape(layer, formats[made.ids.thin].key.width, "layer " + std::to_string(l));
     layers_.push_back(made);
     kvmix_cuda_attend_params decode = attend_params(shape);
     decode.q_tokens = 1;
     kernels_used_.emplace_back(kernel_name(decode));
     layers_.back().queries_at = room_bytes_;
     room_bytes_ += query_bytes(layers_.back());
-    if (layers[l].seals) sealing_[seal_group(l)].can_seal = true;
+    if (layers[l].seals || layers[l].thins) sealing_[seal_group(l)].can_seal = true;
   }
 }
 
@@ -191,7 +193,9 @@ size_t CudaBackend::scratch_bytes() const {
   size_t bytes = inputs_.bytes() + tables_.bytes() + s.queries.bytes() + s.outputs.bytes() + s.workspace.bytes();
   for (const DeviceMemory* rows : {&s.host_q, &s.host_k, &s.host_v, &s.host_out}) bytes += rows->bytes();
   for (const DeviceMemory& numbers : constants_) bytes += numbers.bytes();
-  for (const DeviceMemory* room : {&window_scores_, &window_sums_, &staged_}) bytes += room->bytes();
+  for (const DeviceMemory* room : {&window_scores_, &window_sums_, &staged_, &query_squares_, &key_squares_, &channels_})
+    bytes += room->bytes();
+  for (const DeviceMemory& room : whole_records_) bytes += room.bytes();
   for (const DeviceMemory& room : spare_rooms_) bytes += room.bytes();
   for (const auto& [id, kept] : prompt_queries_) bytes += kept.rooms[0].bytes() + kept.rooms[1].bytes();
   bytes += moves_.bytes();
@@ -223,14 +227,11 @@ void CudaBackend::transcode(const Transcode& job) {
     throw Error(Status::kInternal, "a page is sealed outside a step");
   join();
   const Layer& layer = layers_[static_cast<size_t>(job.layer)];
+  if (layer.ids.thins && job.from.format == layer.ids.thin) return open_thin(layer, job);
   const int dim = layer.config.head_dim;
   open_record(reinterpret_cast<const uint8_t*>(memory(job.from.handle)), record_shape(layer.format),
               reinterpret_cast<uint8_t*>(memory(job.to().handle)), layer.open,
               layer.key_panels == nullptr ? nullptr : layer.key_panels + job.kv_head * feedback_panel(dim, dim), stream_.get());
-}
-
-std::span<const float> CudaBackend::query_squares(SequenceId, int, int) const {
-  throw Error(Status::kUnsupported, "channels are not chosen on the device \"cuda\"; take the device \"cpu\"");
 }
 
 void CudaBackend::report(CacheStats& stats) const {

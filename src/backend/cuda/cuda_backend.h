@@ -10,6 +10,10 @@
 // Where a token policy drops tokens of a layer, the heads' lists have lengths of their own. To the kernels such a list is a
 // shorter sequence: the tokens that are left are its first ones, since keys were rotated before they were stored, and pages are
 // full (wants_full_pages). policies.cc scores prompts for policies and makes the pages of what they keep.
+//
+// Where a channel policy leaves keys' channels out, a list's sealed pages are thin records from its choice on. A kernel takes
+// pages of either kind, so such a layer's work list has runs of pages of one kind, two launches share its partial results, and
+// the last of a list's pieces to finish adds them up. channels.cc knows the runs and brings the choice to the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -92,6 +96,7 @@ class CudaBackend final : public Backend {
   uint64_t launch_key() override;
   Window window(SequenceId id, int layer, int kv_head) const override;
   std::span<const float> query_squares(SequenceId id, int layer, int kv_head) const override;
+  std::vector<float> key_squares(int layer, std::span<const KeySquares> lists) override;
   Mass mass(SequenceId, int, int) override { return {nullptr, nullptr}; }
   void end() override;
   void forget(SequenceId id) override;
@@ -112,12 +117,19 @@ class CudaBackend final : public Backend {
     size_t workspace_bytes = 0;
     size_t items_at = 0;
     bool shares_items = false;  // with a launch before
+    // Of the pages of chosen key channels; none: a launch for all pages.
+    size_t thin_items = 0, thin_work_items = 0, thin_items_at = 0;
+
+    bool split() const { return thin_items > 0; }
+    size_t all_items() const { return items + thin_items; }
   };
+  // Places of a list, [begin, end) each, in order.
+  using ThinRuns = std::vector<std::pair<int32_t, int32_t>>;
   // What layers that are cut alike have in common.
   struct Shape {
     kvmix_cuda_format format;
     int q_heads, kv_heads, sinks, sliding_window;
-    int governed = -1;  // the one layer, whose lists have lengths of their own
+    int own_layer = -1;  // the one layer, whose lists have lengths or kinds of pages of their own
     std::vector<Launch> launches;
     std::vector<int32_t> lengths;  // of its lists, [entries of the step][kv_heads]
 
@@ -144,8 +156,17 @@ class CudaBackend final : public Backend {
     std::vector<int32_t> dropped = {};
     size_t dropped_at = 0;
     size_t queries_at = 0;  // its own in a room of a prompt's
+    // Of a layer that thins: its records of chosen key channels, which of its lists' places hold such, [rows of the page
+    // tables][kv_heads], and where channels_ and the step's inputs have what is chosen and what is sealed so.
+    ThinShape thin{};
+    std::vector<ThinRuns> thin_runs = {};
+    size_t channels_at = 0;
+    int thin_seals = 0;  // as `seals`
+    size_t thin_open_ids_at = 0, thin_record_ids_at = 0, thin_ids_at = 0, thin_chosen_at = 0;
 
     int heads_per_kv() const { return config.q_heads / config.kv_heads; }
+    bool own_lists() const { return ids.governed || ids.thins; }
+    size_t channel_bytes() const { return static_cast<size_t>(config.kv_heads * thin.key_width); }
   };
 
   // The last queries of a prompt that goes on, of all layers, in one of two rooms; the open step writes to the other.
@@ -164,6 +185,7 @@ class CudaBackend final : public Backend {
       size_t heads_at = 0;            // of WindowHead, in the inputs
       std::vector<WindowHead> heads;  // sums are those of window_sums_
       int64_t most_tokens = 0;
+      size_t squares_at = 0;  // of query_squares_
     };
     std::vector<Scored> layers;
   };
@@ -179,7 +201,29 @@ class CudaBackend final : public Backend {
   void read_dropped(Layer& layer, size_t l, size_t row, const StepEntry& entry) const;
   void begin_prompts();
   void score_prompts(const Layer& layer, size_t l);
-  int queries_kept(const Layer& layer) const { return layer.ids.governed ? layer.ids.window_queries : 0; }
+  // All layers that want a prompt's last queries keep as many.
+  int queries_kept(const Layer& layer) const {
+    return (layer.ids.governed && layer.ids.window_queries > 0) || layer.ids.thins ? most_kept_ : 0;
+  }
+  // channels.cc
+  void begin_channels();
+  bool is_thin(const Layer& layer, const PageEntry& page) const { return layer.ids.thins && page.format == layer.ids.thin; }
+  int count_seals(const Layer& layer, size_t l, bool thin);
+  void gather(const Layer& layer, std::span<const Gather* const> open, std::span<const std::vector<const Gather*>> sealed,
+              bool thin);
+  void open_thin(const Layer& layer, const Transcode& job);
+  size_t whole_together(const Layer& layer) const;  // pages of every head
+  void write_thin_seals(const Layer& layer, size_t l, std::byte* to);
+  static void write_columns(const Layer& layer, const PageList& list, uint8_t* to);
+  void seal_thin(const Layer& layer, size_t group);  // what the step seals so
+  void seal_thin(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open, const int32_t* ids,
+                 const uint8_t* chosen, DeviceMemory& whole);
+  bool has_thin(const Shape& shape, size_t entry) const;
+  void cut_runs(const Shape& shape, Launch& launch, const kvmix_cuda_attend_params& p) const;
+  void write_runs(const Shape& shape, const Launch& launch, std::byte* to) const;
+  template <class Visit>
+  void each_piece(const Shape& shape, const Launch& launch, const Visit& visit) const;
+  bool same_runs(const Shape& a, const Shape& b) const;
   size_t query_bytes(const Layer& layer) const;
   void write_work(const Shape& shape, const Launch& launch, std::byte* to);
   void write_tables();
@@ -194,7 +238,7 @@ class CudaBackend final : public Backend {
   void join() const;
   void attend(const Layer& layer, const Launch& launch);
   const PageFormat& format(const PageEntry& page) const { return formats_[static_cast<FormatId>(page.format)]; }
-  RecordShape shape_of(const PageFormat& format) const;
+  ThinShape shape_of(const PageFormat& format) const;
   // fp16 rows next to each other, keys before values.
   static bool is_rows(const PageFormat& f) { return f.rows || f.role == PageRole::kSinks; }
   static int32_t id_of(PageHandle page) { return static_cast<int32_t>(page - 1); }
@@ -264,10 +308,18 @@ class CudaBackend final : public Backend {
   std::map<SequenceId, PromptStep> prompts_;
   std::vector<DeviceMemory> spare_rooms_;
   size_t room_bytes_ = 0;  // of a prompt's queries
-  DeviceMemory window_scores_, window_sums_, staged_;
-  PinnedMemory host_sums_;
+  int most_kept_ = 0;
+  DeviceMemory window_scores_, window_sums_, staged_, query_squares_, key_squares_;
+  PinnedMemory host_sums_, host_squares_;
   Event scored_;
   StepInputs moves_;  // of gather
+  // What lists have chosen, of each layer that thins [rows of the page tables][kv_heads][channels], as the host knows it too,
+  // and the revision of the pages that a row is of.
+  DeviceMemory channels_;
+  std::vector<uint8_t> channels_written_;
+  std::vector<uint64_t> channel_revisions_;
+  // Records of all channels on their way to such of chosen ones, by the group that seals them; the last is stream_'s.
+  std::array<DeviceMemory, kSealGroups + 1> whole_records_;
 
   // Working memory of one layer's calls.
   struct Scratch {

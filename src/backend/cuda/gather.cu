@@ -36,9 +36,11 @@ template <int dim, bool key>
 __device__ inline void move_row(const MoveRows& job, const RowTarget& target, int slot, const Feedback<dim, 1>& feedback) {
   const int lane = lane_of();
   const RowSource source = job.sources[target.first + min(slot, target.sources - 1)];
+  const bool thin = source.rows == RowSource::kThinRecord;
   const RecordShape& record = source.rows == RowSource::kSealedRecord ? job.sealed : job.open;
-  const SideShape side = key ? record.key() : record.value();
-  const uint8_t* const part = source.page + (key ? kHeaderBytes : record.key_bytes());
+  const SideShape side = thin ? (key ? job.thin.key() : job.thin.value()) : key ? record.key() : record.value();
+  const int values = thin ? job.thin.key_bytes() : record.key_bytes();
+  const uint8_t* const part = source.page + (key ? kHeaderBytes : values);
   if (source.rows == RowSource::kOpenRecord && target.rows == 0) {
     uint8_t* const to = target.page + (key ? kHeaderBytes : job.open.key_bytes());
     copy_row<dim, key>(side, part, source.slot, to, slot, lane);
@@ -49,8 +51,13 @@ __device__ inline void move_row(const MoveRows& job, const RowTarget& target, in
 #pragma unroll
   for (int i = 0; i < dim / 32; ++i) {
     const int channel = 32 * i + lane;
-    x[0][i] = source.rows > 0 ? __half2float(halves[channel])
-                              : __half2float(__float2half_rn(number_of(side, key, part, source.slot, channel)));
+    if (source.rows > 0) {
+      x[0][i] = __half2float(halves[channel]);
+      continue;
+    }
+    const int column = key && thin ? target.columns[channel] : channel;
+    const float number = column == RowTarget::kNoColumn ? 0.0f : number_of(side, key, part, source.slot, column);
+    x[0][i] = job.halves ? __half2float(__float2half_rn(number)) : number;
   }
   const OpenSlot to[1] = {{target.page, slot, target.rows, target.rows > 0}};
   store_rows<dim, 1, key>(x, job.open, to, feedback);

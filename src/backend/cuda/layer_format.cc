@@ -68,7 +68,18 @@ kvmix_cuda_format open_format(const LayerConfig& layer, const std::string& where
   return {layer.head_dim, bits(layer.key), bits(layer.value), group, group, 1};
 }
 
-size_t record_bytes(const kvmix_cuda_format& format) { return whole_units(static_cast<size_t>(record_shape(format).bytes())); }
+ThinShape thin_shape(const LayerConfig& layer, int key_width, const std::string& where) {
+  const RecordShape shape = record_shape(layer_format(layer, where));
+  if (shape.key_per_token) {
+    throw Error(Status::kUnsupported, where + " keys: channels of " + to_string(layer.key.codec) +
+                                          " share scales, so that on the device \"cuda\" none can be left out; take scales per "
+                                          "channel, leave \"channels\" out, or take the device \"cpu\"");
+  }
+  return {shape, key_width};
+}
+
+size_t record_bytes(const ThinShape& shape) { return whole_units(static_cast<size_t>(shape.bytes())); }
+size_t record_bytes(const kvmix_cuda_format& format) { return record_bytes(ThinShape{record_shape(format)}); }
 
 size_t open_bytes(int slots, int head_dim) {
   return whole_units(2 * static_cast<size_t>(slots) * static_cast<size_t>(head_dim) * sizeof(uint16_t));

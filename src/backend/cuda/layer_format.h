@@ -17,8 +17,13 @@ constexpr size_t whole_units(size_t bytes) { return (bytes + kPageUnit - 1) / kP
 // kUnsupported naming `where` for what the device has no code for.
 kvmix_cuda_format layer_format(const LayerConfig& layer, const std::string& where);
 
-size_t record_bytes(const kvmix_cuda_format& format);  // in the pool
-size_t open_bytes(int slots, int head_dim);            // fp16 keys, then values
+// The record of a layer's sealed pages of so many chosen key channels. Throws as layer_format, and where channels of a token
+// share scales.
+ThinShape thin_shape(const LayerConfig& layer, int key_width, const std::string& where);
+
+size_t record_bytes(const ThinShape& shape);  // in the pool
+size_t record_bytes(const kvmix_cuda_format& format);
+size_t open_bytes(int slots, int head_dim);  // fp16 keys, then values
 
 // A layer's open pages: of 16-bit sides fp16 rows next to each other, else a record of 8-bit rows (codec/cuda/tile_layout.h).
 // Throws as layer_format, which asks this too.

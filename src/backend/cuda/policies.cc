@@ -1,6 +1,7 @@
-// What token policies want of the device: the last queries of prompts and what they look at, and pages of the tokens that stay.
+// What policies want of the device: the last queries of prompts and what they look at, and pages of the tokens that stay.
 #include <algorithm>
 
+#include "backend/cuda/channels.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/gather.h"
 #include "base/cuda/launch.h"
@@ -29,10 +30,9 @@ size_t CudaBackend::query_bytes(const Layer& layer) const {
 void CudaBackend::begin_prompts() {
   prompts_.clear();
   if (room_bytes_ == 0) return;
-  int window = 0;
-  for (const Layer& layer : layers_) window = std::max(window, queries_kept(layer));
+  const int window = most_kept_;
   int64_t before = 0;
-  size_t scores = 0, sums = 0;
+  size_t scores = 0, sums = 0, squares = 0;
   for (size_t i = 0; i < order_.size(); ++i) {
     const StepEntry& entry = plan_->entries[order_[i]];
     const int64_t rows_before = before;
@@ -59,7 +59,9 @@ void CudaBackend::begin_prompts() {
     if (!step.ends) continue;
     for (const Layer& layer : layers_) {
       PromptStep::Scored& scored = step.layers.emplace_back();
-      if (queries_kept(layer) == 0) continue;
+      if (layer.ids.thins)
+        scored.squares_at = std::exchange(squares, squares + static_cast<size_t>(layer.config.q_heads * layer.config.head_dim));
+      if (!layer.ids.governed || layer.ids.window_queries == 0) continue;
       const auto heads = static_cast<size_t>(layer.config.kv_heads);
       for (const int32_t length : std::span(shapes_[layer.shape].lengths).subspan(i * heads, heads)) {
         scored.heads.push_back({static_cast<int64_t>(sums), length});
@@ -74,6 +76,8 @@ void CudaBackend::begin_prompts() {
   window_scores_.reserve(scores * sizeof(float), "scores of a prompt's last queries");
   window_sums_.reserve(sums * sizeof(float), "what a prompt's last queries look at");
   host_sums_.reserve(sums * sizeof(float), "pinned memory of what a prompt's last queries look at");
+  query_squares_.reserve(squares * sizeof(float), "squares of a prompt's last queries");
+  host_squares_.reserve(squares * sizeof(float), "pinned memory of squares of a prompt's last queries");
 }
 
 // Once the layer was attended to: its queries stand in scratch_->queries.
@@ -102,19 +106,41 @@ void CudaBackend::score_prompts(const Layer& layer, size_t l) {
     keep_queries(keep, stream_.get());
     if (!prompt.ends) continue;
     const PromptStep::Scored& scored = prompt.layers[l];
+    if (layer.ids.thins) {
+      const auto rows = static_cast<int>(std::min<int64_t>(layer.ids.channel_queries, prompt.end - prompt.begin));
+      const size_t n = static_cast<size_t>(config.q_heads * config.head_dim) * sizeof(float);
+      std::byte* const means = query_squares_.data() + scored.squares_at * sizeof(float);
+      square_queries({.queries = to,
+                      .window = keep.window,
+                      .q_heads = config.q_heads,
+                      .head_dim = config.head_dim,
+                      .begin = prompt.end - rows,
+                      .rows = rows,
+                      .means = reinterpret_cast<float*>(means)},
+                     stream_.get());
+      check_cuda(
+          cudaMemcpyAsync(host_squares_.data<float>() + scored.squares_at, means, n, cudaMemcpyDeviceToHost, stream_.get()),
+          "squares of a prompt's last queries: copy");
+      scored_.record(stream_.get());
+    }
+    if (scored.heads.empty()) continue;
+    const int64_t rows = std::min<int64_t>(layer.ids.window_queries, prompt.end - prompt.begin);
     const int64_t lists = static_cast<int64_t>(prompt.row) * config.kv_heads;
     score_window({.table = {reinterpret_cast<uint8_t*>(pool_.base()), tables_.device(layer.table_at) + lists * tables_.stride,
                             tables_.stride, config.sinks},
                   .open = layer.open,
                   .sealed = record_shape(layer.format),
+                  .thin = layer.thin,
+                  .channels = reinterpret_cast<const uint8_t*>(channels_.data()) + layer.channels_at +
+                              prompt.row * layer.channel_bytes(),
                   .heads = input<WindowHead>(scored.heads_at),
                   .kv_heads = config.kv_heads,
                   .heads_per_kv = layer.heads_per_kv(),
                   .head_dim = config.head_dim,
                   .queries = to,
                   .window = keep.window,
-                  .begin = prompt.begin,
-                  .rows = static_cast<int>(prompt.end - prompt.begin),
+                  .begin = prompt.end - rows,
+                  .rows = static_cast<int>(rows),
                   .most_tokens = scored.most_tokens,
                   .scale = config.scale,
                   .softcap = config.softcap,
@@ -137,7 +163,8 @@ Backend::Window CudaBackend::window(SequenceId id, int layer, int kv_head) const
   const PromptStep& prompt = prompts_.at(id);
   const WindowHead& head = prompt.layers[static_cast<size_t>(layer)].heads[static_cast<size_t>(kv_head)];
   const auto sums = static_cast<size_t>(head.tokens) * static_cast<size_t>(layers_[static_cast<size_t>(layer)].heads_per_kv());
-  return {{host_sums_.data<float>() + head.first_sum, sums}, static_cast<int>(prompt.end - prompt.begin)};
+  const int64_t queries = std::min<int64_t>(layers_[static_cast<size_t>(layer)].ids.window_queries, prompt.end - prompt.begin);
+  return {{host_sums_.data<float>() + head.first_sum, sums}, static_cast<int>(queries)};
 }
 
 void CudaBackend::end() {
@@ -189,29 +216,41 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
   use_device();
   join();
   const Layer& layer = layers_[static_cast<size_t>(jobs.front().layer)];
-  const LayerConfig& config = layer.config;
-  const auto heads = static_cast<size_t>(config.kv_heads);
+  const auto heads = static_cast<size_t>(layer.config.kv_heads);
   std::vector<const Gather*> open;
-  std::vector<std::vector<const Gather*>> sealed(heads);
-  size_t most = 0;
+  std::vector<std::vector<const Gather*>> sealed(heads), thin(heads);
   for (const Gather& job : jobs) {
     if (format(job.to()).appendable()) {
       open.push_back(&job);
-      continue;
+    } else {
+      (is_thin(layer, job.to()) ? thin : sealed)[static_cast<size_t>(job.kv_head)].push_back(&job);
     }
-    std::vector<const Gather*>& of_head = sealed[static_cast<size_t>(job.kv_head)];
-    of_head.push_back(&job);
-    most = std::max(most, of_head.size());
   }
-  const size_t staged = 2 * static_cast<size_t>(kPageTokens) * static_cast<size_t>(config.head_dim) * sizeof(__half);
-  const size_t together = std::max<size_t>(kMostStaged / (staged * heads), 1);  // pages of every head
+  gather(layer, open, sealed, false);
+  if (layer.ids.thins) gather(layer, {}, thin, true);
+}
+
+// Open pages, and sealed ones of one format by KV head.
+void CudaBackend::gather(const Layer& layer, std::span<const Gather* const> open,
+                         std::span<const std::vector<const Gather*>> sealed, bool thin) {
+  const LayerConfig& config = layer.config;
+  const size_t heads = sealed.size(), dim = static_cast<size_t>(config.head_dim);
+  const size_t width = thin ? static_cast<size_t>(layer.thin.key_width) : 0;
+  size_t most = 0;
+  for (const auto& of_head : sealed) most = std::max(most, of_head.size());
+  if (most == 0 && open.empty()) return;
+  const size_t staged = 2 * static_cast<size_t>(kPageTokens) * dim * sizeof(__half);
+  size_t together = std::max<size_t>(kMostStaged / (staged * heads), 1);  // pages of every head
+  if (thin) together = std::min(together, whole_together(layer));
   for (size_t first = 0; first == 0 || first < most; first += together) {
-    const size_t pages = std::min(together, most - first);
+    const size_t pages = std::min(together, most - first), all = pages * heads;
     std::vector<RowTarget> targets;
     std::vector<RowSource> sources;
-    std::vector<int32_t> open_ids(pages * heads, 0), record_ids(pages * heads, kNoRecord);
+    // Of thin pages `record_ids` are places among records of all channels, `ids` the pages.
+    std::vector<int32_t> open_ids(all, 0), record_ids(all, kNoRecord), ids(thin ? all : 0, kNoRecord);
+    std::vector<uint8_t> chosen(all * width), columns(layer.ids.thins ? heads * dim : 0, RowTarget::kNoColumn);
     bool feeds_back = false;
-    staged_.reserve(pages * heads * staged, "rows on their way into sealed pages");
+    staged_.reserve(all * staged, "rows on their way into sealed pages");
     const auto add = [&](const Gather& job, std::byte* page, int rows, int slots) {
       targets.push_back({.page = reinterpret_cast<uint8_t*>(page),
                          .first = static_cast<int64_t>(sources.size()),
@@ -221,12 +260,16 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
                          .kv_head = job.kv_head});
       for (const Gather::Source& source : job.sources) {
         const PageFormat& f = format(source.page);
-        const int32_t kind = is_rows(f) ? f.slots : f.appendable() ? RowSource::kOpenRecord : RowSource::kSealedRecord;
+        const int32_t kind = is_rows(f)                    ? f.slots
+                             : f.appendable()              ? RowSource::kOpenRecord
+                             : is_thin(layer, source.page) ? RowSource::kThinRecord
+                                                           : RowSource::kSealedRecord;
         sources.push_back({reinterpret_cast<const uint8_t*>(memory(source.page.handle)), source.slot, kind});
         feeds_back = feeds_back || (rows == 0 && kind != RowSource::kOpenRecord);
       }
+      if (!columns.empty()) write_columns(layer, *job.list, columns.data() + static_cast<size_t>(job.kv_head) * dim);
     };
-    for (const Gather* job : first == 0 ? std::span(open) : std::span<const Gather*>()) {
+    for (const Gather* job : first == 0 ? open : std::span<const Gather* const>()) {
       const PageFormat& f = format(job->to());
       add(*job, memory(job->to().handle), is_rows(f) ? f.slots : 0, static_cast<int>(job->sources.size()));
     }
@@ -234,19 +277,29 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
       for (size_t i = first; i < std::min(first + pages, sealed[h].size()); ++i) {
         const size_t at = (i - first) * heads + h;
         open_ids[at] = static_cast<int32_t>(at);
-        record_ids[at] = id_of(sealed[h][i]->to().handle);
+        record_ids[at] = thin ? static_cast<int32_t>(at) : id_of(sealed[h][i]->to().handle);
+        if (thin) {
+          ids[at] = id_of(sealed[h][i]->to().handle);
+          std::copy_n(sealed[h][i]->list->channels.begin(), width, chosen.data() + at * width);
+        }
         add(*sealed[h][i], staged_.data() + at * staged, kPageTokens, kPageTokens);
       }
     }
     size_t bytes = 0;
-    const auto place = [&](size_t size) { return std::exchange(bytes, bytes + (size + 255) / 256 * 256); };
-    const size_t targets_at = place(targets.size() * sizeof(RowTarget)), sources_at = place(sources.size() * sizeof(RowSource)),
-                 open_at = place(open_ids.size() * sizeof(int32_t)), record_at = place(record_ids.size() * sizeof(int32_t));
+    const auto place = [&](const auto& numbers) {
+      return std::exchange(bytes, bytes + (numbers.size() * sizeof(numbers[0]) + 255) / 256 * 256);
+    };
+    const size_t targets_at = place(targets), sources_at = place(sources), open_at = place(open_ids),
+                 record_at = place(record_ids), ids_at = place(ids), chosen_at = place(chosen), columns_at = place(columns);
     std::byte* const to = moves_.begin(bytes);
-    std::copy(targets.begin(), targets.end(), reinterpret_cast<RowTarget*>(to + targets_at));
-    std::copy(sources.begin(), sources.end(), reinterpret_cast<RowSource*>(to + sources_at));
-    std::copy(open_ids.begin(), open_ids.end(), reinterpret_cast<int32_t*>(to + open_at));
-    std::copy(record_ids.begin(), record_ids.end(), reinterpret_cast<int32_t*>(to + record_at));
+    for (RowTarget& target : targets) {
+      if (!columns.empty()) target.columns = on_device<uint8_t>(moves_, columns_at) + static_cast<size_t>(target.kv_head) * dim;
+    }
+    const auto write = [&](const auto& numbers, size_t at) {
+      std::copy(numbers.begin(), numbers.end(), reinterpret_cast<std::decay_t<decltype(numbers[0])>*>(to + at));
+    };
+    write(targets, targets_at), write(sources, sources_at), write(open_ids, open_at), write(record_ids, record_at);
+    write(ids, ids_at), write(chosen, chosen_at), write(columns, columns_at);
     moves_.upload(bytes, stream_.get());
     move_rows({.targets = on_device<RowTarget>(moves_, targets_at),
                .sources = on_device<RowSource>(moves_, sources_at),
@@ -254,6 +307,7 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
                .head_dim = config.head_dim,
                .open = layer.open,
                .sealed = record_shape(layer.format),
+               .thin = layer.thin,
                .key_panels = feeds_back ? layer.key_panels : nullptr},
               stream_.get());
     if (pages == 0) continue;
@@ -265,8 +319,13 @@ void CudaBackend::gather(std::span<const Gather> jobs) {
     p.open_ids = on_device<int32_t>(moves_, open_at);
     p.record_ids = on_device<int32_t>(moves_, record_at);
     p.stream = stream_.get();
-    const SealJob job = seal_job(layer, p, {config.head_dim, kF16Bits, kF16Bits, kPageTokens, kPageTokens});
-    seal({&job, 1});
+    const RecordShape rows{config.head_dim, kF16Bits, kF16Bits, kPageTokens, kPageTokens};
+    if (thin) {
+      seal_thin(layer, p, rows, on_device<int32_t>(moves_, ids_at), on_device<uint8_t>(moves_, chosen_at),
+                whole_records_.back());
+    } else {
+      seal(std::array{seal_job(layer, p, rows)});
+    }
   }
 }
 

@@ -28,7 +28,7 @@ void CudaBackend::write_tables() {
     layer.table_at = at;
     const size_t lists = tables_.rows() * static_cast<size_t>(layer.config.kv_heads);
     at += lists * static_cast<size_t>(tables_.stride);
-    if (layer.ids.governed) layer.dropped.resize(lists);
+    if (layer.own_lists()) layer.dropped.resize(lists);
   }
   const auto stale = [&](size_t row) {
     const StepEntry& entry = plan_->entries[order_[row]];
@@ -109,6 +109,15 @@ void CudaBackend::read_dropped(Layer& layer, size_t l, size_t row, const StepEnt
   }
 }
 
+// Pages of every head that a layer seals, in its thin format or in the other one.
+int CudaBackend::count_seals(const Layer& layer, size_t l, bool thin) {
+  sealed_of_head_.assign(static_cast<size_t>(layer.config.kv_heads), 0);
+  for (const Transcode& job : plan_->transcodes[l]) {
+    if (is_thin(layer, job.to()) == thin) ++sealed_of_head_[static_cast<size_t>(job.kv_head)];
+  }
+  return *std::max_element(sealed_of_head_.begin(), sealed_of_head_.end());
+}
+
 // Any page of a head goes with any of another: [pages][kv_heads]. Heads of their own lengths may seal fewer than others.
 void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, int32_t* record_ids) {
   if (layer.seals == 0) return;
@@ -116,6 +125,7 @@ void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, i
   std::fill_n(open_ids, layer.seals * layer.config.kv_heads, 0);
   std::fill_n(record_ids, layer.seals * layer.config.kv_heads, kNoRecord);
   for (const Transcode& job : plan_->transcodes[l]) {
+    if (is_thin(layer, job.to())) continue;
     const int page = sealed_of_head_[static_cast<size_t>(job.kv_head)]++;
     const int at = page * layer.config.kv_heads + job.kv_head;
     open_ids[at] = id_of(job.from.handle);
@@ -139,6 +149,7 @@ void CudaBackend::begin(const StepPlan& plan) {
   for (const size_t entry : order_) lengths_.push_back(static_cast<int32_t>(plan.entries[entry].end()));
   write_tables();
   find_patches();
+  begin_channels();
   cut_shapes();
   begin_prompts();
 
@@ -156,23 +167,28 @@ void CudaBackend::begin(const StepPlan& plan) {
       workspace = std::max(workspace, launch.workspace_bytes);
       for (size_t j = 0; j < i && !launch.shares_items; ++j) {
         if (!shapes_[j].cut_alike(shapes_[i]) || shapes_[j].lengths != shapes_[i].lengths) continue;
+        if (!same_runs(shapes_[j], shapes_[i])) continue;
         for (const Launch& other : shapes_[j].launches) {
           if (other.first != launch.first || other.entries != launch.entries || other.pieces != launch.pieces) continue;
-          launch.items_at = other.items_at;
+          launch.items_at = other.items_at, launch.thin_items_at = other.thin_items_at;
           launch.shares_items = true;
         }
       }
-      if (!launch.shares_items) launch.items_at = place(launch.items, sizeof(kvmix_cuda_item));
+      if (launch.shares_items) continue;
+      launch.items_at = place(launch.items, sizeof(kvmix_cuda_item));
+      if (launch.split()) launch.thin_items_at = place(launch.thin_items, sizeof(kvmix_cuda_item));
     }
   }
   for (size_t l = 0; l < layers_.size(); ++l) {
     Layer& layer = layers_[l];
     const auto heads = static_cast<size_t>(layer.config.kv_heads), dim = static_cast<size_t>(layer.config.head_dim);
-    sealed_of_head_.assign(heads, 0);
-    for (const Transcode& job : plan.transcodes[l]) ++sealed_of_head_[static_cast<size_t>(job.kv_head)];
-    layer.seals = *std::max_element(sealed_of_head_.begin(), sealed_of_head_.end());
+    layer.seals = count_seals(layer, l, false), layer.thin_seals = layer.ids.thins ? count_seals(layer, l, true) : 0;
     layer.open_ids_at = place(static_cast<size_t>(layer.seals) * heads, sizeof(int32_t));
     layer.record_ids_at = place(static_cast<size_t>(layer.seals) * heads, sizeof(int32_t));
+    const size_t thin = static_cast<size_t>(layer.thin_seals) * heads;
+    for (size_t* ids : {&layer.thin_open_ids_at, &layer.thin_record_ids_at, &layer.thin_ids_at})
+      *ids = place(thin, sizeof(int32_t));
+    layer.thin_chosen_at = place(thin, static_cast<size_t>(layer.thin.key_width));
     if (layer.ids.governed) layer.dropped_at = place(order_.size() * heads, sizeof(int32_t));
     most_query = std::max(most_query, static_cast<size_t>(layer.config.q_heads) * dim);
     most_kv = std::max(most_kv, heads * dim);
@@ -211,6 +227,7 @@ void CudaBackend::begin(const StepPlan& plan) {
     const Layer& layer = layers_[l];
     write_seals(layer, l, reinterpret_cast<int32_t*>(to + layer.open_ids_at),
                 reinterpret_cast<int32_t*>(to + layer.record_ids_at));
+    write_thin_seals(layer, l, to);
     if (!layer.ids.governed) continue;
     std::copy_n(layer.dropped.begin(), order_.size() * static_cast<size_t>(layer.config.kv_heads),
                 reinterpret_cast<int32_t*>(to + layer.dropped_at));
@@ -237,16 +254,20 @@ void CudaBackend::seal_all() {
   SealGroup* last = nullptr;
   for (size_t l = 0; l < layers_.size();) {
     SealGroup& group = sealing_[seal_group(l)];
+    const size_t first = l;
+    bool thins = false;
     seal_jobs_.clear();
     do {
       const Layer& layer = layers_[l++];
       if (layer.seals > 0) seal_jobs_.push_back(seal_job(layer, group.stream.get()));
+      thins = thins || layer.thin_seals > 0;
     } while (l < layers_.size() && !begins_group(l));
-    group.seals = !seal_jobs_.empty();
+    group.seals = !seal_jobs_.empty() || thins;
     if (!group.seals) continue;
     if (last == nullptr) planned_.record(stream_.get());
     planned_.make_wait(group.stream.get());
-    seal(seal_jobs_);
+    if (!seal_jobs_.empty()) seal(seal_jobs_);
+    for (size_t of = first; thins && of < l; ++of) seal_thin(layers_[of], seal_group(first));
     group.sealed.record(group.stream.get());
     last = &group;
   }
@@ -269,6 +290,15 @@ SealJob CudaBackend::seal_job(const Layer& layer, cudaStream_t stream) const {
   return seal_job(layer, p, layer.open);
 }
 
+void CudaBackend::seal_thin(const Layer& layer, size_t group) {
+  if (layer.thin_seals == 0) return;
+  kvmix_cuda_seal_params p = seal_job(layer, sealing_[group].stream.get()).params;
+  p.pages = layer.thin_seals;
+  p.open_ids = input<int32_t>(layer.thin_open_ids_at), p.record_ids = input<int32_t>(layer.thin_record_ids_at);
+  seal_thin(layer, p, layer.open, input<int32_t>(layer.thin_ids_at), input<uint8_t>(layer.thin_chosen_at),
+            whole_records_[group]);
+}
+
 SealJob CudaBackend::seal_job(const Layer& layer, kvmix_cuda_seal_params p, const RecordShape& open) const {
   p.key_transform = layer.key_feedback, p.value_transform = layer.value_feedback;
   return {p,
@@ -288,6 +318,8 @@ uint64_t CudaBackend::launch_key() {
     if (shape.launches.size() != 1 || shape.launches.front().tokens != 1) return 0;
     add(shape.launches.front().items);
     add(shape.launches.front().items_at);
+    add(shape.launches.front().thin_items);
+    add(shape.launches.front().thin_items_at);
   }
   for (const Layer& layer : layers_) {
     if (layer.ids.governed) add(layer.dropped_at);
@@ -297,7 +329,7 @@ uint64_t CudaBackend::launch_key() {
   for (const void* memory :
        {static_cast<const void*>(inputs_.device()), static_cast<const void*>(tables_.device(0)),
         static_cast<const void*>(scratch_->queries.data()), static_cast<const void*>(scratch_->outputs.data()),
-        static_cast<const void*>(scratch_->workspace.data())}) {
+        static_cast<const void*>(scratch_->workspace.data()), static_cast<const void*>(channels_.data())}) {
     add(memory);
   }
   add(rows_);
@@ -339,7 +371,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
   if (capture == cudaStreamCaptureStatusActive) {
     // In whatever step that seals it is launched, it waits for the sealing of that one. Layers follow each other.
     if (group.can_seal && seals_ && begins_group(l)) group.sealed.make_wait(stream, cudaEventWaitExternal);
-  } else if (layer.seals > 0 && !plan_->seals_after_append) {
+  } else if (layer.seals + layer.thin_seals > 0 && !plan_->seals_after_append) {
     group.sealed.make_wait(stream);
   }
   append_rows(
@@ -379,11 +411,19 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   p.workspace = scratch_->workspace.data(), p.workspace_bytes = scratch_->workspace.bytes();
   p.stream = stream_.get();
   // A launch leaves its tickets zero and may write behind them.
-  const size_t tickets = workspace_layout(p).ticket_bytes;
+  const size_t tickets = workspace_layout(p, launch.split()).ticket_bytes;
   const bool clears = tickets > scratch_->clean_bytes;
   if (clears) check_cuda(cudaMemsetAsync(scratch_->workspace.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   scratch_->clean_bytes = tickets;
-  cuda::attend(p, {config.sinks, layer.open, !clears});
+  OpenPages open{.sink_slots = config.sinks, .shape = layer.open, .overlapped = !clears};
+  if (launch.split()) open.shared_items = static_cast<int32_t>(launch.all_items());
+  cuda::attend(p, open);
+  if (!launch.split()) return;
+  p.items = input<kvmix_cuda_item>(launch.thin_items_at), p.item_count = static_cast<int32_t>(launch.thin_items);
+  open.overlapped = true;  // what it reads first is older than the launch for the other pages
+  open.key_width = layer.thin.key_width;
+  open.channels = reinterpret_cast<const uint8_t*>(channels_.data()) + layer.channels_at + launch.first * layer.channel_bytes();
+  cuda::attend(p, open);
 }
 
 void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, float* out, int64_t out_stride, Worker worker) {

@@ -41,10 +41,11 @@ size_t side_offset(const PageFormat& format, Side side) {
 }  // namespace
 
 // What a page that is not rows looks like: the same in all layers that have its format.
-RecordShape CudaBackend::shape_of(const PageFormat& format) const {
+ThinShape CudaBackend::shape_of(const PageFormat& format) const {
   for (const Layer& layer : layers_) {
-    if (&formats_[layer.ids.sealed] == &format) return record_shape(layer.format);
-    if (&formats_[layer.ids.recent] == &format) return layer.open;
+    if (&formats_[layer.ids.sealed] == &format) return {record_shape(layer.format)};
+    if (&formats_[layer.ids.recent] == &format) return {layer.open};
+    if (layer.ids.thins && &formats_[layer.ids.thin] == &format) return layer.thin;
   }
   throw Error(Status::kInternal, "a page of a format that no layer has");
 }

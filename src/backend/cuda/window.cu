@@ -69,7 +69,18 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
   const uint8_t* const at = job.table.pages + static_cast<int64_t>(id < 0 ? ~id : id) * static_cast<int64_t>(kPageUnit);
   const bool rows = sink || (id < 0 && !job.open.has_codes());
   const SideShape side = id < 0 ? job.open.key() : job.sealed.key();
-  for (int i = thread; i < count * dim; i += kThreads) {
+  // Channels that were not chosen add nothing.
+  const int width = id < 0 || sink ? 0 : reinterpret_cast<const RecordHeader*>(at)->key_width;
+  if (width > 0) {
+    const uint8_t* const chosen = job.channels + head * width;
+    for (int i = thread; i < count * dim; i += kThreads) keys[i / dim * DotSpace<dim>::row + i % dim] = 0.0f;
+    __syncthreads();
+    for (int i = thread; i < count * width; i += kThreads) {
+      const int token = i / width, column = i % width;
+      keys[token * DotSpace<dim>::row + chosen[column]] = number_of(job.thin.key(), true, at + kHeaderBytes, token, column);
+    }
+  }
+  for (int i = thread; width == 0 && i < count * dim; i += kThreads) {
     const int token = i / dim, channel = i % dim;
     keys[token * DotSpace<dim>::row + channel] =
         rows ? __half2float(reinterpret_cast<const __half*>(at)[i]) : number_of(side, true, at + kHeaderBytes, token, channel);

@@ -30,6 +30,8 @@ struct WindowHead {
 struct ScoreWindow {
   PageTable table;  // of the sequence, [kv_heads][stride]
   RecordShape open, sealed;
+  ThinShape thin;
+  const uint8_t* channels;  // [kv_heads][thin.key_width], as ThinKeys; null where no page is thin
   const WindowHead* heads;  // [kv_heads]
   int kv_heads, heads_per_kv, head_dim;
   const __half* queries;  // as KeepQueries

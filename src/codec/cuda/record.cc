@@ -119,15 +119,16 @@ void unpack_side(const SideShape& side, bool key, const uint8_t* part, uint8_t* 
 
 }  // namespace
 
-void record_from_tiles(const RecordShape& shape, const uint8_t* key_tile, const uint8_t* value_tile, uint8_t* record) {
+void record_from_tiles(const ThinShape& shape, const uint8_t* key_tile, const uint8_t* value_tile, uint8_t* record) {
   std::memset(record, 0, static_cast<size_t>(shape.bytes()));
   RecordHeader header{};
+  header.key_width = shape.key_width;
   pack_side(shape.key(), true, key_tile, record + kHeaderBytes, &header.key_exponent);
   pack_side(shape.value(), false, value_tile, record + shape.key_bytes(), &header.value_exponent);
   std::memcpy(record, &header, sizeof header);
 }
 
-void tiles_from_record(const RecordShape& shape, const uint8_t* record, uint8_t* key_tile, uint8_t* value_tile) {
+void tiles_from_record(const ThinShape& shape, const uint8_t* record, uint8_t* key_tile, uint8_t* value_tile) {
   unpack_side(shape.key(), true, record + kHeaderBytes, key_tile);
   unpack_side(shape.value(), false, record + shape.key_bytes(), value_tile);
 }

@@ -8,7 +8,7 @@
 namespace kvmix::cuda {
 
 // Tiles are of int<bits>.channel.g<key_group>, zero point, and int<bits>.token.g<value_group>, zero point.
-void record_from_tiles(const RecordShape& shape, const uint8_t* key_tile, const uint8_t* value_tile, uint8_t* record);
-void tiles_from_record(const RecordShape& shape, const uint8_t* record, uint8_t* key_tile, uint8_t* value_tile);
+void record_from_tiles(const ThinShape& shape, const uint8_t* key_tile, const uint8_t* value_tile, uint8_t* record);
+void tiles_from_record(const ThinShape& shape, const uint8_t* record, uint8_t* key_tile, uint8_t* value_tile);
 
 }  // namespace kvmix::cuda

@@ -20,7 +20,8 @@
 // Record: 16-byte header | key codes | key scales and midpoints | value codes | value scales and midpoints.
 // Scales and midpoints of a group stand together, in an order that gives a lane those of its fragment with one load: for every
 // 16 of them (channels of keys, tokens otherwise) four lanes' 2 j, 2 j + 1, 2 j + 8, 2 j + 9, scales first. Groups stand in a
-// row. The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e.
+// row. The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e. Keys of chosen channels are
+// a side of fewer columns, whose number the header has.
 //
 // An open page of 8-bit rows is a record too, with scales per token on both sides and nothing in its header: a token's codes
 // and scales have places of their own, so rows are stored one by one. Slots without a token may hold anything there.
@@ -39,7 +40,8 @@ inline constexpr int kHeaderBytes = 16;
 
 struct RecordHeader {
   int32_t key_exponent, value_exponent;
-  int32_t unused[2];
+  int32_t key_width;  // of keys of chosen channels; 0: all are there
+  int32_t unused;
 };
 
 // The header's exponent for the largest scale of a side (finite, not negative).
@@ -157,6 +159,17 @@ struct RecordShape {
   KVMIX_HOST_DEVICE constexpr SideShape value() const { return {head_dim, value_bits, value_group, true}; }
   KVMIX_HOST_DEVICE constexpr int key_groups() const { return key().groups(); }
   KVMIX_HOST_DEVICE constexpr int value_groups() const { return value().groups(); }
+  KVMIX_HOST_DEVICE constexpr int key_bytes() const { return kHeaderBytes + key().bytes(); }
+  KVMIX_HOST_DEVICE constexpr int bytes() const { return key_bytes() + value().bytes(); }
+};
+
+// A record of so many chosen key channels; 0: of all. Apart, since most kernels meet no such record.
+struct ThinShape : RecordShape {
+  int key_width = 0;
+
+  KVMIX_HOST_DEVICE constexpr SideShape key() const {
+    return {key_width > 0 ? key_width : head_dim, key_bits, key_group, key_per_token};
+  }
   KVMIX_HOST_DEVICE constexpr int key_bytes() const { return kHeaderBytes + key().bytes(); }
   KVMIX_HOST_DEVICE constexpr int bytes() const { return key_bytes() + value().bytes(); }
 };
