@@ -1,9 +1,10 @@
-// Caches whose sequences choose channels of their keys.
+// Caches whose sequences choose channels of their keys, on every device.
 #include <unistd.h>
 
 #include <filesystem>
 #include <numeric>
 
+#include "backend/cuda/layer_format.h"
 #include "base/fp16.h"
 #include "rows/row_map.h"
 #include "support/policy_fixture.h"
@@ -45,6 +46,9 @@ CacheConfig three_layers(const PolicySpec& channels, const CodecSpec& recent = {
   return config;
 }
 
+class Channels : public testing::OnDevice {};
+INSTANTIATE_TEST_SUITE_P(Devices, Channels, ::testing::ValuesIn(testing::kDevices), testing::device_name);
+
 void decode(Cache& cache, SequenceId id, const Rows& rows, int first, int n, Rows* last = nullptr) {
   for (int t = first; t < first + n; ++t) {
     Rows row = part(rows, cache.config().layers[0], t, 1);
@@ -53,9 +57,9 @@ void decode(Cache& cache, SequenceId id, const Rows& rows, int first, int n, Row
   }
 }
 
-TEST(Channels, AllOfThemIsTheDenseCacheToTheBit) {
+TEST_P(Channels, AllOfThemIsTheDenseCacheToTheBit) {
   std::mt19937 random(1);
-  CacheConfig dense = three_layers(think(1));
+  CacheConfig dense = here(three_layers(think(1)));
   Cache cache(dense);
   dense.channels.reset();
   Cache other(dense);
@@ -71,10 +75,10 @@ TEST(Channels, AllOfThemIsTheDenseCacheToTheBit) {
 }
 
 // Bytes by the allocator are the formula's at every length, and are fewer.
-TEST(Channels, BytesFall) {
+TEST_P(Channels, BytesFall) {
   for (const CodecSpec& recent : kRecents) {
     std::mt19937 random(2);
-    const CacheConfig config = three_layers(think(0.5), recent);
+    const CacheConfig config = here(three_layers(think(0.5), recent));
     CacheConfig dense = config;
     dense.channels.reset();
     for (const int prompt : {70, 85, 300, 700}) {
@@ -105,11 +109,11 @@ TEST(Channels, BytesFall) {
 }
 
 // Query heads share their KV head's pages.
-TEST(Channels, MoreQueryHeadsTakeNoMoreBytes) {
+TEST_P(Channels, MoreQueryHeadsTakeNoMoreBytes) {
   size_t bytes = 0;
   for (const int q_heads : {2, 8}) {
     std::mt19937 random(3);
-    CacheConfig config = testing::one_layer(make_layer(q_heads, 2, 64, key_codec(2), value_codec(2), 0, 0));
+    CacheConfig config = here(testing::one_layer(make_layer(q_heads, 2, 64, key_codec(2), value_codec(2), 0, 0)));
     config.channels = think();
     Cache cache(config);
     const SequenceId id = cache.create();
@@ -120,20 +124,24 @@ TEST(Channels, MoreQueryHeadsTakeNoMoreBytes) {
       EXPECT_EQ(cache.memory().sealed_bytes, bytes);
     }
     bytes = cache.memory().sealed_bytes;
-    EXPECT_EQ(bytes, 2u * 4 * (tile_bytes(key_codec(2), 32) + tile_bytes(value_codec(2), 64)));
+    const size_t page = on_cpu() ? tile_bytes(key_codec(2), 32) + tile_bytes(value_codec(2), 64)
+                                 : cuda::record_bytes(cuda::thin_shape(config.layers[0], 32, "a layer"));
+    EXPECT_EQ(bytes, 2u * 4 * page);
   }
 }
 
 // Logits of old tokens are those of all channels less what the others add; newer ones are whole. Rows of 16 bits.
-TEST(Channels, AttentionIsThatOfTheChosenChannels) {
+TEST_P(Channels, AttentionIsThatOfTheChosenChannels) {
   std::mt19937 random(4);
   for (const char* kernel : {"portable", ""}) {
-    CacheConfig config = testing::one_layer(make_layer(4, 2, 64, CodecSpec{}, CodecSpec{}, 16, 64));
+    if (!on_cpu() && *kernel != '\0') continue;
+    CacheConfig config = here(testing::one_layer(make_layer(4, 2, 64, CodecSpec{}, CodecSpec{}, 16, 64)));
     config.channels = think(0.75);
     config.kernel = kernel;
     Cache cache(config);
     const SequenceId id = cache.create();
-    const Rows rows = random_rows(config.layers[0], 500, random);
+    Rows rows = random_rows(config.layers[0], 500, random);
+    testing::round_queries(rows);
     feed(cache, id, rows, 450, 450);
     Rows last;
     decode(cache, id, rows, 450, 50, &last);
@@ -158,11 +166,11 @@ TEST(Channels, AttentionIsThatOfTheChosenChannels) {
 }
 
 // What attention computes is attention over what the cache says that it holds, in every width, and after pages are reopened.
-TEST(Channels, AttentionIsOverWhatIsStored) {
+TEST_P(Channels, AttentionIsOverWhatIsStored) {
   for (const bool packed : {false, true}) {
     for (const CodecSpec& recent : kRecents) {
       std::mt19937 random(5);
-      CacheConfig config = three_layers(think(), recent, packed);
+      CacheConfig config = here(three_layers(think(), recent, packed));
       config.layers[1].sliding_window = 4096;  // frees nothing that the cut needs
       config.layers[2].key.transform.hadamard = true;
       config.exact = true;
@@ -195,9 +203,9 @@ TEST(Channels, AttentionIsOverWhatIsStored) {
   }
 }
 
-TEST(Channels, ChunksOfAPromptChangeNothing) {
+TEST_P(Channels, ChunksOfAPromptChangeNothing) {
   std::mt19937 random(6);
-  const CacheConfig config = three_layers(think(), kRecents.back());
+  const CacheConfig config = here(three_layers(think(), kRecents.back()));
   const Rows rows = random_rows(config.layers[0], 800, random);
   std::vector<float> expected;
   for (const int chunk : {700, 128, 31}) {
@@ -211,9 +219,9 @@ TEST(Channels, ChunksOfAPromptChangeNothing) {
 }
 
 // Scaling a channel of keys against queries, and queries before the window, change no choice.
-TEST(Channels, TheChoiceIsInvariant) {
+TEST_P(Channels, TheChoiceIsInvariant) {
   std::mt19937 random(7);
-  const CacheConfig config = testing::one_layer(make_layer(4, 2, 64, key_codec(4), value_codec(3), 16, 64));
+  const CacheConfig config = here(testing::one_layer(make_layer(4, 2, 64, key_codec(4), value_codec(3), 16, 64)));
   CacheConfig thin = config;
   thin.channels = think();
   const Rows rows = random_rows(config.layers[0], 300, random);
@@ -227,7 +235,7 @@ TEST(Channels, TheChoiceIsInvariant) {
   const auto expected = chosen(rows);
   ASSERT_EQ(expected[0].size(), 32u);
   EXPECT_NE(expected[0], expected[1]);
-  for (const float factor : {0.01f, 100.0f}) {
+  for (const float factor : {0.0078125f, 128.0f}) {  // which fp16 multiplies by exactly
     for (const size_t channel : {3u, 4u, 60u}) {
       Rows scaled = rows;
       for (size_t i = channel; i < scaled.k.size(); i += 64) scaled.k[i] *= factor;
@@ -243,9 +251,9 @@ TEST(Channels, TheChoiceIsInvariant) {
   EXPECT_NE(chosen(other), expected);
 }
 
-TEST(Channels, ForksShareTheChoiceAndThePages) {
+TEST_P(Channels, ForksShareTheChoiceAndThePages) {
   std::mt19937 random(8);
-  CacheConfig config = three_layers(think(), {}, true);
+  CacheConfig config = here(three_layers(think(), {}, true));
   config.exact = true;
   Cache cache(config);
   const Rows rows = random_rows(config.layers[0], 900, random);
@@ -266,9 +274,9 @@ TEST(Channels, ForksShareTheChoiceAndThePages) {
 }
 
 // Sequences that part before channels were chosen choose for themselves; what they share is whole.
-TEST(Channels, ForksOfAPromptChooseForThemselves) {
+TEST_P(Channels, ForksOfAPromptChooseForThemselves) {
   std::mt19937 random(9);
-  CacheConfig config = three_layers(think(), {}, true);
+  CacheConfig config = here(three_layers(think(), {}, true));
   config.exact = true;
   Cache cache(config);
   const Rows rows = random_rows(config.layers[0], 900, random);
@@ -289,9 +297,9 @@ TEST(Channels, ForksOfAPromptChooseForThemselves) {
 }
 
 // Without a prompt there is nothing to choose by: pages keep all channels, until one ends.
-TEST(Channels, SequencesWithoutAPromptKeepAll) {
+TEST_P(Channels, SequencesWithoutAPromptKeepAll) {
   std::mt19937 random(10);
-  CacheConfig config = three_layers(think(), {}, true);
+  CacheConfig config = here(three_layers(think(), {}, true));
   config.exact = true;
   CacheConfig dense = config;
   dense.channels.reset();
@@ -308,12 +316,12 @@ TEST(Channels, SequencesWithoutAPromptKeepAll) {
   EXPECT_LT(error_over_kept(cache, id, last, 2), 1e-2);
 }
 
-TEST(Channels, SavedAndLoaded) {
+TEST_P(Channels, SavedAndLoaded) {
   std::mt19937 random(11);
   const auto path = (std::filesystem::temp_directory_path() / ("kvmix_channels_" + std::to_string(getpid()))).string();
   for (const bool tokens : {false, true}) {
-    CacheConfig config = three_layers(think(), kRecents.back());
-    if (tokens) config.tokens = PolicySpec{"h2o", {{"keep", 0.5}}};
+    CacheConfig config = here(three_layers(think(), kRecents.back()));
+    if (tokens) config.tokens = PolicySpec{on_cpu() ? "h2o" : "snapkv", {{"keep", 0.5}}};
     Cache cache(config);
     const Rows rows = random_rows(config.layers[0], 900, random);
     const SequenceId id = cache.create();
@@ -342,10 +350,10 @@ TEST(Channels, SavedAndLoaded) {
 }
 
 // Every token policy that has no tier of its own: what stays is what attention sees, and bytes are the formula's.
-TEST(Channels, ComposeWithTokenPolicies) {
+TEST_P(Channels, ComposeWithTokenPolicies) {
   int run = 0;
-  for (const PolicySpec& spec : running_policies()) {
-    CacheConfig config = three_layers(think(), {}, true);
+  for (const PolicySpec& spec : running_policies(testing::kThreadsWatched, GetParam())) {
+    CacheConfig config = here(three_layers(think(), {}, true));
     config.tokens = spec;
     config.exact = true;
     std::mt19937 random(12);
@@ -382,10 +390,10 @@ TEST(Channels, ComposeWithTokenPolicies) {
     decode(again, prompt, rows, 900, 1);
     EXPECT_LT(used_bytes(again), used_bytes(whole)) << to_string(spec);
   }
-  EXPECT_GE(run, testing::kThreadsWatched ? 5 : 8);
+  EXPECT_GE(run, testing::kThreadsWatched || !on_cpu() ? 5 : 8);
 }
 
-TEST(Channels, RefusedByName) {
+TEST(ChannelErrors, RefusedByName) {
   const auto message = [](const CacheConfig& config) -> std::string {
     try {
       Cache cache(config);
@@ -405,9 +413,11 @@ TEST(Channels, RefusedByName) {
             "channel policy think: every layer has a sliding window, whose keys keep all channels; leave the policy out");
   config = three_layers(think());
   config.device = "cuda";
-  EXPECT_EQ(message(config),
-            "cache: channel policy think does not run on the device \"cuda\"; take a plan without "
-            "\"channels\", or the device \"cpu\"");
+  config.layers[2].key.codec = {4, Axis::kToken, 64, Fit::kMinMax, true};
+  EXPECT_EQ(
+      message(config),
+      "channel policy think: layer 2 keys: channels of int4.token.g64.minmax.zero share scales, so that on the device \"cuda\" "
+      "none can be left out; take scales per channel, leave \"channels\" out, or take the device \"cpu\"");
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@
 #include "rows/scale.h"
 #include "support/cache_fixture.h"
 #include "support/devices.h"
+#include "support/policy_fixture.h"
 
 namespace kvmix {
 namespace {
@@ -35,6 +37,8 @@ class CudaCache : public ::testing::Test {
  protected:
   void SetUp() override { testing::has_device("cuda"); }
 };
+
+int test_threads() { return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 6u)); }
 
 void add_random(std::vector<float>& to, size_t n, float least, float most, std::mt19937& random) {
   std::uniform_real_distribution<float> number(least, most);
@@ -76,6 +80,34 @@ std::vector<LayerConfig> every_kind() {
   layers.push_back(capped);
   layers.push_back(make_layer(16, 1, 128, CodecSpec{}, CodecSpec{}, 1, 128));
   const int groups[] = {64, 32, 64, 0, 128, 32};
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (groups[l] != 0) layers[l].recent = {8, Axis::kToken, groups[l], Fit::kMinMax, true};
+  }
+  return layers;
+}
+
+// Layers that keep a part of their keys' channels: every head_dim and kind of sides, few and many query heads, recent rows of
+// both kinds, windows fixed, none and by ratio; and one that keeps all. Queries stand as they come, so that both devices choose
+// by the same numbers.
+std::vector<LayerConfig> every_thin_kind() {
+  std::vector<LayerConfig> layers;
+  LayerConfig turned = make_layer(8, 2, 128, key_codec(2), value_codec(2));
+  turned.value.transform.hadamard = true;
+  layers.push_back(turned);
+  layers.push_back(make_layer(4, 4, 64, key_codec(4, 64, Fit::kMinMax), value_codec(3, 128, Fit::kLeastSquares), 0, 0));
+  LayerConfig sliding = make_layer(14, 2, 64, CodecSpec{}, value_codec(4), 4, 64);
+  sliding.sliding_window = 300;
+  layers.push_back(sliding);
+  LayerConfig dense = make_layer(6, 1, 96, key_codec(8, 32), value_codec(8, 32), 16, 0);
+  dense.window.ratio_key = dense.window.ratio_value = 0.3f;
+  layers.push_back(dense);
+  LayerConfig capped = make_layer(2, 1, 256, key_codec(1, 128, Fit::kMinMax), value_codec(3, 32), 128, 128);
+  capped.softcap = 30.0f;
+  layers.push_back(capped);
+  layers.push_back(make_layer(16, 1, 128, CodecSpec{}, CodecSpec{}, 1, 128));
+  layers.push_back(make_layer(12, 1, 64, key_codec(3, 32), CodecSpec{}, 3, 40));
+  layers.push_back(make_layer(2, 2, 128, CodecSpec{}, value_codec(4), 16, 64));
+  const int groups[] = {64, 32, 64, 0, 128, 32, 64, 0};
   for (size_t l = 0; l < layers.size(); ++l) {
     if (groups[l] != 0) layers[l].recent = {8, Axis::kToken, groups[l], Fit::kMinMax, true};
   }
@@ -167,19 +199,24 @@ struct PoolLook {
 // Two caches, and the same rows into both.
 class Pair {
  public:
-  Pair(const std::vector<LayerConfig>& layers, size_t device_limit, int threads)
-      : cpu(cpu_config(layers, threads)), cuda(cuda_config(layers, device_limit)), bounds_(cpu.config().layers) {}
+  using Channels = std::optional<PolicySpec>;
+  Pair(const std::vector<LayerConfig>& layers, size_t device_limit, int threads, const Channels& channels = {})
+      : cpu(cpu_config(layers, threads, channels)),
+        cuda(cuda_config(layers, device_limit, channels)),
+        bounds_(cpu.config().layers) {}
 
-  static CacheConfig cpu_config(const std::vector<LayerConfig>& layers, int threads) {
+  static CacheConfig cpu_config(const std::vector<LayerConfig>& layers, int threads, const Channels& channels = {}) {
     CacheConfig config;
     config.layers = layers;
+    config.channels = channels;
     config.threads = threads;
     config.kernel = "portable";
     return config;
   }
-  static CacheConfig cuda_config(const std::vector<LayerConfig>& layers, size_t limit) {
+  static CacheConfig cuda_config(const std::vector<LayerConfig>& layers, size_t limit, const Channels& channels = {}) {
     CacheConfig config;
     config.layers = layers;
+    config.channels = channels;
     config.device = "cuda";
     config.max_bytes = limit;
     return config;
@@ -199,6 +236,7 @@ class Pair {
     for (size_t l = 0; l < cpu.config().layers.size(); ++l) {
       const LayerConfig& layer = cpu.config().layers[l];
       Rows rows = random_rows(layer, n, random);
+      if (cpu.config().channels) testing::round_queries(rows);
       bounds_.see(l, rows, n);
       testing::run_layer(cpu, static_cast<int>(l), rows, cpu.config().threads);
       const std::vector<float> expected = rows.out;
@@ -232,6 +270,7 @@ class Pair {
   void compare_stored(SequenceId id) const {
     for (size_t l = 0; l < cpu.config().layers.size(); ++l) {
       const LayerConfig& layer = cpu.config().layers[l];
+      ASSERT_EQ(cuda.channels(id, static_cast<int>(l)), cpu.channels(id, static_cast<int>(l))) << "layer " << l;
       std::vector<float> a(static_cast<size_t>(cpu.length(id) * layer.head_dim)), b(a.size());
       for (int h = 0; h < layer.kv_heads; ++h) {
         for (const Side side : {Side::kKey, Side::kValue}) {
@@ -255,12 +294,9 @@ class Pair {
   Bounds bounds_;
 };
 
-TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
-  const char* const asked = std::getenv("KVMIX_TEST_STEPS");
-  const int steps = asked == nullptr ? 2000 : std::atoi(asked);
-  const std::vector<LayerConfig> layers = every_kind();
+void anything_in_any_order(const std::vector<LayerConfig>& layers, int steps, const Pair::Channels& channels = {}) {
   constexpr size_t kLimit = size_t{48} << 20;
-  Pair both(layers, kLimit, static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 6u)));
+  Pair both(layers, kLimit, test_threads(), channels);
   std::mt19937 random(11);
   const auto chance = [&](unsigned of) { return random() % of == 0; };
   int refused = 0, forks = 0, cuts = 0, removed = 0, aborted = 0;
@@ -328,13 +364,13 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
       remove(any());
       continue;
     }
-    if (HasFatalFailure()) FAIL() << "in step " << i;
+    if (::testing::Test::HasFatalFailure()) FAIL() << "in step " << i;
     for (const StepItem& item : items) {
       tokens += item.n_tokens;
       ASSERT_EQ(both.cuda.length(item.sequence), both.cpu.length(item.sequence));
     }
     if (i % 40 == 0) both.compare_stored(items.front().sequence);
-    if (HasFatalFailure()) FAIL() << "in step " << i;
+    if (::testing::Test::HasFatalFailure()) FAIL() << "in step " << i;
     const MemoryReport m = both.cuda.memory();
     ASSERT_LE(m.sealed_bytes + m.open_bytes + m.sink_bytes, kLimit);
   }
@@ -350,6 +386,19 @@ TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) {
   }
   for (const SequenceId id : both.cuda.sequences()) both.cuda.remove(id);
   EXPECT_EQ(both.cuda.memory().total_bytes, 0u) << "a page leaks";
+}
+
+int steps_asked(int otherwise) {
+  const char* const asked = std::getenv("KVMIX_TEST_STEPS");
+  return asked == nullptr ? otherwise : std::atoi(asked);
+}
+TEST_F(CudaCache, AnythingInAnyOrderIsWhatTheCpuGives) { anything_in_any_order(every_kind(), steps_asked(2000)); }
+// Multiples of 16 channels, from half of them to seven eighths.
+TEST_F(CudaCache, AnythingInAnyOrderWithChosenChannels) {
+  for (const double keep : {0.5, 0.6, 0.8}) {
+    anything_in_any_order(every_thin_kind(), steps_asked(500), PolicySpec{"think", {{"keep", keep}}});
+    if (HasFatalFailure()) FAIL() << "keeping " << keep;
+  }
 }
 
 std::string bytes_of(const std::string& path) {
@@ -418,8 +467,7 @@ TEST_F(CudaCache, RowsWithFeedbackAreTheCpus) {
 }
 
 TEST_F(CudaCache, PromptsLongEnoughForEveryKernelEqualTheCpu) {
-  std::vector<LayerConfig> layers = every_kind();
-  Pair both(layers, 0, static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 2u, 6u)));
+  Pair both(every_kind(), 0, test_threads());
   std::mt19937 random(6);
   const SequenceId a = both.cpu.create(), b = both.cpu.create(), c = both.cpu.create();
   for (int i = 0; i < 3; ++i) both.cuda.create();
@@ -431,13 +479,51 @@ TEST_F(CudaCache, PromptsLongEnoughForEveryKernelEqualTheCpu) {
               std::sqrt(both.errors / both.sizes));
 }
 
+// Chunks of every length over lists whose old pages hold chosen channels: few query rows, up to 64, and more, whose kernels are
+// others where no list has such pages.
+TEST_F(CudaCache, ChosenChannelsMeetEveryKernel) {
+  for (const double keep : {0.5, 0.75}) {
+    Pair both(every_thin_kind(), 0, test_threads(), PolicySpec{"think", {{"keep", keep}}});
+    std::mt19937 random(7);
+    const SequenceId a = both.cpu.create(), b = both.cpu.create();
+    for (int i = 0; i < 2; ++i) both.cuda.create();
+    ASSERT_TRUE(both.step({{a, 900}, {b, 33}}, random));
+    ASSERT_TRUE(both.step({{a, 1}, {b, 1}}, random));
+    for (const int n : {2, 4, 7, 16, 33, 130, 600}) {
+      ASSERT_TRUE(both.step({{b, n}, {a, n}}, random));
+      if (HasFatalFailure()) FAIL() << n << " tokens";
+    }
+    ASSERT_TRUE(both.step({{b, 1}, {a, 1}}, random));
+    for (const SequenceId id : {a, b}) both.compare_stored(id);
+    std::printf("  largest error %.3g of the bound, relative error of all outputs %.3g\n", both.worst_share,
+                std::sqrt(both.errors / both.sizes));
+    EXPECT_LT(std::sqrt(both.errors / both.sizes), 1e-3);
+  }
+}
+
+// Lists of 200 pages, which few blocks would take long for: their pieces are many, up to what 64 query rows leave room for.
+TEST_F(CudaCache, LongListsOfChosenChannels) {
+  CacheConfig config = testing::one_layer(make_layer(4, 1, 64, key_codec(4), value_codec(4)));
+  config.layers.push_back(make_layer(4, 1, 64, CodecSpec{}, CodecSpec{}));
+  config.channels = PolicySpec{"think", {}};
+  config.device = "cuda";
+  Cache cache(config);
+  std::mt19937 random(10);
+  const SequenceId id = cache.create();
+  testing::feed(cache, id, random_rows(config.layers[0], 25600, random), 25600, 5000);
+  for (const int n : {1, 3, 16, 1, 100}) {
+    Rows rows = random_rows(config.layers[0], n, random);
+    testing::step(cache, {{id, n}}, rows);
+    EXPECT_LT(testing::error_over_kept(cache, id, rows, 1), 0.02) << n << " tokens";
+  }
+}
+
 // Rows in device memory, and a decode step captured once, its rows stored beside the stream: replayed in later steps that begin
 // no page and seal none, it gives what queueing anew gives.
-TEST_F(CudaCache, ACapturedStepIsReplayed) {
-  const std::vector<LayerConfig> layers = every_kind();
+void replay(const std::vector<LayerConfig>& layers, const Pair::Channels& channels = {}) {
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
-  CacheConfig config = Pair::cuda_config(layers, 0);
+  CacheConfig config = Pair::cuda_config(layers, 0, channels);
   config.device_rows = true, config.stream = stream;
   std::mt19937 random(8);
   constexpr int kSequences = 3, kPrompt = 500;
@@ -523,6 +609,8 @@ TEST_F(CudaCache, ACapturedStepIsReplayed) {
   }
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
 }
+TEST_F(CudaCache, ACapturedStepIsReplayed) { replay(every_kind()); }
+TEST_F(CudaCache, ACapturedStepIsReplayedWithChosenChannels) { replay(every_thin_kind(), PolicySpec{"think", {}}); }
 
 TEST_F(CudaCache, WhatTheDeviceLacksIsNamed) {
   const auto refused = [](const LayerConfig& layer) {

@@ -210,6 +210,43 @@ TEST_P(DeviceEngine, APolicyKeepsTheTokensThatItKeepsOnTheCpu) {
   }
 }
 
+// Prompts read in chunks, a second one behind the choice, and decoding by captured launches. What is chosen is what queries
+// that are rounded to fp16 say, so that channels next to each other in importance may change places.
+TEST_P(DeviceEngine, ChannelsAreChosenAsOnTheCpu) {
+  const size_t lengths[] = {600, 450};
+  const auto batch = [&](const char* device) {
+    EngineOptions options;
+    options.device = device;
+    if (options.device == "cpu") options.kernel = "portable";
+    options.threads = 2;
+    Plan thin = plan(4);
+    thin.channels = PolicySpec{"think", {{"keep", 0.75}}};
+    return Batch(std::make_unique<Engine>(model_, thin, options), tokens_, lengths);
+  };
+  Batch cpu = batch("cpu"), cuda = batch("cuda");
+  for (size_t s = 0; s < cpu.ids.size(); ++s) {
+    for (int l = 0; l < static_cast<int>(model_->shape().layers.size()); ++l) {
+      const auto ours = cuda.engine->cache().channels(cuda.ids[s], l), theirs = cpu.engine->cache().channels(cpu.ids[s], l);
+      ASSERT_EQ(ours.size(), theirs.size());
+      for (size_t h = 0; h < theirs.size(); ++h) {
+        std::vector<int> apart;
+        std::set_symmetric_difference(ours[h].begin(), ours[h].end(), theirs[h].begin(), theirs[h].end(),
+                                      std::back_inserter(apart));
+        EXPECT_EQ(ours[h].size(), theirs[h].size());
+        EXPECT_LE(apart.size(), 4u) << "layer " << l << ", KV head " << h;
+      }
+    }
+  }
+  for (int i = 0; i < 200; ++i) {  // past a sealed page
+    const auto at = static_cast<size_t>(600 + i % 200);
+    const size_t n = i == 30 ? 70 : 1;
+    const std::span<const Token> next[] = {std::span(tokens_).subspan(at, 1), std::span(tokens_).subspan(at, n)};
+    const auto a = cpu.step(next), b = cuda.step(next);
+    if (i % 20 != 19) continue;
+    EXPECT_LT(mean_divergence(a, b), 0.02) << "token " << i;
+  }
+}
+
 TEST_P(DeviceEngine, ACacheMovesToTheCpu) {
   const auto cpu = engine("cpu", 4), cuda = engine("cuda", 4);
   const SequenceId id = cuda->cache().create();
