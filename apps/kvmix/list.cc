@@ -54,15 +54,16 @@ int list_cuda(const Common& common) {
   } catch (const Error& e) {
     none = e.what();
   }
-  std::vector<std::string> here;  // token policies, with their defaults
+  std::vector<std::string> here, channels;  // policies, with their defaults
   for (const PolicyInfo& policy : policies()) {
     if (!counts_or_tiers({policy.name, {}})) here.push_back(policy.name);
   }
+  for (const PolicyInfo& policy : channel_policies()) channels.push_back(policy.name);
   const auto capability = [](const CudaDevice& d) { return fmt::format("{}.{}", d.capability / 10, d.capability % 10); };
   if (common.json) {
-    nlohmann::json json = {
-        {"architectures", support.architectures}, {"bits", support.bits},   {"groups", support.groups},
-        {"head_dims", support.head_dims},         {"token_policies", here}, {"devices", nlohmann::json::array()}};
+    nlohmann::json json = {{"architectures", support.architectures}, {"bits", support.bits},   {"groups", support.groups},
+                           {"head_dims", support.head_dims},         {"token_policies", here}, {"channel_policies", channels},
+                           {"devices", nlohmann::json::array()}};
     if (!none.empty()) json["no_device"] = none;
     for (const CudaDevice& d : devices) {
       json["devices"].push_back({{"name", d.name},
@@ -87,7 +88,8 @@ int list_cuda(const Common& common) {
   fmt::print("groups               {}\n", support.groups);
   fmt::print("head_dim             {}\n", support.head_dims);
   fmt::print("token policies       {}\n", fmt::join(here, ", "));
-  fmt::print("not on a GPU         other token policies, channel policies, ranks, other codecs, the exact kernel\n\n");
+  fmt::print("channel policies     {}, of keys with scales per channel\n", fmt::join(channels, ", "));
+  fmt::print("not on a GPU         other token policies, ranks, other codecs, the exact kernel\n\n");
   fmt::print("what older and newer GPUs lack\n");
   fmt::print("  {:<18} {}\n", "9.0 (H100, H200)", "nothing: where all was measured");
   fmt::print("  {:<18} {}\n", "8.0 (A100)",
