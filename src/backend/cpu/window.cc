@@ -173,10 +173,11 @@ std::vector<float> CpuBackend::key_squares(int layer, std::span<const KeySquares
   parallel_for(std::clamp(static_cast<int>(lists.size()), 1, static_cast<int>(threads_.size())), lists.size(), [&](size_t i) {
     float* const sums = means.data() + i * width;
     std::span<const int32_t> dropped = lists[i].dropped;
-    std::vector<float> rows;
+    std::vector<float> rows, of_page(width);  // page by page, as the device adds
     int32_t token = 0;
     size_t stay = 0;
     for (const PageEntry& page : lists[i].list->pages) {
+      std::fill(of_page.begin(), of_page.end(), 0.0f);
       rows.resize(static_cast<size_t>(page.live) * width);
       read(page, Side::kKey, rows.data());
       for (size_t slot = 0; slot < static_cast<size_t>(page.live); ++slot, ++token) {
@@ -185,8 +186,9 @@ std::vector<float> CpuBackend::key_squares(int layer, std::span<const KeySquares
           continue;
         }
         ++stay;
-        for (size_t c = 0; c < width; ++c) sums[c] += rows[slot * width + c] * rows[slot * width + c];
+        for (size_t c = 0; c < width; ++c) of_page[c] += rows[slot * width + c] * rows[slot * width + c];
       }
+      for (size_t c = 0; c < width; ++c) sums[c] += of_page[c];
     }
     for (size_t c = 0; c < width; ++c) sums[c] /= static_cast<float>(std::max<size_t>(stay, 1));
   });

@@ -1,4 +1,5 @@
-// A thread block a record, a thread the words of a lane of a block of codes.
+// A thread block a record, a thread the words of a lane of a block of codes. Compiled without fused multiply-adds: squares are
+// added as on the CPU, so that both devices choose the same channels.
 #include "backend/cuda/channels.h"
 #include "backend/cuda/gather.h"
 #include "backend/cuda/layer_format.h"
