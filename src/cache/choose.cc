@@ -7,7 +7,9 @@ namespace kvmix {
 
 void Cache::Impl::choose_channels(SequenceId id, size_t layer, std::span<const Ledger::Regroup> dropped) {
   const LayerConfig& shape = config.layers[layer];
-  std::vector<PageList>& heads = ledger.find(id).layers[layer].heads;
+  SequencePages& sequence = ledger.find(id);
+  sequence.quiet_until = 0;  // lists that kept all their rows as they are have pages to seal from here on
+  std::vector<PageList>& heads = sequence.layers[layer].heads;
   const auto width = static_cast<size_t>(shape.head_dim), kept = static_cast<size_t>(governed.thin[layer].key.width);
   std::vector<size_t> open;
   for (size_t h = 0; h < heads.size(); ++h) {
