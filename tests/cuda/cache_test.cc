@@ -252,6 +252,7 @@ class Pair {
   void compare(size_t l, const Rows& rows, const std::vector<float>& expected, int n) {
     const LayerConfig& layer = cpu.config().layers[l];
     const auto dim = static_cast<size_t>(layer.head_dim), heads = static_cast<size_t>(layer.q_heads);
+    if (::testing::Test::HasFatalFailure()) return;
     for (size_t i = 0; i < static_cast<size_t>(n) * heads; ++i) {
       double error = 0, size = 0;
       for (size_t c = i * dim; c < (i + 1) * dim; ++c) {
@@ -283,6 +284,39 @@ class Pair {
           }
         }
       }
+    }
+  }
+
+  // What of a sequence differs: choices, lists, and stored numbers of every side.
+  void print_differences(SequenceId id) const {
+    std::printf("  sequence %lld of %lld tokens\n", static_cast<long long>(id), static_cast<long long>(cpu.length(id)));
+    for (size_t l = 0; l < cpu.config().layers.size(); ++l) {
+      const LayerConfig& layer = cpu.config().layers[l];
+      const int at = static_cast<int>(l);
+      const auto dim = static_cast<size_t>(layer.head_dim);
+      const Cache::TailReport a = cpu.tail(id, at), b = cuda.tail(id, at);
+      std::printf("    layer %d: sinks %lld, sealed %lld (cuda %lld), recent %lld (cuda %lld)%s", at,
+                  static_cast<long long>(a.sinks), static_cast<long long>(a.sealed), static_cast<long long>(b.sealed),
+                  static_cast<long long>(a.window), static_cast<long long>(b.window),
+                  cpu.channels(id, at) == cuda.channels(id, at) ? "" : ", CHOICES DIFFER");
+      std::vector<float> x(static_cast<size_t>(cpu.length(id)) * dim), y(x.size());
+      for (int h = 0; h < layer.kv_heads; ++h) {
+        for (const Side side : {Side::kKey, Side::kValue}) {
+          cpu.read(id, at, h, side, false, x.data());
+          cuda.read(id, at, h, side, false, y.data());
+          size_t differ = 0, first = 0;
+          float most = 0;
+          for (size_t i = x.size(); i-- > 0;) {
+            if (x[i] == y[i] || (std::isnan(x[i]) && std::isnan(y[i]))) continue;
+            ++differ, first = i, most = std::max(most, std::abs(x[i] - y[i]));
+          }
+          if (differ == 0) continue;
+          std::printf("; head %d %s: %zu differ, by %g at most, first at position %zu channel %zu: %g, cuda %g", h,
+                      side == Side::kKey ? "keys" : "values", differ, static_cast<double>(most), first / dim, first % dim,
+                      static_cast<double>(x[first]), static_cast<double>(y[first]));
+        }
+      }
+      std::printf("\n");
     }
   }
 
@@ -326,6 +360,11 @@ void anything_in_any_order(const std::vector<LayerConfig>& layers, int steps, co
         try {
           both.cuda.truncate(id, std::max<int64_t>(keep, 0));
           ++cuts;
+          both.compare_stored(id);
+          if (::testing::Test::HasFatalFailure()) {
+            both.print_differences(id);
+            FAIL() << "cut in step " << i;
+          }
         } catch (const Error& e) {  // the sequences differ now
           ASSERT_EQ(e.status(), Status::kOutOfMemory) << e.what();
           ++refused;
@@ -364,7 +403,10 @@ void anything_in_any_order(const std::vector<LayerConfig>& layers, int steps, co
       remove(any());
       continue;
     }
-    if (::testing::Test::HasFatalFailure()) FAIL() << "in step " << i;
+    if (::testing::Test::HasFatalFailure()) {
+      for (const StepItem& item : items) std::printf("  %d tokens:\n", item.n_tokens), both.print_differences(item.sequence);
+      FAIL() << "in step " << i;
+    }
     for (const StepItem& item : items) {
       tokens += item.n_tokens;
       ASSERT_EQ(both.cuda.length(item.sequence), both.cpu.length(item.sequence));
@@ -498,6 +540,33 @@ TEST_F(CudaCache, ChosenChannelsMeetEveryKernel) {
     std::printf("  largest error %.3g of the bound, relative error of all outputs %.3g\n", both.worst_share,
                 std::sqrt(both.errors / both.sizes));
     EXPECT_LT(std::sqrt(both.errors / both.sizes), 1e-3);
+  }
+}
+
+// A cut opens a page of chosen channels again: its rows are the CPU's, and what attends to them gives the same.
+TEST_F(CudaCache, PagesOfChosenChannelsAreOpenedAgain) {
+  std::vector<LayerConfig> layers = every_thin_kind();
+  for (LayerConfig& layer : layers)
+    layer.sliding_window = layer.sliding_window > 0 ? 4096 : 0;  // frees nothing that a cut needs
+  for (const double keep : {0.5, 0.75}) {
+    Pair both(layers, 0, test_threads(), PolicySpec{"think", {{"keep", keep}}});
+    std::mt19937 random(12);
+    const SequenceId id = both.cpu.create();
+    ASSERT_EQ(both.cuda.create(), id);
+    ASSERT_TRUE(both.step({{id, 500}}, random));
+    for (int i = 0; i < 3; ++i) ASSERT_TRUE(both.step({{id, 1}}, random));
+    for (const int64_t length : {340, 216, 150}) {
+      both.cpu.truncate(id, length), both.cuda.truncate(id, length);
+      both.compare_stored(id);
+      for (const int n : {1, 1, 1, 40}) {
+        ASSERT_TRUE(both.step({{id, n}}, random));
+        if (HasFatalFailure()) {
+          both.print_differences(id);
+          FAIL() << "keeping " << keep << ", cut to " << length;
+        }
+      }
+      std::printf("  largest error %.3g of the bound\n", both.worst_share);
+    }
   }
 }
 
