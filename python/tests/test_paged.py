@@ -89,7 +89,7 @@ def test_what_cannot_work_is_refused(device):
     refused(kvmix.InvalidArgumentError, "layer is 2", layer=2)
     refused(kvmix.InvalidArgumentError, "query has shape", query=q[:9].to(device))
     refused(kvmix.InvalidArgumentError, "key is not float32", key=k.half().to(device))
-    refused(kvmix.InvalidArgumentError, "not contiguous", value=v.repeat(1, 1, 2)[:, :, ::2].to(device))
+    refused(kvmix.InvalidArgumentError, "not contiguous", value=v.repeat(1, 1, 2).to(device)[:, :, ::2])
     refused(kvmix.InvalidArgumentError, "blocks have shape", blocks=engine.blocks[0][:, :-128].contiguous())
     if device == "cuda":
         refused(kvmix.InvalidArgumentError, "blocks are not in the memory", blocks=engine.blocks[0].cpu())

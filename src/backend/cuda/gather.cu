@@ -55,8 +55,9 @@ __device__ inline void move_row(const MoveRows& job, const RowTarget& target, in
       x[0][i] = __half2float(halves[channel]);
       continue;
     }
+    const bool chosen = !key || !thin || target.columns[channel] != RowTarget::kNoColumn;
     const int column = key && thin ? target.columns[channel] : channel;
-    const float number = column == RowTarget::kNoColumn ? 0.0f : number_of(side, key, part, source.slot, column);
+    const float number = chosen ? number_of(side, key, part, source.slot, column) : 0.0f;
     x[0][i] = job.halves ? __half2float(__float2half_rn(number)) : number;
   }
   const OpenSlot to[1] = {{target.page, slot, target.rows, target.rows > 0}};
