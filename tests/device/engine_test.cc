@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <iterator>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "engine/model.h"
@@ -52,21 +53,21 @@ class DeviceEngine : public ::testing::TestWithParam<testing::TinyModel> {
     model_ = Model::load(folder_.file("model.gguf"));
     tokens_ = testing::random_tokens(900, model_->vocab_size(), 3);
   }
-  // Keys and values of `bits` and open rows as the device keeps them.
-  Plan plan(int bits) const {
+  // Keys and values of `bits`, and rows of open pages as the device keeps them, f16 or of 8 bits.
+  Plan plan(int bits, const char* recent = "f16") const {
     Plan plan = f16_plan(model_->shape());
     if (bits == 16) return plan;
     PlannerRequest request;
     request.model = &model_->shape();
-    request.options = {{"k-bits", std::to_string(bits)}, {"v-bits", std::to_string(bits)}, {"recent", "f16"}};
+    request.options = {{"k-bits", std::to_string(bits)}, {"v-bits", std::to_string(bits)}, {"recent", recent}};
     return make_plan("uniform", request);
   }
-  std::unique_ptr<Engine> engine(const char* device, int bits) const {
+  std::unique_ptr<Engine> engine(const char* device, int bits, const char* recent = "f16") const {
     EngineOptions options;
     options.device = device;
     if (options.device == "cpu") options.kernel = "portable";  // others round more than the device does
     options.threads = 2;
-    return std::make_unique<Engine>(model_, plan(bits), options);
+    return std::make_unique<Engine>(model_, plan(bits, recent), options);
   }
   // Mean divergence of rows of logits.
   double mean_divergence(std::span<const float> cpu, std::span<const float> device) const {
@@ -170,6 +171,22 @@ TEST_P(DeviceEngine, ABatchDecodesAsOnTheCpu) {
     }
     if (bits == 4) {
       EXPECT_LT(apart, 0.1 * cost);
+    }
+  }
+}
+
+// A sequence alone has a block a KV head: its warps share sealed pages and quarters of open ones.
+TEST_P(DeviceEngine, OneSequenceDecodesAsOnTheCpu) {
+  constexpr size_t kSteps = 60;
+  for (const size_t prompt : {size_t{100}, size_t{370}}) {  // both past a page's end
+    const size_t lengths[] = {prompt};
+    for (const auto& [bits, recent] : {std::pair{16, "f16"}, std::pair{8, "f16"}, std::pair{8, "8"}}) {
+      Batch cpu(engine("cpu", bits, recent), tokens_, lengths), cuda(engine("cuda", bits, recent), tokens_, lengths);
+      for (size_t t = 0; t < kSteps; ++t) {
+        const std::span<const Token> next[] = {std::span(tokens_).subspan(prompt + t, 1)};
+        ASSERT_LT(mean_divergence(cpu.step(next), cuda.step(next)), 1e-3)
+            << bits << " bits, recent rows " << recent << ", " << prompt << " tokens, step " << t;
+      }
     }
   }
 }
