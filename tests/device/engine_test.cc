@@ -177,7 +177,7 @@ TEST_P(DeviceEngine, ABatchDecodesAsOnTheCpu) {
 
 // A sequence alone has a block a KV head: its warps share sealed pages and quarters of open ones.
 TEST_P(DeviceEngine, OneSequenceDecodesAsOnTheCpu) {
-  constexpr size_t kSteps = 60;
+  constexpr size_t kSteps = 40;
   for (const size_t prompt : {size_t{100}, size_t{370}}) {  // both past a page's end
     const size_t lengths[] = {prompt};
     for (const auto& [bits, recent] : {std::pair{16, "f16"}, std::pair{8, "f16"}, std::pair{8, "8"}}) {
