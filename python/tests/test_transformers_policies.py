@@ -250,15 +250,16 @@ def test_tokens_that_stand_for_decoded_ones_are_no_prompt(llama):
     assert len(kept(cache)[0][0]) < before + 180 and cache.get_seq_length() == 380
 
 
-def test_channels_of_keys_are_chosen_too():
-    model = use_kvmix(make_model("qwen3"))
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_channels_of_keys_are_chosen_too(device):
+    model = use_kvmix(make_model("qwen3", device_or_skip(device)))
     text = kvmix.Plan.uniform(model_shape(model), 4, 4, {"window": "0"}).to_json()
     text = text.replace('"layers"', '"channels": {"policy": "think", "keep": 0.5}, "layers"', 1)
     tokens = ids(1, 400)
     thin = KVmixCache(kvmix.Plan.from_json(text), model, threads=1)
     full = KVmixCache(kvmix.Plan.uniform(model_shape(model), 4, 4, {"window": "0"}), model, threads=1)
     for cache in (thin, full):
-        run(model, cache, tokens.split([399, 1], 1))
+        run(model, cache, tokens.to(model.device).split([399, 1], 1))
     assert page_bytes(thin) < page_bytes(full)
 
 
