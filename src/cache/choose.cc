@@ -19,6 +19,7 @@ void Cache::Impl::choose_channels(SequenceId id, size_t layer, std::span<const L
     if (!holds) open.push_back(h);
   }
   std::vector<Backend::KeySquares> lists;
+  lists.reserve(open.size());
   for (const size_t h : open) lists.push_back({&heads[h], dropped.empty() ? std::span<const int32_t>() : dropped[h].drop});
   const std::vector<float> keys = backend->key_squares(static_cast<int>(layer), lists);
   for (size_t i = 0; i < open.size(); ++i) {
