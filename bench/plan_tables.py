@@ -18,7 +18,8 @@ class Results:
         self.needle = collections.defaultdict(list)  # (model, context, group, row): cells
         self.generate = {}  # (model, group, row): row
         heard = set()  # what every command measures again: haystacks of f16
-        self.bench, self.speed, self.long, self.longtext, self.axes = [], [], {}, {}, {}
+        self.long, self.longtext, self.axes = {}, {}, {}
+        self.bench = []  # (model, row)
         for path in sorted(pathlib.Path(folder).glob("*.json")):
             kind, group, *part, model = path.stem.split(".")
             kind, _, context = kind.partition("-")
@@ -33,8 +34,7 @@ class Results:
                 elif kind == "generate":
                     self.generate[model, group, row["name"]] = row
                 elif kind == "bench":
-                    self.bench.append(row)
-                    self.speed.append((model, row))
+                    self.bench.append((model, row))
                 elif kind == "long":
                     self.long[row["name"]] = row
                 elif kind == "longtext":
@@ -156,8 +156,9 @@ def ranks(results):
                 texts = [t for context in (1024, 2048) for t in results.text.get((model, context, group, row), [])]
                 perplexity = f"{texts[0]['perplexity']:.2f}" if texts else "-"
                 cells = results.needle.get((model, 512, group, row), [])
-                speed = [f"{r['decode_tokens_per_s']:.1f}" for m, r in results.speed if m == model and r["name"] == row]
-                rows.append([row, *text_cells(texts), perplexity, *needle_cells(cells, "key")[1:2], *needle_cells(cells)[1:], *(speed or ["-"])[:1]])
+                speed = [f"{r['decode_tokens_per_s']:.1f}" for m, r in results.bench if m == model and r["name"] == row]
+                found = [*needle_cells(cells, "key")[1:2], *needle_cells(cells)[1:]]
+                rows.append([row, *text_cells(texts), perplexity, *found, *(speed or ["-"])[:1]])
         print(f"{NAMES[model]}\n")
         table(["row", "bits", "kept", "mean KL", "top-1", "perplexity", "key", "keys", "nll", "tokens/s"], rows)
     axes_lines(results)
@@ -194,7 +195,7 @@ def main():
     print("## 3. Speed at 8,160 tokens\n")
     table(["row", "decode tokens/s", "least", "most", "prefill tokens/s", "cache MiB"],
           [[r["name"], f"{r['decode_tokens_per_s']:.1f}", f"{r['decode_min']:.1f}", f"{r['decode_max']:.1f}",
-            f"{r['prefill_tokens_per_s']:.0f}", f"{r['cache_bytes'] / 2**20:.1f}"] for r in results.bench])
+            f"{r['prefill_tokens_per_s']:.0f}", f"{r['cache_bytes'] / 2**20:.1f}"] for _, r in results.bench])
     print("## 4. 4,096 tokens after a prompt of 4,096\n")
     rows = []
     for name in sorted({*results.long, *results.longtext}, key=lambda n: (n != "f16", n)):

@@ -43,6 +43,14 @@ std::vector<testing::TinyModel> models() {
 // coded otherwise than on the CPU. It reads this when the device is first used.
 const int kNoTf32 = setenv("NVIDIA_TF32_OVERRIDE", "0", 1);
 
+// How many numbers stand in one of two ascending lists alone.
+template <class Number>
+size_t apart(const std::vector<Number>& ours, const std::vector<Number>& theirs) {
+  std::vector<Number> alone;
+  std::set_symmetric_difference(ours.begin(), ours.end(), theirs.begin(), theirs.end(), std::back_inserter(alone));
+  return alone.size();
+}
+
 class DeviceEngine : public ::testing::TestWithParam<testing::TinyModel> {
  protected:
   DeviceEngine() : folder_("kvmix-device") {}
@@ -63,11 +71,14 @@ class DeviceEngine : public ::testing::TestWithParam<testing::TinyModel> {
     return make_plan("uniform", request);
   }
   std::unique_ptr<Engine> engine(const char* device, int bits, const char* recent = "f16") const {
+    return engine(device, plan(bits, recent));
+  }
+  std::unique_ptr<Engine> engine(const char* device, const Plan& plan) const {
     EngineOptions options;
     options.device = device;
     if (options.device == "cpu") options.kernel = "portable";  // others round more than the device does
     options.threads = 2;
-    return std::make_unique<Engine>(model_, plan(bits, recent), options);
+    return std::make_unique<Engine>(model_, plan, options);
   }
   // Mean divergence of rows of logits.
   double mean_divergence(std::span<const float> cpu, std::span<const float> device) const {
@@ -194,25 +205,15 @@ TEST_P(DeviceEngine, OneSequenceDecodesAsOnTheCpu) {
 // Prompts of different lengths, read in chunks, of which a policy keeps a part; then decoding, by captured launches too.
 TEST_P(DeviceEngine, APolicyKeepsTheTokensThatItKeepsOnTheCpu) {
   const size_t lengths[] = {700, 450};
-  const auto batch = [&](const char* device) {
-    EngineOptions options;
-    options.device = device;
-    if (options.device == "cpu") options.kernel = "portable";
-    options.threads = 2;
-    Plan governed = plan(4);
-    governed.tokens = PolicySpec{"adakv", {{"keep", 0.3}}};
-    return Batch(std::make_unique<Engine>(model_, governed, options), tokens_, lengths);
-  };
-  Batch cpu = batch("cpu"), cuda = batch("cuda");
+  Plan governed = plan(4);
+  governed.tokens = PolicySpec{"adakv", {{"keep", 0.3}}};
+  Batch cpu(engine("cpu", governed), tokens_, lengths), cuda(engine("cuda", governed), tokens_, lengths);
   for (size_t s = 0; s < cpu.ids.size(); ++s) {
     for (int l = 0; l < static_cast<int>(model_->shape().layers.size()); ++l) {
       const auto ours = cuda.engine->cache().kept(cuda.ids[s], l), theirs = cpu.engine->cache().kept(cpu.ids[s], l);
       size_t tokens = 0, differ = 0;  // scores a rounding apart change places
       for (size_t h = 0; h < theirs.size(); ++h) {
-        std::vector<int64_t> apart;
-        std::set_symmetric_difference(ours[h].begin(), ours[h].end(), theirs[h].begin(), theirs[h].end(),
-                                      std::back_inserter(apart));
-        tokens += theirs[h].size(), differ += apart.size();
+        tokens += theirs[h].size(), differ += apart(ours[h], theirs[h]);
       }
       const double most = l == 0 ? 0.02 : 0.06;  // later layers see what attention before them has rounded
       EXPECT_LE(static_cast<double>(differ), most * static_cast<double>(tokens)) << "layer " << l;
@@ -231,26 +232,16 @@ TEST_P(DeviceEngine, APolicyKeepsTheTokensThatItKeepsOnTheCpu) {
 // that are rounded to fp16 say, so that channels next to each other in importance may change places.
 TEST_P(DeviceEngine, ChannelsAreChosenAsOnTheCpu) {
   const size_t lengths[] = {600, 450};
-  const auto batch = [&](const char* device) {
-    EngineOptions options;
-    options.device = device;
-    if (options.device == "cpu") options.kernel = "portable";
-    options.threads = 2;
-    Plan thin = plan(4);
-    thin.channels = PolicySpec{"think", {{"keep", 0.75}}};
-    return Batch(std::make_unique<Engine>(model_, thin, options), tokens_, lengths);
-  };
-  Batch cpu = batch("cpu"), cuda = batch("cuda");
+  Plan thin = plan(4);
+  thin.channels = PolicySpec{"think", {{"keep", 0.75}}};
+  Batch cpu(engine("cpu", thin), tokens_, lengths), cuda(engine("cuda", thin), tokens_, lengths);
   for (size_t s = 0; s < cpu.ids.size(); ++s) {
     for (int l = 0; l < static_cast<int>(model_->shape().layers.size()); ++l) {
       const auto ours = cuda.engine->cache().channels(cuda.ids[s], l), theirs = cpu.engine->cache().channels(cpu.ids[s], l);
       ASSERT_EQ(ours.size(), theirs.size());
       for (size_t h = 0; h < theirs.size(); ++h) {
-        std::vector<int> apart;
-        std::set_symmetric_difference(ours[h].begin(), ours[h].end(), theirs[h].begin(), theirs[h].end(),
-                                      std::back_inserter(apart));
         EXPECT_EQ(ours[h].size(), theirs[h].size());
-        EXPECT_LE(apart.size(), 4u) << "layer " << l << ", KV head " << h;
+        EXPECT_LE(apart(ours[h], theirs[h]), 4u) << "layer " << l << ", KV head " << h;
       }
     }
   }

@@ -4,6 +4,7 @@
 
 #include "backend/cuda/row_codes.cuh"
 #include "base/cuda/async_copy.cuh"
+#include "codec/cuda/pick.h"
 
 namespace kvmix::cuda {
 
@@ -79,9 +80,8 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
 // The number of an element of a record's side, as Codec::decode gives it.
 __device__ inline float number_of(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
   const CodeCell cell = code_cell(key, token, channel);
-  const auto* const halves = reinterpret_cast<const uint16_t*>(part);
   const auto bit_half = [&](const CodePlace& place) {
-    return halves[(cell.block * block_bytes(side.bits) + word_offset(side.bits, cell.at.lane, place.word)) / 2 + cell.at.half];
+    return code_half(reinterpret_cast<const uint16_t*>(part), side.bits, cell.block, cell.at, place.word);
   };
   const auto float_of = [](uint16_t h) { return __half2float(__ushort_as_half(h)); };
   if (side.bits == 16) return float_of(bit_half(code_bit_place(16, cell.at.reg, cell.field, 0)));

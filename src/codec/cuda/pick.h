@@ -7,7 +7,8 @@
 
 namespace kvmix::cuda {
 
-KVMIX_HOST_DEVICE inline uint32_t code_half(const uint16_t* halves, int bits, int block, const FragmentCell& at, int word) {
+// The half that holds a word's part of a cell.
+KVMIX_HOST_DEVICE inline uint16_t code_half(const uint16_t* halves, int bits, int block, const FragmentCell& at, int word) {
   return halves[(block * block_bytes(bits) + word_offset(bits, at.lane, word)) / 2 + at.half];
 }
 
@@ -22,7 +23,7 @@ KVMIX_HOST_DEVICE inline void pick_words(const uint8_t* from, const uint8_t* cho
       const FragmentCell there = fragment_cell(row, channel % 16);
       for (int field = 0; field < kFields; ++field) {
         if constexpr (bits == 16) {
-          words[reg + 4 * field] |= code_half(halves, 16, channel / 16, there, there.reg + 4 * field) << (16 * half);
+          words[reg + 4 * field] |= uint32_t{code_half(halves, 16, channel / 16, there, there.reg + 4 * field)} << (16 * half);
         } else {
           for (int bit = 0; bit < bits; ++bit) {
             const CodePlace in = code_bit_place(bits, there.reg, field, bit), out = code_bit_place(bits, reg, field, bit);
