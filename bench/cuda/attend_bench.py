@@ -326,12 +326,29 @@ def prefill_table(lib, repeat):
                   f"{min(times) / ms:.2f} | {cache.kernel} |", flush=True)
 
 
+def chunk_table(lib, repeat):
+    """Chunks of a prompt over a long cache: time a row and seen token, against chunks of 2,048 tokens."""
+    print("| chunk over (batch, q heads, KV heads, tokens) | head_dim | tokens | query rows | pieces | ms | against long | kernel |")
+    print("|---|--:|--:|--:|--:|--:|--:|---|")
+    for batch, q_heads, kv_heads, length, dim in ((1, 32, 8, 8192, DIM), (1, 32, 8, 32768, DIM), (8, 32, 8, 8192, DIM),
+                                                  (1, 32, 32, 8192, DIM), (1, 14, 2, 8192, 64), (1, 8, 4, 8192, 256)):
+        group, long = q_heads // kv_heads, 0
+        for tokens in (2048, *(-(-rows // group) for rows in (65, 96, 128, 192, 256, 384, 511))):
+            cache = Packed(lib, (2, 2), batch, q_heads, kv_heads, length, (128, 64), dim, tokens)
+            ms = timed([cache.launch], repeat)
+            each = ms / (tokens * (length - (tokens - 1) / 2))
+            long = long or each
+            print(f"| {(batch, q_heads, kv_heads, length)} | {dim} | {tokens} | {tokens * group} | {cache.p.item_count} | {ms:.4f} | "
+                  f"{each / long:.2f} | {cache.kernel} |", flush=True)
+            del cache
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("library")
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
-    parser.add_argument("--tables", default="attend,formats,fp16,seal,prefill")
+    parser.add_argument("--tables", default="attend,formats,fp16,seal,prefill,chunks")
     parser.add_argument("--flush", choices=("write", "read"), default="write",
                         help="what fills the L2 before a launch: written lines, which launches then push out, or read ones")
     args = parser.parse_args()
@@ -351,6 +368,8 @@ def main():
         seal_table(lib, copy, args.repeat)
     if "prefill" in tables:
         prefill_table(lib, args.repeat)
+    if "chunks" in tables:
+        chunk_table(lib, args.repeat)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,26 @@ int pieces_of(int64_t pages, const Pieces& pieces) {
   return static_cast<int>(std::max<int64_t>(1, (pages + pieces.pages - 1) / pieces.pages));
 }
 
+// Of the prefill kernel, as below: a block has a multiprocessor, whose time for a page is that of dequantising it. A block
+// that adds up reads all rows' partial results.
+Pieces choose_of_chunk(const kvmix_cuda_attend_params& p, const PageRuns& runs, int processors) {
+  constexpr double kTurn = 3.0, kBlock = 6.0, kSum = 3.0, kSumSplit = 0.5;
+  const double size = static_cast<double>(p.format.head_dim) / 128;
+  int chunk = runs.longest;
+  double best = -1.0;
+  for (int splits = 1; splits <= runs.longest; ++splits) {
+    const int candidate = (runs.longest + splits - 1) / splits;
+    const auto blocks = static_cast<int64_t>(count_items(p, runs, {candidate, true})) * prefill_blocks(p);
+    if (splits > 1 && blocks > kMostSplitBlocks) break;
+    const double waves = std::ceil(static_cast<double>(blocks) / processors);
+    const double time = waves * (candidate * kTurn * size + kBlock) + (splits > 1 ? kSum + kSumSplit * size * splits : 0.0);
+    if (best < 0.0 || time < best) best = time, chunk = candidate;
+  }
+  return {chunk, true};
+}
+
 Pieces choose(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Residency& device) {
+  if (splits_chunks(p)) return choose_of_chunk(p, runs, device.processors);
   // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
   // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
   // the arithmetic of one warp. The other kernels take a page a block: that of fp16 pages as long as memory does or a block

@@ -4,9 +4,10 @@
 // weights of one stretch meet its values, the scores of the next are already there and become weights:
 //   producer:  wait until a buffer is free, bring keys, say so; values likewise
 //   consumer:  scores(i + 1), output += weights(i) values(i); when the scores are there, softmax(i + 1) beside the second
-// Short chunks: the producer dequantises. Long ones, whose tiles would each dequantise the same pages: a launch before writes
-// all pages to the workspace as they shall stand in shared memory (images), and the producer is one thread that asks for
-// copies. The softmax is in base 2, weights are held at 2^kLift over a maximum that follows the true one within kSlack.
+// Short chunks: the producer dequantises, and the pages of a head may be split among blocks, the last of which to finish adds
+// up what each has stored. Long ones, whose tiles would each dequantise the same pages: a launch before writes all pages to the
+// workspace as they shall stand in shared memory (images), and the producer is one thread that asks for copies. The softmax is
+// in base 2, weights are held at 2^kLift over a maximum that follows the true one within kSlack.
 #pragma once
 
 #include "attention/cuda/dequantise.cuh"
@@ -16,7 +17,7 @@
 
 namespace kvmix::cuda {
 
-inline constexpr int kPrefillRows = 128, kWarpgroup = 128, kPrefillThreads = 3 * kWarpgroup, kImageThreads = 2 * kWarpgroup;
+inline constexpr int kWarpgroup = 128, kPrefillThreads = 3 * kWarpgroup, kImageThreads = 2 * kWarpgroup;
 inline constexpr float kSlack = 2.0f;  // weights stay below 2^(kLift + kSlack), well inside fp16
 
 template <int dim>
@@ -266,11 +267,48 @@ __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cu
   }
 }
 
+// Adds up the splits of a tile, in their order, by the threads of both consumers; `arrived` is shared memory.
+template <int dim, class RowOffset>
+__device__ inline void add_splits(const AttendArguments& args, const kvmix_cuda_item& item, const TileRows& tile_rows,
+                                  const RowOffset& row_offset, int* arrived) {
+  constexpr int kQuads = dim / 4, kConsumers = 2 * kWarpgroup;
+  const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, all_rows = args.group * args.q_tokens;
+  const auto all_here = [] { asm volatile("bar.sync 3, %0;\n" ::"n"(kConsumers) : "memory"); };
+  __threadfence();
+  all_here();
+  if (thread == 0) {
+    const int tiles = (all_rows + kPrefillRows - 1) / kPrefillRows;
+    int32_t* const ticket = args.tickets + item.ticket * tiles + tile_rows.row0 / kPrefillRows;
+    *arrived = atomicAdd(ticket, 1);
+    if (*arrived == item.splits - 1) *ticket = 0;
+  }
+  all_here();
+  __threadfence();
+  if (*arrived != item.splits - 1) return;
+  for (int at = thread; at < tile_rows.rows * kQuads; at += kConsumers) {
+    const int row = at / kQuads, quad = at % kQuads;
+    const auto slot = [&](int split) { return static_cast<int64_t>(item.partial + split) * all_rows + tile_rows.row0 + row; };
+    const auto sums = [&](int split) { return __ldcg(reinterpret_cast<const float2*>(args.partial_sums) + slot(split)); };
+    float top = kFloor, sum = 0.0f;
+    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int split = 0; split < item.splits; ++split) top = fmaxf(top, sums(split).x);
+#pragma unroll 4
+    for (int split = 0; split < item.splits; ++split) {
+      const float2 part = sums(split);
+      const float weight = exp2_fast(part.x - top);
+      sum = fmaf(weight, part.y, sum);
+      add_weighted(value, weight, __ldcg(reinterpret_cast<const float4*>(args.partials) + slot(split) * kQuads + quad));
+    }
+    store_output(args, row_offset(row) * kQuads + quad, value, sum > 0.0f ? 1.0f / sum : 0.0f);
+    if (args.lse != nullptr && quad == 0) args.lse[row_offset(row)] = log_sum_exp(top, sum);
+  }
+}
+
 // One warpgroup's 64 rows, from `base` on.
-template <int dim>
+template <int dim, bool may_split>
 __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_item& item, const TileRows& tile_rows,
                                Walk<PrefillTile<dim>::tokens> walk, int base, uint8_t* shared, float* row_factor,
-                               PrefillBarriers& barriers) {
+                               PrefillBarriers& barriers, int* arrived) {
   using Tile = PrefillTile<dim>;
   constexpr int kTokens = Tile::tokens;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp_row = base + static_cast<int>(threadIdx.x) / 32 % 4 * 16;
@@ -429,6 +467,16 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
     const int row = my_row + 8 * i;
     if (row >= tile_rows.rows) continue;
+    if (may_split && item.splits > 1) {
+      const int64_t slot = static_cast<int64_t>(item.partial + item.split) * args.group * args.q_tokens + tile_rows.row0 + row;
+#pragma unroll
+      for (int j = 0; j < dim / 8; ++j) {
+        const float* const v = &out[j * 8 / Tile::slab][j * 8 % Tile::slab / 2 + 2 * i];
+        __stcg(reinterpret_cast<float2*>(args.partials + slot * dim + 8 * j + pair), make_float2(v[0], v[1]));
+      }
+      if (lane % 4 == 0) __stcg(reinterpret_cast<float2*>(args.partial_sums) + slot, make_float2(top[i], sum[i]));
+      continue;
+    }
     const int64_t offset = row_offset(row);
     const float share = sum[i] > 0.0f ? 1.0f / sum[i] : 0.0f;
 #pragma unroll
@@ -438,6 +486,8 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     }
     if (args.lse != nullptr && lane % 4 == 0) args.lse[offset] = log_sum_exp(top[i], sum[i]);
   }
+  if constexpr (may_split)
+    if (item.splits > 1) add_splits<dim>(args, item, tile_rows, row_offset, arrived);
 }
 
 template <int dim, bool images>
@@ -446,6 +496,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   extern __shared__ uint8_t space[];
   __shared__ PrefillBarriers barriers;
   __shared__ float row_factor[kPrefillRows];
+  __shared__ int arrived;
   uint8_t* const shared = space + (1024 - shared_address(space) % 1024) % 1024;
   const AttendArguments& args = arguments.attend;
   const kvmix_cuda_item item = args.items[blockIdx.x];
@@ -470,7 +521,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
     produce<dim, images>(arguments, item, walk, shared, barriers);
   } else {
     grow_registers<images ? 240 : 216>();
-    consume<dim>(args, item, tile_rows, walk, (role - 1) * 64, shared, row_factor, barriers);
+    consume<dim, !images>(args, item, tile_rows, walk, (role - 1) * 64, shared, row_factor, barriers, &arrived);
   }
 #endif
 }

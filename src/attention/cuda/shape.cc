@@ -60,9 +60,12 @@ void check_shape(const kvmix_cuda_attend_params& p) {
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& p, bool split) {
   const size_t tickets =
       static_cast<size_t>(p.sequences) * static_cast<size_t>(p.kv_heads) * static_cast<size_t>(row_blocks(p)) * sizeof(int32_t);
-  const auto rows = static_cast<size_t>(query_rows(p) > kTileRows && !split ? 0 : query_rows(p));
+  // Of launches for all pages the prefill kernel takes chunks, and splits the short ones.
+  const bool chunk = query_rows(p) > kTileRows && !split;
+  const auto rows = static_cast<size_t>(!chunk || splits_chunks(p) ? query_rows(p) : 0);
   return {(tickets + 255) / 256 * 256, (rows * 2 * sizeof(float) + 15) / 16 * 16,
-          rows * sizeof(float) * static_cast<size_t>(p.format.head_dim)};
+          rows * sizeof(float) * static_cast<size_t>(p.format.head_dim),
+          chunk ? kMostSplitBlocks / prefill_blocks(p) : INT32_MAX};
 }
 
 #ifndef KVMIX_CUDA

@@ -9,7 +9,10 @@
 
 namespace kvmix::cuda {
 
-inline constexpr int kTileRows = 64;  // query rows of a block of the page kernel; more are not split along the pages
+inline constexpr int kTileRows = 64;      // query rows of a block of the page kernel, which does not split more along the pages
+inline constexpr int kPrefillRows = 128;  // of the prefill kernel
+// Blocks of a launch of the prefill kernel whose items are splits: partial results of all of their rows have room.
+inline constexpr int kMostSplitBlocks = 272;
 
 void check_shape(const kvmix_cuda_attend_params& params);
 
@@ -29,10 +32,14 @@ inline constexpr int kMostSharedBytes = 226 * 1024;
 // Thread blocks that the decode kernels give each item.
 inline int row_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kRows - 1) / kRows; }
 
-// Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row.
+// Tickets, then per item a (maximum, sum) a query row, then per item head_dim numbers a query row; none of calls with more
+// than `most_items`, which are not split.
 struct WorkspaceLayout {
   size_t ticket_bytes, sum_bytes, partial_bytes;
-  size_t bytes(int32_t items) const { return ticket_bytes + (sum_bytes + partial_bytes) * static_cast<size_t>(items); }
+  int32_t most_items;
+  size_t bytes(int32_t items) const {
+    return ticket_bytes + (items <= most_items ? (sum_bytes + partial_bytes) * static_cast<size_t>(items) : 0);
+  }
 };
 // `split`: also where more than kTileRows query rows are split along the pages (OpenPages::shared_items).
 WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params, bool split = false);
@@ -79,6 +86,11 @@ const char* kernel_name(const kvmix_cuda_attend_params& params);
 float relative_cost(const kvmix_cuda_attend_params& params);  // kvmix_cuda_attend_cost
 // Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
 bool uses_images(const kvmix_cuda_attend_params& params);
+// Whether the prefill kernel takes it and dequantises itself: such chunks are short, and are split along the pages.
+inline bool splits_chunks(const kvmix_cuda_attend_params& p) {
+  return query_rows(p) > kTileRows && has_prefill_kernel() && !uses_images(p);
+}
+inline int prefill_blocks(const kvmix_cuda_attend_params& p) { return (query_rows(p) + kPrefillRows - 1) / kPrefillRows; }
 // A page as it stands in shared memory: keys in panels of 64 channels, values of 64 tokens, rows of 128 bytes.
 constexpr int page_image_bytes(int head_dim) {
   return (head_dim + 63) / 64 * kPageTokens * 128 + kPageTokens / 64 * head_dim * 128;
