@@ -516,11 +516,12 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   __syncthreads();
   const Walk<PrefillTile<dim>::tokens> walk(args, item, tile_rows.begin(0), tile_rows.end(tile_rows.rows - 1));
   const int role = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  // Dequantising spills with fewer than 120 registers, multiplying a little with 192.
   if (role == 0) {
-    shrink_registers<images ? 24 : 72>();
+    shrink_registers<images ? 24 : 120>();
     produce<dim, images>(arguments, item, walk, shared, barriers);
   } else {
-    grow_registers<images ? 240 : 216>();
+    grow_registers<images ? 240 : 192>();
     consume<dim, !images>(args, item, tile_rows, walk, (role - 1) * 64, shared, row_factor, barriers, &arrived);
   }
 #endif
