@@ -23,6 +23,26 @@ struct Avx2 {
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static V load_i8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  // Of n bytes, a multiple of 64.
+  static uint8_t largest_byte(const uint8_t* p, size_t n) {
+    const auto load = [p](size_t i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)); };
+    __m256i top = load(0);
+    for (size_t i = 32; i < n; i += 32) top = _mm256_max_epu8(top, load(i));
+    const __m128i quarter = _mm_max_epu8(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    const __m128i flipped = _mm_xor_si128(_mm_max_epu8(quarter, _mm_srli_epi16(quarter, 8)), _mm_set1_epi8(-1));
+    const __m128i words = _mm_or_si128(flipped, _mm_set1_epi16(static_cast<int16_t>(0xff00)));
+    return static_cast<uint8_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(words)));
+  }
+  // Bytes x as the float of bits (x << shift) + base; 0 is 0.
+  static V load_small_float(const uint8_t* p, int shift, uint32_t base) {
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i bits =
+        _mm256_add_epi32(_mm256_sll_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(static_cast<int>(base)));
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()), bits));
+  }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }

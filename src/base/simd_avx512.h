@@ -25,6 +25,26 @@ struct Avx512 {
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static V load_i8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // Of n bytes, a multiple of 64.
+  static uint8_t largest_byte(const uint8_t* p, size_t n) {
+    __m512i top = _mm512_loadu_si512(p);
+    for (size_t i = 64; i < n; i += 64) top = _mm512_max_epu8(top, _mm512_loadu_si512(p + i));
+    const __m256i half = _mm256_max_epu8(_mm512_castsi512_si256(top), _mm512_extracti64x4_epi64(top, 1));
+    const __m128i quarter = _mm_max_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i flipped = _mm_xor_si128(_mm_max_epu8(quarter, _mm_srli_epi16(quarter, 8)), _mm_set1_epi8(-1));
+    const __m128i words = _mm_or_si128(flipped, _mm_set1_epi16(static_cast<int16_t>(0xff00)));
+    return static_cast<uint8_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(words)));
+  }
+  // Bytes x as the float of bits (x << shift) + base; 0 is 0.
+  static V load_small_float(const uint8_t* p, int shift, uint32_t base) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(_mm512_test_epi32_mask(x, x),
+                                                      _mm512_slli_epi32(x, static_cast<unsigned>(shift)),
+                                                      _mm512_set1_epi32(static_cast<int>(base))));
+  }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }

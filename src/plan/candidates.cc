@@ -7,6 +7,7 @@
 
 #include "backend/cuda/layer_format.h"
 #include "cache/layout.h"
+#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "plan/planner.h"
 
@@ -47,7 +48,7 @@ std::string pick_metric(const Profile& profile, const std::string& wanted) {
 }
 
 std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
-                                  Side side, const CodecSpec& recent, bool both_fits) {
+                                  Side side, const CodecSpec& recent, const CodecChoice& choice) {
   std::vector<Candidate> out;
   if (metric.empty()) {
     check_scores(profile);
@@ -70,7 +71,8 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
     for (const auto& s : profile.sensitivities) {
       if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
       Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
-      if (c.config.codec.fit == Fit::kUnbiased && !both_fits) continue;
+      if (c.config.codec.fit == Fit::kUnbiased && !choice.both_fits) continue;
+      if (is_trellis(c.config.codec) && !choice.trellis) continue;
       if (!recent.is_f16()) {
         const auto cost = recent_costs.find(s.transform);
         if (cost == recent_costs.end()) incomplete(" in recent rows (" + to_string(recent) + ", " + s.transform + ")");
@@ -86,7 +88,7 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
 }
 
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context, const std::string& device, bool both_fits) {
+                    int64_t context, const std::string& device, const CodecChoice& choice) {
   PricedChoices priced;
   const CacheConfig base = cache_config(plan, model);
   priced.fixed_bytes = static_cast<int64_t>(predict_bytes(base, context));
@@ -109,7 +111,7 @@ PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& pr
     for (const Side side : {Side::kKey, Side::kValue}) {
       const auto bytes = [&](const CodecSpec& codec) { return static_cast<int64_t>(tile_bytes(codec, layer.head_dim)); };
       priced.fixed_bytes -= (sealed + open) * bytes(CodecSpec{});
-      priced.sides.push_back(candidates(model, profile, metric, static_cast<int>(l), side, plan.recent, both_fits));
+      priced.sides.push_back(candidates(model, profile, metric, static_cast<int>(l), side, plan.recent, choice));
       if (device == "cuda") std::erase_if(priced.sides.back(), [&](const Candidate& c) { return !takes(side, c); });
       std::vector<Choice> choices;
       for (const Candidate& c : priced.sides.back())

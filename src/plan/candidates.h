@@ -18,10 +18,15 @@ struct Candidate {
 // The metric to go by: `wanted`, or with "best" the best that the profile has; empty for the gradient scores. Throws
 // kInvalidArgument for one that the profile lacks.
 std::string pick_metric(const Profile& profile, const std::string& wanted);
+// Which of the measured codecs are candidates.
+struct CodecChoice {
+  bool both_fits = false;  // keys of the unbiased fit too
+  bool trellis = true;
+};
 // The measured codecs of a side, each with the cost of `recent` rows under its transform beside its own, and fp16 last. Throws
-// kMismatch if the measurement is incomplete. `both_fits`: keys of the unbiased fit too.
+// kMismatch if the measurement is incomplete.
 std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
-                                  Side side, const CodecSpec& recent, bool both_fits = false);
+                                  Side side, const CodecSpec& recent, const CodecChoice& choice = {});
 
 // Every side of a model, keys of a layer before its values.
 struct PricedChoices {
@@ -35,7 +40,7 @@ struct PricedChoices {
 };
 // For the plan's sinks, window and recent rows; without what the device has no code for.
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context, const std::string& device, bool both_fits = false);
+                    int64_t context, const std::string& device, const CodecChoice& choice = {});
 
 [[noreturn]] void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context);
 

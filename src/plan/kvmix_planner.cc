@@ -49,14 +49,14 @@ struct Allocation {
 };
 
 // Throws BudgetError.
-Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric, bool both_fits) {
+Allocation allocation(const PlannerRequest& request, Plan plan, const std::string& metric, const CodecChoice& codecs) {
   const int64_t context = request.budget.context;
   Allocation made{std::move(plan), {}, {}, 0, 0};
   if (request.factors != nullptr) {
     made.cost = allocate_ranks(request, metric, made.plan);
     return made;
   }
-  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device, both_fits);
+  made.priced = price(made.plan, *request.model, *request.profile, metric, context, request.device, codecs);
   const auto budget = static_cast<int64_t>(budget_bytes(request.budget, *request.model));
   made.spend = budget - made.priced.fixed_bytes;
   made.chosen = allocate(made.priced.items, made.spend);
@@ -68,14 +68,14 @@ Allocation allocation(const PlannerRequest& request, Plan plan, const std::strin
 
 // With recent rows of 8 bits, and with those of fp16 where that is predicted to cost less in all, bytes being equal.
 Allocation best_allocation(const PlannerRequest& request, const Plan& frame, const std::string& metric,
-                           const std::string& recent, bool both_fits) {
+                           const std::string& recent, const CodecChoice& codecs) {
   Plan plan = frame;
   plan.recent = recent == "f16" ? CodecSpec{} : kRecentRows;
-  Allocation made = allocation(request, plan, metric, both_fits);
+  Allocation made = allocation(request, plan, metric, codecs);
   if (recent != "best" || metric.empty()) return made;  // gradient scores do not price recent rows
   plan.recent = {};
   try {
-    Allocation f16 = allocation(request, plan, metric, both_fits);
+    Allocation f16 = allocation(request, plan, metric, codecs);
     return f16.cost < made.cost ? std::move(f16) : std::move(made);
   } catch (const BudgetError&) {
     return made;
@@ -120,8 +120,9 @@ Plan make(const PlannerRequest& request) {
   // The unbiased fit may lose more on text longer than what was measured (docs/quality.md).
   const std::string fits = options.choice("fits", "best", {"best", "one", "both"});
   const bool whole = request.profile->window_tokens >= request.budget.context;
-  const bool both_fits = fits == "both" || (fits == "best" && whole);
-  Allocation made = best_allocation(request, frame, metric, recent, both_fits);
+  const CodecChoice codecs{.both_fits = fits == "both" || (fits == "best" && whole),
+                           .trellis = options.choice("codes", "best", {"best", "even"}) == "best"};
+  Allocation made = best_allocation(request, frame, metric, recent, codecs);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
   Plan& plan = made.plan;
@@ -147,6 +148,7 @@ const Planner kKvmixPlanner = {
        "of keys: one (least squares), both (for each layer what costs less), or best: both where the profile's windows are as "
        "long "
        "as --context"},
+      {"codes", "best, or even: no trellises, which lose less and take longer to seal and a little to read"},
       kSinksOption,
       kLocalSinksOption,
       kWindowOption,

@@ -10,6 +10,7 @@
 #include "base/machine.h"
 #include "base/mean.h"
 #include "base/parallel.h"
+#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
 #include "plan/planner.h"
@@ -60,6 +61,14 @@ std::vector<Measured> candidates(const ModelShape& model, const Profile& profile
       for (const Profile::Transform& t : profile.transforms) {
         if (t.layer == layer && t.side == side) add(codec, t.name);
       }
+    }
+  }
+  // A trellis has one scale for a token's channels, so it wants rows that are rotated and, of keys, without their mean.
+  for (const int bits : kTrellisBits) {
+    SideConfig codec;
+    codec.codec = trellis_spec(bits, side);
+    for (const Profile::Transform& t : profile.transforms) {
+      if (t.layer == layer && t.side == side && t.spec.hadamard) add(codec, t.name);
     }
   }
   return out;

@@ -13,6 +13,7 @@
 #include "attention/cpu/kernel.h"
 #include "base/fp16.h"
 #include "codec/tile_layout.h"
+#include "codec/trellis.h"
 #include "support/aligned_bytes.h"
 
 namespace kvmix {
@@ -73,6 +74,12 @@ struct TestPage {
     constexpr uint16_t kNan = 0x7e01;
     if (f.spec.is_f16()) {
       std::fill(h + live * f.width, h + kPageTokens * f.width, kNan);
+      return;
+    }
+    if (is_trellis(f.spec)) {  // codes are read with those of other slots, offsets with the largest scale: they stay
+      if (f.spec.zero_point) return;
+      for (int g = 0; g < trellis_groups(f.width); ++g)
+        std::fill(tile + g * kPageTokens + live, tile + (g + 1) * kPageTokens, std::byte{255});
       return;
     }
     const TileGeometry g = tile_geometry(f.side, f.width);

@@ -13,6 +13,7 @@
 #include "base/fp16.h"
 #include "codec/codec_family.h"
 #include "codec/row.h"
+#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "support/aligned_bytes.h"
 
@@ -267,8 +268,9 @@ TEST(CodecContract, PortableAttentionReadsIt) {
             << to_string(job.key.spec) << " " << to_string(job.value.spec);
       }
     }
-    // Kernels that read codes themselves know the uniform family, and must say so.
-    const bool foreign = !job.key.spec.is_uniform() || !job.value.spec.is_uniform();
+    // Kernels that read codes themselves know the uniform family and trellises (tests/attention), and must say so.
+    const auto known = [](const CodecSpec& spec) { return spec.is_uniform() || is_trellis(spec); };
+    const bool foreign = !known(job.key.spec) || !known(job.value.spec);
     for (const AttentionKernel* kernel : attention_kernel_registry()) {
       if (kernel != &portable && foreign) {
         EXPECT_FALSE(kernel->supports(job)) << kernel->name;

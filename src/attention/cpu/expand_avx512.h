@@ -1,9 +1,11 @@
-// Takes the codes of a block out of their vectors (tile_layout.h), for the AVX-512 kernels.
+// Takes the codes of a block out of their vectors (tile_layout.h), for the AVX-512 kernels, and what they stand for.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "codec/trellis_code.h"
 
 namespace kvmix {
 namespace {
@@ -55,6 +57,79 @@ inline void expand_block(const uint8_t* codes, __m512i (&e)[8]) {
     for (int f = 0; f < 8; ++f) e[f] = vec(f);
   }
 }
+
+// Codes of the uniform family: they are what is multiplied, times factor(field).
+template <int kCodeBits>
+struct PlainCodes {
+  static constexpr int kBits = kCodeBits, kFieldBits = kCodeBits;  // of a code, and of what is multiplied
+  static constexpr bool kTwoSets = true, kFewBlocks = true;
+  static constexpr int factor(int j) { return field_factor<kBits>(j); }
+
+  template <int kBlocks>
+  struct Reader {
+    void read(const uint8_t* codes, __m512i (&e)[8]) { expand_block<kBits>(codes, e); }
+  };
+};
+
+// Codes of the trellis family: the level of a field's window is what is multiplied. Of keys a chain runs through the four lane
+// blocks and then on by a lane, in each half of the lanes; of values through the quads (chain_token).
+template <int kCodeBits, Side kSide>
+struct TrellisCodes {
+  static constexpr int kBits = kCodeBits, kFieldBits = kLevelBits;
+  static constexpr bool kTwoSets = false, kFewBlocks = kSide == Side::kValue;
+  static constexpr int factor(int) { return 1; }
+
+  template <int kBlocks>
+  struct Reader {
+    Reader() {
+      alignas(64) uint8_t levels[kLevels];
+      for (int w = 0; w < kLevels; ++w) levels[w] = kLevelTable<kBits>[static_cast<size_t>(w)];
+      for (int i = 0; i < 4; ++i) table[i] = _mm512_load_si512(levels + 64 * i);
+      for (__m512i& w : window) w = _mm512_setzero_si512();
+    }
+
+    void read(const uint8_t* codes, __m512i (&e)[8]) {
+      expand_block<kBits>(codes, e);
+      for (int f = 0; f < 8; ++f) {
+        const int down = __builtin_ctz(static_cast<unsigned>(field_factor<kBits>(f % 4)));
+        if (down != 0) e[f] = _mm512_srli_epi16(e[f], down);
+      }
+      if constexpr (kSide == Side::kKey) {
+        static_assert(kBlocks == 4);
+        for (int q = 0; q < 8; q += 4) {
+          __m512i before = e[q + 3];
+          if constexpr (kBits == 3) before = then(e[q + 2], e[q + 3]);
+          if constexpr (kBits == 2) before = then(then(e[q + 1], e[q + 2]), e[q + 3]);
+          const __m512i lane_before = _mm512_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6, 0, 8, 9, 10, 11, 12, 13, 14);
+          __m512i w = _mm512_maskz_permutexvar_epi32(0xfefe, lane_before, before);
+          for (int i = 0; i < 4; ++i) {
+            w = then(w, e[q + i]);
+            e[q + i] = level(w);
+          }
+        }
+      } else {
+        for (int f = 0; f < 8; ++f) {
+          __m512i& w = window[f % kBlocks];
+          w = then(w, e[f]);
+          e[f] = level(w);
+        }
+      }
+    }
+
+   private:
+    // The window that a code makes of the one before.
+    static __m512i then(__m512i w, __m512i code) {
+      return _mm512_ternarylogic_epi32(_mm512_slli_epi16(w, kBits), _mm512_set1_epi8(static_cast<char>(0xff << kBits)), code,
+                                       0xea);  // (shifted & mask) | code
+    }
+    __m512i level(__m512i w) const {
+      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(w), _mm512_permutex2var_epi8(table[0], w, table[1]),
+                                    _mm512_permutex2var_epi8(table[2], w, table[3]));
+    }
+
+    __m512i table[4], window[kSide == Side::kKey ? 1 : kBlocks];
+  };
+};
 
 }  // namespace
 }  // namespace kvmix

@@ -15,11 +15,139 @@ enum class Part { kWhole, kLowNibble, kHighNibble };
 //   kWholeBytes       takes 8-bit codes at once
 //   run(largest)      blocks whose sums of codes up to `largest` it holds without saturation
 //   add(sum, codes, weights), widen(sum): to eight 32-bit sums
+// Codes of the uniform family, as they are; of 8 bits a nibble at a time where `Dot` does not take them whole.
+template <int kCodeBits, Part kPart = Part::kWhole>
+struct PlainAvx2 {
+  static constexpr int kBits = kCodeBits, kLargest = kPart != Part::kWhole ? 15 : (1 << kBits) - 1;
+  static constexpr Part kCodePart = kPart;
+  static constexpr bool kTwoSets = true, kFewBlocks = true;
+  template <Part kOther>
+  using Of = PlainAvx2<kBits, kOther>;
+
+  // Fields kFirst..kLast - 1 of every quad of a block, of one half of the lanes.
+  template <int kBlocks, int kFirst, int kLast>
+  struct Reader {
+    // For the quad that begins with field f.
+    void begin(const uint8_t*, int) {}
+    __m256i read(const uint8_t* codes, int f, int) const { return field(codes, f); }
+  };
+
+  // Field f of a block for the 8 lanes of one half, shifted down to 0..2^bits - 1.
+  static __m256i field(const uint8_t* codes, int f) {
+    const auto vec = [codes](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * kVectorBytes)); };
+    const auto down = [](__m256i v, int shift, int mask) {
+      return _mm256_and_si256(shift == 0 ? v : _mm256_srli_epi16(v, shift), _mm256_set1_epi8(static_cast<char>(mask)));
+    };
+    const auto up = [](__m256i v, int shift, int mask) {
+      return _mm256_and_si256(shift >= 0 ? _mm256_slli_epi16(v, shift) : _mm256_srli_epi16(v, -shift),
+                              _mm256_set1_epi8(static_cast<char>(mask)));
+    };
+    if constexpr (kBits == 1) return down(vec(0), f, 1);
+    if constexpr (kBits == 2) return down(vec(f / 4), 2 * (f % 4), 3);
+    if constexpr (kBits == 3) {
+      if (f < 6) return down(vec(f / 2), 3 * (f % 2), 7);
+      if (f == 6) return _mm256_or_si256(down(vec(0), 6, 3), up(vec(1), -4, 4));
+      return _mm256_or_si256(down(vec(1), 7, 1), up(vec(2), -5, 6));
+    }
+    if constexpr (kBits == 4) return down(vec(f / 2), 4 * (f % 2), 15);
+    if constexpr (kBits == 5) return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4), 4 - f, 16));
+    if constexpr (kBits == 6)
+      return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4 + f / 4), 4 - 2 * (f % 4), 48));
+    static_assert(kBits != 7 && kBits <= 8);
+    if constexpr (kPart == Part::kWhole) return vec(f);
+    return down(vec(f), kPart == Part::kHighNibble ? 4 : 0, 15);
+  }
+};
+
+// Codes of the trellis family: the level of a field's window (chain_token). Of keys a chain runs through the four lane blocks
+// and then on by a lane; of values through the quads.
+template <int kCodeBits, Side kSide>
+struct TrellisAvx2 {
+  static constexpr int kBits = kCodeBits, kLargest = (1 << kLevelBits) - 1;
+  static constexpr Part kCodePart = Part::kWhole;
+  static constexpr bool kTwoSets = false, kFewBlocks = kSide == Side::kValue;
+  static constexpr const TrellisCode& kCode = trellis_code(kBits);
+  template <Part>
+  using Of = TrellisAvx2;
+
+  template <int kBlocks, int kFirst, int kLast>
+  struct Reader {
+    __m256i window[kSide == Side::kKey ? 1 : kLaneGroupBlocks] = {};
+
+    void begin(const uint8_t* codes, int f) {
+      if constexpr (kSide == Side::kKey) {
+        static_assert(kBlocks == 4);
+        const auto code = [&](int i) { return PlainAvx2<kBits>::field(codes, f + i); };
+        __m256i before = code(3);
+        if constexpr (kBits == 3) before = then(code(2), before);
+        if constexpr (kBits == 2) before = then(then(code(1), code(2)), before);
+        const __m256i lane_before = _mm256_permutevar8x32_epi32(before, _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6));
+        window[0] = _mm256_blend_epi32(lane_before, _mm256_setzero_si256(), 1);
+        for (int i = 0; i < kFirst; ++i) window[0] = then(window[0], code(i));
+      }
+    }
+    __m256i read(const uint8_t* codes, int f, int i) {
+      __m256i& w = window[kSide == Side::kKey ? 0 : i];
+      w = then(w, PlainAvx2<kBits>::field(codes, f));
+      return level(w);
+    }
+  };
+
+  // The window that a code makes of the one before.
+  static __m256i then(__m256i w, __m256i code) {
+    const __m256i shifted = _mm256_and_si256(_mm256_slli_epi16(w, kBits), _mm256_set1_epi8(static_cast<char>(0xff << kBits)));
+    return _mm256_or_si256(shifted, code);
+  }
+  template <int kTimes>
+  static __m256i times(__m256i x) {
+    if constexpr (kTimes == 1) {
+      return x;
+    } else {
+      const __m256i half = times<kTimes / 2>(x), twice = _mm256_add_epi8(half, half);
+      return kTimes % 2 != 0 ? _mm256_add_epi8(twice, x) : twice;
+    }
+  }
+  // (a low + b high) % 16 of the halves of w.
+  template <int kLow, int kHigh>
+  static __m256i index(__m256i low, __m256i high) {
+    __m256i x;
+    if constexpr (kHigh == 0) {
+      x = times<kLow>(low);
+    } else if constexpr (kLow == 0) {
+      x = times<kHigh>(high);
+    } else {
+      x = _mm256_add_epi8(times<kLow>(low), times<kHigh>(high));
+    }
+    return _mm256_and_si256(x, _mm256_set1_epi8(15));
+  }
+  static __m256i table(const uint8_t* bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  // The first table's bytes say in their highest bit which second one goes with them.
+  static constexpr auto kFirstTable = [] {
+    std::array<uint8_t, 16> bytes{};
+    for (size_t i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(kCode.a[i] | ((kCode.outer >> i) & 1) << 7);
+    return bytes;
+  }();
+  static __m256i level(__m256i w) {
+    const __m256i high = _mm256_srli_epi16(w, 4);  // of its bytes the low halves
+    const __m256i a = _mm256_shuffle_epi8(table(kFirstTable.data()), index<kCode.first[0], kCode.first[1]>(w, high));
+    const __m256i at = index<kCode.second[0], kCode.second[1]>(w, high);
+    const __m256i b =
+        _mm256_blendv_epi8(_mm256_shuffle_epi8(table(kCode.b[0]), at), _mm256_shuffle_epi8(table(kCode.b[1]), at), a);
+    return _mm256_and_si256(_mm256_add_epi8(a, b), _mm256_set1_epi8(kLargest));
+  }
+};
+
 template <class Dot>
 struct Int8Avx2 {
   using Simd = Avx2;
   using Weight = int8_t;
   static constexpr int kValueVectors = 4;
+  template <int kBits>
+  using Plain = PlainAvx2<kBits>;
+  template <int kBits, Side kSide>
+  using Trellis = TrellisAvx2<kBits, kSide>;
 
   static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
   static constexpr bool takes(int bits, int terms) { return terms == 2 || bits <= 4; }
@@ -83,13 +211,13 @@ struct Int8Avx2 {
                                            [](__m128 a, __m128 b) { return _mm_add_ps(a, b); }));
   }
 
-  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
+  template <class Codes, int kTerms, int kRows, int kBlocks, bool kTwoSets>
   static void dots(const DotJob<int8_t>& job) {
-    if constexpr (kBits == 8 && !Dot::kWholeBytes) {
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kLowNibble>(job);
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kHighNibble>(job);
+    if constexpr (Codes::kBits == 8 && !Dot::kWholeBytes) {
+      pass<typename Codes::template Of<Part::kLowNibble>, kTerms, kRows, kBlocks, kTwoSets>(job);
+      pass<typename Codes::template Of<Part::kHighNibble>, kTerms, kRows, kBlocks, kTwoSets>(job);
     } else {
-      pass<kBits, kTerms, kRows, kBlocks, kTwoSets, Part::kWhole>(job);
+      pass<Codes, kTerms, kRows, kBlocks, kTwoSets>(job);
     }
   }
 
@@ -155,52 +283,28 @@ struct Int8Avx2 {
     return sums;
   }
 
-  // Field f of a block for the 8 lanes of one half, shifted down to 0..2^bits - 1.
-  template <int kBits, Part kPart>
-  static __m256i field(const uint8_t* codes, int f) {
-    const auto vec = [codes](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * kVectorBytes)); };
-    const auto down = [](__m256i v, int shift, int mask) {
-      return _mm256_and_si256(shift == 0 ? v : _mm256_srli_epi16(v, shift), _mm256_set1_epi8(static_cast<char>(mask)));
-    };
-    const auto up = [](__m256i v, int shift, int mask) {
-      return _mm256_and_si256(shift >= 0 ? _mm256_slli_epi16(v, shift) : _mm256_srli_epi16(v, -shift),
-                              _mm256_set1_epi8(static_cast<char>(mask)));
-    };
-    if constexpr (kBits == 1) return down(vec(0), f, 1);
-    if constexpr (kBits == 2) return down(vec(f / 4), 2 * (f % 4), 3);
-    if constexpr (kBits == 3) {
-      if (f < 6) return down(vec(f / 2), 3 * (f % 2), 7);
-      if (f == 6) return _mm256_or_si256(down(vec(0), 6, 3), up(vec(1), -4, 4));
-      return _mm256_or_si256(down(vec(1), 7, 1), up(vec(2), -5, 6));
-    }
-    if constexpr (kBits == 4) return down(vec(f / 2), 4 * (f % 2), 15);
-    if constexpr (kBits == 5) return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4), 4 - f, 16));
-    if constexpr (kBits == 6)
-      return _mm256_or_si256(down(vec(f / 2), 4 * (f % 2), 15), up(vec(4 + f / 4), 4 - 2 * (f % 4), 48));
-    static_assert(kBits != 7 && kBits <= 8);
-    if constexpr (kPart == Part::kWhole) return vec(f);
-    return down(vec(f), kPart == Part::kHighNibble ? 4 : 0, 15);
-  }
-
-  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets, Part kPart>
+  template <class Codes, int kTerms, int kRows, int kBlocks, bool kTwoSets>
   static void pass(const DotJob<int8_t>& job) {
     for (int half = 0; half < 2; ++half) {
       // Four lane blocks go two by two where the sums of all and the weights would not fit 16 registers.
       if constexpr (kBlocks == 4 && (kRows * kTerms > 2 || kTwoSets)) {
-        strip<kBits, kTerms, kRows, kBlocks, 0, 2, kTwoSets, kPart>(job, half);
-        strip<kBits, kTerms, kRows, kBlocks, 2, 4, kTwoSets, kPart>(job, half);
+        strip<Codes, kTerms, kRows, kBlocks, 0, 2, kTwoSets>(job, half);
+        strip<Codes, kTerms, kRows, kBlocks, 2, 4, kTwoSets>(job, half);
       } else {
-        strip<kBits, kTerms, kRows, kBlocks, 0, kBlocks, kTwoSets, kPart>(job, half);
+        strip<Codes, kTerms, kRows, kBlocks, 0, kBlocks, kTwoSets>(job, half);
       }
     }
   }
 
   // Lane blocks kFirst..kLast - 1 of a pass, 8 lanes of each.
-  template <int kBits, int kTerms, int kRows, int kBlocks, int kFirst, int kLast, bool kTwoSets, Part kPart>
+  template <class Codes, int kTerms, int kRows, int kBlocks, int kFirst, int kLast, bool kTwoSets>
   static void strip(const DotJob<int8_t>& job, int half) {
     const int blocks = job.blocks;
+    constexpr int kBits = Codes::kBits;
+    typename Codes::template Reader<kBlocks, kFirst, kLast> reader;
     constexpr int kWeightRows = kRows * kTerms, kQuads = kBlockUnits / kBlocks;
-    constexpr int kRun = Dot::run(kBits == 8 && kPart != Part::kWhole ? 15 : (1 << kBits) - 1);
+    // Codes so large that two products fill a sum are widened at once.
+    constexpr int kHeld = Dot::run(Codes::kLargest), kRun = kHeld > 0 ? kHeld : 1 << 20;
     constexpr int kWidth = kLast - kFirst, kSums = kBlocks == 4 ? kLast - kFirst : 4, kSet = kTwoSets && kFirst >= 2 ? 1 : 0;
     const auto weight = [](const int8_t* p) {
       int32_t four;
@@ -223,14 +327,19 @@ struct Int8Avx2 {
         const int8_t* w = job.weights[kSet] + 4 * b * kQuads;
 #pragma GCC unroll 8
         for (int q = 0; q < kQuads; ++q) {
+          reader.begin(at, q * kBlocks);
 #pragma GCC unroll 4
           for (int i = 0; i < kWidth; ++i) {
             const int f = q * kBlocks + kFirst + i, sum = f % 4 - kFirst;
-            const __m256i e = field<kBits, kPart>(at, f);
+            const __m256i e = reader.read(at, f, i);
 #pragma GCC unroll 4
             for (int r = 0; r < kWeightRows; ++r) {
               const __m256i x = weight(w + r * job.stride + 4 * q);
-              acc[r][sum] = Dot::add(acc[r][sum], e, x);
+              if constexpr (kHeld > 0) {
+                acc[r][sum] = Dot::add(acc[r][sum], e, x);
+              } else {
+                acc[r][sum] = _mm256_add_epi32(acc[r][sum], Dot::widen(Dot::add(_mm256_setzero_si256(), e, x)));
+              }
               // The compiler would add products to each other first and run out of registers.
               if constexpr (kTerms == 1) __asm__("" : "+x"(acc[r][sum]));
             }
@@ -238,7 +347,8 @@ struct Int8Avx2 {
         }
       }
       for (int r = 0; r < kWeightRows; ++r)
-        for (int i = 0; i < kSums; ++i) total[r][i] = _mm256_add_epi32(total[r][i], Dot::widen(acc[r][i]));
+        for (int i = 0; i < kSums; ++i)
+          total[r][i] = _mm256_add_epi32(total[r][i], kHeld > 0 ? Dot::widen(acc[r][i]) : acc[r][i]);
     }
     for (int r = 0; r < kRows; ++r) {
       for (int i = 0; i < kWidth; ++i) {
@@ -251,7 +361,7 @@ struct Int8Avx2 {
         if constexpr (kTerms == 2) y = Avx2::fma(y, Avx2::set1(256.0f), lanes(1));
         float* to = job.out + r * job.out_stride + (kFirst + i) * kUnitLanes + half * 8;
         const float a = job.a[kSet][r];
-        if constexpr (kPart == Part::kHighNibble) {
+        if constexpr (Codes::kCodePart == Part::kHighNibble) {
           y = Avx2::fma(y, Avx2::set1(16.0f * a), Avx2::load(to));
         } else {
           y = Avx2::fma(y, Avx2::set1(a), Avx2::set1(job.b[kSet][r]));

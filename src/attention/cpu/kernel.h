@@ -19,7 +19,7 @@ struct PageRef {
   const std::byte* key;
   const std::byte* value;
   int64_t first_position;  // position of slot 0; slot i is at first_position + i
-  int live;                // slots 0..live-1 count; bytes of other slots may be anything, NaN included
+  int live;                // slots 0..live-1 count; bytes of other slots may be anything, NaN included (not codes of trellises)
   bool packed;
   // Where the softmax weights of the page's slots go, for token policies; null: nowhere. weights[rows][kPageTokens] are
   // exp(score - reference[row]), 0 where the row sees nothing; a row whose reference the kernel leaves as it was (-inf) sees

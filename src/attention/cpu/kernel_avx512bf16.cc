@@ -11,6 +11,10 @@ struct Bf16 {
   using Simd = Avx512;
   using Weight = uint16_t;  // bf16; per quad in the order 0, 2, 1, 3: even bytes of a unit pair up, then odd ones
   static constexpr int kValueVectors = 4;
+  template <int kBits>
+  using Plain = PlainCodes<kBits>;
+  template <int kBits, Side kSide>
+  using Trellis = TrellisCodes<kBits, kSide>;
 
   static int terms(int, bool) { return 1; }
   static constexpr bool takes(int, int terms) { return terms == 1; }
@@ -36,8 +40,10 @@ struct Bf16 {
     out.mid[row] = Avx512::reduce_add(middle);
   }
 
-  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
+  template <class Codes, int kTerms, int kRows, int kBlocks, bool kTwoSets>
   static void dots(const DotJob<uint16_t>& job) {
+    constexpr int kBits = Codes::kFieldBits, kCodeVectors = Codes::kBits;
+    typename Codes::template Reader<kBlocks> reader;
     const uint8_t* codes = job.codes;
     const char* ahead = job.ahead;
     const uint16_t *w = job.weights[0], *w2 = job.weights[1];
@@ -75,9 +81,9 @@ struct Bf16 {
       return as_bf16(_mm512_ternarylogic_epi32(e, _mm512_set1_epi16(static_cast<int16_t>(m)), one, 0xea));  // (e & m) | one
     };
     for (int b = 0; b < blocks; ++b) {
-      for (int i = 0; i < kBits; ++i) __builtin_prefetch(ahead + i * kVectorBytes, 0, 2);
+      for (int i = 0; i < kCodeVectors; ++i) __builtin_prefetch(ahead + i * kVectorBytes, 0, 2);
       __m512i e[8];
-      expand_block<kBits>(codes, e);
+      reader.read(codes, e);
 #pragma GCC unroll 8
       for (int q = 0; q < kQuads; ++q) {
 #pragma GCC unroll 4
@@ -103,8 +109,8 @@ struct Bf16 {
           }
         }
       }
-      codes += kBits * kVectorBytes;
-      ahead += kBits * kVectorBytes;
+      codes += kCodeVectors * kVectorBytes;
+      ahead += kCodeVectors * kVectorBytes;
       w += 4 * kQuads;
       w2 += 4 * kQuads;
     }

@@ -12,6 +12,10 @@ struct Vnni {
   using Simd = Avx512;
   using Weight = int8_t;
   static constexpr int kValueVectors = 4;
+  template <int kBits>
+  using Plain = PlainCodes<kBits>;
+  template <int kBits, Side kSide>
+  using Trellis = TrellisCodes<kBits, kSide>;
 
   static int terms(int bits, bool exact) { return exact || bits > 4 ? 2 : 1; }
   static constexpr bool takes(int bits, int terms) { return terms == 2 || bits <= 4; }
@@ -86,8 +90,10 @@ struct Vnni {
     _mm_store_ps(out.sum, _mm_mul_ps(_mm_load_ps(out.sum), scale));
   }
 
-  template <int kBits, int kTerms, int kRows, int kBlocks, bool kTwoSets>
+  template <class Codes, int kTerms, int kRows, int kBlocks, bool kTwoSets>
   static void dots(const DotJob<int8_t>& job) {
+    constexpr int kBits = Codes::kBits;
+    typename Codes::template Reader<kBlocks> reader;
     const uint8_t* codes = job.codes;
     const char* ahead = job.ahead;
     const int8_t *w = job.weights[0], *w2 = job.weights[1];
@@ -105,7 +111,7 @@ struct Vnni {
     for (int b = 0; b < blocks; ++b) {
       for (int i = 0; i < kBits; ++i) __builtin_prefetch(ahead + i * kVectorBytes, 0, 2);
       __m512i e[8];
-      expand_block<kBits>(codes, e);
+      reader.read(codes, e);
 #pragma GCC unroll 8
       for (int q = 0; q < kQuads; ++q) {
 #pragma GCC unroll 4
@@ -124,8 +130,8 @@ struct Vnni {
       w += 4 * kQuads;
       w2 += 4 * kQuads;
     }
-    const float factor[4] = {1.0f / field_factor<kBits>(0), 1.0f / field_factor<kBits>(1), 1.0f / field_factor<kBits>(2),
-                             1.0f / field_factor<kBits>(3)};
+    const float factor[4] = {1.0f / Codes::factor(0), 1.0f / Codes::factor(1), 1.0f / Codes::factor(2),
+                             1.0f / Codes::factor(3)};
     for (int r = 0; r < kRows; ++r) {
       __m512 total[kBlocks];
       for (int j = 0; j < 4; ++j) {

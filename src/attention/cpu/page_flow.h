@@ -53,7 +53,9 @@ class Flow {
     for (const int width : {job.key.width, d}) {
       if (width < kLeastWidth || width > kMaxDim || width % kUnitLanes != 0) return false;
     }
-    if (!job.key.spec.is_uniform() || !job.value.spec.is_uniform()) return false;
+    for (const CodecSpec& spec : {job.key.spec, job.value.spec}) {
+      if (!spec.is_uniform() && !is_trellis(spec)) return false;
+    }
     if (job.key.slots != kPageTokens || job.value.slots != kPageTokens) return false;
     // A last lane group of three blocks would need its own micro-kernel; no model in use has such a head.
     return job.value.spec.is_f16() || (d / kUnitLanes) % kLaneGroupBlocks != 3;
@@ -196,18 +198,32 @@ class Flow {
 
   // Scales of slots beyond `live` may be anything: they become 0 where they would meet a probability.
   static void load_scales(const SidePlan& plan, const std::byte* tile, int live, TileScales& to) {
-    const auto* s = reinterpret_cast<const uint16_t*>(tile);
     const int count = plan.lane_scaled ? plan.segments * plan.lanes : plan.sets * plan.reduce;
-    const auto convert = [&](const uint16_t* from, float* values) {
+    const auto convert = [&](const auto& from, float* values) {
       if (live == kPageTokens || plan.lane_scaled) {
-        for (int i = 0; i < count; i += kW) S::store(values + i, S::load_f16(from + i));
+        for (int i = 0; i < count; i += kW) S::store(values + i, from(i));
       } else {
         for (int i = 0; i < count; i += kW)
-          S::store(values + i, S::select(S::range(i % kPageTokens, 0, live), S::load_f16(from + i), S::zero()));
+          S::store(values + i, S::select(S::range(i % kPageTokens, 0, live), from(i), S::zero()));
       }
     };
-    convert(s, to.scale);
-    if (plan.zero_point) convert(s + count, to.mid);
+    if (plan.trellis) {
+      const auto* s = reinterpret_cast<const uint8_t*>(tile);
+      convert([s](int i) { return S::load_small_float(s + i, kScaleShift, kScaleBase); }, to.scale);
+      if (plan.offsets) load_offsets(plan, s, to.mid);
+      return;
+    }
+    const auto* s = reinterpret_cast<const uint16_t*>(tile);
+    convert([s](int i) { return S::load_f16(s + i); }, to.scale);
+    if (plan.zero_point) convert([s, count](int i) { return S::load_f16(s + count + i); }, to.mid);
+  }
+
+  // Of a trellis' channels. The largest scale is that of the largest byte, whichever slots are live.
+  static void load_offsets(const SidePlan& plan, const uint8_t* tile, float* offsets) {
+    const int channels = plan.side == Side::kKey ? plan.reduce : plan.lanes;
+    const size_t at = trellis_offsets_at(channels);
+    const V unit = S::set1(trellis_scale(S::largest_byte(tile, at)));
+    for (int i = 0; i < channels; i += kW) S::store(offsets + i, S::mul(S::load_i8(tile + at + i), unit));
   }
 
   // Rounds rows x[r * x_stride ..], times `factor`, to what meets a tile of these scales.
@@ -220,17 +236,33 @@ class Flow {
       if (plan.lane_scaled) {
         const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
         K::prepare({x + begin, x_stride, nullptr, nullptr}, n, plan.terms, rows, to.weights + begin, row_size, w);
+        if (plan.offsets) {
+          for (int r = 0; r < rows; ++r) w.mid[r] = product(x + begin + r * x_stride, scales.mid + begin, n);
+        }
       } else {
         const int n = plan.reduce;
-        K::prepare({x, x_stride, scales.scale + g * n, plan.zero_point ? scales.mid + g * n : nullptr}, n, plan.terms, rows,
+        const bool mids = plan.zero_point && !plan.offsets;
+        K::prepare({x, x_stride, scales.scale + g * n, mids ? scales.mid + g * n : nullptr}, n, plan.terms, rows,
                    to.weights + g * n, row_size, w);
+        for (int r = 0; r < kMaxBlockRows && !mids; ++r) w.mid[r] = plan.offsets && r < rows ? sum(x + r * x_stride, n) : 0.0f;
       }
       for (int r = 0; r < kMaxBlockRows; ++r) {
         to.a[g][r] = w.scale[r] * factor;
         to.mid[g][r] = w.mid[r] * factor;
-        to.b[g][r] = (plan.lane_scaled ? 0.0f : to.mid[g][r]) - plan.centre * w.sum[r] * factor;
+        to.b[g][r] = (plan.lane_scaled || plan.offsets ? 0.0f : to.mid[g][r]) - plan.centre * w.sum[r] * factor;
       }
     }
+  }
+
+  static float sum(const float* x, int n) {
+    V total = S::zero();
+    for (int i = 0; i < n; i += kW) total = S::add(total, S::load(x + i));
+    return S::reduce_add(total);
+  }
+  static float product(const float* x, const float* y, int n) {
+    V sum = S::zero();
+    for (int i = 0; i < n; i += kW) sum = S::fma(S::load(x + i), S::load(y + i), sum);
+    return S::reduce_add(sum);
   }
 
   // out[r * out_stride + lane] = sum over reduce of (the row that x was prepared from)[reduce] * decoded(lane, reduce). `next`
@@ -244,7 +276,17 @@ class Flow {
       project_lane_scaled(plan, codes, ahead, scales, x, rows, out, out_stride);
     } else {
       project_weight_scaled(plan, codes, ahead, x, rows, out, out_stride);
+      for (int r = 0; r < rows && plan.offsets; ++r) {
+        float* to = out + r * out_stride;
+        const V total = S::set1(x.mid[0][r]);
+        for (int i = 0; i < plan.lanes; i += kW) S::store(to + i, S::fma(total, S::load(scales.mid + i), S::load(to + i)));
+      }
     }
+  }
+
+  static typename DotsTable<K>::Dots dots(const SidePlan& plan, int rows, int lane_blocks, bool two_sets) {
+    return plan.trellis ? DotsTable<K>::find_trellis(plan.bits, plan.side, plan.terms, rows, lane_blocks)
+                        : DotsTable<K>::find(plan.bits, plan.terms, rows, lane_blocks, two_sets);
   }
 
   static void project_weight_scaled(const SidePlan& plan, const uint8_t* codes, const char* ahead, const Operand<Weight>& x,
@@ -256,15 +298,15 @@ class Flow {
       const int lane = first * kUnitLanes, lanes = width * kUnitLanes;
       const int set = lane >> plan.group_shift, set2 = (lane + lanes - 1) >> plan.group_shift;
       const int blocks = width * n / (kUnitReduce * kBlockUnits);
-      DotsTable<K>::find(plan.bits, plan.terms, rows, width, set2 != set)({codes,
-                                                                           blocks,
-                                                                           {x.weights + set * n, x.weights + set2 * n},
-                                                                           row_size,
-                                                                           {x.a[set], x.a[set2]},
-                                                                           {x.b[set], x.b[set2]},
-                                                                           out + lane,
-                                                                           out_stride,
-                                                                           ahead});
+      dots(plan, rows, width, set2 != set)({codes,
+                                            blocks,
+                                            {x.weights + set * n, x.weights + set2 * n},
+                                            row_size,
+                                            {x.a[set], x.a[set2]},
+                                            {x.b[set], x.b[set2]},
+                                            out + lane,
+                                            out_stride,
+                                            ahead});
       codes += blocks * plan.bits * kVectorBytes;
       ahead += blocks * plan.bits * kVectorBytes;
     }
@@ -276,21 +318,21 @@ class Flow {
     for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
       const int width = lane_blocks - first < kLaneGroupBlocks ? lane_blocks - first : kLaneGroupBlocks;
       const int lane = first * kUnitLanes, lanes = width * kUnitLanes;
-      const auto dots = DotsTable<K>::find(plan.bits, plan.terms, rows, width, false);
+      const auto dot_rows = dots(plan, rows, width, false);
       for (int g = 0; g < plan.segments; ++g) {
         const int begin = g * plan.group, n = plan.reduce - begin < plan.group ? plan.reduce - begin : plan.group;
         const int blocks = width * n / (kUnitReduce * kBlockUnits);
         const Weight* weights = x.weights + begin;
         float* dot = g == 0 ? out + lane : work_.segment;  // segments after the first are added to it
         const ptrdiff_t dot_stride = g == 0 ? out_stride : kMaxDim;
-        dots({codes, blocks, {weights, weights}, plan.reduce, {x.a[g], x.a[g]}, {x.b[g], x.b[g]}, dot, dot_stride, ahead});
+        dot_rows({codes, blocks, {weights, weights}, plan.reduce, {x.a[g], x.a[g]}, {x.b[g], x.b[g]}, dot, dot_stride, ahead});
         for (int r = 0; r < rows; ++r) {
           const V total = S::set1(x.mid[g][r]);
           for (int i = 0; i < lanes; i += kW) {
             float* to = out + r * out_stride + lane + i;
             const int at = g * plan.lanes + lane + i;
             V y = S::mul(S::load(dot + r * dot_stride + i), S::load(scales.scale + at));
-            if (plan.zero_point) y = S::fma(total, S::load(scales.mid + at), y);
+            if (plan.zero_point) y = plan.offsets ? S::add(y, total) : S::fma(total, S::load(scales.mid + at), y);
             S::store(to, g == 0 ? y : S::add(S::load(to), y));
           }
         }

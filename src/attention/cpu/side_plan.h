@@ -7,6 +7,7 @@
 
 #include "codec/codec_family.h"
 #include "codec/tile_layout.h"
+#include "codec/trellis.h"
 
 namespace kvmix {
 namespace {
@@ -46,7 +47,9 @@ void prepare_rows(const Source& from, int n, int8_t* w, ptrdiff_t term_stride, P
 // lanes (they fold into the weights), or per lane, with one segment per `group` of reduce (they apply after the dot).
 struct SidePlan {
   int bits, terms, lanes, reduce, group, group_shift, sets, segments;
-  bool packed, lane_scaled, zero_point;
+  bool packed, lane_scaled, zero_point, trellis;
+  bool offsets;  // of channels, in place of midpoints
+  Side side;
   float centre;
   size_t scale_bytes, tile_bytes;
 };
@@ -61,7 +64,8 @@ inline SidePlan side_plan(const TileFormat& f, int terms) {
   p.packed = !f.spec.is_f16(), p.lane_scaled = lane_scaled, p.zero_point = f.spec.zero_point;
   p.sets = lane_scaled ? 1 : (g.lanes + group - 1) / group;
   p.segments = lane_scaled ? (g.reduce + group - 1) / group : 1;
-  p.centre = 0.5f * static_cast<float>((1 << f.spec.bits) - 1);
+  p.trellis = is_trellis(f.spec), p.offsets = p.trellis && f.spec.zero_point, p.side = f.side;
+  p.centre = p.trellis ? kLevelCentre : 0.5f * static_cast<float>((1 << f.spec.bits) - 1);
   p.scale_bytes = f.scale_bytes, p.tile_bytes = f.bytes;
   return p;
 }

@@ -1,0 +1,127 @@
+// The trellis family: codes of 2 to 5 bits that are read with those before them (trellis_code.h), and a scale for every token.
+// Rows are Gaussian enough for its levels where they are rotated (Hadamard); a token's scale is its root mean square.
+//
+//     x^ = scale_token (level(window) - 63.5) + offset_channel        an offset with a zero point alone, for keys: their mean
+//     moves
+//
+// With error feedback channels are coded one after the other, as by the other families, all chains of a channel at a time.
+#include "codec/trellis.h"
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "codec/spelling.h"
+#include "codec/trellis_encode.h"
+#include "kvmix/error.h"
+
+namespace kvmix {
+
+#if defined(KVMIX_SIMD)
+extern const TileEncoder kAvx512TrellisEncoder, kAvx2TrellisEncoder;
+#endif
+const Codec& trellis_codec();
+
+CodecSpec trellis_spec(int bits, Side side) {
+  return parse_codec("trellis" + std::to_string(bits) + (side == Side::kKey ? ".zero" : ".sym"));
+}
+bool is_trellis(const CodecSpec& spec) { return &codec_of(spec) == &trellis_codec(); }
+
+uint8_t store_trellis_scale(float scale) {
+  const uint32_t bits = std::bit_cast<uint32_t>(scale), half = 1u << (kScaleShift - 1);
+  if (!(scale > 0.0f) || bits + half < kScaleBase + (1u << kScaleShift)) return 0;
+  return static_cast<uint8_t>(std::min((bits + half - kScaleBase) >> kScaleShift, 255u));
+}
+
+namespace {
+
+const std::array kInfos = {
+    CodecInfo{"trellis2", 2, "2 bits, read with the 6 before them: 256 levels"},
+    CodecInfo{"trellis3", 3, "3 bits, read with the 5 before them"},
+    CodecInfo{"trellis4", 4, "4 bits, read with the 4 before them"},
+    CodecInfo{"trellis5", 5, "5 bits, read with the 3 before them"},
+};
+static_assert(kInfos.size() == kTrellisBits.size());
+
+const TileEncoder kSerial = {"serial", [] { return true; }, encode_trellis, nullptr};
+const std::array kEncoders = {
+#if defined(KVMIX_SIMD)
+    &kAvx512TrellisEncoder,
+    &kAvx2TrellisEncoder,
+#endif
+    &kSerial,
+};
+
+CodecSpec spec_of(int bits, bool zero_point) { return {bits, Axis::kToken, kTrellisGroup, Fit::kMinMax, zero_point}; }
+
+class Trellis final : public Codec {
+ public:
+  const char* name() const override { return "trellis"; }
+  std::span<const CodecInfo> infos() const override { return kInfos; }
+  std::vector<CodecSpec> specs() const override {
+    std::vector<CodecSpec> specs;
+    for (const int bits : kTrellisBits) {
+      for (const bool zero : {true, false}) specs.push_back(spec_of(bits, zero));
+    }
+    return specs;
+  }
+  std::string spellings() const override { return "trellis{" + alternatives(kTrellisBits) + "}.{zero,sym}"; }
+  std::string to_string(const CodecSpec& spec) const override {
+    return "trellis" + std::to_string(spec.bits) + (spec.zero_point ? ".zero" : ".sym");
+  }
+  std::optional<CodecSpec> parse(std::string_view text) const override {
+    for (const CodecSpec& spec : specs()) {
+      if (to_string(spec) == text) return spec;
+    }
+    return std::nullopt;
+  }
+
+  void check(const CodecSpec& spec, const TileShape& shape) const override {
+    const auto fail = [](const std::string& what) { throw Error(Status::kInvalidArgument, what); };
+    if (std::find(kTrellisBits.begin(), kTrellisBits.end(), spec.bits) == kTrellisBits.end())
+      fail("trellis codes of " + std::to_string(spec.bits) + " bits are unknown; expected " + one_of(kTrellisBits));
+    CodecSpec known = spec_of(spec.bits, spec.zero_point);
+    known.family = spec.family;
+    if (spec != known) fail("trellis codes have a scale a token; expected the codec that is spelt " + to_string(spec));
+    if (shape.slots != kPageTokens)
+      fail("tiles of " + std::to_string(shape.slots) + " slots are not supported; expected " + std::to_string(kPageTokens));
+  }
+  size_t bytes(const CodecSpec& spec, const TileShape& shape) const override { return trellis_bytes(spec, shape.width); }
+  size_t scale_bytes(const CodecSpec& spec, const TileShape& shape) const override {
+    return trellis_head_bytes(spec, shape.width);
+  }
+  std::span<const TileEncoder* const> encoders() const override { return kEncoders; }
+
+  void decode(const CodecSpec& spec, const TileShape& shape, const std::byte* tile, float* x) const override {
+    const TrellisCode& code = trellis_code(spec.bits);
+    const auto* scales = reinterpret_cast<const uint8_t*>(tile);
+    const auto* codes = scales + trellis_head_bytes(spec, shape.width);
+    const auto* offsets = reinterpret_cast<const int8_t*>(scales + trellis_offsets_at(shape.width));
+    const float unit = trellis_scale(*std::max_element(scales, scales + trellis_offsets_at(shape.width)));
+    const TileGeometry geometry = tile_geometry(shape.side, shape.width);
+    float levels[kLevels];
+    for (int w = 0; w < kLevels; ++w) levels[w] = static_cast<float>(code.level(w)) - kLevelCentre;
+    for (int c = 0; c < shape.width; ++c) {
+      const float offset = spec.zero_point ? static_cast<float>(offsets[c]) * unit : 0.0f;
+      for (int chain = 0; chain < kChains; ++chain) {
+        int window = 0;
+        for (int i = 0; i < kChainTokens; ++i) {
+          const int t = chain_token(shape.side, chain, i);
+          const int lane = shape.side == Side::kKey ? t : c, reduce = shape.side == Side::kKey ? c : t;
+          const int next = get_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce));
+          window = ((window << spec.bits) | next) & (kLevels - 1);
+          x[t * shape.width + c] = trellis_scale(scales[c / kTrellisGroup * kPageTokens + t]) * levels[window] + offset;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+const Codec& trellis_codec() {
+  static const Trellis codec;
+  return codec;
+}
+
+}  // namespace kvmix
