@@ -3,6 +3,7 @@ processes of few threads, each of which leaves what it prints as JSON.
 """
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,15 @@ import subprocess
 import time
 
 F16 = "--planner uniform --k-bits 16 --v-bits 16 --recent f16"
+
+
+@dataclasses.dataclass
+class Job:
+    name: str
+    model: str
+    words: list  # the command but for its plans
+    rows: list  # plans by name
+    seconds: float
 
 
 class Runs:
@@ -36,17 +46,9 @@ class Runs:
         return str(self.folder / "plans" / model / f"{name}.json")
 
     def add(self, name, model, command, rows, threads=None, seconds=3000):
-        made = [self.plan(model, row) for row in rows]
-        missing = [p for p in made if not pathlib.Path(p).exists()]
-        if missing and len(missing) == len(made) > 0:
-            return
         words = [self.args.kvmix, *shlex.split(command), "--json", "--quiet", "--threads", str(threads or self.args.threads)]
         words.insert(2, f"{self.args.models}/{model}.gguf")
-        words += self.device()
-        for p in made:
-            if p not in missing:
-                words += ["--plan", p]
-        self.jobs.append((f"{name}.{model}", words, seconds))
+        self.jobs.append(Job(f"{name}.{model}", model, words + self.device(), list(rows), seconds))
 
     def text(self, model, group, rows, context, windows, scored, text=None, part=2):
         command = f"eval --text {shlex.quote(text or self.args.text)} --context {context} --windows {windows} --scored {scored}"
@@ -74,8 +76,7 @@ class Runs:
         words = [self.args.kvmix, "plan", f"{self.args.models}/{model}.gguf", "--profile", f"{self.args.profiles}/{model}.json",
                  "--bits", str(bits), "--context", "4096", "--axes", axes, "--needles", "1", *more, "-o", self.plan(model, name),
                  "--json", "--quiet", "--threads", str(self.args.threads), *self.calibration()]
-        words += self.device()
-        self.jobs.append((f"axes.{name.split('-')[0]}.{model}", words, seconds))
+        self.jobs.append(Job(f"axes.{name.split('-')[0]}.{model}", model, words + self.device(), [], seconds))
 
     def make_plans(self, model, plans):
         """plans: by name, arguments of kvmix plan and, where a plan then wants what no option makes, a function that changes it."""
@@ -106,11 +107,12 @@ class Runs:
 
     def run(self, start):
         def one(job):
-            name, words, seconds = job
-            out, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
+            out, log = self.folder / f"{job.name}.json", self.folder / f"{job.name}.log"
             left = self.args.limit - (time.monotonic() - start) - 3
-            if out.exists() or left < 5:
+            made = [p for p in (self.plan(job.model, row) for row in job.rows) if pathlib.Path(p).exists()]
+            if out.exists() or left < 5 or (job.rows and not made):
                 return
+            words = job.words + [word for p in made for word in ("--plan", p)]
             began = time.monotonic()
             gpu = self.gpus.get()
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if self.on_gpu() else None
@@ -119,7 +121,7 @@ class Runs:
                 errors.flush()
                 process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
                 try:
-                    said, _ = process.communicate(timeout=min(seconds, left))
+                    said, _ = process.communicate(timeout=min(job.seconds, left))
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGINT)
                     try:
@@ -136,7 +138,7 @@ class Runs:
             temporary = out.with_suffix(".tmp")
             temporary.write_text(said)
             temporary.replace(out)
-            print(f"{time.monotonic() - start:6.0f} s  {name}  {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{time.monotonic() - start:6.0f} s  {job.name}  {time.monotonic() - began:.0f} s", flush=True)
 
         with concurrent.futures.ThreadPoolExecutor(self.args.slots) as pool:
             list(pool.map(one, self.jobs))
@@ -144,7 +146,7 @@ class Runs:
 
 def main(purpose, plans, collect, prepare=None):
     """plans(model, args): what make_plans takes; collect(runs, models): adds the commands, those that matter most first;
-    prepare(runs, model): what plans need beforehand."""
+    prepare(runs, model, plans): what plans, of those that the commands want, and commands need beforehand."""
     parser = argparse.ArgumentParser(description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("kvmix", "models", "text", "profiles", "out"):
         parser.add_argument(name)
@@ -163,16 +165,20 @@ def main(purpose, plans, collect, prepare=None):
     models = [m for m in ("smollm2", "gemma3", "qwen") if pathlib.Path(f"{args.models}/{m}.gguf").exists()]
     if not models:
         raise SystemExit(f"{args.models} has none of smollm2.gguf, gemma3.gguf, qwen.gguf")
+    collect(runs, models)
+    runs.jobs = [job for job in runs.jobs if re.search(args.only, job.name)]
+    if args.print:
+        for job in runs.jobs:
+            print(job.name, shlex.join(job.words + [word for row in job.rows for word in ("--plan", runs.plan(job.model, row))]))
+        return
+    wanted = {}
+    for model in models:
+        rows = {row for job in runs.jobs if job.model == model for row in job.rows}
+        wanted[model] = {name: made for name, made in plans(model, args).items() if name in rows}
     if prepare:
         with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
-            list(pool.map(lambda model: prepare(runs, model), models))
+            list(pool.map(lambda model: prepare(runs, model, wanted[model]), models))
     for model in models:
-        runs.make_plans(model, plans(model, args))
+        runs.make_plans(model, wanted[model])
     print(f"{time.monotonic() - start:6.0f} s  plans", flush=True)
-    collect(runs, models)
-    runs.jobs = [job for job in runs.jobs if re.search(args.only, job[0])]
-    if args.print:
-        for name, words, _ in runs.jobs:
-            print(name, shlex.join(words))
-        return
     runs.run(start)

@@ -168,7 +168,7 @@ def main():
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     results = Results(sys.argv[1])
-    if any(key[2] in ("r4", "r2", "claim") for key in results.text):
+    if any(key[2] in ("r4", "r2", "claim") for key in [*results.text, *results.needle]):
         ranks(results)
         return
     print("## 1. Equal bytes\n")

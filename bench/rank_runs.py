@@ -19,6 +19,9 @@ SPENT = {4: ((0.25, 16), (0.5, 8), (0.75, 5)), 2: ((0.25, 8), (0.5, 4))}
 CLAIMS = {"palu": (0.5,), "recalkv": (0.5,), "lorc": (0.6,)}
 THINK = (0.75, 0.5)
 CHANNELS = (0.6, 0.5)
+# Of the rows those whose passkeys are counted.
+NEEDLES = {"r4": ("bits", "palu@0.75x5", "palu@0.5x8", "recalkv@0.75x5", "recalkv@0.5x8", "lorc@0.75x5", "think@0.75", "think@0.5"),
+           "r2": ("bits", "palu@0.5x4", "recalkv@0.5x4", "lorc@0.5x4", "think@0.75", "think@0.5")}
 
 
 def factors(args, model, method, keep):
@@ -30,9 +33,12 @@ def keeps(method):
     return sorted(kept | {1}) if method == "palu" else sorted(kept)
 
 
-def prepare(runs, model):
+def prepare(runs, model, plans):
     args = runs.args
-    if runs.on_gpu():
+    words = [word for job in runs.jobs if job.model == model for word in job.words]
+    words += [word for made in plans.values() if isinstance(made, str) for word in made.split()]
+    cases = [(method, keep) for method in METHODS for keep in keeps(method) if factors(args, model, method, keep) in words]
+    if not cases:
         return
     (runs.folder / "factors").mkdir(parents=True, exist_ok=True)
 
@@ -50,7 +56,7 @@ def prepare(runs, model):
         pathlib.Path(out).with_suffix(".log").write_text(done.stdout + done.stderr)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, args.slots // 2)) as pool:
-        list(pool.map(make, [(method, keep) for method in METHODS for keep in keeps(method)]))
+        list(pool.map(make, cases))
 
 
 def think(keep):
@@ -96,20 +102,16 @@ def collect(runs, models):
             groups.setdefault(name.split("-")[0], []).append(name)
         for group, rows in groups.items():
             runs.text(model, group, rows, 1024 if big else 2048, 1 if big else 2, 256 if big else 512, part=1 if big else 2)
+        for seed in range(10):
+            for group, rows in NEEDLES.items():
+                there = [f"{group}-{row}" for row in rows if f"{group}-{row}" in groups[group]]
+                runs.needle(model, group, there, 512, seed, kinds="key,keys")
         if runs.on_gpu():
-            for group, rows in groups.items():
-                runs.needle(model, group, rows, 512, 0, kinds="key,keys", trials=10)
             continue
-        runs.add("bench.r4", model, "bench --depths 1024 --tokens 16 --repetitions 3",
-                 [f"r4-{row}" for row in ("bits", "palu@0.5x8", "recalkv@0.5x8", "lorc@0.5x8", "think@0.5")], threads=8)
+        runs.add("bench.r4", model, "bench --depths 1024 --tokens 16 --repetitions 3", [f"r4-{row}" for row in NEEDLES["r4"]], threads=8)
         for budget in SPENT:
             runs.axes(f"r{budget}-joint", model, budget, "tokens,bits,channels,rank", "--factors",
                       factors(runs.args, model, "palu", 1), seconds=1200)
-    for seed in () if runs.on_gpu() else range(10):
-        for model in models:
-            for group, rows in (("r4", [f"r4-{row}" for row in ("bits", "palu@0.5x8", "recalkv@0.5x8", "lorc@0.75x5", "think@0.5")]),
-                                ("r2", [f"r2-{row}" for row in ("bits", "palu@0.5x4", "recalkv@0.5x4", "lorc@0.5x4", "think@0.5")])):
-                runs.needle(model, group, rows, 512, seed)
 
 
 main(__doc__, plans, collect, prepare)
