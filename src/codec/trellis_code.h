@@ -44,12 +44,11 @@ struct TrellisCode {
 
 constexpr const TrellisCode& trellis_code(int bits) { return kTrellisCodes[static_cast<size_t>(bits - kTrellisBits.front())]; }
 
-template <int kBits>
-inline constexpr auto kLevelTable = [] {
+constexpr std::array<uint8_t, kLevels> level_table(int bits) {
   std::array<uint8_t, kLevels> levels{};
-  for (int w = 0; w < kLevels; ++w) levels[static_cast<size_t>(w)] = trellis_code(kBits).level(w);
+  for (int w = 0; w < kLevels; ++w) levels[static_cast<size_t>(w)] = trellis_code(bits).level(w);
   return levels;
-}();
+}
 
 // A chain is 32 tokens of one channel in the order in which a kernel meets them:
 //   key:   8 lanes of a lane group, each with its 4 blocks; then the next lane

@@ -77,14 +77,13 @@ template <int kCodeBits, Side kSide>
 struct TrellisCodes {
   static constexpr int kBits = kCodeBits, kFieldBits = kLevelBits;
   static constexpr bool kTwoSets = false, kFewBlocks = kSide == Side::kValue;
+  alignas(64) static constexpr auto kTable = level_table(kBits);
   static constexpr int factor(int) { return 1; }
 
   template <int kBlocks>
   struct Reader {
     Reader() {
-      alignas(64) uint8_t levels[kLevels];
-      for (int w = 0; w < kLevels; ++w) levels[w] = kLevelTable<kBits>[static_cast<size_t>(w)];
-      for (int i = 0; i < 4; ++i) table[i] = _mm512_load_si512(levels + 64 * i);
+      for (int i = 0; i < 4; ++i) table[i] = _mm512_load_si512(kTable.data() + 64 * i);
       for (__m512i& w : window) w = _mm512_setzero_si512();
     }
 
