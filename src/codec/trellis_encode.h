@@ -1,5 +1,5 @@
-// The encoder of the trellis family, which every instruction set compiles for itself: plain loops over states and tokens, long
-// enough for whatever vectors there are, without contraction into fused multiply-adds, so that all write the same bytes.
+// The encoder of the trellis family, which every instruction set compiles for itself: vectors of states where there is AVX2,
+// plain loops elsewhere, in one order and without contraction into fused multiply-adds, so that all write the same bytes.
 // Internal linkage: included once per instruction set.
 #pragma once
 
