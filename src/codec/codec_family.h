@@ -65,8 +65,9 @@ class Codec {
   virtual std::string row_spellings() const { return {}; }  // those that take rows
 
   virtual std::string to_string(const CodecSpec& spec) const = 0;
-  // The inverse; nothing for a text that is not this family's.
-  virtual std::optional<CodecSpec> parse(std::string_view text) const = 0;
+  // The inverse; nothing for a text that is not this family's. Sets of specs are small: comparing with every name accepts
+  // exactly what to_string writes.
+  virtual std::optional<CodecSpec> parse(std::string_view text) const;
 
   // Throws kInvalidArgument naming the value and what is accepted; the width has passed check_width. Everything below may be
   // called only with what passes.
@@ -100,6 +101,8 @@ const Codec& codec_of(const CodecSpec& spec);
 
 // Throws kInvalidArgument unless it is kLeastWidth..kMostWidth and a multiple of kWidthStep.
 void check_width(int width);
+// Throws kInvalidArgument unless a tile is a whole page.
+void check_page_slots(const TileShape& shape);
 
 // One side of packed pages, sizes precomputed.
 struct TileFormat {

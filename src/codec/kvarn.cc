@@ -210,12 +210,6 @@ class Kvarn final : public Codec {
   std::string spellings() const override { return "kvarn{" + alternatives(kBits) + "}.{channel,token}.{minmax,fitted}"; }
 
   std::string to_string(const CodecSpec& spec) const override { return spelled(spec); }
-  std::optional<CodecSpec> parse(std::string_view text) const override {
-    for (const CodecSpec& spec : specs()) {
-      if (spelled(spec) == text) return spec;
-    }
-    return std::nullopt;
-  }
 
   void check(const CodecSpec& spec, const TileShape& shape) const override {
     const auto fail = [](const std::string& what) { throw Error(Status::kInvalidArgument, what); };
@@ -225,8 +219,7 @@ class Kvarn final : public Codec {
     if (spec.fit != Fit::kMinMax && spec.fit != Fit::kLeastSquares)
       fail(std::string("kvarn codes are not fitted \"") + fit_name(spec.fit) + "\"; expected minmax or fitted");
     if (!spec.zero_point) fail("kvarn codes have a zero point; expected \"zero_point\" to be set");
-    if (shape.slots != kPageTokens)
-      fail("tiles of " + std::to_string(shape.slots) + " slots are not supported; expected " + std::to_string(kPageTokens));
+    check_page_slots(shape);
   }
   size_t bytes(const CodecSpec& spec, const TileShape& shape) const override { return all_bytes(spec, shape.width); }
   size_t scale_bytes(const CodecSpec& spec, const TileShape& shape) const override { return head_bytes(spec, shape.width); }

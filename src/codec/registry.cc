@@ -63,6 +63,19 @@ const TileEncoder& Codec::best_encoder() const {
   return best == all.end() ? *all.back() : **best;
 }
 
+std::optional<CodecSpec> Codec::parse(std::string_view text) const {
+  for (const CodecSpec& spec : specs()) {
+    if (to_string(spec) == text) return spec;
+  }
+  return std::nullopt;
+}
+
+void check_page_slots(const TileShape& shape) {
+  if (shape.slots == kPageTokens) return;
+  throw Error(Status::kInvalidArgument,
+              "tiles of " + std::to_string(shape.slots) + " slots are not supported; expected " + std::to_string(kPageTokens));
+}
+
 void check_width(int width) {
   if (width < kLeastWidth || width > kMostWidth || width % kWidthStep != 0) {
     throw Error(Status::kInvalidArgument, "head_dim " + std::to_string(width) + " is not supported; it must be a multiple of " +

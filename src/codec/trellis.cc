@@ -69,12 +69,6 @@ class Trellis final : public Codec {
   std::string to_string(const CodecSpec& spec) const override {
     return "trellis" + std::to_string(spec.bits) + (spec.zero_point ? ".zero" : ".sym");
   }
-  std::optional<CodecSpec> parse(std::string_view text) const override {
-    for (const CodecSpec& spec : specs()) {
-      if (to_string(spec) == text) return spec;
-    }
-    return std::nullopt;
-  }
 
   void check(const CodecSpec& spec, const TileShape& shape) const override {
     const auto fail = [](const std::string& what) { throw Error(Status::kInvalidArgument, what); };
@@ -83,8 +77,7 @@ class Trellis final : public Codec {
     CodecSpec known = spec_of(spec.bits, spec.zero_point);
     known.family = spec.family;
     if (spec != known) fail("trellis codes have a scale a token; expected the codec that is spelt " + to_string(spec));
-    if (shape.slots != kPageTokens)
-      fail("tiles of " + std::to_string(shape.slots) + " slots are not supported; expected " + std::to_string(kPageTokens));
+    check_page_slots(shape);
   }
   size_t bytes(const CodecSpec& spec, const TileShape& shape) const override { return trellis_bytes(spec, shape.width); }
   size_t scale_bytes(const CodecSpec& spec, const TileShape& shape) const override {

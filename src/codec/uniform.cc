@@ -73,11 +73,7 @@ class Uniform final : public Codec {
   std::string to_string(const CodecSpec& spec) const override { return spelled(spec); }
   std::optional<CodecSpec> parse(std::string_view text) const override {
     if (text == "f16") return CodecSpec{};
-    // The set is small: comparing with every name accepts exactly what to_string writes.
-    for (const CodecSpec& spec : specs()) {
-      if (spelled(spec) == text) return spec;
-    }
-    return std::nullopt;
+    return Codec::parse(text);
   }
 
   void check(const CodecSpec& spec, const TileShape& shape) const override {
@@ -88,9 +84,7 @@ class Uniform final : public Codec {
     if (!spec.is_f16() && !contains(kCodecGroups, spec.group)) {
       fail("codec group " + std::to_string(spec.group) + " is unknown; expected " + one_of(kCodecGroups));
     }
-    if (shape.slots != kPageTokens) {
-      fail("tiles of " + std::to_string(shape.slots) + " slots are not supported; expected " + std::to_string(kPageTokens));
-    }
+    check_page_slots(shape);
   }
 
   size_t bytes(const CodecSpec& spec, const TileShape& shape) const override { return uniform_bytes(spec, shape.width); }

@@ -8,6 +8,7 @@
 //   takes(bits, terms), dots<...>(DotJob)         the micro-kernels (dots_table.h): codes x Weights -> one float per lane,
 //   times a
 //                                                 plus b
+// One class, over 500 lines: its steps share a page's scales, scores and partial sums.
 // Everything has internal linkage (see simd_avx512.h); K lives in an unnamed namespace.
 #pragma once
 

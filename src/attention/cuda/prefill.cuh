@@ -7,7 +7,8 @@
 // Short chunks: the producer dequantises, and the pages of a head may be split among blocks, the last of which to finish adds
 // up what each has stored. Long ones, whose tiles would each dequantise the same pages: a launch before writes all pages to the
 // workspace as they shall stand in shared memory (images), and the producer is one thread that asks for copies. The softmax is
-// in base 2, weights are held at 2^kLift over a maximum that follows the true one within kSlack.
+// in base 2, weights are held at 2^kLift over a maximum that follows the true one within kSlack. Over 500 lines: one kernel,
+// whose two sides keep step by barriers that must be read together.
 #pragma once
 
 #include "attention/cuda/dequantise.cuh"
