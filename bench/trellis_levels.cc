@@ -48,7 +48,8 @@ struct Trellis {
 // Samples and their sums by the window that they went to.
 struct Windows {
   std::array<double, kLevels> sum{}, count{};
-  double error = 0;  // mean square
+  double error = 0;    // mean square
+  double product = 0;  // of samples and their levels
 };
 
 Windows nearest(Trellis& trellis, const std::vector<float>& samples, size_t n) {
@@ -81,6 +82,7 @@ Windows nearest(Trellis& trellis, const std::vector<float>& samples, size_t n) {
     }
   }
   found.error /= static_cast<double>(n / kChainTokens * kChainTokens);
+  for (int w = 0; w < kLevels; ++w) found.product += found.sum[static_cast<size_t>(w)] * trellis.level(w);
   return found;
 }
 
@@ -126,7 +128,7 @@ Trellis start(int bits, std::mt19937& random) {
 }
 
 // Rounded to bytes whose sums lie within 7 bits around kLevelCentre.
-void print(Trellis trellis, double error) {
+void print(Trellis trellis, double error, double gain) {
   double reach = 0, least = 0;
   for (int w = 0; w < kLevels; ++w) reach = std::max(reach, std::fabs(trellis.level(w)));
   const double unit = (static_cast<double>(kLevelCentre) - 0.6) / reach;
@@ -139,8 +141,8 @@ void print(Trellis trellis, double error) {
       std::printf("%s%d", i == 0 ? "{" : ", ", static_cast<int>(std::lround(unit * table[i] + offset)));
     std::printf("}%s", end);
   };
-  std::printf("// %.5f of the variance\n{%d, %.4ff, {%d, %d}, {%d, %d}, 0x%04x,\n ", error, trellis.code.bits, unit,
-              trellis.code.first[0], trellis.code.first[1], trellis.code.second[0], trellis.code.second[1],
+  std::printf("// %.5f of the variance\n{%d, %.4ff, %.4ff, {%d, %d}, {%d, %d}, 0x%04x,\n ", error, trellis.code.bits, unit,
+              gain, trellis.code.first[0], trellis.code.first[1], trellis.code.second[0], trellis.code.second[1],
               static_cast<unsigned>(trellis.code.outer));
   list(trellis.a, static_cast<double>(kLevelCentre) - up, ",\n {");
   list(trellis.b[0], up, ",\n  ");
@@ -167,10 +169,11 @@ int search(int bits, double seconds, unsigned seed) {
     }
     if (error > 1.04 * best) continue;
     for (int i = 0; i < 15; ++i) descend(trellis, nearest(trellis, samples, samples.size()));
-    error = nearest(trellis, others, others.size()).error;
-    if (error >= best) continue;
-    best = error;
-    print(trellis, error);
+    const Windows windows = nearest(trellis, others, others.size());
+    if (windows.error >= best) continue;
+    best = windows.error;
+    const double squares = std::inner_product(others.begin(), others.end(), others.begin(), 0.0);
+    print(trellis, windows.error, squares / windows.product);
   }
   return 0;
 }

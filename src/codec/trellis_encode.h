@@ -60,7 +60,7 @@ class TrellisEncoder {
       if (c % kTrellisGroup == 0) {
         for (int t = 0; t < kPageTokens; ++t) {
           scale[t] = trellis_scale(scales[c / kTrellisGroup * kPageTokens + t]);
-          inverse[t] = scale[t] > 0.0f ? 1.0f / scale[t] : 0.0f;
+          inverse[t] = scale[t] > 0.0f ? code.gain / scale[t] : 0.0f;
         }
       }
       for (int t = 0; t < kPageTokens; ++t) exact[t] = wanted[t] = finite(x[t * width + c]) - offsets[c];
@@ -143,7 +143,8 @@ class TrellisEncoder {
     *largest = kept;
   }
 
-  // The levels' Gaussian has the row's root mean square, and the outermost level reaches the row's largest number.
+  // The levels' Gaussian has the row's root mean square, and the outermost level reaches the row's largest number. Codes are
+  // chosen so; read they are `gain` times larger, since the nearest levels shrink a row, and with it scores and outputs.
   static void store_scales(const TrellisCode& code, int width, const uint16_t* x, const float* offsets, uint8_t* scales) {
     for (int t = 0; t < kPageTokens; ++t) {
       for (int c = 0; c < width; c += kTrellisGroup) {
@@ -154,8 +155,8 @@ class TrellisEncoder {
           squares += v * v;
           most = std::max(most, std::fabs(v));
         }
-        scales[c / kTrellisGroup * kPageTokens + t] =
-            store_trellis_scale(std::max(std::sqrt(squares / static_cast<float>(n)) / code.unit, most / kLevelCentre));
+        scales[c / kTrellisGroup * kPageTokens + t] = store_trellis_scale(
+            code.gain * std::max(std::sqrt(squares / static_cast<float>(n)) / code.unit, most / kLevelCentre));
       }
     }
   }
