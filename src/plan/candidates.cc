@@ -71,7 +71,7 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
     for (const auto& s : profile.sensitivities) {
       if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
       Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
-      if (c.config.codec.fit == Fit::kUnbiased && !choice.both_fits) continue;
+      if (side == Side::kKey && c.config.codec.fit == Fit::kUnbiased && !choice.both_fits) continue;
       if (is_trellis(c.config.codec) && !choice.trellis) continue;
       if (!recent.is_f16()) {
         const auto cost = recent_costs.find(s.transform);

@@ -34,7 +34,7 @@ class PlannerOptions {
 Plan empty_plan(const PlannerRequest& request, const char* planner);
 
 // The project's recipe: keys per channel in groups of 128 tokens, fitted; values rotated, per token in groups of 64 channels,
-// min-max but fitted at one bit.
+// min-max but by the unbiased fit at one bit.
 // The widths that profiles measure and planners choose from, besides fp16.
 inline constexpr std::array kRecipeBits = {1, 2, 3, 4, 6, 8};
 SideConfig recipe_key(int bits, bool hadamard);

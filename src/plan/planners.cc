@@ -169,7 +169,7 @@ SideConfig recipe_key(int bits, bool hadamard) {
 SideConfig recipe_value(int bits) {
   SideConfig side;
   if (bits == kF16Bits) return side;
-  side.codec = {bits, Axis::kToken, 64, bits == 1 ? Fit::kLeastSquares : Fit::kMinMax, true};
+  side.codec = {bits, Axis::kToken, 64, bits == 1 ? Fit::kUnbiased : Fit::kMinMax, true};
   side.transform.hadamard = true;
   return side;
 }

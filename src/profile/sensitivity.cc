@@ -48,16 +48,17 @@ std::vector<Measured> candidates(const ModelShape& model, const Profile& profile
     if (side == Side::kValue && head_dim >= 128) {
       codecs.push_back(recipe_value(bits));
       codecs.back().codec.group = 128;
-      codecs.back().codec.fit = Fit::kLeastSquares;
+      codecs.back().codec.fit = Fit::kUnbiased;  // least squares would shrink rows, and with them outputs
     }
     if (side == Side::kKey && bits <= kWidestFit) {
       codecs.push_back(codecs.front());
       codecs.back().codec.fit = Fit::kUnbiased;
     }
     for (const SideConfig& codec : codecs) {
-      const bool unbiased = codec.codec.fit == Fit::kUnbiased;  // with the transforms that are best at any fit
-      if (side == Side::kKey && !unbiased) add(codec, "plain");
-      if (!unbiased) add(codec, "hadamard");
+      // Keys' second fit: with the transforms that are best at any fit.
+      const bool second = side == Side::kKey && codec.codec.fit == Fit::kUnbiased;
+      if (side == Side::kKey && !second) add(codec, "plain");
+      if (!second) add(codec, "hadamard");
       for (const Profile::Transform& t : profile.transforms) {
         if (t.layer == layer && t.side == side) add(codec, t.name);
       }
