@@ -1,5 +1,6 @@
 // The trellis family: codes of 2 to 5 bits that are read with those before them (trellis_code.h), and a scale for every token.
-// Rows are Gaussian enough for its levels where they are rotated (Hadamard); a token's scale is its root mean square.
+// Rows are Gaussian enough for its levels where they are rotated (Hadamard); a token's scale is its root mean square, a little
+// more so that codes do not shrink it (TrellisCode::gain).
 //
 //     x^ = scale_token (level(window) - 63.5) + offset_channel        an offset with a zero point alone, for keys: their mean
 //     moves
