@@ -7,7 +7,8 @@
 // Levels are of 7 bits, so that int8 products take them, and are made of two tables of 16, so that a byte shuffle finds them:
 //     level(window) = A[(a low + b high) % 16] + B[(c low + d high) % 16]      low, high: the window's halves
 // where B is one of two, by the first index. bench/trellis_levels.cc finds a, b, c, d and the tables on Gaussian samples. What
-// is left of a Gaussian's variance at 2 to 5 bits is .0861, .0226, .0064 and .0019 (even levels: .119, .037, .0115 and .0035).
+// is left of a Gaussian's variance at 2 to 5 bits is .0861, .0226, .0064 and .0019 (even levels: .119, .037, .0115 and .0035);
+// read `gain` times larger, so that it does not shrink, .095, .0231, .0064 and .0020.
 #pragma once
 
 #include <array>
