@@ -27,7 +27,7 @@ inline constexpr float kLevelCentre = 63.5f;
 struct TrellisCode {
   int bits;
   float unit;               // levels to the standard deviation of a Gaussian
-  float gain;               // of a Gaussian x and what its codes say, sum x^2 over sum x x^
+  float gain;               // of pages of a Gaussian x and what their codes say, sum x^2 over sum x x^
   int first[2], second[2];  // a, b and c, d
   uint16_t outer;           // bit i: first index i takes the second B
   uint8_t a[16], b[2][16];

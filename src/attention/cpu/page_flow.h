@@ -5,9 +5,7 @@
 //   rows(terms)                           query rows per block
 //   terms(bits, exact)                    Weight rows per query row: 2 = high and low part
 //   prepare(Source, n, terms, rows, w, term_stride, out)  rounds x * s of some rows to Weights
-//   takes(bits, terms), dots<...>(DotJob)         the micro-kernels (dots_table.h): codes x Weights -> one float per lane,
-//   times a
-//                                                 plus b
+//   takes(bits, terms), dots<...>(DotJob)  micro-kernels (dots_table.h): codes x Weights -> one float a lane, times a plus b
 // One class, over 500 lines: its steps share a page's scales, scores and partial sums.
 // Everything has internal linkage (see simd_avx512.h); K lives in an unnamed namespace.
 #pragma once
