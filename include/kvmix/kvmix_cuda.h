@@ -17,7 +17,10 @@ extern "C" {
 
 /* Keys are scaled per channel over key_group tokens or per token over key_group channels, values per token over value_group
  * channels, all with midpoints. Widths 1, 2, 3, 4, 8 and 16 (plain fp16, whose group does not matter) in any combination,
- * groups 32, 64 and 128, head_dim 64, 96, 128 and 256; anything else answers KVMIX_UNSUPPORTED with this list. */
+ * groups 32, 64 and 128, head_dim 64, 96, 128 and 256; and KVMIX_CUDA_TRELLIS + 2 to 5, codes that are read with those before
+ * them, in groups of 128 (scales per token, keys' with offsets per channel: key_per_token 0). Anything else answers
+ * KVMIX_UNSUPPORTED with this list. */
+#define KVMIX_CUDA_TRELLIS 32
 typedef struct kvmix_cuda_format {
   int32_t head_dim;
   int32_t key_bits, value_bits;
@@ -29,7 +32,7 @@ typedef struct kvmix_cuda_format {
 KVMIX_API kvmix_status kvmix_cuda_record_bytes(const kvmix_cuda_format* format, size_t* bytes);
 
 /* Between the CPU's encoded tiles (kvmix/codec.h: int<bits>.channel.g<key_group>...zero and int<bits>.token.g<value_group>
- * ...zero) and a record, all in host memory. Lossless. */
+ * ...zero, or trellis<bits>.zero and trellis<bits>.sym) and a record, all in host memory. Lossless. */
 KVMIX_API kvmix_status kvmix_cuda_record_from_tiles(const kvmix_cuda_format* format, const void* key_tile,
                                                     const void* value_tile, void* record);
 KVMIX_API kvmix_status kvmix_cuda_tiles_from_record(const kvmix_cuda_format* format, const void* record, void* key_tile,

@@ -1,6 +1,7 @@
 #include "backend/cuda/layer_format.h"
 
 #include "codec/row.h"
+#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "rows/scale.h"
 
@@ -19,9 +20,16 @@ SideFormat side_format(const SideConfig& side, Side which, const std::string& wh
                                           " cannot be on the device \"cuda\"; " + remedy);
   };
   const CodecSpec& codec = side.codec;
-  if (!codec.is_uniform()) refuse(to_string(codec), "take a codec that is spelt int<bits>, or the device \"cpu\"");
+  const bool trellis = is_trellis(codec);
+  if (!codec.is_uniform() && !trellis)
+    refuse(to_string(codec), "take a codec that is spelt int<bits> or trellis<bits>, or the device \"cpu\"");
   for (const TransformSpec::Field& field : side.transform.more) {
     if (field.name != kScaleField) refuse("the row map of \"" + field.name + "\"", "leave it out, or take the device \"cpu\"");
+  }
+  if (trellis) {
+    const CodecSpec known = trellis_spec(codec.bits, which);
+    if (codec != known) refuse(to_string(codec), "take " + to_string(known) + ", or the device \"cpu\"");
+    return {kTrellis + codec.bits, kTrellisGroup, which == Side::kValue};
   }
   if (codec.is_f16()) return {kF16Bits, 128, which == Side::kValue};
   if (!codec.zero_point) refuse(to_string(codec) + ", which has no zero point,", "take \"zero\", or the device \"cpu\"");
@@ -70,7 +78,7 @@ kvmix_cuda_format open_format(const LayerConfig& layer, const std::string& where
 
 ThinShape thin_shape(const LayerConfig& layer, int key_width, const std::string& where) {
   const RecordShape shape = record_shape(layer_format(layer, where));
-  if (shape.key_per_token) {
+  if (shape.key_per_token || is_trellis_width(shape.key_bits)) {
     throw Error(Status::kUnsupported, where + " keys: channels of " + to_string(layer.key.codec) +
                                           " share scales, so that on the device \"cuda\" none can be left out; take scales per "
                                           "channel, leave \"channels\" out, or take the device \"cpu\"");

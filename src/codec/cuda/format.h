@@ -32,6 +32,8 @@ struct List {
 };
 using CodeWidths = List<1, 2, 3, 4, 8>;  // 16, fp16 as it is, stands beside them
 using Widths = List<1, 2, 3, 4, 8, 16>;
+using TrellisWidths = List<kTrellis + 2, kTrellis + 3, kTrellis + 4, kTrellis + 5>;
+using TrellisBits = List<2, 3, 4, 5>;
 using Groups = List<32, 64, 128>;
 using HeadDims = List<64, 96, 128, 256>;
 

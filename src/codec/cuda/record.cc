@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "base/fp16.h"
+#include "codec/cuda/trellis_layout.h"
 #include "codec/tile_layout.h"
+#include "codec/trellis.h"
 
 namespace kvmix::cuda {
 namespace {
@@ -117,20 +119,68 @@ void unpack_side(const SideShape& side, bool key, const uint8_t* part, uint8_t* 
   });
 }
 
+// Trellis codes: bytes of scales and offsets in another order, codes in streams.
+void pack_trellis(const SideShape& side, bool key, const uint8_t* tile, uint8_t* part, int32_t* exponent, int32_t* unit) {
+  const int bits = code_bits(side.bits), width = side.head_dim;
+  const CodecSpec spec = trellis_spec(bits, key ? Side::kKey : Side::kValue);
+  const uint8_t* const tile_codes = tile + trellis_head_bytes(spec, width);
+  for (int token = 0; token < kPageTokens; ++token) {
+    for (int channel = 0; channel < width; ++channel) {
+      const TilePlace from = tile_place(key, width, token, channel);
+      put_stream_code(part, bits, key, token, channel, static_cast<uint32_t>(get_code(bits, tile_codes, from.unit, from.byte)));
+    }
+  }
+  uint8_t* const scales = part + side.meta();
+  const auto count = static_cast<int>(trellis_offsets_at(width));
+  for (int i = 0; i < count; ++i) scales[i / kPageTokens * kPageTokens + trellis_scale_slot(key, i % kPageTokens)] = tile[i];
+  if (key) {
+    for (int c = 0; c < width; ++c) scales[count + trellis_offset_slot(c)] = tile[count + c];
+  }
+  const uint8_t largest = *std::max_element(tile, tile + count);
+  *exponent = scale_exponent(trellis_scale(largest));
+  if (key) *unit = largest;
+}
+
+void unpack_trellis(const SideShape& side, bool key, const uint8_t* part, uint8_t* tile) {
+  const int bits = code_bits(side.bits), width = side.head_dim;
+  const CodecSpec spec = trellis_spec(bits, key ? Side::kKey : Side::kValue);
+  std::memset(tile, 0, trellis_bytes(spec, width));
+  uint8_t* const tile_codes = tile + trellis_head_bytes(spec, width);
+  for (int token = 0; token < kPageTokens; ++token) {
+    for (int channel = 0; channel < width; ++channel) {
+      const TilePlace to = tile_place(key, width, token, channel);
+      put_code(bits, tile_codes, to.unit, to.byte, static_cast<int>(stream_code(part, bits, key, token, channel)));
+    }
+  }
+  const uint8_t* const scales = part + side.meta();
+  const auto count = static_cast<int>(trellis_offsets_at(width));
+  for (int i = 0; i < count; ++i) tile[i] = scales[i / kPageTokens * kPageTokens + trellis_scale_slot(key, i % kPageTokens)];
+  if (key) {
+    for (int c = 0; c < width; ++c) tile[count + c] = scales[count + trellis_offset_slot(c)];
+  }
+}
+
 }  // namespace
 
 void record_from_tiles(const ThinShape& shape, const uint8_t* key_tile, const uint8_t* value_tile, uint8_t* record) {
   std::memset(record, 0, static_cast<size_t>(shape.bytes()));
   RecordHeader header{};
   header.key_width = shape.key_width;
-  pack_side(shape.key(), true, key_tile, record + kHeaderBytes, &header.key_exponent);
-  pack_side(shape.value(), false, value_tile, record + shape.key_bytes(), &header.value_exponent);
+  const auto pack = [&](const SideShape& side, bool key, const uint8_t* tile, uint8_t* part, int32_t* exponent) {
+    if (side.trellis()) return pack_trellis(side, key, tile, part, exponent, &header.key_unit);
+    pack_side(side, key, tile, part, exponent);
+  };
+  pack(shape.key(), true, key_tile, record + kHeaderBytes, &header.key_exponent);
+  pack(shape.value(), false, value_tile, record + shape.key_bytes(), &header.value_exponent);
   std::memcpy(record, &header, sizeof header);
 }
 
 void tiles_from_record(const ThinShape& shape, const uint8_t* record, uint8_t* key_tile, uint8_t* value_tile) {
-  unpack_side(shape.key(), true, record + kHeaderBytes, key_tile);
-  unpack_side(shape.value(), false, record + shape.key_bytes(), value_tile);
+  const auto unpack = [](const SideShape& side, bool key, const uint8_t* part, uint8_t* tile) {
+    side.trellis() ? unpack_trellis(side, key, part, tile) : unpack_side(side, key, part, tile);
+  };
+  unpack(shape.key(), true, record + kHeaderBytes, key_tile);
+  unpack(shape.value(), false, record + shape.key_bytes(), value_tile);
 }
 
 }  // namespace kvmix::cuda

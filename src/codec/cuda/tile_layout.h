@@ -23,6 +23,10 @@
 // row. The header's exponents e are the smallest in [-14, 14] with every scale of the side <= 2^e. Keys of chosen channels are
 // a side of fewer columns, whose number the header has.
 //
+// Trellis codes (codec/trellis_code.h) are a width of their own, kTrellis + bits; their bits lie as trellis_layout.h says, and
+// behind them instead of scales and midpoints a byte of scale for each token, keys' with a byte of offset for each channel,
+// which counts in units of the largest scale, in the header.
+//
 // An open page of 8-bit rows is a record too, with scales per token on both sides and nothing in its header: a token's codes
 // and scales have places of their own, so rows are stored one by one. Slots without a token may hold anything there.
 #pragma once
@@ -38,10 +42,15 @@ inline constexpr int kFields = 8;  // of a block, token tiles of a page
 static_assert(kFields * 16 == kPageTokens);
 inline constexpr int kHeaderBytes = 16;
 
+inline constexpr int kTrellis = 32;
+KVMIX_HOST_DEVICE constexpr bool is_trellis_width(int width) { return width > kTrellis; }
+// Bits of a code of a width.
+KVMIX_HOST_DEVICE constexpr int code_bits(int width) { return is_trellis_width(width) ? width - kTrellis : width; }
+
 struct RecordHeader {
   int32_t key_exponent, value_exponent;
   int32_t key_width;  // of keys of chosen channels; 0: all are there
-  int32_t unused;
+  int32_t key_unit;   // of trellis keys: the largest scale, as stored; else 0
 };
 
 // The header's exponent for the largest scale of a side (finite, not negative).
@@ -105,7 +114,7 @@ KVMIX_HOST_DEVICE constexpr int field_shift(int bits, int field) {
   }
 }
 
-KVMIX_HOST_DEVICE constexpr int block_words(int bits) { return 2 * bits; }  // per lane
+KVMIX_HOST_DEVICE constexpr int block_words(int bits) { return 2 * code_bits(bits); }  // per lane
 KVMIX_HOST_DEVICE constexpr int block_bytes(int bits) { return 32 * 4 * block_words(bits); }
 KVMIX_HOST_DEVICE constexpr int code_bytes(int bits, int head_dim) { return head_dim / 16 * block_bytes(bits); }
 
@@ -132,14 +141,18 @@ KVMIX_HOST_DEVICE constexpr int scale_slot(int i) { return i / 16 * 32 + i % 8 /
 // Where one side of a record lies; offsets from the side's start.
 struct SideShape {
   int head_dim, bits, group;
-  bool per_token;
+  bool per_token;  // of trellis codes: values, which have no offsets
 
+  KVMIX_HOST_DEVICE constexpr bool trellis() const { return is_trellis_width(bits); }
   KVMIX_HOST_DEVICE constexpr int groups() const {
     if (bits == 16) return 0;
-    return per_token ? (head_dim + group - 1) / group : kPageTokens / group;
+    return per_token || trellis() ? (head_dim + group - 1) / group : kPageTokens / group;
   }
   KVMIX_HOST_DEVICE constexpr int meta() const { return code_bytes(bits, head_dim); }
-  KVMIX_HOST_DEVICE constexpr int meta_bytes() const { return groups() * (per_token ? kPageTokens : head_dim) * 4; }
+  KVMIX_HOST_DEVICE constexpr int meta_bytes() const {
+    if (trellis()) return groups() * kPageTokens + (per_token ? 0 : (head_dim + 63) / 64 * 64);
+    return groups() * (per_token ? kPageTokens : head_dim) * 4;
+  }
   KVMIX_HOST_DEVICE constexpr int bytes() const { return meta() + meta_bytes(); }
   KVMIX_HOST_DEVICE constexpr int group_halves() const { return 2 * (per_token ? kPageTokens : head_dim); }
   // Index, in halves from meta(), of the scale of (token, channel).
