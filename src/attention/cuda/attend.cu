@@ -13,8 +13,11 @@ namespace {
 // Of a kernel whose warps hold a ring each: eight warps and all registers are fastest. Many short blocks want more warps, which
 // hide each other's beginnings.
 Residency decode_residency(const ThinShape& shape) {
-  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - query_bytes(shape.head_dim);
-  const int all = std::clamp(room / stage_of(shape).ring, kWarps, kMaxWarps);
+  const Stage stage = stage_of(shape);
+  const bool trellis = stage.table_bytes > 0;
+  const int room =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - query_bytes(shape.head_dim) - stage.table_bytes;
+  const int all = std::clamp(room / stage.ring, kWarps, trellis ? kFewWarps : kMaxWarps);
   constexpr int kFewBlocks = 8;  // of a multiprocessor
   return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, std::min(all, kFewWarps), all};
 }
@@ -79,7 +82,10 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
   const DecodeArguments d{a, stage_of(shape), row_blocks, keys};
   const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, thin, open.overlapped, p.stream};
-  if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch_decode<dim>(launch, d); }))
+  const auto go = [&](auto dim) {
+    d.stage.table_bytes > 0 ? launch_trellis_decode<dim>(launch, d) : launch_decode<dim>(launch, d);
+  };
+  if (!HeadDims::visit(p.format.head_dim, go))
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no decode kernel");
 }
 

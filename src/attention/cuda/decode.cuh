@@ -17,6 +17,7 @@
 #include "attention/cuda/page_copies.cuh"
 #include "attention/cuda/partials.cuh"
 #include "attention/cuda/shape.h"
+#include "attention/cuda/trellis.cuh"
 #include "base/cuda/overlap.cuh"
 #include "codec/cuda/words.cuh"
 
@@ -57,7 +58,9 @@ __device__ inline void load_piece(const uint8_t* piece, int lane, uint32_t (&w)[
   load_words<words / 2>(piece, lane, w);
 }
 
-__device__ constexpr float code_centre_of(int bits) { return static_cast<float>((1 << bits) - 1) * 0.5f; }
+__device__ constexpr float code_centre_of(int width) {
+  return is_trellis_width(width) ? kLevelCentre : static_cast<float>((1 << width) - 1) * 0.5f;
+}
 
 // What a warp holds: sums of weights times values, and of weights times what has no codes. `thin`: keys have `key_tiles`
 // channel tiles instead of all.
@@ -83,9 +86,11 @@ struct Warp {
 
   // Scores to weights times 2^exponent at 2^kLift over the running maximum, as operand B; `exponent` is the value scales'.
   // Where `masked`, a column sees the positions range(column) only. Of a lane's two columns the second counts where `wide`.
-  template <int tiles, class Range>
-  __device__ void softmax(float (&s)[tiles][4], uint32_t (&p)[tiles][2], int first, bool masked, const Range& range,
-                          float softcap, int exponent, bool wide, int lane) {
+  // `chained`: weights in the order of value_column_token.
+  template <bool may_chain = false, int tiles, class Range>
+  __device__ __forceinline__ void softmax(float (&s)[tiles][4], uint32_t (&p)[tiles][2], int first, bool masked,
+                                          const Range& range, float softcap, int exponent, bool wide, int lane,
+                                          bool chained = false) {
     const auto peak = [&](const int column) {
       // One branch each for what is rare, so that the common path is straight.
       if (softcap > 0.0f) {
@@ -142,17 +147,19 @@ struct Warp {
 #pragma unroll
       for (int b = 0; b < tiles; ++b) s[b][1] = s[b][3] = 0.0f;
     }
+    const int from = chained ? 4 * value_column_token(lane / 4) + lane % 4 : lane;
+    const auto column = [&](float a, float b) {
+      const uint32_t v = pack(a, b);
+      return transpose(may_chain ? __shfl_sync(~0u, v, from) : v);
+    };
 #pragma unroll
-    for (int b = 0; b < tiles; ++b) {
-      p[b][0] = transpose(pack(s[b][0], s[b][1]));
-      p[b][1] = transpose(pack(s[b][2], s[b][3]));
-    }
+    for (int b = 0; b < tiles; ++b) p[b][0] = column(s[b][0], s[b][1]), p[b][1] = column(s[b][2], s[b][3]);
   }
 
   // Scores of a packed key part, times `factor` of a column. `groups`: of tokens.
   template <int bits, int groups>
-  __device__ void packed_scores(const uint8_t* part, const uint2* query, int exponent, const float (&factor)[2], bool wide,
-                                float (&s)[kFields][4], int key_tiles, int lane) {
+  __device__ __forceinline__ void packed_scores(const uint8_t* part, const uint2* query, int exponent, const float (&factor)[2],
+                                                bool wide, float (&s)[kFields][4], int key_tiles, int lane) {
     constexpr int kGroupFields = kFields / groups;
     const int tiles = thin ? key_tiles : kTiles, width = thin ? 16 * key_tiles : dim;
     const uint32_t shrink = power_half(-exponent);
@@ -199,8 +206,8 @@ struct Warp {
 
   // Adds weights times a packed value part. `at_once` channel tiles, of one group, are chains of mma side by side.
   template <int bits, int at_once>
-  __device__ void packed_values(const uint8_t* part, const Stage& stage, int exponent, const uint32_t (&p)[kFields][2],
-                                int lane) {
+  __device__ __forceinline__ void packed_values(const uint8_t* part, const Stage& stage, int exponent,
+                                                const uint32_t (&p)[kFields][2], int lane) {
     constexpr int kWords = block_words(bits) < 4 ? 2 : bits == 3 ? 6 : 4;  // that hold some fields whole
     constexpr int kPieces = block_words(bits) / kWords, kPieceFields = kFields / kPieces;
     const uint8_t* const meta = part + code_bytes(bits, dim) + lane % 4 * 16;
@@ -384,13 +391,16 @@ struct Warp {
 };
 
 // Calls body with a width as constant.
-template <class Body>
-__device__ inline void with_code_width(int bits, const Body& body) {
-  CodeWidths::visit(bits, body);
+template <bool trellis, class Body>
+__device__ __forceinline__ void with_code_width(int width, const Body& body) {
+  if constexpr (trellis) {
+    if (TrellisWidths::visit(width, body)) return;
+  }
+  CodeWidths::visit(width, body);
 }
 
-// `thin`: all pages are sealed ones of the list's chosen key channels.
-template <int dim, int most_warps, bool thin = false>
+// `thin`: all pages are sealed ones of the list's chosen key channels. `trellis`: a side or both are trellis codes.
+template <int dim, int most_warps, bool thin = false, bool trellis = false>
 __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid_constant__ DecodeArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ float row_factor[kRows];
@@ -408,7 +418,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   // Up to four query rows stand in the even columns: half the softmax.
   const bool wide = rows > kRows / 2;
   uint2* const query = reinterpret_cast<uint2*>(shared);
-  uint8_t* const rings = shared + query_bytes(dim);
+  uint8_t* const tables = shared + query_bytes(dim);
+  uint8_t* const rings = tables + (trellis ? stage.table_bytes : 0);
   uint8_t* const ring = rings + warp * stage.ring;
   PageCopies copies(stage, ring, lane, warp);
   // Warps without a page leave; four stay for what all of a block do.
@@ -441,6 +452,11 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     }
   };
   if (!args.overlapped) load_row(warp);
+  if constexpr (trellis) {
+    if (is_trellis_width(stage.key_bits)) make_tables(code_bits(stage.key_bits), warps, tables);
+    if (is_trellis_width(stage.value_bits) && stage.value_bits != stage.key_bits)
+      make_tables(code_bits(stage.value_bits), warps, tables + stage.value_table);
+  }
   // -1 past the end, as of an open page: nothing to copy.
   const auto page_id = [&](const kvmix_cuda_item& of, int page) {
     return page < of.page_end ? args.page_table[of.sequence * args.page_table_stride + page] : -1;
@@ -535,21 +551,29 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
       uint32_t p[kFields][2];
       copies.wait(true);
       const int2 exponent = *reinterpret_cast<const int2*>(ring);
-      with_code_width(stage.key_bits, [&](auto bits) {
-        List<1, 2, 4>::visit(stage.key_groups, [&](auto groups) {
-          state.template packed_scores<bits.value, groups.value>(ring, query, exponent.x, factor, wide, s, key_width / 16,
-                                                                 lane);
-        });
+      with_code_width<trellis && !thin>(stage.key_bits, [&](auto bits) {
+        if constexpr (is_trellis_width(bits.value)) {
+          trellis_scores<dim, code_bits(bits.value)>(ring, {tables, static_cast<uint32_t>(4 * lane)}, query, factor, wide, s,
+                                                     lane);
+        } else {
+          List<1, 2, 4>::visit(stage.key_groups, [&](auto groups) {
+            state.template packed_scores<bits.value, groups.value>(ring, query, exponent.x, factor, wide, s, key_width / 16,
+                                                                   lane);
+          });
+        }
       });
       __syncwarp();
       fetch(item, next, true);
-      state.softmax(
+      state.template softmax<trellis>(
           s, p, first, masked, [&](int column) { return seen(column, first, first + live); }, args.softcap, exponent.y, wide,
-          lane);
+          lane, trellis && is_trellis_width(stage.value_bits));
       copies.wait(false);
-      with_code_width(stage.value_bits, [&](auto bits) {
+      with_code_width<trellis>(stage.value_bits, [&](auto bits) {
         const uint8_t* const part = ring + stage.key_pitch + stage.value_shift;
-        if (stage.value_group_shift > 5) {
+        if constexpr (is_trellis_width(bits.value)) {
+          trellis_values<dim, code_bits(bits.value)>(part, {tables, static_cast<uint32_t>(4 * lane + stage.value_table)},
+                                                     exponent.y, p, state, lane);
+        } else if (stage.value_group_shift > 5) {
           state.template packed_values<bits.value, State::kValueTiles>(part, stage, exponent.y, p, lane);
         } else {
           state.template packed_values<bits.value, 2>(part, stage, exponent.y, p, lane);

@@ -20,9 +20,12 @@ struct DecodeLaunch {
   bool overlapped;
   void* stream;
 };
-// Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in).
+// Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in), and for trellis codes on a side
+// or both (decode_trellis.cu.in), which at most kFewWarps take.
 template <int head_dim>
 void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments);
+template <int head_dim>
+void launch_trellis_decode(const DecodeLaunch& launch, const DecodeArguments& arguments);
 
 void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);

@@ -12,7 +12,8 @@ bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
   constexpr int kMostValueGroups = 7;  // Warp::side
   const kvmix_cuda_format& f = p.format;
   const RecordShape shape = record_shape(f);
-  return query_rows(p) <= kMostRows && f.key_per_token == 0 && CodeWidths::has(f.key_bits) && CodeWidths::has(f.value_bits) &&
+  const auto coded = [](int width) { return CodeWidths::has(width) || TrellisWidths::has(width); };
+  return query_rows(p) <= kMostRows && f.key_per_token == 0 && coded(f.key_bits) && coded(f.value_bits) &&
          shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= most_shared_bytes();
 }
 
@@ -27,6 +28,8 @@ bool uses_images(const kvmix_cuda_attend_params& p) {
 
 const char* kernel_name(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
+  const bool trellis = is_trellis_width(p.format.key_bits) || is_trellis_width(p.format.value_bits);
+  if (uses_fast_kernel(p) && trellis) return rows <= 4 ? "trellis-4" : rows <= 8 ? "trellis-8" : "trellis-16";
   if (uses_fast_kernel(p)) return rows <= 4 ? "codes-4" : rows <= 8 ? "codes-8" : "codes-16";
   if (uses_fp16_kernel(p)) return rows <= 4 ? "fp16-4" : rows <= 8 ? "fp16-8" : "fp16-16";
   if (rows <= 16) return "pages-16";

@@ -23,7 +23,10 @@ struct Stage {
   // Both copies of a record start at a 128-byte line of it, that of the values value_shift bytes before them.
   int key_bytes, value_begin, value_shift, value_bytes;
   int key_pitch, ring;  // ring: both buffers of a warp
+  // Levels of trellis codes (trellis.cuh), once a block: of keys first, of values value_table bytes further.
+  int table_bytes, value_table;
 };
+inline constexpr int kLevelTableBytes = 256 * 32 * 4;
 
 template <class Shape>  // RecordShape or ThinShape
 Stage stage_of(const Shape& shape) {
@@ -40,11 +43,16 @@ Stage stage_of(const Shape& shape) {
   // A warp's part of the merge and its share of the sums of all splits lie there too.
   s.ring = std::max({s.key_pitch + whole_lines(s.value_bytes), whole_lines(kRows * (merge_row(shape.head_dim) + 2) * 4),
                      kRows * kMaxSplits * 8 / kWarps});
+  s.value_table = is_trellis_width(shape.key_bits) && shape.key_bits != shape.value_bits ? kLevelTableBytes : 0;
+  s.table_bytes = is_trellis_width(shape.value_bits) ? s.value_table + kLevelTableBytes
+                  : is_trellis_width(shape.key_bits) ? kLevelTableBytes
+                                                     : 0;
   return s;
 }
 template <class Shape>
 int decode_shared_bytes(const Shape& shape, int warps) {
-  return query_bytes(shape.head_dim) + warps * stage_of(shape).ring;
+  const Stage stage = stage_of(shape);
+  return query_bytes(shape.head_dim) + stage.table_bytes + warps * stage.ring;
 }
 
 }  // namespace kvmix::cuda

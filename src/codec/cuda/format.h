@@ -14,6 +14,7 @@ namespace kvmix::cuda {
 
 template <int... values_>
 struct List {
+  static constexpr size_t count = sizeof...(values_);
   static constexpr bool has(int v) { return ((v == values_) || ...); }
   // Calls body(std::integral_constant) for the entry that equals v; false where there is none.
   template <class Body>
