@@ -13,7 +13,7 @@ import time
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PAGE, DIM = 128, 128
+PAGE, DIM, TRELLIS = 128, 128, 32
 flush_reads = False
 
 
@@ -55,6 +55,10 @@ class Append(c.Structure):
                 ("keys", c.c_void_p), ("values", c.c_void_p), ("row_stride", c.c_int64), ("head_stride", c.c_int64),
                 ("open_pages", c.c_void_p), ("open_page_stride", c.c_int64), ("open_head_stride", c.c_int64),
                 ("slots", c.c_void_p), ("stream", c.c_void_p)]
+
+
+def named(width):
+    return f"t{width - TRELLIS}" if width > TRELLIS else str(width)
 
 
 def timed(launches, repeat):
@@ -266,6 +270,25 @@ def formats_table(lib, copy, repeat):
                   f"{size / ms / 1e9 / copy:.0%} | {first[0] / ms * size / first[1]:.2f} | {kernel} |", flush=True)
 
 
+def trellis_table(lib, copy, repeat):
+    """Trellis codes (t) beside even ones in groups of 64 of the same widths."""
+    print("| shape (batch, q heads, KV heads, tokens) | head_dim | bits K/V | fp16 ms | even ms | ratio | trellis ms | ratio |"
+          " of copy bandwidth | kernel |")
+    print("|---|--:|---|--:|--:|--:|--:|--:|--:|---|")
+    for shape, dim in (((64, 32, 8, 8192), 128), ((16, 32, 32, 8192), 128), ((256, 32, 8, 1024), 128), ((1, 32, 8, 32768), 128),
+                       ((1, 32, 8, 512), 128), ((64, 32, 8, 8192), 96), ((64, 56, 8, 8192), 64), ((64, 32, 8, 8192), 64),
+                       ((32, 8, 4, 8192), 256), ((32, 64, 4, 8192), 128)):
+        base = fp16(*shape, repeat, dim)[1]
+        torch.cuda.empty_cache()
+        for bits in ((2, 2), (3, 2), (3, 3), (4, 4), (5, 5), (8, 4)):
+            codes = tuple(b + TRELLIS if b < 8 else b for b in bits)
+            even = packed(lib, tuple(8 if b == 5 else b for b in bits), *shape, repeat, (128, 64), dim)[0]
+            ms, size, _, kernel = packed(lib, codes, *shape, repeat, (128, 128), dim)
+            torch.cuda.empty_cache()
+            print(f"| {shape} | {dim} | {named(codes[0])}/{named(codes[1])} | {base:.4f} | {even:.4f} | {base / even:.2f} | {ms:.4f} |"
+                  f" {base / ms:.2f} | {size / ms / 1e9 / copy:.0%} | {kernel} |", flush=True)
+
+
 def fp16_table(lib, copy, repeat):
     """Pages of fp16 on both sides: rows as a cache leaves them, and records."""
     print("| shape (batch, q heads, KV heads, tokens) | head_dim | fp16 ms | pages | ms | ratio | of copy bandwidth | kernel |")
@@ -300,6 +323,13 @@ def seal_table(lib, copy, repeat):
             print(f"| {bits[0]}/{bits[1]} | {group} | {name} | {ms:.4f} | {work.bytes / ms / 1e9 / copy:.0%} |", flush=True)
             del work
             torch.cuda.empty_cache()
+    for bits in (2, 3, 4, 5):
+        for name, way in (("trellis", {}), ("trellis, Hadamard, feedback", {"hadamard": True, "feedback": True})):
+            work = Sealing(lib, (bits + TRELLIS, bits + TRELLIS), 1024, 32, False, **way)
+            ms = timed([work.seal], repeat)
+            print(f"| t{bits}/t{bits} | 128 | {name} | {ms:.4f} | {work.bytes / ms / 1e9 / copy:.0%} |", flush=True)
+            del work
+            torch.cuda.empty_cache()
 
 
 def prefill_table(lib, repeat):
@@ -319,10 +349,10 @@ def prefill_table(lib, repeat):
                 times.append(timed([call], repeat))
             except RuntimeError:
                 pass  # this backend does not take the shape
-        for bits in ((2, 2), (4, 4)):
+        for bits in ((2, 2), (4, 4), (TRELLIS + 2, TRELLIS + 2), (TRELLIS + 4, TRELLIS + 4)):
             cache = Packed(lib, bits, batch, q_heads, kv_heads, length, dim=dim, q_tokens=length)
             ms = timed([cache.launch], repeat)
-            print(f"| {(batch, q_heads, kv_heads, length)} | {dim} | {bits[0]}/{bits[1]} | {min(times):.4f} | {ms:.4f} | "
+            print(f"| {(batch, q_heads, kv_heads, length)} | {dim} | {named(bits[0])}/{named(bits[1])} | {min(times):.4f} | {ms:.4f} | "
                   f"{min(times) / ms:.2f} | {cache.kernel} |", flush=True)
 
 
@@ -348,7 +378,7 @@ def main():
     parser.add_argument("library")
     parser.add_argument("--repeat", type=int, default=11)
     parser.add_argument("--formats", default="2/2,2/1,3/3,4/4")
-    parser.add_argument("--tables", default="attend,formats,fp16,seal,prefill,chunks")
+    parser.add_argument("--tables", default="attend,formats,trellis,fp16,seal,prefill,chunks")
     parser.add_argument("--flush", choices=("write", "read"), default="write",
                         help="what fills the L2 before a launch: written lines, which launches then push out, or read ones")
     args = parser.parse_args()
@@ -362,6 +392,8 @@ def main():
         attend_table(lib, copy, [tuple(map(int, f.split("/"))) for f in args.formats.split(",")], args.repeat)
     if "formats" in tables:
         formats_table(lib, copy, args.repeat)
+    if "trellis" in tables:
+        trellis_table(lib, copy, args.repeat)
     if "fp16" in tables:
         fp16_table(lib, copy, args.repeat)
     if "seal" in tables:
