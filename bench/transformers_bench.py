@@ -165,19 +165,26 @@ def bench(name, given):
     row_bytes = 2 * model.dtype.itemsize * given.context * config.num_key_value_heads * config.head_dim
     rows = memory // (row_bytes * config.num_hidden_layers)
     shape = model_shape(model)
-    plan = kvmix.Plan.uniform(shape, given.bits, given.bits)
-    one = Ours(model, plan, prompt, 1, given)
+    if given.plan:
+        plan = kvmix.Plan.load(given.plan)
+    else:
+        plan = kvmix.Plan.uniform(shape, given.bits, given.bits, {"group": str(given.group)} if given.group else {})
+    few = 8
+    one = Ours(model, plan, prompt, few, given)
     held = one.generator.cache.pages.memory()
-    pages = (held["total_bytes"] - held["slack_bytes"]) * given.context / prompt_tokens  # of one, in the end
+    pages = (held["total_bytes"] - held["slack_bytes"]) / few * given.context / prompt_tokens  # of one, in the end
     more = int((0.99 * memory - held["scratch_bytes"]) / pages)
     del one, held
     gc.collect()
-    print(f"{name}, {config.num_hidden_layers} layers, context {given.context}, {given.bits} bits, {given.gib:g} GiB:", flush=True)
+    bits = given.plan or f"{given.bits} bits in groups of {given.group or 'keys 128, values 64'}"
+    print(f"{name}, {config.num_hidden_layers} layers, context {given.context}, {bits}, {given.gib:g} GiB:", flush=True)
     own, _ = measure("transformers", rows, Own(model, rows, given), given.rounds)
     give_back()
-    ours = [("equal memory", more, {}), ("equal batch", rows, {})]
+    ours = [] if given.compiled else [("equal memory", more, {}), ("equal batch", rows, {})]
     for backend in given.compile:
         ours.append((f"equal memory, {backend}", more, {"compile": backend}))
+        if given.compiled:
+            ours.append((f"equal batch, {backend}", rows, {"compile": backend}))
     if given.eager:
         ours.append(("equal batch, no graph", rows, {"graph": False, "steps": 16}))
     took = {}
@@ -194,7 +201,7 @@ def bench(name, given):
     for backend in given.quantized:
         quantized = Quantized(model, prompt, rows, backend, given.quantized_bits)
         step, _ = measure(f"QuantizedCache {backend}", rows, quantized, 2)
-        print(f"    kvmix, equal batch: {step / took['equal batch']:.2f} times its tokens/s", flush=True)
+        print(f"    kvmix, equal batch: {step / next(v for k, v in took.items() if 'batch' in k):.2f} times its tokens/s", flush=True)
         del quantized
         give_back()
     print(f"  {time.monotonic() - began:.0f} s in all", flush=True)
@@ -208,6 +215,9 @@ def main():
     arguments.add_argument("--layers", type=int, default=0, help="fewer than the model's")
     arguments.add_argument("--gib", type=float, default=24, help="of keys and values (24)")
     arguments.add_argument("--bits", type=int, default=2, help="of both sides in our plan (2)")
+    arguments.add_argument("--group", type=int, default=0, choices=(32, 64, 128), help="of both sides in our plan (keys 128, values 64)")
+    arguments.add_argument("--plan", help="a plan file for the model's shape instead")
+    arguments.add_argument("--compiled", action="store_true", help="--compile: ours so alone")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--steps", type=int, default=128, help="of ours in a round: as many as a page has tokens (128)")
     arguments.add_argument("--eager", action="store_true", help="our steps one by one as well")
