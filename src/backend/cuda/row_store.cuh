@@ -5,6 +5,7 @@
 #include "backend/cuda/row_codes.cuh"
 #include "base/cuda/async_copy.cuh"
 #include "codec/cuda/pick.h"
+#include "codec/cuda/trellis_tables.cuh"
 
 namespace kvmix::cuda {
 
@@ -77,8 +78,20 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   }
 }
 
-// The number of an element of a record's side, as Codec::decode gives it.
+// The number of an element of a side of trellis codes; number_of.
+__device__ inline float trellis_number(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
+  const int bits = code_bits(side.bits), window = stream_window(part, bits, key, token, channel);
+  const uint8_t* const scales = part + side.meta();
+  const float scale = trellis_scale_of(scales[channel / kTrellisGroup * kPageTokens + trellis_scale_slot(key, token)]);
+  const float level = static_cast<float>(kTrellisTables.twice[bits - kTrellisBits.front()][window]) * 0.5f - kLevelCentre;
+  if (!key) return __fmul_rn(scale, level);
+  const auto stored = static_cast<int8_t>(scales[side.groups() * kPageTokens + trellis_offset_slot(channel)]);
+  return __fadd_rn(__fmul_rn(scale, level), __fmul_rn(static_cast<float>(stored), trellis_key_unit(part)));
+}
+
+// The number of an element of a record's side, as Codec::decode gives it. A record's keys stand behind its header.
 __device__ inline float number_of(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
+  if (side.trellis()) return trellis_number(side, key, part, token, channel);
   const CodeCell cell = code_cell(key, token, channel);
   const auto bit_half = [&](const CodePlace& place) {
     return code_half(reinterpret_cast<const uint16_t*>(part), side.bits, cell.block, cell.at, place.word);
