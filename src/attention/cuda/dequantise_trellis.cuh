@@ -33,7 +33,8 @@ __device__ inline __half2 scale_pair(uint32_t stored, int low, int high) {
   return __floats2half2_rn(scale(low), scale(high));
 }
 
-// Two neighbouring channels' offsets, bytes `first` and `first` + 1 of a word; what fp16 does not hold is as large as it can be.
+// Two neighbouring channels' offsets, bytes `first` and `first` + 1 of a word; what fp16 does not hold is as large as it can
+// be.
 __device__ inline __half2 offset_pair(uint32_t stored, int first, float unit) {
   const auto offset = [&](int byte) {
     const float x = static_cast<float>(static_cast<int8_t>(stored >> (8 * byte))) * unit;

@@ -32,7 +32,8 @@ struct PageTile {
 };
 
 // A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel. Values of an open page
-// become zero from `live` on. `trellis`: it may have such codes; `thin`: keys of fewer channels, which stand in the first columns.
+// become zero from `live` on. `trellis`: it may have such codes; `thin`: keys of fewer channels, which stand in the first
+// columns.
 template <int dim, bool key, bool open, bool trellis, bool thin = false>
 __device__ inline void expand_side(const uint8_t* part, const SideShape& side, int live, __half* out) {
   constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row;

@@ -23,7 +23,8 @@ void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments)
                            reinterpret_cast<uint8_t*>(arguments.partial_sums)};
   const int rows = arguments.group * arguments.q_tokens;
   const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kPrefillRows - 1) / kPrefillRows));
-  if (!uses_images(p)) return launch<prefill_kernel<dim, false, trellis>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
+  if (!uses_images(p))
+    return launch<prefill_kernel<dim, false, trellis>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
   const dim3 image_grid(grid.x, static_cast<unsigned>((kImageBlocks + p.item_count - 1) / p.item_count));
   launch<image_kernel<dim, trellis>>(image_grid, kImageThreads, Tile::part_bytes + 1024, a, p.stream);
   launch<prefill_kernel<dim, true, false>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
@@ -46,9 +47,8 @@ bool has_prefill_kernel() {
 
 void launch_prefill(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
   const bool trellis = is_trellis_width(p.format.key_bits) || is_trellis_width(p.format.value_bits);
-  const bool known = HeadDims::visit(p.format.head_dim, [&](auto dim) {
-    trellis ? launch<dim, true>(p, arguments) : launch<dim, false>(p, arguments);
-  });
+  const bool known = HeadDims::visit(
+      p.format.head_dim, [&](auto dim) { trellis ? launch<dim, true>(p, arguments) : launch<dim, false>(p, arguments); });
   if (!known)
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no prefill kernel");
 }

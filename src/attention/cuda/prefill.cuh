@@ -192,8 +192,8 @@ __device__ inline void bring_stretch(const PrefillArguments& arguments, const kv
           reinterpret_cast<const __half*>(open) + ((key ? 0 : value_row(args, page)) + part * Tile::tokens) * dim, live, to);
     } else {
       dequantise_stretch<dim, key, true, false, threads>(open + (key ? kHeaderBytes : args.open.key_bytes()),
-                                                  key ? args.open.key() : args.open.value(), part, live, shared_address(to),
-                                                  wait);
+                                                         key ? args.open.key() : args.open.value(), part, live,
+                                                         shared_address(to), wait);
     }
     publish_stores();
     done(kSide);

@@ -78,7 +78,8 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   }
 }
 
-// The number of an element of a side of trellis codes; number_of.
+// The number of an element of a record's side, as Codec::decode gives it: of trellis codes, whose keys stand behind the
+// record's header.
 __device__ inline float trellis_number(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
   const int bits = code_bits(side.bits), window = stream_window(part, bits, key, token, channel);
   const uint8_t* const scales = part + side.meta();
@@ -89,9 +90,8 @@ __device__ inline float trellis_number(const SideShape& side, bool key, const ui
   return __fadd_rn(__fmul_rn(scale, level), __fmul_rn(static_cast<float>(stored), trellis_key_unit(part)));
 }
 
-// The number of an element of a record's side, as Codec::decode gives it. A record's keys stand behind its header.
-__device__ inline float number_of(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
-  if (side.trellis()) return trellis_number(side, key, part, token, channel);
+// Of other codes.
+__device__ inline float even_number(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
   const CodeCell cell = code_cell(key, token, channel);
   const auto bit_half = [&](const CodePlace& place) {
     return code_half(reinterpret_cast<const uint16_t*>(part), side.bits, cell.block, cell.at, place.word);
@@ -111,6 +111,15 @@ __device__ inline float number_of(const SideShape& side, bool key, const uint8_t
   const auto* const scales = reinterpret_cast<const uint16_t*>(part + side.meta()) + side.scale_at(token, channel);
   const float centre = static_cast<float>((1 << side.bits) - 1) * 0.5f;
   return __fadd_rn(float_of(scales[kMidStep]), __fmul_rn(float_of(scales[0]), static_cast<float>(code) - centre));
+}
+// Calls body(number of (token, channel)) for a side's kind of codes, chosen once, so that many numbers' loads go together.
+template <class Body>
+__device__ inline void with_numbers(const SideShape& side, bool key, const uint8_t* part, const Body& body) {
+  if (side.trellis()) {
+    body([&](int token, int channel) { return trellis_number(side, key, part, token, channel); });
+  } else {
+    body([&](int token, int channel) { return even_number(side, key, part, token, channel); });
+  }
 }
 
 }  // namespace kvmix::cuda
