@@ -79,8 +79,9 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
 }
 
 // The number of an element of a record's side, as Codec::decode gives it: of trellis codes, whose keys stand behind the
-// record's header.
-__device__ inline float trellis_number(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
+// record's header. A call, so that kernels keep the registers that they have without it.
+static __device__ __noinline__ float trellis_number(const SideShape& side, bool key, const uint8_t* part, int token,
+                                                    int channel) {
   const int bits = code_bits(side.bits), window = stream_window(part, bits, key, token, channel);
   const uint8_t* const scales = part + side.meta();
   const float scale = trellis_scale_of(scales[channel / kTrellisGroup * kPageTokens + trellis_scale_slot(key, token)]);
@@ -112,7 +113,8 @@ __device__ inline float even_number(const SideShape& side, bool key, const uint8
   const float centre = static_cast<float>((1 << side.bits) - 1) * 0.5f;
   return __fadd_rn(float_of(scales[kMidStep]), __fmul_rn(float_of(scales[0]), static_cast<float>(code) - centre));
 }
-// Calls body(number of (token, channel)) for a side's kind of codes, chosen once, so that many numbers' loads go together.
+// Calls body with the function of a token and a channel that gives their number, chosen once by the side's kind of codes, so
+// that loads of many numbers go together.
 template <class Body>
 __device__ inline void with_numbers(const SideShape& side, bool key, const uint8_t* part, const Body& body) {
   if (side.trellis()) {
