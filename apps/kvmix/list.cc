@@ -61,9 +61,10 @@ int list_cuda(const Common& common) {
   for (const PolicyInfo& policy : channel_policies()) channels.push_back(policy.name);
   const auto capability = [](const CudaDevice& d) { return fmt::format("{}.{}", d.capability / 10, d.capability % 10); };
   if (common.json) {
-    nlohmann::json json = {{"architectures", support.architectures}, {"bits", support.bits},   {"groups", support.groups},
-                           {"head_dims", support.head_dims},         {"token_policies", here}, {"channel_policies", channels},
-                           {"devices", nlohmann::json::array()}};
+    nlohmann::json json = {{"architectures", support.architectures}, {"bits", support.bits},
+                           {"trellis_bits", support.trellis_bits},   {"groups", support.groups},
+                           {"head_dims", support.head_dims},         {"token_policies", here},
+                           {"channel_policies", channels},           {"devices", nlohmann::json::array()}};
     if (!none.empty()) json["no_device"] = none;
     for (const CudaDevice& d : devices) {
       json["devices"].push_back({{"name", d.name},
@@ -85,7 +86,11 @@ int list_cuda(const Common& common) {
   fmt::print("\nbuilt for            {}\n", support.architectures);
   fmt::print("widths               {} bits, uniform with a zero point; keys' scales per channel are fast, per token slow\n",
              support.bits);
-  fmt::print("groups               {}\n", support.groups);
+  fmt::print(
+      "trellis codes        {} bits, keys with a zero point, values without; slower than uniform ones, so that plans take "
+      "them with --codes all alone\n",
+      support.trellis_bits);
+  fmt::print("groups               {}, of trellises 128\n", support.groups);
   fmt::print("head_dim             {}\n", support.head_dims);
   fmt::print("token policies       {}\n", fmt::join(here, ", "));
   fmt::print("channel policies     {}, of keys with scales per channel\n", fmt::join(channels, ", "));

@@ -247,6 +247,7 @@ DeviceSpace cuda_space();
 struct CudaSupport {
   std::string architectures;            // as CMake was given them: "80-real;90a-real"
   std::string bits, groups, head_dims;  // lists: "1, 2, 4"; 16 bits are fp16
+  std::string trellis_bits;             // of trellis codes, likewise
 };
 CudaSupport cuda_support();
 

@@ -23,6 +23,8 @@ struct CodecChoice {
   bool both_fits = false;  // keys of the unbiased fit too
   bool trellis = true;
 };
+// What is a candidate unless the user says otherwise: trellises where they take little longer to read, so on the CPU.
+inline CodecChoice codec_choice(const std::string& device) { return {.trellis = device != "cuda"}; }
 // The measured codecs of a side, each with the cost of `recent` rows under its transform beside its own, and fp16 last. Throws
 // kMismatch if the measurement is incomplete.
 std::vector<Candidate> candidates(const ModelShape& model, const Profile& profile, const std::string& metric, int layer,
@@ -40,7 +42,7 @@ struct PricedChoices {
 };
 // For the plan's sinks, window and recent rows; without what the device has no code for.
 PricedChoices price(const Plan& plan, const ModelShape& model, const Profile& profile, const std::string& metric,
-                    int64_t context, const std::string& device, const CodecChoice& choice = {});
+                    int64_t context, const std::string& device, const CodecChoice& choice);
 
 [[noreturn]] void refuse_budget(int64_t budget_bytes, int64_t least_bytes, const PricedChoices& priced, int64_t context);
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "base/mean.h"
+#include "codec/trellis.h"
 #include "plan/candidates.h"
 #include "plan/planner.h"
 #include "plan/rank_allocation.h"
@@ -120,18 +121,26 @@ Plan make(const PlannerRequest& request) {
   // The unbiased fit may lose more on text longer than what was measured (docs/quality.md).
   const std::string fits = options.choice("fits", "best", {"best", "one", "both"});
   const bool whole = request.profile->window_tokens >= request.budget.context;
-  const CodecChoice codecs{.both_fits = fits == "both" || (fits == "best" && whole),
-                           .trellis = options.choice("codes", "best", {"best", "even"}) == "best"};
+  const std::string codes = options.choice("codes", "best", {"best", "all", "even"});
+  CodecChoice codecs = codec_choice(request.device);
+  codecs.both_fits = fits == "both" || (fits == "best" && whole);
+  if (codes != "best") codecs.trellis = codes == "all";
   Allocation made = best_allocation(request, frame, metric, recent, codecs);
   std::string measured;
   if (request.meter != nullptr) measured = refine_plan(request, made.priced, made.spend, made.plan, made.chosen);
   Plan& plan = made.plan;
   const double cost = request.factors != nullptr ? made.cost : made.priced.apply(made.chosen, plan);
   if (!metric.empty()) plan.predicted = Plan::Prediction{metric, cost};
+  const bool measured_trellis = std::any_of(request.profile->sensitivities.begin(), request.profile->sensitivities.end(),
+                                            [](const auto& s) { return is_trellis(parse_codec(s.codec)); });
+  const char* const kinds = metric.empty() || !measured_trellis ? ""
+                            : codecs.trellis                    ? ", of all codes"
+                                                                : ", of even codes (--codes all: trellises too)";
   char note[256];
-  std::snprintf(note, sizeof note, "%.3f bits per element at %lld tokens, by %s; predicted cost %.5g",
+  std::snprintf(note, sizeof note, "%.3f bits per element at %lld tokens, by %s%s; predicted cost %.5g",
                 predict_bits_per_element(cache_config(plan, *request.model), request.budget.context),
-                static_cast<long long>(request.budget.context), metric.empty() ? "gradient scores" : metric.c_str(), cost);
+                static_cast<long long>(request.budget.context), metric.empty() ? "gradient scores" : metric.c_str(), kinds,
+                cost);
   plan.note = note + measured;
   if (!metric.empty() && request.factors == nullptr) plan.note += next_bits(made);
   return std::move(plan);
@@ -148,7 +157,10 @@ const Planner kKvmixPlanner = {
        "of keys: one (least squares), both (for each layer what costs less), or best: both where the profile's windows are as "
        "long "
        "as --context"},
-      {"codes", "best, or even: no trellises, which lose less and take longer to seal and a little to read"},
+      {"codes",
+       "all, even: no trellises, which lose less and take longer to seal and to read, or best: all for the CPU, even for a "
+       "GPU, "
+       "where reading them takes most"},
       kSinksOption,
       kLocalSinksOption,
       kWindowOption,

@@ -88,7 +88,8 @@ class Tuner {
         double threshold)
       : request_(request),
         plan_(plan),
-        priced_(price(plan, *request.model, *request.profile, metric, request.budget.context, request.device)) {
+        priced_(price(plan, *request.model, *request.profile, metric, request.budget.context, request.device,
+                      codec_choice(request.device))) {
     pick_metric(*request.profile, "output");
     const size_t layers = plan.layers.size();
     for (size_t l = 0; l < layers; ++l) {
@@ -96,7 +97,7 @@ class Tuner {
       std::vector<std::pair<int, size_t>> chosen[2];
       for (const size_t side : {0, 1}) {
         output[side] = candidates(*request.model, *request.profile, "output", static_cast<int>(l),
-                                  side == 0 ? Side::kKey : Side::kValue, plan.recent);
+                                  side == 0 ? Side::kKey : Side::kValue, plan.recent, codec_choice(request.device));
         chosen[side] = by_width(output[side], widths);
         auto& index = config_.emplace_back();
         for (const auto& [bits, c] : chosen[side])

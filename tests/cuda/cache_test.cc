@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "rows/row_map.h"
 #include "rows/scale.h"
@@ -47,7 +48,7 @@ void add_random(std::vector<float>& to, size_t n, float least, float most, std::
 
 // Every head_dim; fast and slow formats, fits of one side and of both, row maps of all kinds, feedback, sinks and none, windows
 // fixed, none and by ratio, a sliding window, soft-capped scores, a side that stays fp16 and both, recent rows of 8 bits in all
-// groups and of fp16.
+// groups and of fp16; trellises on both sides and on each alone.
 std::vector<LayerConfig> every_kind() {
   std::mt19937 random(3);
   std::vector<LayerConfig> layers;
@@ -79,7 +80,17 @@ std::vector<LayerConfig> every_kind() {
   capped.value.transform.hadamard = true;
   layers.push_back(capped);
   layers.push_back(make_layer(16, 1, 128, CodecSpec{}, CodecSpec{}, 1, 128));
-  const int groups[] = {64, 32, 64, 0, 128, 32};
+  LayerConfig trellis = make_layer(8, 2, 128, trellis_spec(3, Side::kKey), trellis_spec(2, Side::kValue));
+  trellis.key.transform = turned.key.transform, trellis.value.transform = turned.value.transform;
+  layers.push_back(trellis);
+  LayerConfig fed_trellis = make_layer(4, 4, 64, trellis_spec(2, Side::kKey), trellis_spec(4, Side::kValue), 0, 0);
+  fed_trellis.key.transform = fed.key.transform, fed_trellis.value.transform = fed.value.transform;
+  layers.push_back(fed_trellis);
+  layers.push_back(make_layer(2, 1, 256, trellis_spec(5, Side::kKey), value_codec(3, 32), 16, 0));
+  LayerConfig trellis_values = make_layer(6, 1, 96, key_codec(4, 32), trellis_spec(5, Side::kValue), 4, 64);
+  trellis_values.sliding_window = 300;
+  layers.push_back(trellis_values);
+  const int groups[] = {64, 32, 64, 0, 128, 32, 64, 32, 0, 128};
   for (size_t l = 0; l < layers.size(); ++l) {
     if (groups[l] != 0) layers[l].recent = {8, Axis::kToken, groups[l], Fit::kMinMax, true};
   }
@@ -107,7 +118,9 @@ std::vector<LayerConfig> every_thin_kind() {
   layers.push_back(make_layer(16, 1, 128, CodecSpec{}, CodecSpec{}, 1, 128));
   layers.push_back(make_layer(12, 1, 64, key_codec(3, 32), CodecSpec{}, 3, 40));
   layers.push_back(make_layer(2, 2, 128, CodecSpec{}, value_codec(4), 16, 64));
-  const int groups[] = {64, 32, 64, 0, 128, 32, 64, 0};
+  layers.push_back(make_layer(4, 2, 128, key_codec(3), trellis_spec(4, Side::kValue), 16, 64));
+  layers.push_back(make_layer(8, 1, 256, key_codec(2, 32), trellis_spec(2, Side::kValue), 0, 0));
+  const int groups[] = {64, 32, 64, 0, 128, 32, 64, 0, 64, 0};
   for (size_t l = 0; l < layers.size(); ++l) {
     if (groups[l] != 0) layers[l].recent = {8, Axis::kToken, groups[l], Fit::kMinMax, true};
   }
@@ -116,7 +129,8 @@ std::vector<LayerConfig> every_thin_kind() {
 
 // The largest |stored number| of each channel so far, of every KV head, and how large an error of a stored value becomes.
 struct Magnitudes {
-  std::vector<double> key, value;  // [kv_heads][head_dim]
+  std::vector<double> key, value;         // [kv_heads][head_dim]
+  double key_scale = 0, value_scale = 0;  // the largest root mean square of a row's group, where codes are a trellis'
   double grows = 1;
 };
 
@@ -156,6 +170,14 @@ class Bounds {
           double& m = most[i % heads * dim + c];
           m = std::max(m, std::abs(static_cast<double>(row[c])));
         }
+        if (!is_trellis((key ? layer.key : layer.value).codec)) continue;
+        double& scale = key ? magnitudes_[l].key_scale : magnitudes_[l].value_scale;
+        for (size_t first = 0; first < dim; first += kTrellisGroup) {
+          const size_t end = std::min(dim, first + kTrellisGroup);
+          double squares = 0;
+          for (size_t c = first; c < end; ++c) squares += static_cast<double>(row[c]) * static_cast<double>(row[c]);
+          scale = std::max(scale, std::sqrt(squares / static_cast<double>(end - first)));
+        }
       }
     }
   }
@@ -163,18 +185,24 @@ class Bounds {
   // Of a row's output of a query head, as tests/cuda/attend_test.cc derives it: each product's operands are rounded to fp16,
   // errors add up as independent ones do, a score that is off by e moves the output by e |v| at most. Here the query is rounded
   // before the kernel does so again, and the output before it is turned back. A quantised number may exceed those it stands for
-  // by half a step of a fitted group: a tenth.
+  // by half a step of a fitted group: a tenth. One of a trellis does so by a code's error, of which three times the root mean
+  // square is taken: a share of the row's own (trellis_code.h).
   double allowed(size_t l, const float* q, int q_head) const {
     const LayerConfig& layer = layers_[l];
     const auto dim = static_cast<size_t>(layer.head_dim);
     const auto head = static_cast<size_t>(q_head / (layer.q_heads / layer.kv_heads));
     std::vector<float> query(q, q + dim);
     key_maps_[l].query(static_cast<int>(head), query.data());
+    const auto stored = [](const CodecSpec& codec, double most, double scale) {
+      constexpr double kErrors[] = {.095, .0231, .0064, .0020};  // of 2 to 5 bits, to a variance of 1
+      return is_trellis(codec) ? most + 3 * scale * std::sqrt(kErrors[codec.bits - 2]) : 1.1 * most;
+    };
+    const Magnitudes& m = magnitudes_[l];
     double noise = 0, most_value = 0;
     for (size_t c = 0; c < dim; ++c) {
-      const double part = 2.2 * static_cast<double>(query[c]) * magnitudes_[l].key[head * dim + c];
+      const double part = 2 * static_cast<double>(query[c]) * stored(layer.key.codec, m.key[head * dim + c], m.key_scale);
       noise += part * part;
-      most_value = std::max(most_value, 1.1 * magnitudes_[l].value[head * dim + c]);
+      most_value = std::max(most_value, stored(layer.value.codec, m.value[head * dim + c], m.value_scale));
     }
     return (6.0 + static_cast<double>(layer.scale) * std::sqrt(2 * noise)) / 2048.0 * most_value *
            std::sqrt(static_cast<double>(dim)) * magnitudes_[l].grows;
@@ -682,9 +710,10 @@ TEST_F(CudaCache, ACapturedStepIsReplayed) { replay(every_kind()); }
 TEST_F(CudaCache, ACapturedStepIsReplayedWithChosenChannels) { replay(every_thin_kind(), PolicySpec{"think", {}}); }
 
 TEST_F(CudaCache, WhatTheDeviceLacksIsNamed) {
-  const auto refused = [](const LayerConfig& layer) {
+  const auto refused = [](const LayerConfig& layer, const Pair::Channels& channels = {}) {
     CacheConfig config;
     config.layers = {layer};
+    config.channels = channels;
     config.device = "cuda";
     try {
       Cache cache(config);
@@ -698,6 +727,11 @@ TEST_F(CudaCache, WhatTheDeviceLacksIsNamed) {
   EXPECT_NE(refused(make_layer(2, 1, 64, key_codec(5), value_codec(2))).find("int5"), std::string::npos);
   EXPECT_NE(refused(make_layer(2, 1, 64, key_codec(2), key_codec(2))).find("per token"), std::string::npos);
   EXPECT_NE(refused(make_layer(2, 1, 64, key_codec(2), value_codec(2), 300)).find("300 sinks"), std::string::npos);
+  const LayerConfig other_kind = make_layer(2, 1, 64, trellis_spec(2, Side::kValue), value_codec(2));  // without offsets
+  EXPECT_NE(refused(other_kind).find("take trellis2.zero"), std::string::npos);
+  const LayerConfig trellis_keys = make_layer(2, 1, 64, trellis_spec(2, Side::kKey), value_codec(2));
+  EXPECT_EQ(refused(trellis_keys), "");
+  EXPECT_NE(refused(trellis_keys, PolicySpec{"think", {}}).find("trellis2"), std::string::npos);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <random>
 
+#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "plan/allocate.h"
 #include "rows/scale.h"
@@ -106,6 +107,45 @@ TEST(Planners, TheUnbiasedFitOfKeysIsTakenWhereBothAreAsked) {
   request.options["fits"] = "one";
   EXPECT_EQ(unbiased(), std::vector<int>{});
   request.options["fits"] = "all";
+  EXPECT_THROW(make_plan("kvmix", request), Error);
+}
+
+// Which lose less: plans for the CPU take them by themselves, those for a GPU where they are asked for, unless they are not
+// wanted.
+TEST(Planners, TrellisesAreTakenWhereTheDeviceReadsThemFastOrTheyAreAsked) {
+  const ModelShape model = shape(6);
+  Profile scores = measured_profile(model);
+  for (size_t i = 0, n = scores.sensitivities.size(); i < n; ++i) {
+    Profile::Sensitivity s = scores.sensitivities[i];
+    const CodecSpec codec = parse_codec(s.codec);
+    if (s.recent || codec.bits < 2 || codec.bits > 4) continue;
+    s.codec = to_string(trellis_spec(codec.bits, s.side));
+    s.cost *= 0.5;
+    scores.sensitivities.push_back(s);
+  }
+  PlannerRequest request = request_for(model, scores);
+  request.budget = {.bits = 3, .context = 8192};
+  const auto trellises = [&](const std::string& planner) {
+    const Plan plan = make_plan(planner, request);
+    int count = 0;
+    for (const Plan::Layer& layer : plan.layers) count += is_trellis(layer.key.codec) + is_trellis(layer.value.codec);
+    if (planner == "kvmix")
+      EXPECT_NE(plan.note.find(count > 0 ? "of all codes" : "of even codes"), std::string::npos) << plan.note;
+    return count;
+  };
+  EXPECT_GT(trellises("kvmix"), 0);
+  request.options["codes"] = "even";
+  EXPECT_EQ(trellises("kvmix"), 0);
+  request.options["codes"] = "all";
+  EXPECT_GT(trellises("kvmix"), 0);
+  request.device = "cuda";
+  EXPECT_GT(trellises("kvmix"), 0);
+  request.options["codes"] = "even";
+  EXPECT_EQ(trellises("kvmix"), 0);
+  request.options.clear();
+  EXPECT_EQ(trellises("kvmix"), 0);
+  EXPECT_EQ(trellises("kvtuner"), 0);
+  request.options["codes"] = "trellis";
   EXPECT_THROW(make_plan("kvmix", request), Error);
 }
 

@@ -93,8 +93,8 @@ Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
   if (uses_fast_kernel(p)) return decode_residency({record_shape(p.format)});
   if (splits_chunks(p)) return {device_attribute(cudaDevAttrMultiProcessorCount), 0, 1, 1};
-  const int blocks = std::max(
-      1, uses_fp16_kernel(p) ? resident_fp16_blocks(p.format.head_dim) : resident_page_blocks(p.format.head_dim, rows));
+  const int blocks =
+      std::max(1, uses_fp16_kernel(p) ? resident_fp16_blocks(p.format.head_dim) : resident_page_blocks(p.format, rows));
   return {device_attribute(cudaDevAttrMultiProcessorCount), 0, blocks, blocks};
 }
 

@@ -116,22 +116,23 @@ __device__ inline void mask_tokens(uint32_t (&a)[4], int token0, int live, int l
   }
 }
 
-// Calls body with what a side is and its width as constants; `open`: of an open page.
-template <bool key, bool open, class Body>
+// Calls body with what a side is and its width as constants; `open`: of an open page; `trellis`: it may have such codes.
+template <bool key, bool open, bool trellis, class Body>
 __device__ inline void with_format(const SideShape& side, const Body& body) {
   if constexpr (open) {
     constexpr Operand what = key ? Operand::kKeysPerToken : Operand::kValues;
     List<8, 16>::visit(side.bits, [&](auto bits) { body(std::integral_constant<Operand, what>{}, bits); });
     return;
   }
-  const auto with_width = [&](auto what) { Widths::visit(side.bits, [&](auto bits) { body(what, bits); }); };
-  if constexpr (!key) {
-    with_width(std::integral_constant<Operand, Operand::kValues>{});
-  } else if (side.per_token) {
-    with_width(std::integral_constant<Operand, Operand::kKeysPerToken>{});
-  } else {
-    with_width(std::integral_constant<Operand, Operand::kKeys>{});
+  const auto with_width = [&](auto what, auto widths) { widths.visit(side.bits, [&](auto bits) { body(what, bits); }); };
+  constexpr std::integral_constant<Operand, key ? Operand::kKeys : Operand::kValues> what;
+  if constexpr (trellis) {
+    if (side.trellis()) return with_width(what, TrellisWidths{});
   }
+  if constexpr (key) {
+    if (side.per_token) return with_width(std::integral_constant<Operand, Operand::kKeysPerToken>{}, Widths{});
+  }
+  with_width(what, Widths{});
 }
 
 }  // namespace kvmix::cuda

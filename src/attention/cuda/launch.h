@@ -31,7 +31,7 @@ void launch_prefill(const kvmix_cuda_attend_params& params, const AttendArgument
 void launch_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
 void launch_thin_pages(const kvmix_cuda_attend_params& params, const AttendArguments& arguments, const ThinKeys& thin);
 void launch_fp16(const kvmix_cuda_attend_params& params, const AttendArguments& arguments);
-int resident_page_blocks(int head_dim, int rows);  // on one multiprocessor
+int resident_page_blocks(const kvmix_cuda_format& format, int rows);  // on one multiprocessor
 int resident_fp16_blocks(int head_dim);
 
 }  // namespace kvmix::cuda

@@ -9,10 +9,14 @@ namespace {
 
 // Calls body with the kernel for a format and number of query rows, and its shared memory.
 template <bool thin, class Body>
-void with_kernel(int head_dim, int rows, const Body& body) {
-  const bool few = rows <= kWarpRows;
+void with_kernel(const kvmix_cuda_format& format, int rows, const Body& body) {
+  const bool few = rows <= kWarpRows, trellis = is_trellis_width(format.key_bits) || is_trellis_width(format.value_bits);
+  const int head_dim = format.head_dim;
   const bool known = HeadDims::visit(head_dim, [&](auto dim) {
-    body(few ? page_kernel<dim, true, thin> : page_kernel<dim, false, thin>, PageTile<dim>::shared_bytes);
+    const auto take = [&](auto with) {
+      body(few ? page_kernel<dim, true, thin, with> : page_kernel<dim, false, thin, with>, PageTile<dim>::shared_bytes);
+    };
+    trellis ? take(std::true_type{}) : take(std::false_type{});
   });
   if (!known) throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(head_dim) + " has no page kernel");
 }
@@ -21,7 +25,7 @@ template <bool thin>
 void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments, const ThinKeys& keys) {
   const int rows = arguments.group * arguments.q_tokens;
   const ThinShape shape{record_shape(p.format), keys.width};
-  with_kernel<thin>(p.format.head_dim, rows, [&](auto* kernel, int shared) {
+  with_kernel<thin>(p.format, rows, [&](auto* kernel, int shared) {
     allow_shared(kernel, shared, "attend: shared memory");
     const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kTileRows - 1) / kTileRows));
     kernel<<<grid, kThreads, static_cast<size_t>(shared), static_cast<cudaStream_t>(p.stream)>>>(
@@ -37,9 +41,9 @@ void launch_thin_pages(const kvmix_cuda_attend_params& p, const AttendArguments&
   launch<true>(p, arguments, keys);
 }
 
-int resident_page_blocks(int head_dim, int rows) {
+int resident_page_blocks(const kvmix_cuda_format& format, int rows) {
   int blocks = 0;
-  with_kernel<false>(head_dim, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
+  with_kernel<false>(format, rows, [&](auto* kernel, int shared) { blocks = blocks_on_processor(kernel, kThreads, shared); });
   return blocks;
 }
 

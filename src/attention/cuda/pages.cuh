@@ -5,7 +5,7 @@
 // share the tokens and split the rows. The softmax is in base 2, weights are held at 2^kLift over the maximum.
 #pragma once
 
-#include "attention/cuda/dequantise.cuh"
+#include "attention/cuda/dequantise_trellis.cuh"
 #include "attention/cuda/partials.cuh"
 #include "attention/cuda/shape.h"
 
@@ -32,12 +32,13 @@ struct PageTile {
 };
 
 // A packed side to shared memory, every kWarps-th block a warp: keys row = token, values row = channel. Values of an open page
-// become zero from `live` on. `thin`: keys of fewer channels, which stand in the first columns.
-template <int dim, bool key, bool open, bool thin = false>
+// become zero from `live` on. `trellis`: it may have such codes; `thin`: keys of fewer channels, which stand in the first
+// columns.
+template <int dim, bool key, bool open, bool trellis, bool thin = false>
 __device__ inline void expand_side(const uint8_t* part, const SideShape& side, int live, __half* out) {
   constexpr int kRow = key ? PageTile<dim>::key_row : PageTile<dim>::value_row;
   const unsigned blocks = thin ? static_cast<unsigned>(side.head_dim) / 16 : dim / 16;
-  with_format<key, open>(side, [&](auto what, auto width) {
+  with_format<key, open, trellis>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
     __half* const mine = out + lane / 4 * kRow + 2 * (lane % 4);
@@ -50,6 +51,12 @@ __device__ inline void expand_side(const uint8_t* part, const SideShape& side, i
     unsigned block = threadIdx.x / 32;
     if constexpr (bits == 16) {
       for (; block < blocks; block += kWarps) copy_block<0, kFields>(part, block, lane, store);
+    } else if constexpr (is_trellis_width(bits)) {
+      for (; block < blocks; block += kWarps) {
+        uint32_t w[block_words(bits)];
+        load_codes<bits>(part + block * block_bytes(bits), lane, w);
+        dequantise_trellis<what.value, bits, 0, kFields>(w, part, side, block, lane, store);
+      }
     } else {
       LaneScales<what.value> scales(part + side.meta(), side, lane);
       uint32_t w[block_words(bits)];
@@ -90,8 +97,9 @@ __device__ inline void copy_open(const __half* page, int live, int value_row, __
   }
 }
 
-// `thin`: all pages are sealed ones of the list's chosen key channels.
-template <int dim, bool split_tokens, bool thin = false>
+// `thin`: all pages are sealed ones of the list's chosen key channels; `trellis`: for formats with such codes, a kernel of its
+// own, since they take more registers.
+template <int dim, bool split_tokens, bool thin, bool trellis>
 __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
                                             : dim <= 128 ? 3
                                                          : 1) page_kernel(const __grid_constant__ PageArguments arguments) {
@@ -173,16 +181,16 @@ __global__ void __launch_bounds__(kThreads, dim == 64    ? 4
     __syncthreads();
     if (id >= 0) {
       const uint8_t* record = args.records + id * args.record_page_stride + item.kv_head * args.record_head_stride;
-      expand_side<dim, true, false, thin>(record + kHeaderBytes, arguments.key, live, keys);
-      expand_side<dim, false, false>(record + arguments.value_start, arguments.value, live, values);
+      expand_side<dim, true, false, trellis && !thin, thin>(record + kHeaderBytes, arguments.key, live, keys);
+      expand_side<dim, false, false, trellis>(record + arguments.value_start, arguments.value, live, values);
     } else if constexpr (!thin) {
       const uint8_t* const open =
           args.open_pages + static_cast<int64_t>(~id) * args.open_page_stride + item.kv_head * args.open_head_stride;
       if (is_rows(args, page)) {
         copy_open<dim>(reinterpret_cast<const __half*>(open), live, value_row(args, page), keys, values);
       } else {
-        expand_side<dim, true, true>(open + kHeaderBytes, args.open.key(), live, keys);
-        expand_side<dim, false, true>(open + args.open.key_bytes(), args.open.value(), live, values);
+        expand_side<dim, true, true, false>(open + kHeaderBytes, args.open.key(), live, keys);
+        expand_side<dim, false, true, false>(open + args.open.key_bytes(), args.open.value(), live, values);
       }
     }
     __syncthreads();

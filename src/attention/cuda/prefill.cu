@@ -14,7 +14,7 @@ void launch(dim3 grid, int threads, int shared, const PrefillArguments& argument
   check_cuda(cudaGetLastError(), "attend: launch");
 }
 
-template <int dim>
+template <int dim, bool trellis>
 void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
   using Tile = PrefillTile<dim>;
   constexpr int kImageBlocks = 2048;  // about; several for each place on a device
@@ -23,10 +23,11 @@ void launch(const kvmix_cuda_attend_params& p, const AttendArguments& arguments)
                            reinterpret_cast<uint8_t*>(arguments.partial_sums)};
   const int rows = arguments.group * arguments.q_tokens;
   const dim3 grid(static_cast<unsigned>(p.item_count), static_cast<unsigned>((rows + kPrefillRows - 1) / kPrefillRows));
-  if (!uses_images(p)) return launch<prefill_kernel<dim, false>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
+  if (!uses_images(p))
+    return launch<prefill_kernel<dim, false, trellis>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
   const dim3 image_grid(grid.x, static_cast<unsigned>((kImageBlocks + p.item_count - 1) / p.item_count));
-  launch<image_kernel<dim>>(image_grid, kImageThreads, Tile::part_bytes + 1024, a, p.stream);
-  launch<prefill_kernel<dim, true>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
+  launch<image_kernel<dim, trellis>>(image_grid, kImageThreads, Tile::part_bytes + 1024, a, p.stream);
+  launch<prefill_kernel<dim, true, false>>(grid, kPrefillThreads, Tile::shared_bytes, a, p.stream);
 }
 
 }  // namespace
@@ -45,7 +46,10 @@ bool has_prefill_kernel() {
 }
 
 void launch_prefill(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
-  if (!HeadDims::visit(p.format.head_dim, [&](auto dim) { launch<dim>(p, arguments); }))
+  const bool trellis = is_trellis_width(p.format.key_bits) || is_trellis_width(p.format.value_bits);
+  const bool known = HeadDims::visit(
+      p.format.head_dim, [&](auto dim) { trellis ? launch<dim, true>(p, arguments) : launch<dim, false>(p, arguments); });
+  if (!known)
     throw Error(Status::kUnsupported, "attend: head_dim " + std::to_string(p.format.head_dim) + " has no prefill kernel");
 }
 

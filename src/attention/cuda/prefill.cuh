@@ -11,7 +11,7 @@
 // whose two sides keep step by barriers that must be read together.
 #pragma once
 
-#include "attention/cuda/dequantise.cuh"
+#include "attention/cuda/dequantise_trellis.cuh"
 #include "attention/cuda/partials.cuh"
 #include "attention/cuda/shape.h"
 #include "attention/cuda/wgmma.cuh"
@@ -71,14 +71,14 @@ class Walk {
 };
 
 // A stretch of a packed side to shared memory, by the block's first threads; ready() waits until it may be written. Values of
-// an open page become zero from the stretch's token `live` on.
-template <int dim, bool key, bool open, int threads, class Ready>
+// an open page become zero from the stretch's token `live` on. `trellis`: it may have such codes.
+template <int dim, bool key, bool open, bool trellis, int threads, class Ready>
 __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideShape& side, int part, int live, uint32_t to,
                                           const Ready& ready) {
   constexpr int kTokens = PrefillTile<dim>::tokens, kRows = key ? kTokens : dim, kStep = threads / 32;
   constexpr unsigned kBlocks = dim / 16;
   const unsigned warp = threadIdx.x / 32;
-  with_format<key, open>(side, [&](auto what, auto width) {
+  with_format<key, open, trellis>(side, [&](auto what, auto width) {
     constexpr int bits = width.value;
     const int lane = lane_again();
     const uint32_t mine = to + static_cast<uint32_t>((lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16);
@@ -93,6 +93,13 @@ __device__ inline void dequantise_stretch(const uint8_t* side_start, const SideS
         ready();
         for (unsigned block = warp; block < kBlocks; block += kStep) {
           copy_block<kFirst, kCount>(side_start, block, lane, store);
+        }
+      } else if constexpr (is_trellis_width(bits)) {
+        ready();
+        for (unsigned block = warp; block < kBlocks; block += kStep) {
+          uint32_t w[block_words(bits)];
+          load_codes<bits>(side_start + block * block_bytes(bits), lane, w);
+          dequantise_trellis<what.value, bits, kFirst, kCount>(w, side_start, side, block, lane, store);
         }
       } else {
         LaneScales<what.value> scales(side_start + side.meta(), side, lane);
@@ -164,7 +171,7 @@ __device__ inline uint8_t* image_part(const PrefillArguments& arguments, const k
 }
 
 // A stretch of a page's keys, then of its values, to shared memory, each after ready(side) and before done(side).
-template <int dim, int threads, class Ready, class Done>
+template <int dim, bool trellis, int threads, class Ready, class Done>
 __device__ inline void bring_stretch(const PrefillArguments& arguments, const kvmix_cuda_item& item, int page, int32_t id,
                                      int part, int live, uint8_t* keys, uint8_t* values, const Ready& ready, const Done& done) {
   using Tile = PrefillTile<dim>;
@@ -176,16 +183,17 @@ __device__ inline void bring_stretch(const PrefillArguments& arguments, const kv
     constexpr int kSide = key ? 0 : 1;
     const auto wait = [&] { ready(kSide); };
     if (id >= 0) {
-      dequantise_stretch<dim, key, false, threads>(record + (key ? kHeaderBytes : arguments.value_start),
-                                                   key ? arguments.key : arguments.value, part, live, shared_address(to), wait);
+      dequantise_stretch<dim, key, false, trellis, threads>(record + (key ? kHeaderBytes : arguments.value_start),
+                                                            key ? arguments.key : arguments.value, part, live,
+                                                            shared_address(to), wait);
     } else if (is_rows(args, page)) {
       wait();
       copy_stretch<dim, key, threads>(
           reinterpret_cast<const __half*>(open) + ((key ? 0 : value_row(args, page)) + part * Tile::tokens) * dim, live, to);
     } else {
-      dequantise_stretch<dim, key, true, threads>(open + (key ? kHeaderBytes : args.open.key_bytes()),
-                                                  key ? args.open.key() : args.open.value(), part, live, shared_address(to),
-                                                  wait);
+      dequantise_stretch<dim, key, true, false, threads>(open + (key ? kHeaderBytes : args.open.key_bytes()),
+                                                         key ? args.open.key() : args.open.value(), part, live,
+                                                         shared_address(to), wait);
     }
     publish_stores();
     done(kSide);
@@ -194,8 +202,8 @@ __device__ inline void bring_stretch(const PrefillArguments& arguments, const kv
   bring(std::false_type{}, values);
 }
 
-// Writes the images of an item's pages, gridDim.y blocks an item.
-template <int dim>
+// Writes the images of an item's pages, gridDim.y blocks an item. `trellis`: for formats with such codes, here and below.
+template <int dim, bool trellis>
 __global__ void __launch_bounds__(kImageThreads, 3) image_kernel(const __grid_constant__ PrefillArguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t space[];
@@ -209,7 +217,7 @@ __global__ void __launch_bounds__(kImageThreads, 3) image_kernel(const __grid_co
     const int first = args.sinks > 0 && page > 0 ? args.sinks + (page - 1) * kPageTokens : page * kPageTokens;
     const int live = min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
     for (int part = 0; part < kPageTokens / Tile::tokens; ++part) {
-      bring_stretch<dim, kImageThreads>(
+      bring_stretch<dim, trellis, kImageThreads>(
           arguments, item, page, table[page], part, live - part * Tile::tokens, shared, shared + Tile::key_bytes,
           [](int side) {
             // The copy before has read the buffer.
@@ -238,7 +246,7 @@ struct TileRows {
   __device__ int begin(int row) const { return window > 0 ? max(end(row) - window, 0) : 0; }
 };
 
-template <int dim, bool images>
+template <int dim, bool images, bool trellis>
 __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cuda_item& item,
                                Walk<PrefillTile<dim>::tokens> walk, uint8_t* shared, PrefillBarriers& barriers) {
   using Tile = PrefillTile<dim>;
@@ -260,7 +268,7 @@ __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cu
       wait(&barriers.values_free[slot], parity);
       load_bulk(values, from + Tile::key_bytes, Tile::value_bytes, &barriers.values_there[slot]);
     } else {
-      bring_stretch<dim, kWarpgroup>(
+      bring_stretch<dim, trellis, kWarpgroup>(
           arguments, item, page, id, part, live, keys, values,
           [&](int side) { wait(side == 0 ? &barriers.keys_free[slot] : &barriers.values_free[slot], parity); },
           [&](int side) { arrive(side == 0 ? &barriers.keys_there[slot] : &barriers.values_there[slot]); });
@@ -491,7 +499,7 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     if (item.splits > 1) add_splits<dim>(args, item, tile_rows, row_offset, arrived);
 }
 
-template <int dim, bool images>
+template <int dim, bool images, bool trellis>
 __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __grid_constant__ PrefillArguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint8_t space[];
@@ -520,7 +528,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   // Dequantising spills with fewer than 120 registers, multiplying a little with 192.
   if (role == 0) {
     shrink_registers<images ? 24 : 120>();
-    produce<dim, images>(arguments, item, walk, shared, barriers);
+    produce<dim, images, trellis>(arguments, item, walk, shared, barriers);
   } else {
     grow_registers<images ? 240 : 192>();
     consume<dim, !images>(args, item, tile_rows, walk, (role - 1) * 64, shared, row_factor, barriers, &arrived);

@@ -72,7 +72,7 @@ __global__ void square_page_kernel(const __grid_constant__ SquareKeys job) {
   for (int slot = 0; slot < page.live; ++slot) {
     if ((page.dropped[slot / 32] >> (slot % 32) & 1u) != 0) continue;
     const float x = page.rows > 0 ? __half2float(reinterpret_cast<const __half*>(page.page)[slot * job.head_dim + channel])
-                                  : number_of(side, true, page.page + kHeaderBytes, slot, channel);
+                                  : even_number(side, true, page.page + kHeaderBytes, slot, channel);
     sum += x * x;
   }
   job.sums[static_cast<int64_t>(blockIdx.x) * job.head_dim + channel] = sum;

@@ -53,7 +53,8 @@ DeviceSpace cuda_space() {
 
 #ifdef KVMIX_CUDA
 CudaSupport cuda_support() {
-  return {KVMIX_CUDA_ARCHITECTURES, cuda::Widths::text(), cuda::Groups::text(), cuda::HeadDims::text()};
+  return {KVMIX_CUDA_ARCHITECTURES, cuda::Widths::text(), cuda::Groups::text(), cuda::HeadDims::text(),
+          cuda::TrellisBits::text()};
 }
 
 std::vector<CudaDevice> cuda_devices() {

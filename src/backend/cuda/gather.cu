@@ -48,18 +48,20 @@ __device__ inline void move_row(const MoveRows& job, const RowTarget& target, in
   }
   float x[1][dim / 32];
   const auto* const halves = reinterpret_cast<const __half*>(source.page) + ((key ? 0 : source.rows) + source.slot) * dim;
+  with_numbers(side, key, part, [&](const auto& number_of) {
 #pragma unroll
-  for (int i = 0; i < dim / 32; ++i) {
-    const int channel = 32 * i + lane;
-    if (source.rows > 0) {
-      x[0][i] = __half2float(halves[channel]);
-      continue;
+    for (int i = 0; i < dim / 32; ++i) {
+      const int channel = 32 * i + lane;
+      if (source.rows > 0) {
+        x[0][i] = __half2float(halves[channel]);
+        continue;
+      }
+      const bool chosen = !key || !thin || target.columns[channel] != RowTarget::kNoColumn;
+      const int column = key && thin ? target.columns[channel] : channel;
+      const float number = chosen ? number_of(source.slot, column) : 0.0f;
+      x[0][i] = job.halves ? __half2float(__float2half_rn(number)) : number;
     }
-    const bool chosen = !key || !thin || target.columns[channel] != RowTarget::kNoColumn;
-    const int column = key && thin ? target.columns[channel] : channel;
-    const float number = chosen ? number_of(side, key, part, source.slot, column) : 0.0f;
-    x[0][i] = job.halves ? __half2float(__float2half_rn(number)) : number;
-  }
+  });
   const OpenSlot to[1] = {{target.page, slot, target.rows, target.rows > 0}};
   store_rows<dim, 1, key>(x, job.open, to, feedback);
 }

@@ -5,6 +5,7 @@
 #include "backend/cuda/row_codes.cuh"
 #include "base/cuda/async_copy.cuh"
 #include "codec/cuda/pick.h"
+#include "codec/cuda/trellis_tables.cuh"
 
 namespace kvmix::cuda {
 
@@ -77,8 +78,21 @@ __device__ inline void store_rows(float (&x)[rows][dim / 32], const RecordShape&
   }
 }
 
-// The number of an element of a record's side, as Codec::decode gives it.
-__device__ inline float number_of(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
+// The number of an element of a record's side, as Codec::decode gives it: of trellis codes, whose keys stand behind the
+// record's header. A call, so that kernels keep the registers that they have without it.
+static __device__ __noinline__ float trellis_number(const SideShape& side, bool key, const uint8_t* part, int token,
+                                                    int channel) {
+  const int bits = code_bits(side.bits), window = stream_window(part, bits, key, token, channel);
+  const uint8_t* const scales = part + side.meta();
+  const float scale = trellis_scale_of(scales[channel / kTrellisGroup * kPageTokens + trellis_scale_slot(key, token)]);
+  const float level = static_cast<float>(kTrellisTables.twice[bits - kTrellisBits.front()][window]) * 0.5f - kLevelCentre;
+  if (!key) return __fmul_rn(scale, level);
+  const auto stored = static_cast<int8_t>(scales[side.groups() * kPageTokens + trellis_offset_slot(channel)]);
+  return __fadd_rn(__fmul_rn(scale, level), __fmul_rn(static_cast<float>(stored), trellis_key_unit(part)));
+}
+
+// Of other codes.
+__device__ inline float even_number(const SideShape& side, bool key, const uint8_t* part, int token, int channel) {
   const CodeCell cell = code_cell(key, token, channel);
   const auto bit_half = [&](const CodePlace& place) {
     return code_half(reinterpret_cast<const uint16_t*>(part), side.bits, cell.block, cell.at, place.word);
@@ -98,6 +112,16 @@ __device__ inline float number_of(const SideShape& side, bool key, const uint8_t
   const auto* const scales = reinterpret_cast<const uint16_t*>(part + side.meta()) + side.scale_at(token, channel);
   const float centre = static_cast<float>((1 << side.bits) - 1) * 0.5f;
   return __fadd_rn(float_of(scales[kMidStep]), __fmul_rn(float_of(scales[0]), static_cast<float>(code) - centre));
+}
+// Calls body with the function of a token and a channel that gives their number, chosen once by the side's kind of codes, so
+// that loads of many numbers go together.
+template <class Body>
+__device__ inline void with_numbers(const SideShape& side, bool key, const uint8_t* part, const Body& body) {
+  if (side.trellis()) {
+    body([&](int token, int channel) { return trellis_number(side, key, part, token, channel); });
+  } else {
+    body([&](int token, int channel) { return even_number(side, key, part, token, channel); });
+  }
 }
 
 }  // namespace kvmix::cuda

@@ -206,12 +206,14 @@ __global__ void __launch_bounds__(kFeedbackThreads)
     const uint8_t* const part = record + (key ? kHeaderBytes : shape.key_bytes());
     float x[kRows][dim / 32];
     OpenSlot to[kRows];
+    with_numbers(side, key, part, [&](const auto& number) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int i = 0; i < dim / 32; ++i) x[r][i] = number_of(side, key, part, token + r, 32 * i + lane);
-      to[r] = {page, token + r, kPageTokens, !open.has_codes()};
-    }
+        for (int i = 0; i < dim / 32; ++i) x[r][i] = number(token + r, 32 * i + lane);
+        to[r] = {page, token + r, kPageTokens, !open.has_codes()};
+      }
+    });
     store_rows<dim, kRows, key>(x, open, to, with);
   };
   if (blockIdx.y == 1) {

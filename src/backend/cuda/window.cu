@@ -77,14 +77,16 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
     __syncthreads();
     for (int i = thread; i < count * width; i += kThreads) {
       const int token = i / width, column = i % width;
-      keys[token * DotSpace<dim>::row + chosen[column]] = number_of(job.thin.key(), true, at + kHeaderBytes, token, column);
+      keys[token * DotSpace<dim>::row + chosen[column]] = even_number(job.thin.key(), true, at + kHeaderBytes, token, column);
     }
   }
-  for (int i = thread; width == 0 && i < count * dim; i += kThreads) {
-    const int token = i / dim, channel = i % dim;
-    keys[token * DotSpace<dim>::row + channel] =
-        rows ? __half2float(reinterpret_cast<const __half*>(at)[i]) : number_of(side, true, at + kHeaderBytes, token, channel);
-  }
+  with_numbers(side, true, at + kHeaderBytes, [&](const auto& number) {
+    for (int i = thread; width == 0 && i < count * dim; i += kThreads) {
+      const int token = i / dim, channel = i % dim;
+      keys[token * DotSpace<dim>::row + channel] =
+          rows ? __half2float(reinterpret_cast<const __half*>(at)[i]) : number(token, channel);
+    }
+  });
   const int token = thread % kPageTokens, mine = thread / kPageTokens * kRowsOfThread;
   const int all = job.heads_per_kv * job.rows, q_heads = job.kv_heads * job.heads_per_kv;
   for (int row = 0; row < all; row += kRowsAtOnce) {
