@@ -673,7 +673,7 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
 
 std::string name_of(const ::testing::TestParamInfo<kvmix_cuda_format>& entry) {
   const kvmix_cuda_format& f = entry.param;
-  const auto width = [](int bits) { return (bits > kTrellis ? "t" : "") + std::to_string(bits % kTrellis); };
+  const auto width = [](int bits) { return std::string(bits > kTrellis ? "t" : "").append(std::to_string(bits % kTrellis)); };
   return std::string("d") + std::to_string(f.head_dim) + "k" + width(f.key_bits) + "v" + width(f.value_bits) + "g" +
          std::to_string(f.key_group) + "g" + std::to_string(f.value_group) + (f.key_per_token != 0 ? "token" : "");
 }
