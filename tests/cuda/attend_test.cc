@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/fp16.h"
-#include "codec/cuda/tile_layout.h"
+#include "codec/cuda/seal.h"
 #include "codec/tile_layout.h"
 #include "codec/trellis.h"
 #include "kvmix/codec.h"
