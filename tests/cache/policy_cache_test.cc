@@ -50,7 +50,7 @@ TEST_P(PolicyCache, KeepsWhatThePolicyDecides) {
       feed(cache, id, rows, kPrompt, kPrompt);
       feed(reference, same, rows, kPrompt, kPrompt);
       const std::unique_ptr<Policy> policy = make_policy(spec);
-      for (const int l : {0, 2, 3}) {
+      for (const int l : {0, 2}) {
         const LayerConfig& layer = config.layers[static_cast<size_t>(l)];
         const int dim = layer.head_dim, queries = std::min(kPrompt, policy->needs().window_queries);
         std::vector<int64_t> positions(kPrompt);
@@ -86,13 +86,8 @@ TEST_P(PolicyCache, KeepsWhatThePolicyDecides) {
           head.queries = counted;
         }
         PolicyView view;
-        view.shape = {.layer = l,
-                      .layers = 4,
-                      .ordinal = l == 0 ? 0 : l - 1,
-                      .ordinals = 3,
-                      .kv_heads = 2,
-                      .heads_per_kv = 2,
-                      .head_dim = dim};
+        view.shape = {
+            .layer = l, .layers = 3, .ordinal = l / 2, .ordinals = 2, .kv_heads = 2, .heads_per_kv = 2, .head_dim = dim};
         const CacheConfig& used = cache.config();
         const LayerConfig& charged = used.layers[static_cast<size_t>(l)];
         view.shape.token_bytes.fill(
@@ -198,7 +193,7 @@ TEST_P(PolicyCache, SinksAndWindowStayAndNoTokenStandsTwice) {
     const std::unique_ptr<Policy> policy = make_policy(spec);
     for (const int l : {0, 2}) {
       LayerShape shape{
-          .layer = l, .layers = 4, .ordinal = l / 2, .ordinals = 3, .kv_heads = 2, .heads_per_kv = 2, .head_dim = kPolicyDim};
+          .layer = l, .layers = 3, .ordinal = l / 2, .ordinals = 2, .kv_heads = 2, .heads_per_kv = 2, .head_dim = kPolicyDim};
       shape.token_bytes.fill(64);
       const Protection kept = policy->protection(shape, kPrompt);
       const auto heads = cache.kept(id, l);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/fp16.h"
+#include "codec/cuda/seal.h"
 #include "codec/tile_layout.h"
 #include "codec/trellis.h"
 #include "kvmix/codec.h"
@@ -42,8 +43,6 @@ struct DeviceBytes {
   }
 };
 
-constexpr int kTrellis = KVMIX_CUDA_TRELLIS;
-
 struct Case {
   kvmix_cuda_format format;
   int q_heads, kv_heads, q_tokens, sinks, open, sliding_window, slots;
@@ -56,9 +55,9 @@ struct Case {
 
 CodecSpec spec_of(const kvmix_cuda_format& f, bool key) {
   const int bits = key ? f.key_bits : f.value_bits;
-  if (bits > KVMIX_CUDA_TRELLIS) return trellis_spec(bits - KVMIX_CUDA_TRELLIS, key ? Side::kKey : Side::kValue);
+  if (cuda::is_trellis_width(bits)) return trellis_spec(cuda::code_bits(bits), key ? Side::kKey : Side::kValue);
   CodecSpec spec;
-  spec.bits = key ? f.key_bits : f.value_bits, spec.group = key ? f.key_group : f.value_group;
+  spec.bits = bits, spec.group = key ? f.key_group : f.value_group;
   spec.axis = key && f.key_per_token == 0 ? Axis::kChannel : Axis::kToken;
   return spec;
 }
@@ -360,17 +359,17 @@ std::vector<kvmix_cuda_format> formats() {
                                       {256, 3, 4, 64, 32, 0},  {256, 1, 8, 128, 64, 1}};
   all.insert(all.end(), std::begin(others), std::end(others));
   for (const int dim : kDims) {
-    for (const int bits : {2, 3, 4, 5}) all.push_back({dim, kTrellis + bits, kTrellis + bits, 128, 128, 0});
-    all.push_back({dim, kTrellis + 4, kTrellis + 2, 128, 128, 0});
-    all.push_back({dim, kTrellis + 3, kTrellis + 5, 128, 128, 0});
+    for (const int bits : {2, 3, 4, 5}) all.push_back({dim, cuda::kTrellis + bits, cuda::kTrellis + bits, 128, 128, 0});
+    all.push_back({dim, cuda::kTrellis + 4, cuda::kTrellis + 2, 128, 128, 0});
+    all.push_back({dim, cuda::kTrellis + 3, cuda::kTrellis + 5, 128, 128, 0});
   }
   for (const int width : {1, 2, 3, 4, 8, 16}) {
     const size_t n = all.size();
-    all.push_back({kDims[n % 4], width, kTrellis + 2 + static_cast<int>(n % 4), kGroups[n % 3], 128, 0});
-    all.push_back({kDims[(n + 1) % 4], kTrellis + 2 + static_cast<int>((n + 2) % 4), width, 128, kGroups[n % 3], 0});
+    all.push_back({kDims[n % 4], width, cuda::kTrellis + 2 + static_cast<int>(n % 4), kGroups[n % 3], 128, 0});
+    all.push_back({kDims[(n + 1) % 4], cuda::kTrellis + 2 + static_cast<int>((n + 2) % 4), width, 128, kGroups[n % 3], 0});
   }
-  all.push_back({128, 4, kTrellis + 3, 64, 128, 1});
-  all.push_back({256, 2, kTrellis + 4, 128, 128, 1});
+  all.push_back({128, 4, cuda::kTrellis + 3, 64, 128, 1});
+  all.push_back({256, 2, cuda::kTrellis + 4, 128, 128, 1});
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return std::memcmp(&a, &b, sizeof a) < 0; });
   all.erase(
       std::unique(all.begin(), all.end(), [](const auto& a, const auto& b) { return std::memcmp(&a, &b, sizeof a) == 0; }),
@@ -543,9 +542,7 @@ void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
   std::vector<uint8_t> got(kPages * kHeads * bytes), want(bytes);
   ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
   CodecSpec specs[2] = {spec_of(format, true), spec_of(format, false)};
-  for (CodecSpec& spec : specs) {
-    if (!is_trellis(spec)) spec.fit = c.fitted ? Fit::kLeastSquares : Fit::kMinMax;
-  }
+  for (CodecSpec& spec : specs) spec.fit = c.fitted ? Fit::kLeastSquares : Fit::kMinMax;
   const RowMapChain maps[2] = {{transforms[0], {Side::kKey, kHeads, head_dim}, "keys"},
                                {transforms[1], {Side::kValue, kHeads, head_dim}, "values"}};
   AlignedBytes key_tile(tile_bytes(specs[0], head_dim)), value_tile(tile_bytes(specs[1], head_dim));
@@ -673,7 +670,9 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
 
 std::string name_of(const ::testing::TestParamInfo<kvmix_cuda_format>& entry) {
   const kvmix_cuda_format& f = entry.param;
-  const auto width = [](int bits) { return (bits > kTrellis ? "t" : "") + std::to_string(bits % kTrellis); };
+  const auto width = [](int bits) {
+    return std::string(bits > cuda::kTrellis ? "t" : "").append(std::to_string(bits % cuda::kTrellis));
+  };
   return std::string("d") + std::to_string(f.head_dim) + "k" + width(f.key_bits) + "v" + width(f.value_bits) + "g" +
          std::to_string(f.key_group) + "g" + std::to_string(f.value_group) + (f.key_per_token != 0 ? "token" : "");
 }
@@ -682,14 +681,14 @@ INSTANTIATE_TEST_SUITE_P(EveryHeadDim, CudaPrefill,
                          ::testing::Values(kvmix_cuda_format{64, 3, 8, 32, 64, 0}, kvmix_cuda_format{96, 2, 4, 64, 32, 0},
                                            kvmix_cuda_format{128, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 4, 3, 64, 32, 1},
                                            kvmix_cuda_format{256, 1, 16, 128, 128, 0},
-                                           kvmix_cuda_format{64, kTrellis + 5, kTrellis + 2, 128, 128, 0},
-                                           kvmix_cuda_format{96, kTrellis + 3, kTrellis + 4, 128, 128, 0},
-                                           kvmix_cuda_format{128, kTrellis + 2, kTrellis + 3, 128, 128, 0},
-                                           kvmix_cuda_format{128, kTrellis + 4, 2, 128, 32, 0},
-                                           kvmix_cuda_format{128, 16, kTrellis + 5, 128, 128, 0},
-                                           kvmix_cuda_format{256, kTrellis + 5, kTrellis + 5, 128, 128, 0},
-                                           kvmix_cuda_format{256, kTrellis + 2, kTrellis + 4, 128, 128, 0},
-                                           kvmix_cuda_format{256, 3, kTrellis + 3, 64, 128, 0}),
+                                           kvmix_cuda_format{64, cuda::kTrellis + 5, cuda::kTrellis + 2, 128, 128, 0},
+                                           kvmix_cuda_format{96, cuda::kTrellis + 3, cuda::kTrellis + 4, 128, 128, 0},
+                                           kvmix_cuda_format{128, cuda::kTrellis + 2, cuda::kTrellis + 3, 128, 128, 0},
+                                           kvmix_cuda_format{128, cuda::kTrellis + 4, 2, 128, 32, 0},
+                                           kvmix_cuda_format{128, 16, cuda::kTrellis + 5, 128, 128, 0},
+                                           kvmix_cuda_format{256, cuda::kTrellis + 5, cuda::kTrellis + 5, 128, 128, 0},
+                                           kvmix_cuda_format{256, cuda::kTrellis + 2, cuda::kTrellis + 4, 128, 128, 0},
+                                           kvmix_cuda_format{256, 3, cuda::kTrellis + 3, 64, 128, 0}),
                          name_of);
 
 }  // namespace

@@ -549,6 +549,40 @@ TEST_F(CudaCache, PromptsLongEnoughForEveryKernelEqualTheCpu) {
               std::sqrt(both.errors / both.sizes));
 }
 
+// What a policy leaves of pages of trellises is scored by and gathered out of the same numbers: the same tokens stay, as the
+// same rows.
+TEST_F(CudaCache, TokensOfTrellisesAreGatheredAsOnTheCpu) {
+  for (const CodecSpec& recent : testing::kRecents) {
+    for (const PolicySpec& spec : {PolicySpec{"streaming", {}}, PolicySpec{"snapkv", {{"keep", 0.4}}}}) {
+      CacheConfig config;
+      const std::pair<CodecSpec, CodecSpec> sides[] = {{trellis_spec(4, Side::kKey), trellis_spec(3, Side::kValue)},
+                                                       {trellis_spec(2, Side::kKey), value_codec(4)},
+                                                       {key_codec(3), trellis_spec(5, Side::kValue)}};
+      for (const auto& [key, value] : sides)
+        config.layers.push_back(testing::with_recent(make_layer(4, 2, testing::kPolicyDim, key, value, 16, 64), recent));
+      config.tokens = spec, config.threads = 2;
+      CacheConfig on_cuda = config;
+      on_cuda.device = "cuda", config.kernel = "portable";
+      Cache cpu(config), cuda(on_cuda);
+      const SequenceId id = cpu.create();
+      ASSERT_EQ(cuda.create(), id);
+      std::mt19937 random(21);
+      Rows rows = random_rows(config.layers[0], testing::kPrompt, random);
+      testing::round_queries(rows);
+      testing::feed(cpu, id, rows, testing::kPrompt, 300), testing::feed(cuda, id, rows, testing::kPrompt, 300);
+      for (int i = 0; i < 150; ++i) {  // pages that hold gathered rows are sealed
+        Rows one = random_rows(config.layers[0], 1, random), same;
+        testing::round_queries(one);
+        same = one;
+        testing::step(cpu, {{id, 1}}, one), testing::step(cuda, {{id, 1}}, same);
+      }
+      EXPECT_LT(cuda.kept(id, 0)[0].size(), static_cast<size_t>(testing::kPrompt)) << to_string(spec);
+      EXPECT_EQ(testing::all_positions(cuda, id), testing::all_positions(cpu, id)) << to_string(spec);
+      EXPECT_TRUE(testing::contents(cuda, id) == testing::contents(cpu, id)) << to_string(spec) << ", " << to_string(recent);
+    }
+  }
+}
+
 // Chunks of every length over lists whose old pages hold chosen channels: few query rows, up to 64, and more, whose kernels are
 // others where no list has such pages.
 TEST_F(CudaCache, ChosenChannelsMeetEveryKernel) {

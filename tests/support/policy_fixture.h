@@ -10,7 +10,6 @@
 #include <tuple>
 
 #include "attention/scores.h"
-#include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "policy/policy.h"
 #include "support/cache_fixture.h"
@@ -61,10 +60,9 @@ inline CacheConfig two_layers(const PolicySpec& spec, const CodecSpec& recent = 
   CacheConfig config;
   LayerConfig sliding = make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32));
   sliding.sliding_window = 200;
-  config.layers = {
-      with_recent(make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32), 16, 64), recent), with_recent(sliding, recent),
-      with_recent(make_layer(4, 2, kPolicyDim, CodecSpec{}, CodecSpec{}, 0), recent),
-      with_recent(make_layer(4, 2, kPolicyDim, trellis_spec(4, Side::kKey), trellis_spec(3, Side::kValue), 16, 64), recent)};
+  config.layers = {with_recent(make_layer(4, 2, kPolicyDim, key_codec(4), value_codec(3, 32), 16, 64), recent),
+                   with_recent(sliding, recent),
+                   with_recent(make_layer(4, 2, kPolicyDim, CodecSpec{}, CodecSpec{}, 0), recent)};
   config.threads = 2;
   config.tokens = spec;
   return config;
