@@ -596,7 +596,9 @@ TEST_P(CudaSealTrellis, LayersOfHeadsFromEightBits) {
   const int head_dim = format.head_dim;
   const auto dim = static_cast<size_t>(head_dim);
   kvmix_cuda_format formats[kLayers] = {format, format};
-  formats[1].key_bits = format.value_bits, formats[1].value_bits = format.key_bits;
+  std::swap(formats[1].key_bits, formats[1].value_bits);
+  std::swap(formats[1].key_group, formats[1].value_group);
+  if (cuda::is_trellis_width(formats[1].key_bits)) formats[1].key_per_token = 0;
   const kvmix_cuda_format rows{head_dim, 8, 8, 128, 128, 1};
   size_t open_bytes = 0, bytes = 0, other_bytes = 0;
   ASSERT_EQ(kvmix_cuda_record_bytes(&rows, &open_bytes), KVMIX_OK);

@@ -280,7 +280,7 @@ __device__ void seal_side(const TrellisSide& side, int32_t* header) {
 
 __host__ __device__ constexpr int tile_bytes_of(int dim) { return kPageTokens * tile_row(dim) * 2; }
 
-// Two blocks a multiprocessor at least, as many as shared memory holds of those with feedback at head_dim 128.
+// Of a multiprocessor's blocks shared memory is the bound: two with feedback at head_dim 128, four without.
 __global__ void __launch_bounds__(kTrellisThreads, 4) trellis_seal_kernel(const __grid_constant__ SealArguments args) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   __shared__ TrellisSpace space;
