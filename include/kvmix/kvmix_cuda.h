@@ -149,7 +149,8 @@ typedef struct kvmix_cuda_seal_params {
   kvmix_cuda_transform key_transform, value_transform;
 } kvmix_cuda_seal_params;
 
-/* Seals open pages into records: scales and codes equal the CPU codec's to the bit. One launch. */
+/* Seals open pages into records: scales and codes equal the CPU codec's to the bit. One launch; two where one side alone has
+ * trellis codes. */
 KVMIX_API kvmix_status kvmix_cuda_seal(const kvmix_cuda_seal_params* params);
 
 /* What the last failing call of this thread said; "" if none failed. */

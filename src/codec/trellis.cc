@@ -28,12 +28,6 @@ CodecSpec trellis_spec(int bits, Side side) {
 }
 bool is_trellis(const CodecSpec& spec) { return &codec_of(spec) == &trellis_codec(); }
 
-uint8_t store_trellis_scale(float scale) {
-  const uint32_t bits = std::bit_cast<uint32_t>(scale), half = 1u << (kScaleShift - 1);
-  if (!(scale > 0.0f) || bits + half < kScaleBase + (1u << kScaleShift)) return 0;
-  return static_cast<uint8_t>(std::min((bits + half - kScaleBase) >> kScaleShift, 255u));
-}
-
 namespace {
 
 const std::array kInfos = {

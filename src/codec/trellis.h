@@ -3,6 +3,7 @@
 // the channel's offset, padded to 64 bytes; then codes in the uniform family's order (tile_layout.h).
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -31,7 +32,11 @@ constexpr float trellis_scale(uint8_t stored) {
   return stored == 0 ? 0.0f : std::bit_cast<float>(kScaleBase + (static_cast<uint32_t>(stored) << kScaleShift));
 }
 // The nearest that can be stored; what is smaller than the least is 0.
-uint8_t store_trellis_scale(float scale);
+constexpr uint8_t store_trellis_scale(float scale) {
+  const uint32_t bits = std::bit_cast<uint32_t>(scale), half = 1u << (kScaleShift - 1);
+  if (!(scale > 0.0f) || bits + half < kScaleBase + (1u << kScaleShift)) return 0;
+  return static_cast<uint8_t>(std::min((bits + half - kScaleBase) >> kScaleShift, 255u));
+}
 
 // Returns f(std::integral_constant<int, bits>()) for a width of the family's codes.
 template <size_t kIndex = 0, class F>

@@ -489,7 +489,39 @@ TEST_P(CudaPrefill, Graph) {
 
 struct SealCase {
   bool fitted, center, scales, hadamard, feedback;
+  bool extreme = false;  // pages of a channel far from zero among small numbers, of zeros in between, of nothing but zeros
 };
+
+// What the CPU makes of a page: rows of keys and values, fp16 [token][channel], to the record.
+std::vector<uint8_t> sealed_record(const kvmix_cuda_format& format, const SealCase& c, const RowMapChain (&maps)[2], int head,
+                                   const uint16_t* keys, const uint16_t* values) {
+  const int head_dim = format.head_dim;
+  const auto dim = static_cast<size_t>(head_dim);
+  size_t bytes = 0;
+  EXPECT_EQ(kvmix_cuda_record_bytes(&format, &bytes), KVMIX_OK);
+  std::vector<AlignedBytes> tiles;
+  for (const bool key : {true, false}) {
+    const RowMapChain& map = maps[key ? 0 : 1];
+    const Side side = key ? Side::kKey : Side::kValue;
+    CodecSpec spec = spec_of(format, key);
+    if (c.fitted && !is_trellis(spec)) spec.fit = Fit::kLeastSquares;
+    std::vector<uint16_t> rows(kPageTokens * dim);
+    for (size_t t = 0; t < kPageTokens; ++t) {
+      float row[256];
+      for (size_t i = 0; i < dim; ++i) row[i] = f16_to_f32((key ? keys : values)[t * dim + i]);
+      map.store(head, row);
+      for (size_t i = 0; i < dim; ++i) rows[t * dim + i] = f32_to_f16(row[i]);
+    }
+    tiles.emplace_back(tile_bytes(spec, head_dim));
+    encode_tile(spec, side, head_dim, rows.data(), tiles.back().data());
+    if (c.feedback && !spec.is_f16()) {
+      feedback_tile(spec, side, head_dim, rows.data(), map.feedback(head), tiles.back().data());
+    }
+  }
+  std::vector<uint8_t> record(bytes);
+  EXPECT_EQ(kvmix_cuda_record_from_tiles(&format, tiles[0].data(), tiles[1].data(), record.data()), KVMIX_OK);
+  return record;
+}
 
 // Records sealed on the GPU equal those converted from the CPU codec's tiles of rows that RowMapChain::store changed, byte for
 // byte.
@@ -508,6 +540,11 @@ void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
                   : f32_to_f16(normal(random) * (i % dim == 5 ? 12.0f : 1.0f));
   for (size_t i = 0; i < kPageTokens * dim; i += dim) open[i + 9] = f32_to_f16(0.25f);     // a constant channel
   for (size_t i = 0; i < kPageTokens * dim; i += dim) open[i + 11] = i == 0 ? 0x8000 : 0;  // zeros of both signs
+  for (size_t i = 0; c.extreme && i < open.size(); ++i) {
+    const size_t page = i / (kHeads * 2 * kPageTokens * dim), token = i / dim % kPageTokens;
+    if (page == 0) open[i] = f32_to_f16(i % dim == 9 ? 60000.0f : 0.01f * normal(random));
+    if (page == 2 || (page == 1 && token % 3 == 0)) open[i] = 0;
+  }
   TransformSpec transforms[2];
   for (int side = 0; side < 2; ++side) {
     TransformSpec& t = transforms[side];
@@ -539,33 +576,14 @@ void check_seal(const kvmix_cuda_format& format, const SealCase& c) {
   p.value_transform = {nullptr, pointer(c.scales, value_scales), pointer(c.feedback, value_feedback), c.hadamard};
   ASSERT_EQ(kvmix_cuda_seal(&p), KVMIX_OK) << kvmix_cuda_last_error();
   ASSERT_CUDA(cudaDeviceSynchronize());
-  std::vector<uint8_t> got(kPages * kHeads * bytes), want(bytes);
+  std::vector<uint8_t> got(kPages * kHeads * bytes);
   ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
-  CodecSpec specs[2] = {spec_of(format, true), spec_of(format, false)};
-  for (CodecSpec& spec : specs) spec.fit = c.fitted ? Fit::kLeastSquares : Fit::kMinMax;
   const RowMapChain maps[2] = {{transforms[0], {Side::kKey, kHeads, head_dim}, "keys"},
                                {transforms[1], {Side::kValue, kHeads, head_dim}, "values"}};
-  AlignedBytes key_tile(tile_bytes(specs[0], head_dim)), value_tile(tile_bytes(specs[1], head_dim));
   for (size_t page = 0; page < kPages; ++page) {
     for (size_t head = 0; head < kHeads; ++head) {
-      for (size_t side = 0; side < 2; ++side) {
-        const uint16_t* x = open.data() + ((page * kHeads + head) * 2 + side) * kPageTokens * dim;
-        std::vector<uint16_t> rows(kPageTokens * dim);
-        for (size_t t = 0; t < kPageTokens; ++t) {
-          float row[256];
-          for (size_t i = 0; i < dim; ++i) row[i] = f16_to_f32(x[t * dim + i]);
-          maps[side].store(static_cast<int>(head), row);
-          for (size_t i = 0; i < dim; ++i) rows[t * dim + i] = f32_to_f16(row[i]);
-        }
-        const Side which = side == 0 ? Side::kKey : Side::kValue;
-        AlignedBytes& tile = side == 0 ? key_tile : value_tile;
-        encode_tile(specs[side], which, head_dim, rows.data(), tile.data());
-        if (c.feedback && !specs[side].is_f16()) {
-          const float* weights = maps[side].feedback(static_cast<int>(head));
-          feedback_tile(specs[side], which, head_dim, rows.data(), weights, tile.data());
-        }
-      }
-      ASSERT_EQ(kvmix_cuda_record_from_tiles(&format, key_tile.data(), value_tile.data(), want.data()), KVMIX_OK);
+      const uint16_t* const rows = open.data() + (page * kHeads + head) * 2 * kPageTokens * dim;
+      const auto want = sealed_record(format, c, maps, static_cast<int>(head), rows, rows + kPageTokens * dim);
       const auto at = static_cast<size_t>(record_ids[page]) * kHeads + head;
       EXPECT_EQ(std::memcmp(want.data(), got.data() + at * bytes, bytes), 0) << "page " << page << " head " << head;
     }
@@ -579,6 +597,107 @@ TEST_P(CudaAttend, SealRotated) { check_seal(GetParam(), {false, true, false, tr
 TEST_P(CudaAttend, SealScaledAndRotated) { check_seal(GetParam(), {true, true, true, true, false}); }
 TEST_P(CudaAttend, SealWithFeedback) { check_seal(GetParam(), {false, false, false, false, true}); }
 TEST_P(CudaAttend, SealWithAll) { check_seal(GetParam(), {true, true, true, true, true}); }
+
+class CudaSealTrellis : public CudaAttend {};
+
+TEST_P(CudaSealTrellis, AsTheyAre) { check_seal(GetParam(), {false, false, false, false, false}); }
+TEST_P(CudaSealTrellis, Fitted) { check_seal(GetParam(), {true, true, false, false, false}); }
+TEST_P(CudaSealTrellis, Rotated) { check_seal(GetParam(), {false, true, true, true, false}); }
+TEST_P(CudaSealTrellis, WithFeedback) { check_seal(GetParam(), {false, false, false, false, true}); }
+TEST_P(CudaSealTrellis, WithAll) { check_seal(GetParam(), {true, true, true, true, true}); }
+TEST_P(CudaSealTrellis, Extremes) { check_seal(GetParam(), {false, false, false, false, false, true}); }
+TEST_P(CudaSealTrellis, ExtremesWithFeedback) { check_seal(GetParam(), {false, false, false, false, true, true}); }
+
+// Open pages of 8-bit rows; two layers of other widths in one call, ids of heads, some of which are no work.
+TEST_P(CudaSealTrellis, LayersOfHeadsFromEightBits) {
+  constexpr int kPages = 2, kHeads = 2, kLayers = 2;
+  const kvmix_cuda_format format = GetParam();
+  const int head_dim = format.head_dim;
+  const auto dim = static_cast<size_t>(head_dim);
+  kvmix_cuda_format formats[kLayers] = {format, format};
+  std::swap(formats[1].key_bits, formats[1].value_bits);
+  std::swap(formats[1].key_group, formats[1].value_group);
+  if (cuda::is_trellis_width(formats[1].key_bits)) formats[1].key_per_token = 0;
+  const kvmix_cuda_format rows{head_dim, 8, 8, 128, 128, 1};
+  size_t open_bytes = 0, bytes = 0, other_bytes = 0;
+  ASSERT_EQ(kvmix_cuda_record_bytes(&rows, &open_bytes), KVMIX_OK);
+  ASSERT_EQ(kvmix_cuda_record_bytes(&formats[0], &bytes), KVMIX_OK);
+  ASSERT_EQ(kvmix_cuda_record_bytes(&formats[1], &other_bytes), KVMIX_OK);
+  const size_t stride = (std::max(bytes, other_bytes) + 15) / 16 * 16;
+  std::mt19937 random(9);
+  std::normal_distribution<float> normal;
+  std::vector<uint8_t> open(kPages * kHeads * open_bytes);
+  std::vector<std::vector<uint16_t>> numbers;  // that open pages stand for, keys and values in turn
+  for (size_t at = 0; at < kPages * kHeads; ++at) {
+    std::vector<AlignedBytes> tiles;
+    for (const bool key : {true, false}) {
+      const Side side = key ? Side::kKey : Side::kValue;
+      std::vector<uint16_t> x(kPageTokens * dim);
+      for (uint16_t& h : x) h = f32_to_f16(normal(random) + 0.5f);
+      const CodecSpec spec = spec_of(rows, key);
+      std::vector<float> decoded(x.size());
+      tiles.emplace_back(tile_bytes(spec, head_dim));
+      encode_tile(spec, side, head_dim, x.data(), tiles.back().data());
+      decode_tile(spec, side, head_dim, tiles.back().data(), decoded.data());
+      std::transform(decoded.begin(), decoded.end(), x.begin(), f32_to_f16);
+      numbers.push_back(x);
+    }
+    ASSERT_EQ(kvmix_cuda_record_from_tiles(&rows, tiles[0].data(), tiles[1].data(), open.data() + at * open_bytes), KVMIX_OK);
+  }
+  const std::vector<int32_t> open_ids = {0, 1, 1, 0};
+  const std::vector<int32_t> record_ids[kLayers] = {{2, cuda::kNoRecord, 0, 1}, {5, 3, cuda::kNoRecord, 4}};
+  DeviceBytes pages(open.size()), from(16), to(16), other_to(16), records(6 * kHeads * stride);
+  pages.upload(open), from.upload(open_ids), to.upload(record_ids[0]), other_to.upload(record_ids[1]);
+  ASSERT_CUDA(cudaMemset(records.data, 0xcd, 6 * kHeads * stride));
+  cuda::SealJob jobs[kLayers];
+  for (int layer = 0; layer < kLayers; ++layer) {
+    kvmix_cuda_seal_params& p = jobs[layer].params;
+    p = {};
+    p.format = formats[layer], p.pages = kPages, p.kv_heads = kHeads;
+    p.open_pages = pages.data, p.open_head_stride = static_cast<int64_t>(open_bytes);
+    p.open_page_stride = kHeads * p.open_head_stride;
+    p.records = records.data, p.record_head_stride = static_cast<int64_t>(stride);
+    p.record_page_stride = kHeads * p.record_head_stride;
+    p.open_ids = static_cast<int32_t*>(from.data);
+    p.record_ids = static_cast<int32_t*>(layer == 0 ? to.data : other_to.data);
+    jobs[layer].details.ids_of_heads = true;
+    jobs[layer].details.open = {head_dim, 8, 8, 128, 128, true};
+  }
+  cuda::seal(jobs);
+  ASSERT_CUDA(cudaDeviceSynchronize());
+  std::vector<uint8_t> got(6 * kHeads * stride), want(got.size(), 0xcd);
+  ASSERT_CUDA(cudaMemcpy(got.data(), records.data, got.size(), cudaMemcpyDeviceToHost));
+  const TransformSpec none;
+  const RowMapChain maps[2] = {{none, {Side::kKey, kHeads, head_dim}, "keys"},
+                               {none, {Side::kValue, kHeads, head_dim}, "values"}};
+  for (size_t layer = 0; layer < kLayers; ++layer) {
+    for (size_t i = 0; i < kPages * kHeads; ++i) {
+      if (record_ids[layer][i] == cuda::kNoRecord) continue;
+      const size_t head = i % kHeads, page = static_cast<size_t>(open_ids[i]) * kHeads + head;
+      const auto record = sealed_record(formats[layer], {}, maps, static_cast<int>(head), numbers[2 * page].data(),
+                                        numbers[2 * page + 1].data());
+      std::copy(record.begin(), record.end(),
+                want.begin() + static_cast<ptrdiff_t>((static_cast<size_t>(record_ids[layer][i]) * kHeads + head) * stride));
+    }
+  }
+  EXPECT_EQ(std::memcmp(want.data(), got.data(), got.size()), 0);
+}
+
+// Trellis codes on both sides, of all widths, and beside codes and fp16.
+std::vector<kvmix_cuda_format> trellis_formats() {
+  std::vector<kvmix_cuda_format> all;
+  for (const int dim : {64, 96, 128, 256}) {
+    for (const int k : {2, 3, 4, 5}) {
+      for (const int v : {2, 3, 4, 5}) all.push_back({dim, cuda::kTrellis + k, cuda::kTrellis + v, 128, 128, 0});
+    }
+    all.push_back({dim, cuda::kTrellis + 2, 3, 128, 64, 0});
+    all.push_back({dim, cuda::kTrellis + 3, 16, 128, 128, 0});
+    all.push_back({dim, 4, cuda::kTrellis + 2, 32, 128, 0});
+    all.push_back({dim, 2, cuda::kTrellis + 4, 128, 128, 1});
+    all.push_back({dim, 16, cuda::kTrellis + 5, 128, 128, 0});
+  }
+  return all;
+}
 
 // A captured launch replays to the same bits; the second launch of World::run checks repetition.
 TEST_P(CudaAttend, Graph) {
@@ -677,6 +796,7 @@ std::string name_of(const ::testing::TestParamInfo<kvmix_cuda_format>& entry) {
          std::to_string(f.key_group) + "g" + std::to_string(f.value_group) + (f.key_per_token != 0 ? "token" : "");
 }
 INSTANTIATE_TEST_SUITE_P(AllFormats, CudaAttend, ::testing::ValuesIn(formats()), name_of);
+INSTANTIATE_TEST_SUITE_P(Trellis, CudaSealTrellis, ::testing::ValuesIn(trellis_formats()), name_of);
 INSTANTIATE_TEST_SUITE_P(EveryHeadDim, CudaPrefill,
                          ::testing::Values(kvmix_cuda_format{64, 3, 8, 32, 64, 0}, kvmix_cuda_format{96, 2, 4, 64, 32, 0},
                                            kvmix_cuda_format{128, 2, 2, 128, 128, 0}, kvmix_cuda_format{128, 4, 3, 64, 32, 1},

@@ -1,4 +1,4 @@
-// An open page's rows, fp16 or codes, as a tile of fp16 in shared memory.
+// An open page's rows, fp16 or codes, as a tile of fp16 in shared memory, and what a row map makes of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,22 +18,21 @@ __device__ inline uint32_t finite_pair(uint32_t v) {
   return v;
 }
 // The page's rows to the tile.
-template <int dim>
+template <int dim, int threads>
 __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) {
-  constexpr int kOctets = dim / 8, kLoads = kPageTokens * kOctets / kSealThreads;
+  constexpr int kOctets = dim / 8, kLoads = kPageTokens * kOctets / threads;
   const int thread = static_cast<int>(threadIdx.x);
   const auto place = [&](int i) {
     // Whole rows a turn, where they fit: a fixed step.
-    const int row =
-        kSealThreads % kOctets == 0 ? thread / kOctets + kSealThreads / kOctets * i : (thread + kSealThreads * i) / kOctets;
-    const int octet = kSealThreads % kOctets == 0 ? thread % kOctets : (thread + kSealThreads * i) % kOctets;
+    const int row = threads % kOctets == 0 ? thread / kOctets + threads / kOctets * i : (thread + threads * i) / kOctets;
+    const int octet = threads % kOctets == 0 ? thread % kOctets : (thread + threads * i) % kOctets;
     return reinterpret_cast<uint4*>(tile + row * tile_row(dim) + octet * 8);
   };
   const __half2 zero = __float2half2_rn(0.0f);
   __half2 odd = zero;  // becomes NaN where a number is not finite
 #pragma unroll 8
   for (int i = 0; i < kLoads; ++i) {
-    const uint4 v = __ldcs(source + thread + kSealThreads * i);
+    const uint4 v = __ldcs(source + thread + threads * i);
     for (const uint32_t pair : {v.x, v.y, v.z, v.w}) odd = __hfma2(reinterpret_cast<const __half2&>(pair), zero, odd);
     *place(i) = v;
   }
@@ -45,7 +44,7 @@ __device__ inline void load_tile(const uint4* source, bool as_is, __half* tile) 
 }
 
 // The same from a side of an open page's record: numbers as Codec::decode gives them, rounded to fp16, what is not finite as 0.
-template <int dim, bool key>
+template <int dim, bool key, int threads>
 __device__ inline void load_record_tile(const uint8_t* part, const SideShape& side, __half* tile) {
   const auto* const meta = reinterpret_cast<const uint16_t*>(part + side.meta());
   const auto put = [&](int block, int field, int lane, int reg, int half, auto number) {
@@ -55,7 +54,7 @@ __device__ inline void load_record_tile(const uint8_t* part, const SideShape& si
   };
   // 16 bytes a turn: a field of fp16 numbers, or two of codes.
   const int fields = side.bits == 16 ? 1 : 2, chunks = kFields / fields;
-  for (int at = static_cast<int>(threadIdx.x); at < dim / 16 * chunks * 32; at += kSealThreads) {
+  for (int at = static_cast<int>(threadIdx.x); at < dim / 16 * chunks * 32; at += threads) {
     const int lane = at % 32, chunk = at / 32 % chunks, block = at / 32 / chunks;
     const uint4 v = __ldcs(reinterpret_cast<const uint4*>(part + block * block_bytes(side.bits) + 512 * chunk) + lane);
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -78,6 +77,64 @@ __device__ inline void load_record_tile(const uint8_t* part, const SideShape& si
           });
         }
       }
+    }
+  }
+}
+
+// Either, of a side of an open page (of shape `shape`); `as_is`: rows with what is not finite in them.
+template <int dim, int threads>
+__device__ inline void load_page(const uint8_t* open, const RecordShape& shape, bool key, bool as_is, __half* tile) {
+  if (!shape.has_codes()) {
+    load_tile<dim, threads>(reinterpret_cast<const uint4*>(open) + (key ? 0 : kPageTokens * dim / 8), as_is, tile);
+  } else if (key) {
+    load_record_tile<dim, true, threads>(open + kHeaderBytes, shape.key(), tile);
+  } else {
+    load_record_tile<dim, false, threads>(open + shape.key_bytes(), shape.value(), tile);
+  }
+}
+
+// Every row of the tile as RowMapChain::store (rows/row_map.h) changes it, in its order of operations. A warp a row; lane l
+// holds channels l, l + 32, ...
+template <int dim, int warps>
+__device__ inline void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half* tile) {
+  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float* const center = t.center == nullptr ? nullptr : t.center + static_cast<int>(blockIdx.y) * dim;
+  const float* const scales = t.scales == nullptr ? nullptr : t.scales + static_cast<int>(blockIdx.y) * dim;
+  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < kPageTokens; row += warps) {
+    float x[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      x[i] = __half2float(tile[row * tile_row(dim) + 32 * i + lane]);
+      if (center != nullptr) x[i] -= center[32 * i + lane];
+      if (scales != nullptr) x[i] *= scales[32 * i + lane];
+    }
+    if (t.hadamard != 0) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          const float other = __shfl_xor_sync(~0u, x[i], step);
+          x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
+        }
+      }
+#pragma unroll
+      for (int step = 1; step < kBlock / 32; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if ((i & step) != 0) continue;
+          const float a = x[i], b = x[i + step];
+          x[i] = a + b, x[i + step] = a - b;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const __half h = __float2half_rn(x[i]);
+      tile[row * tile_row(dim) + 32 * i + lane] = as_is || !__hisinf(h) && !__hisnan(h) ? h : __float2half_rn(0.0f);
     }
   }
 }

@@ -11,39 +11,17 @@
 #include <type_traits>
 
 #include "base/cuda/fragments.cuh"
-#include "base/cuda/launch.h"
 #include "base/fp16.h"
 #include "codec/cuda/feedback.cuh"
 #include "codec/cuda/fit.cuh"
-#include "codec/cuda/format.h"
 #include "codec/cuda/open_tile.cuh"
-#include "codec/cuda/seal.h"
+#include "codec/cuda/seal_launch.cuh"
 #include "codec/quantize.h"
 
 namespace kvmix::cuda {
 namespace {
 
 constexpr int kSegment = 32;
-
-// Pages of one layer.
-struct SealLayer {
-  const int32_t* open_ids;
-  const int32_t* record_ids;
-  int64_t id_page_step, id_head_step;
-  RecordShape shape, open;
-  bool keys_fitted, values_fitted, keys_unbiased, values_unbiased;
-  kvmix_cuda_transform key_transform, value_transform;
-};
-struct SealArguments {
-  static constexpr int kMostLayers = 22;
-  const uint8_t* open_pages;
-  int64_t open_page_stride, open_head_stride;
-  uint8_t* records;
-  int64_t record_page_stride, record_head_stride;
-  int first_page[kMostLayers + 1];  // of each layer among the launch's; pages in all behind the last one
-  SealLayer layers[kMostLayers];
-};
-static_assert(sizeof(SealArguments) <= 4096);  // what a kernel takes
 
 // Shared memory: the tile, the ranges of segments (half2 low, high) and then the weights of error feedback, the CodeMap of
 // every group and, for feedback, its scale and midpoint (half2), rounding errors.
@@ -158,52 +136,6 @@ __device__ void pack_codes(const SideShape& side, const __half* tile, const Code
   Widths::visit(side.bits, [&](auto bits) { pack_codes<dim, key, bits>(side, tile, groups, part); });
 }
 
-// Every row of the tile as RowMapChain::store (rows/row_map.h) changes it, in its order of operations. A warp a row; lane l
-// holds channels l, l + 32, ...
-template <int dim>
-__device__ void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half* tile) {
-  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const float* const center = t.center == nullptr ? nullptr : t.center + static_cast<int>(blockIdx.y) * dim;
-  const float* const scales = t.scales == nullptr ? nullptr : t.scales + static_cast<int>(blockIdx.y) * dim;
-  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < kPageTokens; row += kSealWarps) {
-    float x[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      x[i] = __half2float(tile[row * tile_row(dim) + 32 * i + lane]);
-      if (center != nullptr) x[i] -= center[32 * i + lane];
-      if (scales != nullptr) x[i] *= scales[32 * i + lane];
-    }
-    if (t.hadamard != 0) {
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          const float other = __shfl_xor_sync(~0u, x[i], step);
-          x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
-        }
-      }
-#pragma unroll
-      for (int step = 1; step < kBlock / 32; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          if ((i & step) != 0) continue;
-          const float a = x[i], b = x[i + step];
-          x[i] = a + b, x[i + step] = a - b;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const __half h = __float2half_rn(x[i]);
-      tile[row * tile_row(dim) + 32 * i + lane] = as_is || !__hisinf(h) && !__hisnan(h) ? h : __float2half_rn(0.0f);
-    }
-  }
-}
-
 // What a kernel can do; transforms and feedback apart, as they take registers, and there scales of a side are of either kind.
 enum class Way { kMinMax, kFitted, kTransformed, kFeedback };
 
@@ -215,8 +147,7 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   extern __shared__ __align__(16) uint8_t space[];
   __shared__ float largest[kSealWarps];
   const bool key = blockIdx.z == 0;
-  int at_layer = 0;
-  while (static_cast<int>(blockIdx.x) >= args.first_page[at_layer + 1]) ++at_layer;
+  const int at_layer = layer_of_block(args);
   const SealLayer& layer = args.layers[at_layer];
   const SideShape side = key ? layer.shape.key() : layer.shape.value();
   const kvmix_cuda_transform& transform = key ? layer.key_transform : layer.value_transform;
@@ -228,27 +159,16 @@ __global__ void __launch_bounds__(kSealThreads, way == Way::kFeedback      ? 2
   auto* const tile = reinterpret_cast<__half*>(space);
   auto* const groups = reinterpret_cast<CodeMap*>(space + layout.groups);
   auto* const kept = reinterpret_cast<__half2*>(space + layout.kept);
-  const int64_t page =
-      (static_cast<int>(blockIdx.x) - args.first_page[at_layer]) * layer.id_page_step + blockIdx.y * layer.id_head_step;
-  if (layer.record_ids[page] == kNoRecord) return;
-  const uint8_t* const open =
-      args.open_pages + layer.open_ids[page] * args.open_page_stride + static_cast<int64_t>(blockIdx.y) * args.open_head_stride;
-  uint8_t* const record = args.records + layer.record_ids[page] * args.record_page_stride +
-                          static_cast<int64_t>(blockIdx.y) * args.record_head_stride;
+  if (side.trellis()) return;  // trellis_seal.cu's
+  const auto [open, record] = place_of_block(args, at_layer);
+  if (record == nullptr) return;
   uint8_t* const part = record + (key ? kHeaderBytes : layer.shape.key_bytes());
 
   const bool transformed = changed && (transform.center != nullptr || transform.hadamard != 0);
-  if (!layer.open.has_codes()) {
-    const auto* const source = reinterpret_cast<const uint4*>(open) + (key ? 0 : kPageTokens * dim / 8);
-    load_tile<dim>(source, transformed || side.bits == 16, tile);
-  } else if (key) {
-    load_record_tile<dim, true>(open + kHeaderBytes, layer.open.key(), tile);
-  } else {
-    load_record_tile<dim, false>(open + layer.open.key_bytes(), layer.open.value(), tile);
-  }
+  load_page<dim, kSealThreads>(open, layer.open, key, transformed || side.bits == 16, tile);
   __syncthreads();
   if constexpr (changed) {
-    if (transformed) transform_tile<dim>(transform, side.bits == 16, tile);
+    if (transformed) transform_tile<dim, kSealWarps>(transform, side.bits == 16, tile);
     __syncthreads();
   }
 
@@ -377,99 +297,41 @@ __global__ void append_kernel(const __grid_constant__ AppendArguments args) {
   reinterpret_cast<uint4*>(to)[threadIdx.x] = v;
 }
 
-using SealKernel = void (*)(SealArguments);
 template <Way way>
 SealKernel kernel_of(int head_dim) {
-  SealKernel kernel = nullptr;
-  if (!HeadDims::visit(head_dim, [&](auto dim) { kernel = seal_kernel<dim, way>; }))
+  SealKernel kernel{nullptr, kSealThreads};
+  if (!HeadDims::visit(head_dim, [&](auto dim) { kernel.kernel = seal_kernel<dim, way>; }))
     throw Error(Status::kUnsupported, "seal: head_dim " + std::to_string(head_dim) + " has no kernel");
   return kernel;
 }
-SealKernel kernel_of(const kvmix_cuda_seal_params& p, bool keys_fitted, bool values_fitted) {
+SealKernel kernel_of(const SealJob& job) {
+  const kvmix_cuda_seal_params& p = job.params;
+  if (is_trellis_width(p.format.key_bits) && is_trellis_width(p.format.value_bits)) return {nullptr, 0};
   const auto any = [&](auto&& has) { return has(p.key_transform) || has(p.value_transform); };
   const int dim = p.format.head_dim;
   if (any([](const kvmix_cuda_transform& t) { return t.feedback != nullptr; })) return kernel_of<Way::kFeedback>(dim);
   if (any([](const kvmix_cuda_transform& t) { return t.center != nullptr || t.hadamard != 0; })) {
     return kernel_of<Way::kTransformed>(dim);
   }
-  if (keys_fitted != values_fitted) return kernel_of<Way::kTransformed>(dim);
-  return keys_fitted ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
+  if (keys_fitted(job) != values_fitted(job)) return kernel_of<Way::kTransformed>(dim);
+  return keys_fitted(job) ? kernel_of<Way::kFitted>(dim) : kernel_of<Way::kMinMax>(dim);
 }
 
-bool keys_fitted(const SealJob& job) { return job.params.fitted != 0 || job.details.keys_fitted || job.details.keys_unbiased; }
-bool values_fitted(const SealJob& job) {
-  return job.params.fitted != 0 || job.details.values_fitted || job.details.values_unbiased;
+int shared_of(const SealJob& job) {
+  const kvmix_cuda_seal_params& p = job.params;
+  const RecordShape shape = record_shape(p.format);
+  const auto bytes = [](const SideShape& side, const kvmix_cuda_transform& transform) {
+    return side.trellis() ? 0 : seal_space(side, transform.feedback != nullptr).bytes;
+  };
+  return std::max(bytes(shape.key(), p.key_transform), bytes(shape.value(), p.value_transform));
 }
-
-// Layers that one kernel seals together.
-class SealLaunch {
- public:
-  SealLaunch(SealKernel kernel, const kvmix_cuda_seal_params& p)
-      : kernel_(kernel), kv_heads_(p.kv_heads), stream_(static_cast<cudaStream_t>(p.stream)) {
-    a_.open_pages = static_cast<const uint8_t*>(p.open_pages);
-    a_.open_page_stride = p.open_page_stride, a_.open_head_stride = p.open_head_stride;
-    a_.records = static_cast<uint8_t*>(p.records);
-    a_.record_page_stride = p.record_page_stride, a_.record_head_stride = p.record_head_stride;
-  }
-
-  void add(const SealJob& job) {
-    if (layers_ == SealArguments::kMostLayers) go();
-    const auto& [p, details] = job;
-    const SealLayer layer{p.open_ids,
-                          p.record_ids,
-                          details.ids_of_heads ? p.kv_heads : 1,
-                          details.ids_of_heads ? 1 : 0,
-                          record_shape(p.format),
-                          {p.format.head_dim, details.open.key_bits, details.open.value_bits, details.open.key_group,
-                           details.open.value_group, true},
-                          keys_fitted(job),
-                          values_fitted(job),
-                          details.keys_unbiased,
-                          details.values_unbiased,
-                          p.key_transform,
-                          p.value_transform};
-    shared_ = std::max({shared_, seal_space(layer.shape.key(), p.key_transform.feedback != nullptr).bytes,
-                        seal_space(layer.shape.value(), p.value_transform.feedback != nullptr).bytes});
-    a_.layers[layers_] = layer;
-    a_.first_page[layers_ + 1] = a_.first_page[layers_] + p.pages;
-    ++layers_;
-  }
-
-  void go() {
-    allow_shared(kernel_, shared_, "seal: shared memory");
-    const dim3 grid(static_cast<unsigned>(a_.first_page[layers_]), static_cast<unsigned>(kv_heads_), 2);
-    kernel_<<<grid, kSealThreads, static_cast<size_t>(shared_), stream_>>>(a_);
-    check_cuda(cudaGetLastError(), "seal: launch");
-    layers_ = 0;
-  }
-
- private:
-  SealKernel kernel_;
-  int kv_heads_, layers_ = 0, shared_ = 0;
-  cudaStream_t stream_;
-  SealArguments a_{};
-};
 
 }  // namespace
 
 void seal(std::span<const SealJob> jobs) {
-  const auto kernel = [](const SealJob& job) { return kernel_of(job.params, keys_fitted(job), values_fitted(job)); };
-  const auto together = [&](const SealJob& a, const SealJob& b) {
-    return a.params.kv_heads == b.params.kv_heads && a.params.format.head_dim == b.params.format.head_dim &&
-           kernel(a) == kernel(b);
-  };
-  for (size_t first = 0; first < jobs.size(); ++first) {
-    const SealJob& job = jobs[first];
-    if (std::any_of(jobs.begin(), jobs.begin() + static_cast<ptrdiff_t>(first),
-                    [&](const SealJob& before) { return together(before, job); })) {
-      continue;
-    }
-    SealLaunch launch(kernel(job), job.params);
-    for (const SealJob& next : jobs.subspan(first)) {
-      if (together(job, next)) launch.add(next);
-    }
-    launch.go();
-  }
+  launch_seals(
+      jobs, [](const SealJob& job) { return kernel_of(job); }, shared_of);
+  seal_trellis(jobs);
 }
 
 void seal(const kvmix_cuda_seal_params& p, const SealDetails& details) {
