@@ -13,11 +13,9 @@ namespace {
 // Of a kernel whose warps hold a ring each: eight warps and all registers are fastest. Many short blocks want more warps, which
 // hide each other's beginnings.
 Residency decode_residency(const ThinShape& shape) {
-  const Stage stage = stage_of(shape);
-  const bool trellis = stage.table_bytes > 0;
-  const int room =
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024 - query_bytes(shape.head_dim) - stage.table_bytes;
-  const int all = std::clamp(room / stage.ring, kWarps, trellis ? kFewWarps : kMaxWarps);
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
+  int all = kMaxWarps;
+  while (all > kWarps && decode_shared_bytes(shape, all) > room) --all;
   constexpr int kFewBlocks = 8;  // of a multiprocessor
   return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, std::min(all, kFewWarps), all};
 }

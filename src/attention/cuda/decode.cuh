@@ -418,8 +418,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   // Up to four query rows stand in the even columns: half the softmax.
   const bool wide = rows > kRows / 2;
   uint2* const query = reinterpret_cast<uint2*>(shared);
-  uint8_t* const tables = shared + query_bytes(dim);
-  uint8_t* const rings = tables + (trellis ? stage.table_bytes : 0);
+  uint8_t* const rings = shared + query_bytes(dim);
   uint8_t* const ring = rings + warp * stage.ring;
   PageCopies copies(stage, ring, lane, warp);
   // Warps without a page leave; four stay for what all of a block do.
@@ -452,10 +451,14 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     }
   };
   if (!args.overlapped) load_row(warp);
+  uint32_t tables = 0;  // addresses in shared memory
   if constexpr (trellis) {
-    if (is_trellis_width(stage.key_bits)) make_tables(code_bits(stage.key_bits), warps, tables);
+    constexpr uint32_t kStep = kLevelTableBytes;
+    tables = (shared_address(rings) + blockDim.x / 32 * static_cast<uint32_t>(stage.ring) + kStep - 1) / kStep * kStep;
+    uint8_t* const at = shared + (tables - shared_address(shared));
+    if (is_trellis_width(stage.key_bits)) make_tables(code_bits(stage.key_bits), warps, at);
     if (is_trellis_width(stage.value_bits) && stage.value_bits != stage.key_bits)
-      make_tables(code_bits(stage.value_bits), warps, tables + stage.value_table);
+      make_tables(code_bits(stage.value_bits), warps, at + stage.value_table);
   }
   // -1 past the end, as of an open page: nothing to copy.
   const auto page_id = [&](const kvmix_cuda_item& of, int page) {
@@ -553,7 +556,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
       const int2 exponent = *reinterpret_cast<const int2*>(ring);
       with_code_width<trellis && !thin>(stage.key_bits, [&](auto bits) {
         if constexpr (is_trellis_width(bits.value)) {
-          trellis_scores<dim, code_bits(bits.value)>(ring, {tables, static_cast<uint32_t>(4 * lane)}, query, factor, wide, s,
+          trellis_scores<dim, code_bits(bits.value)>(ring, {tables + static_cast<uint32_t>(4 * lane)}, query, factor, wide, s,
                                                      lane);
         } else {
           List<1, 2, 4>::visit(stage.key_groups, [&](auto groups) {
@@ -571,7 +574,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
       with_code_width<trellis>(stage.value_bits, [&](auto bits) {
         const uint8_t* const part = ring + stage.key_pitch + stage.value_shift;
         if constexpr (is_trellis_width(bits.value)) {
-          trellis_values<dim, code_bits(bits.value)>(part, {tables, static_cast<uint32_t>(4 * lane + stage.value_table)},
+          trellis_values<dim, code_bits(bits.value)>(part, {tables + static_cast<uint32_t>(4 * lane + stage.value_table)},
                                                      exponent.y, p, state, lane);
         } else if (stage.value_group_shift > 5) {
           state.template packed_values<bits.value, State::kValueTiles>(part, stage, exponent.y, p, lane);

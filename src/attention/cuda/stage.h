@@ -26,7 +26,7 @@ struct Stage {
   // Levels of trellis codes (trellis.cuh), once a block: of keys first, of values value_table bytes further.
   int table_bytes, value_table;
 };
-inline constexpr int kLevelTableBytes = 256 * 32 * 4;
+inline constexpr int kLevelTableBytes = 256 * 32 * 4;  // and a multiple of it is where they begin, behind the rings
 
 template <class Shape>  // RecordShape or ThinShape
 Stage stage_of(const Shape& shape) {
@@ -52,7 +52,10 @@ Stage stage_of(const Shape& shape) {
 template <class Shape>
 int decode_shared_bytes(const Shape& shape, int warps) {
   const Stage stage = stage_of(shape);
-  return query_bytes(shape.head_dim) + stage.table_bytes + warps * stage.ring;
+  const int rings = query_bytes(shape.head_dim) + warps * stage.ring;
+  if (stage.table_bytes == 0) return rings;
+  constexpr int kLeastBefore = 1024, kMostBefore = 2048;  // of shared memory: the system's, and what the kernel declares
+  return (kMostBefore + rings + kLevelTableBytes - 1) / kLevelTableBytes * kLevelTableBytes - kLeastBefore + stage.table_bytes;
 }
 
 }  // namespace kvmix::cuda

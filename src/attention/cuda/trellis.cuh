@@ -41,17 +41,25 @@ __device__ inline void make_tables(int bits, int warps, uint8_t* tables) {
 inline constexpr int kWindowAt = 7;  // its lowest bit in a place in the tables
 inline constexpr uint32_t kWindowMask = static_cast<uint32_t>(kLevels - 1) << kWindowAt;
 
-// Levels of windows that stand kWindowAt bits up in a register; `mine`: where the lane's table begins.
+// Levels by windows; `mine`: where the lane's table begins in shared memory, no bit of which is a window's, so that two
+// instructions make an address.
 struct Levels {
-  const uint8_t* tables;
   uint32_t mine;
-  __device__ __forceinline__ uint32_t at(uint32_t window) const {
-    return *reinterpret_cast<const uint32_t*>(tables + ((window & kWindowMask) | mine));
+  // The window has its lowest bit kWindowAt - left bits up.
+  __device__ __forceinline__ uint32_t at(uint32_t window, int left = 0) const {
+    uint32_t address, level;
+    if (left > 0) {  // a multiplication, as the units of shifts and masks are what is short
+      asm("mad.lo.u32 %0, %1, %2, %3;\n" : "=r"(address) : "r"(window & (kWindowMask >> left)), "r"(1u << left), "r"(mine));
+    } else {
+      address = (window >> -left & kWindowMask) | mine;
+    }
+    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(level) : "r"(address));
+    return level;
   }
-  // Of the two codes of a register. A multiplication, as the units of shifts and masks are what is short.
-  __device__ __forceinline__ uint32_t pair(uint32_t first, uint32_t second) const {
+  // Of the two codes of a register.
+  static __device__ __forceinline__ uint32_t pair(uint32_t low, uint32_t high) {
     uint32_t v;
-    asm("mad.lo.u32 %0, %1, 65536, %2;\n" : "=r"(v) : "r"(at(second)), "r"(at(first)));
+    asm("mad.lo.u32 %0, %1, 65536, %2;\n" : "=r"(v) : "r"(high), "r"(low));
     return v;
   }
 };
@@ -65,8 +73,6 @@ __device__ __forceinline__ uint32_t stream_bits(const uint32_t (&w)[all], int ba
   if (word > 0 && shift > 0 && end - count < 32 * word) return __funnelshift_r(w[base + word], w[base + word - 1], shift);
   return w[base + word] >> shift;
 }
-__device__ __forceinline__ uint32_t shifted(uint32_t v, int left) { return left >= 0 ? v << left : v >> -left; }
-
 // A piece of keys behind what stands before it, its last bit lowest. `before`: the words of the lane that has that.
 template <int bits>
 __device__ __forceinline__ uint32_t key_bits(const uint32_t (&w)[2 * bits], const uint32_t (&before)[2 * bits], int piece) {
@@ -79,15 +85,13 @@ __device__ __forceinline__ uint32_t key_bits(const uint32_t (&w)[2 * bits], cons
   } else {
     constexpr uint32_t kOwn = (1u << kBits) - 1;
     const uint32_t own = stream_bits(w, 0, 2 * bits, end, kBits);
-    const uint32_t history = stream_bits(before, 0, 2 * bits, end + kBits, 8);
+    const uint32_t history = stream_bits(before, 0, 2 * bits, end + kBits, kBits + 8 - bits);
     return (own & kOwn) | (history & ~kOwn);
   }
 }
-// The window of code k of a piece, at kWindowAt; of code i of a lane's chain of values.
-template <int bits>
-__device__ __forceinline__ uint32_t key_window(uint32_t piece, int k) {
-  return shifted(piece, kWindowAt - bits * (kPieceCodes - 1 - k));
-}
+// How far the window of code k of a piece is from kWindowAt.
+__device__ constexpr int key_window(int bits, int k) { return kWindowAt - bits * (kPieceCodes - 1 - k); }
+// The window of code i of a lane's chain of values, at kWindowAt.
 template <int bits>
 __device__ __forceinline__ uint32_t value_window(const uint32_t (&w)[2 * bits], int chain, int i) {
   return stream_bits(w, chain * bits, bits, (i + 1) * bits + kWindowAt, 8 + kWindowAt);
@@ -148,7 +152,10 @@ __device__ __forceinline__ void trellis_scores(const uint8_t* part, const Levels
           const uint32_t low = key_bits<bits>(w, before, key_piece(quad, reg, 0));
           const uint32_t high = key_bits<bits>(w, before, key_piece(quad, reg, 1));
 #pragma unroll
-          for (int k = 0; k < kPieceCodes; ++k) a[k][reg] = levels.pair(key_window<bits>(low, k), key_window<bits>(high, k));
+          for (int k = 0; k < kPieceCodes; ++k) {
+            const int left = key_window(bits, k);
+            a[k][reg] = Levels::pair(levels.at(low, left), levels.at(high, left));
+          }
         }
 #pragma unroll
         for (int k = 0; k < kPieceCodes; ++k) mma(acc[quad * kPieceCodes + k], a[k], q.x, q.y);
@@ -181,7 +188,7 @@ __device__ __forceinline__ void trellis_scores(const uint8_t* part, const Levels
 template <int dim, int bits, class State>
 __device__ __forceinline__ void trellis_values(const uint8_t* part, const Levels& levels, int exponent,
                                                const uint32_t (&p)[kFields][2], State& state, int lane) {
-  constexpr int kGroups = (dim + kTrellisGroup - 1) / kTrellisGroup, kGroupTiles = dim / 16 / kGroups, kAtOnce = 2;
+  constexpr int kGroups = (dim + kTrellisGroup - 1) / kTrellisGroup, kGroupTiles = dim / 16 / kGroups;
   const uint8_t* const meta = part + code_bytes(bits, dim) + lane % 4 * 32;
   const int row = lane / 4;
   const uint32_t shrink = power_half_from_24(1 - exponent);
@@ -215,22 +222,28 @@ __device__ __forceinline__ void trellis_values(const uint8_t* part, const Levels
       b[f][0] = multiply(p[f][0], multiply(scale_pair(scales[f], 0), shrink));
       b[f][1] = multiply(p[f][1], multiply(scale_pair(scales[f], 2), shrink));
     }
-#pragma unroll
-    for (int c = g * kGroupTiles; c < (g + 1) * kGroupTiles; c += kAtOnce) {
-      uint32_t w[kAtOnce][2 * bits];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) load_words<bits>(part + (c + j) * block_bytes(bits), lane, w[j]);
+    // Rolled up: code of all tiles would not fit the caches of instructions.
+#pragma unroll 1
+    for (int c = g * kGroupTiles; c < (g + 1) * kGroupTiles; ++c) {
+      uint32_t w[2 * bits];
+      load_words<bits>(part + c * block_bytes(bits), lane, w);
+      float sums[2][4] = {};
 #pragma unroll
       for (int f = 0; f < kFields; ++f) {
+        uint32_t a[4];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          uint32_t a[4];
+        for (int reg = 0; reg < 4; ++reg) {
+          const int i = 4 * f + reg / 2 * 2;
+          const uint32_t first = levels.at(value_window<bits>(w, reg % 2, i));
+          a[reg] = Levels::pair(first, levels.at(value_window<bits>(w, reg % 2, i + 1)));
+        }
+        mma(sums[f % 2], a, b[f][0], b[f][1]);
+      }
 #pragma unroll
-          for (int reg = 0; reg < 4; ++reg) {
-            const int i = 4 * f + reg / 2 * 2;
-            a[reg] = levels.pair(value_window<bits>(w[j], reg % 2, i), value_window<bits>(w[j], reg % 2, i + 1));
-          }
-          mma(state.acc[c + j], a, b[f][0], b[f][1]);
+      for (int k = g * kGroupTiles; k < (g + 1) * kGroupTiles; ++k) {
+        if (k == c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) state.acc[k][i] += sums[0][i] + sums[1][i];
         }
       }
     }
