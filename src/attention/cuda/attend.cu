@@ -17,6 +17,8 @@ Residency decode_residency(const ThinShape& shape) {
   int all = kMaxWarps;
   while (all > kWarps && decode_shared_bytes(shape, all) > room) --all;
   constexpr int kFewBlocks = 8;  // of a multiprocessor
+  // Tables of levels, once a block, leave no room for blocks side by side; lookups want all warps that there can be.
+  if (stage_of(shape).table_bytes > 0) return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, all, all, true};
   return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, std::min(all, kFewWarps), all};
 }
 

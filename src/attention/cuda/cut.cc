@@ -59,10 +59,10 @@ Pieces choose(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Res
   if (splits_chunks(p)) return choose_of_chunk(p, runs, device.processors);
   // The chunk with the smallest estimated time, in us on an H100: waves x (turns of a warp, a page each, + beginning and end of
   // a block) + the sum over splits. A turn takes as long as the memory for the pages of all warps of a multiprocessor, or as
-  // the arithmetic of one warp. The other kernels take a page a block: that of fp16 pages as long as memory does or a block
-  // alone waits for it, the page kernel arithmetic alone.
-  constexpr double kRate = 25e3, kTurn = 2.5, kFp16Turn = 4.0, kPageTurn = 8.0,
-                   kPageShare = 3.5;  // bytes and us of a multiprocessor
+  // the arithmetic of one warp, or with trellis codes of all. The other kernels take a page a block: that of fp16 pages as long
+  // as memory does or a block alone waits for it, the page kernel arithmetic alone.
+  constexpr double kRate = 25e3, kTurn = 2.5, kFp16Turn = 4.0, kPageTurn = 8.0, kPageShare = 3.5,
+                   kTrellisShare = 1.1;  // bytes and us of a multiprocessor
   constexpr double kBlock = 2.5, kBlockWarp = 0.125, kSum = 1.8, kSumSplit = 0.07;
   const bool fast = uses_fast_kernel(p), fp16 = uses_fp16_kernel(p), decodes = fast || fp16;
   const double size = p.format.head_dim > 128 ? 2.0 : 1.0;
@@ -83,7 +83,7 @@ Pieces choose(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Res
     const double full = waves <= 4.0 ? std::ceil(waves) : waves + 0.5;
     const int busy = std::min(device.each(blocks), resident) * std::min(warps, candidate);
     const double memory = busy * static_cast<double>(record_shape(p.format).bytes()) / kRate;
-    const double turn = fast   ? std::max(kTurn * size, memory)
+    const double turn = fast   ? std::max({kTurn * size, memory, device.alone ? busy * kTrellisShare * size : 0.0})
                         : fp16 ? std::max(kFp16Turn, memory)
                                : std::max(kPageTurn, busy * kPageShare) * size;
     const double turns = (candidate + warps - 1) / warps;

@@ -48,12 +48,13 @@ WorkspaceLayout workspace_layout(const kvmix_cuda_attend_params& params, bool sp
 // kernel of codes or thread blocks of the others; launches of up to `few_blocks` blocks a multiprocessor take `few` of them.
 struct Residency {
   int processors, few_blocks, few, all;
+  bool alone = false;  // a block has a multiprocessor to itself: what it reads first is the same for all of its items
 
   int each(int64_t blocks) const { return static_cast<int>((blocks + processors - 1) / processors); }
   int warps(int64_t blocks) const { return each(blocks) <= few_blocks ? few : all; }
   // Of a thread block of the decode kernel: a multiprocessor's warps, shared in fours by the blocks that it gets.
   int block_warps(int64_t blocks) const {
-    return each(blocks) <= 1 ? warps(blocks) : std::max(4, warps(blocks) / each(blocks) / 4 * 4);
+    return alone || each(blocks) <= 1 ? warps(blocks) : std::max(4, warps(blocks) / each(blocks) / 4 * 4);
   }
 };
 
