@@ -136,7 +136,7 @@ CacheConfig checked(CacheConfig config) {
 Cache::Impl::Impl(CacheConfig c)
     : governed(checked(std::move(c))), config(governed.config), ledger(config.layers, ids, formats) {
   for (size_t l = 0; l < config.layers.size(); ++l) {
-    const LayerLayout layout = layer_layout(config.layers[l], on_cuda(config));
+    const LayerLayout layout = layer_layout(config, l);
     LayerFormats& f = ids.emplace_back(LayerFormats{.sinks = formats.add(layout.sinks),
                                                     .recent = formats.add(layout.recent),
                                                     .sealed = formats.add(layout.sealed),

@@ -45,7 +45,7 @@ PageFormat sealed_format(const CodecSpec& key, const CodecSpec& value, int head_
   return page_format(key, value, key_channels > 0 ? key_channels : head_dim, head_dim, PageRole::kSealed);
 }
 
-LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
+LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda, const std::string& where) {
   const auto page = [&](const CodecSpec& key, const CodecSpec& value, PageRole role) {
     return page_format(key, value, layer.stored_width(Side::kKey), layer.stored_width(Side::kValue), role);
   };
@@ -62,10 +62,10 @@ LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda) {
   layout.sealed = page(layer.key.codec, layer.value.codec, PageRole::kSealed);
   layout.seals = !layer.key.codec.is_f16() || !layer.value.codec.is_f16();
   if (!on_cuda) return layout;
-  const kvmix_cuda_format record = cuda::layer_format(layer, "a layer");
+  const kvmix_cuda_format record = cuda::layer_format(layer, where);
   layout.sinks.bytes = cuda::open_bytes(layout.sinks.slots, layer.head_dim);
-  layout.recent.bytes = layout.recent.rows ? cuda::open_bytes(kPageTokens, layer.head_dim)
-                                           : cuda::record_bytes(cuda::open_format(layer, "a layer"));
+  layout.recent.bytes =
+      layout.recent.rows ? cuda::open_bytes(kPageTokens, layer.head_dim) : cuda::record_bytes(cuda::open_format(layer, where));
   layout.sealed.bytes = cuda::record_bytes(record);
   return layout;
 }
@@ -127,7 +127,7 @@ size_t predict_bytes(const CacheConfig& given, int64_t n_tokens, int64_t prompt_
   size_t bytes = sizeof(SequencePages) + config.layers.size() * sizeof(LayerPages);
   for (size_t l = 0; l < config.layers.size(); ++l) {
     const LayerConfig& layer = config.layers[l];
-    const LayerLayout layout = layer_layout(layer, on_cuda(config));
+    const LayerLayout layout = layer_layout(config, l);
     const auto [length, named] = governed.held(l, prompt, n_tokens);
     const bool thin = governed.chooses(l, prompt);
     const PagePrediction p = stored_pages(layer, layout.seals || thin, length);
@@ -149,7 +149,7 @@ size_t predict_slack_bytes(const CacheConfig& given, int64_t n_tokens, int seque
   std::map<size_t, size_t> bytes;  // by size of record
   for (size_t l = 0; l < given.layers.size(); ++l) {
     const LayerConfig& layer = governed.config.layers[l];
-    const LayerLayout layout = layer_layout(layer, on_cuda(given));
+    const LayerLayout layout = layer_layout(governed.config, l);
     const int64_t held = governed.kept(l, n_tokens) + (governed.decodes() ? kPageTokens : 0);
     const bool thin = governed.chooses(l, n_tokens);
     const PagePrediction p = stored_pages(layer, layout.seals || thin, governed.governs(l) ? held : n_tokens);

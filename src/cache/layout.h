@@ -19,8 +19,12 @@ struct LayerLayout {
   bool seals;  // false when both sides stay fp16
 };
 // On the device "cuda" pages have sizes of their own; tiles, `key` and `value`, then say what a file holds.
-LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda = false);
+// `where`: what errors call the layer.
+LayerLayout layer_layout(const LayerConfig& layer, bool on_cuda = false, const std::string& where = "a layer");
 inline bool on_cuda(const CacheConfig& config) { return config.device == "cuda"; }
+inline LayerLayout layer_layout(const CacheConfig& config, size_t l) {
+  return layer_layout(config.layers[l], on_cuda(config), "layer " + std::to_string(l));
+}
 // Throws kInvalidArgument unless the layer's latents, if it stores any, are as many as pages can hold.
 void check_ranks(const LayerConfig& layer, const std::string& where);
 // A page that is sealed in these codecs, with so many channels of the keys; 0: all.

@@ -766,6 +766,10 @@ TEST(CudaShapes, NamesTheKernelOrRefuses) {
   EXPECT_TRUE(prefill == "pages-64" || prefill == "prefill-128") << prefill;
   p.q_tokens = 1;
   EXPECT_LT(kvmix_cuda_attend_cost(&p), 0.25f);
+  p.format.value_bits = KVMIX_CUDA_TRELLIS + 2;
+  EXPECT_STREQ(kvmix_cuda_attend_kernel(&p), "trellis-4");
+  EXPECT_GT(kvmix_cuda_attend_cost(&p), 0.4f);
+  EXPECT_LT(kvmix_cuda_attend_cost(&p), 0.5f);
   p.format.value_bits = 8;
   EXPECT_GT(kvmix_cuda_attend_cost(&p), 0.3f);
   p.format.value_bits = 16;

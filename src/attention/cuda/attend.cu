@@ -73,7 +73,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   if (!uses_fast_kernel(p)) return thin ? launch_thin_pages(p, a, keys) : launch_pages(p, a);
   const ThinShape shape{record_shape(p.format), open.key_width};
   Residency device = decode_residency(shape);
-  if (thin) device.all = std::min(device.all, kFewWarps);
+  if (thin) device.all = std::min(device.all, kFewWarps), device.few = std::min(device.few, kFewWarps);
   const int row_blocks = cuda::row_blocks(p), blocks = p.item_count * row_blocks;
   const int warps = device.block_warps(blocks);
   // At least so much that a multiprocessor takes no more blocks than planned.

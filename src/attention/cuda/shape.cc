@@ -6,6 +6,8 @@ namespace kvmix::cuda {
 
 namespace {
 constexpr int kMostRows = 16;  // two blocks an item; with more of them the page kernel reads less
+
+bool has_trellis(const kvmix_cuda_format& f) { return is_trellis_width(f.key_bits) || is_trellis_width(f.value_bits); }
 }  // namespace
 
 bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
@@ -28,8 +30,7 @@ bool uses_images(const kvmix_cuda_attend_params& p) {
 
 const char* kernel_name(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
-  const bool trellis = is_trellis_width(p.format.key_bits) || is_trellis_width(p.format.value_bits);
-  if (uses_fast_kernel(p) && trellis) return rows <= 4 ? "trellis-4" : rows <= 8 ? "trellis-8" : "trellis-16";
+  if (uses_fast_kernel(p) && has_trellis(p.format)) return rows <= 4 ? "trellis-4" : rows <= 8 ? "trellis-8" : "trellis-16";
   if (uses_fast_kernel(p)) return rows <= 4 ? "codes-4" : rows <= 8 ? "codes-8" : "codes-16";
   if (uses_fp16_kernel(p)) return rows <= 4 ? "fp16-4" : rows <= 8 ? "fp16-8" : "fp16-16";
   if (rows <= 16) return "pages-16";
@@ -40,6 +41,9 @@ float relative_cost(const kvmix_cuda_attend_params& p) {
   const auto share = static_cast<float>(record_shape(p.format).bytes()) /
                      static_cast<float>(2 * 2 * kPageTokens * p.format.head_dim);  // of fp16's bytes
   const int rows = query_rows(p);
+  // Lookups bind, of more than eight rows twice.
+  if (uses_fast_kernel(p) && has_trellis(p.format))
+    return std::max(rows <= 4 ? 0.46f : rows <= 8 ? 0.57f : 0.94f, 0.2f + 0.955f * share);
   // Memory, with what a launch takes beside it; the arithmetic of a page is the least.
   if (uses_fast_kernel(p)) return std::max(rows <= 4 ? 0.17f : rows <= 8 ? 0.25f : 0.36f, 0.05f + 0.955f * share);
   if (uses_fp16_kernel(p)) return 1.0f;

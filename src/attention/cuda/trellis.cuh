@@ -9,28 +9,16 @@
 #include "attention/cuda/stage.h"
 #include "base/cuda/fragments.cuh"
 #include "codec/cuda/format.h"
-#include "codec/cuda/trellis_layout.h"
+#include "codec/cuda/trellis_tables.cuh"
 #include "codec/cuda/words.cuh"
 
 namespace kvmix::cuda {
 
-struct LevelTables {
-  uint8_t of[TrellisBits::count][kLevels];
-};
-constexpr LevelTables level_tables() {
-  LevelTables tables{};
-  for (size_t i = 0; i < TrellisBits::count; ++i) {
-    const auto levels = level_table(kTrellisBits[i]);
-    for (size_t w = 0; w < kLevels; ++w) tables.of[i][w] = levels[w];
-  }
-  return tables;
-}
-static __device__ const LevelTables kLevelTables = level_tables();
-
 // The tables of a width, by all warps of a block: the level of window w for lane l at w * 128 + l * 4.
 __device__ inline void make_tables(int bits, int warps, uint8_t* tables) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint2 mine = __ldg(reinterpret_cast<const uint2*>(kLevelTables.of[bits - kTrellisBits[0]]) + lane);  // of 8 windows
+  const uint2 mine =
+      __ldg(reinterpret_cast<const uint2*>(kLevelTables.of[bits - kTrellisBits.front()].data()) + lane);  // of 8 windows
   for (int from = static_cast<int>(threadIdx.x) / 32; from < 32; from += warps) {
     const uint32_t words[2] = {__shfl_sync(~0u, mine.x, from), __shfl_sync(~0u, mine.y, from)};
 #pragma unroll
@@ -97,10 +85,7 @@ __device__ __forceinline__ uint32_t value_window(const uint32_t (&w)[2 * bits], 
   return stream_bits(w, chain * bits, bits, (i + 1) * bits + kWindowAt, 8 + kWindowAt);
 }
 
-__device__ inline float scale_of_byte(uint32_t bytes, int i) {
-  const uint32_t b = bytes >> (8 * i) & 0xffu;
-  return b == 0 ? 0.0f : __uint_as_float(kScaleBase + (b << kScaleShift));
-}
+__device__ inline float scale_of_byte(uint32_t bytes, int i) { return trellis_scale_of(bytes >> (8 * i) & 0xffu); }
 // Two of four scales; fp16 holds them as they are.
 __device__ inline uint32_t scale_pair(uint32_t bytes, int i) {
   return pack(scale_of_byte(bytes, i), scale_of_byte(bytes, i + 1));

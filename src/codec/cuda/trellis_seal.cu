@@ -6,13 +6,13 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <type_traits>
 
 #include "codec/cuda/open_tile.cuh"
 #include "codec/cuda/seal_launch.cuh"
 #include "codec/cuda/trellis_layout.h"
+#include "codec/cuda/trellis_tables.cuh"
 #include "codec/cuda/viterbi.cuh"
 #include "codec/trellis.h"
 
@@ -23,16 +23,6 @@ constexpr int kTrellisThreads = kPageTokens, kTrellisWarps = kChains;
 static_assert(kTrellisThreads == 32 * kTrellisWarps);
 constexpr int kMostDim = 256;
 constexpr float kFarLevel = 1024.0f;
-
-struct LevelTables {
-  std::array<uint8_t, kLevels> of[kTrellisBits.size()];
-};
-constexpr LevelTables level_tables() {
-  LevelTables tables{};
-  for (size_t i = 0; i < kTrellisBits.size(); ++i) tables.of[i] = level_table(kTrellisBits[i]);
-  return tables;
-}
-__device__ const LevelTables kLevelTables = level_tables();
 
 // Beside it, in dynamic shared memory, the tile and with feedback the errors, fp32 [channel][chain][token of the chain].
 struct TrellisSpace {

@@ -1,12 +1,24 @@
 // What the numbers of trellis codes are looked up in on the device (codec/trellis_code.h).
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "codec/cuda/trellis_layout.h"
 #include "codec/trellis_code.h"
 
 namespace kvmix::cuda {
+
+// Each window's level.
+struct LevelTables {
+  std::array<uint8_t, kLevels> of[kTrellisBits.size()];
+};
+constexpr LevelTables level_tables() {
+  LevelTables tables{};
+  for (size_t i = 0; i < kTrellisBits.size(); ++i) tables.of[i] = level_table(kTrellisBits[i]);
+  return tables;
+}
+static __device__ const LevelTables kLevelTables = level_tables();
 
 // Twice each window's level, so that behind the byte 0x60 it is the fp16 number 512 + level. A table of so many bytes starts at
 // a multiple of them.
