@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <random>
 
 #include "codec/trellis.h"
@@ -147,6 +148,27 @@ TEST(Planners, TrellisesAreTakenWhereTheDeviceReadsThemFastOrTheyAreAsked) {
   EXPECT_EQ(trellises("kvtuner"), 0);
   request.options["codes"] = "trellis";
   EXPECT_THROW(make_plan("kvmix", request), Error);
+}
+
+// One bit of a layer's keys that seems to cost no more than two is not believed.
+TEST(Planners, OneBitCostsMoreThanTwoWhateverWasMeasured) {
+  const ModelShape model = shape(6);
+  Profile scores = measured_profile(model);
+  const auto one_bits = [&] {
+    PlannerRequest request = request_for(model, scores);
+    request.budget = {.bits = 3.5, .context = 8192};
+    const Plan plan = make_plan("kvmix", request);
+    return plan.layers[2].key.codec.bits == 1;
+  };
+  EXPECT_FALSE(one_bits());
+  std::map<std::string, double> two;  // by metric
+  for (const auto& s : scores.sensitivities) {
+    if (s.layer == 2 && s.side == Side::kKey && !s.recent && parse_codec(s.codec).bits == 2) two[s.metric] = s.cost;
+  }
+  for (auto& s : scores.sensitivities) {
+    if (s.layer == 2 && s.side == Side::kKey && !s.recent && parse_codec(s.codec).bits == 1) s.cost = two[s.metric];
+  }
+  EXPECT_FALSE(one_bits());
 }
 
 // The note says what more bytes would buy.
