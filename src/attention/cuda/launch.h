@@ -21,7 +21,7 @@ struct DecodeLaunch {
   void* stream;
 };
 // Defined for the entries of HeadDims, each in a file that CMake writes (decode_kernel.cu.in), and for trellis codes on a side
-// or both (decode_trellis.cu.in), which at most kFewWarps take.
+// or both (decode_trellis.cu.in).
 template <int head_dim>
 void launch_decode(const DecodeLaunch& launch, const DecodeArguments& arguments);
 template <int head_dim>
