@@ -10,7 +10,7 @@
 namespace kvmix::cuda {
 
 // Each window's level.
-struct LevelTables {
+struct alignas(kLevels) LevelTables {  // read 8 bytes at a time
   std::array<uint8_t, kLevels> of[kTrellisBits.size()];
 };
 constexpr LevelTables level_tables() {
