@@ -191,7 +191,7 @@ double predict_body_bits(const CacheConfig& given, int64_t n_tokens) {
   for (size_t l = 0; l < given.layers.size(); ++l) {
     const LayerConfig& layer = governed.config.layers[l];
     const bool thin = governed.chooses(l, n_tokens);
-    const size_t page = (thin ? governed.thin[l] : layer_layout(layer, on_cuda(given)).sealed).bytes;
+    const size_t page = (thin ? governed.thin[l] : layer_layout(governed.config, l).sealed).bytes;
     const int64_t live = layer.sliding_window > 0 ? std::min<int64_t>(n_tokens, layer.sliding_window) : n_tokens;
     bits += static_cast<double>(layer.lists()) * static_cast<double>(page) * 8 * static_cast<double>(live) / kPageTokens;
   }

@@ -63,23 +63,25 @@ std::vector<Candidate> candidates(const ModelShape& model, const Profile& profil
                                          (side == Side::kKey ? " keys" : " values") + what +
                                          "; the measurement is incomplete, run kvmix profile again");
     };
+    const auto concerns = [&](const Profile::Sensitivity& s) {
+      return s.metric == metric && s.layer == layer && s.side == side;
+    };
     std::map<std::string, double> recent_costs;  // by transform
     for (const auto& s : profile.sensitivities) {
-      if (s.recent && s.metric == metric && s.layer == layer && s.side == side && parse_codec(s.codec) == recent)
-        recent_costs[s.transform] = std::max(s.cost, 0.0);
+      if (s.recent && concerns(s) && parse_codec(s.codec) == recent) recent_costs[s.transform] = std::max(s.cost, 0.0);
     }
     // One bit errs more than two, in every row; a measurement that hardly says so was lucky in its windows (on Qwen2.5 one
     // bit of keys without bias seemed to cost what two do, and took two fifths of what a plan of 3.7 bits lost).
     std::map<std::pair<std::string, std::string>, double> least;  // of one bit, by codec and transform
     for (const auto& s : profile.sensitivities) {
-      if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
+      if (s.recent || !concerns(s)) continue;
       CodecSpec codec = parse_codec(s.codec);
       if (codec.bits != 2 || !codec.is_uniform()) continue;
       codec.bits = 1;
       least[{to_string(codec), s.transform}] = s.cost * relative_error(1) / relative_error(2);
     }
     for (const auto& s : profile.sensitivities) {
-      if (s.recent || s.metric != metric || s.layer != layer || s.side != side) continue;
+      if (s.recent || !concerns(s)) continue;
       Candidate c{{parse_codec(s.codec), {}}, std::max(s.cost, 0.0)};
       if (const auto floor = least.find({s.codec, s.transform}); floor != least.end()) c.cost = std::max(c.cost, floor->second);
       if (side == Side::kKey && c.config.codec.fit == Fit::kUnbiased && !choice.both_fits) continue;
