@@ -12,13 +12,13 @@ namespace {
 
 // Of a kernel whose warps hold a ring each: eight warps and all registers are fastest. Many short blocks want more warps, which
 // hide each other's beginnings.
-Residency decode_residency(const ThinShape& shape) {
+Residency decode_residency(const Stage& stage, int head_dim) {
   const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024;
   int all = kMaxWarps;
-  while (all > kWarps && decode_shared_bytes(shape, all) > room) --all;
+  while (all > kWarps && decode_shared_bytes(stage, head_dim, all) > room) --all;
   constexpr int kFewBlocks = 8;  // of a multiprocessor
   // Tables of levels, once a block, leave no room for blocks side by side; lookups want all warps that there can be.
-  if (stage_of(shape).table_bytes > 0) return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, all, all, true};
+  if (stage.table_bytes > 0) return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, all, all, true};
   return {device_attribute(cudaDevAttrMultiProcessorCount), kFewBlocks, std::min(all, kFewWarps), all};
 }
 
@@ -72,15 +72,16 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
   if (!split && uses_fp16_kernel(p)) return launch_fp16(p, a);
   if (!uses_fast_kernel(p)) return thin ? launch_thin_pages(p, a, keys) : launch_pages(p, a);
   const ThinShape shape{record_shape(p.format), open.key_width};
-  Residency device = decode_residency(shape);
+  const Stage stage = stage_of(shape);
+  Residency device = decode_residency(stage, shape.head_dim);
   if (thin) device.all = std::min(device.all, kFewWarps), device.few = std::min(device.few, kFewWarps);
   const int row_blocks = cuda::row_blocks(p), blocks = p.item_count * row_blocks;
   const int warps = device.block_warps(blocks);
   // At least so much that a multiprocessor takes no more blocks than planned.
   const int resident = std::max(1, device.warps(blocks) / warps);
-  const int shared = std::max(decode_shared_bytes(shape, warps),
+  const int shared = std::max(decode_shared_bytes(stage, shape.head_dim, warps),
                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (resident + 1));
-  const DecodeArguments d{a, stage_of(shape), row_blocks, keys};
+  const DecodeArguments d{a, stage, row_blocks, keys};
   const DecodeLaunch launch{blocks, 32 * warps, shared, resident * warps, thin, open.overlapped, p.stream};
   const auto go = [&](auto dim) {
     d.stage.table_bytes > 0 ? launch_trellis_decode<dim>(launch, d) : launch_decode<dim>(launch, d);
@@ -91,7 +92,7 @@ void attend(const kvmix_cuda_attend_params& p, const OpenPages& open) {
 
 Residency residency(const kvmix_cuda_attend_params& p) {
   const int rows = query_rows(p);
-  if (uses_fast_kernel(p)) return decode_residency({record_shape(p.format)});
+  if (uses_fast_kernel(p)) return decode_residency(stage_of(record_shape(p.format)), p.format.head_dim);
   if (splits_chunks(p)) return {device_attribute(cudaDevAttrMultiProcessorCount), 0, 1, 1};
   const int blocks =
       std::max(1, uses_fp16_kernel(p) ? resident_fp16_blocks(p.format.head_dim) : resident_page_blocks(p.format, rows));

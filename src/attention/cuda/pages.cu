@@ -10,7 +10,7 @@ namespace {
 // Calls body with the kernel for a format and number of query rows, and its shared memory.
 template <bool thin, class Body>
 void with_kernel(const kvmix_cuda_format& format, int rows, const Body& body) {
-  const bool few = rows <= kWarpRows, trellis = is_trellis_width(format.key_bits) || is_trellis_width(format.value_bits);
+  const bool few = rows <= kWarpRows, trellis = has_trellis(format);
   const int head_dim = format.head_dim;
   const bool known = HeadDims::visit(head_dim, [&](auto dim) {
     const auto take = [&](auto with) {

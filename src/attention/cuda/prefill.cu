@@ -46,7 +46,7 @@ bool has_prefill_kernel() {
 }
 
 void launch_prefill(const kvmix_cuda_attend_params& p, const AttendArguments& arguments) {
-  const bool trellis = is_trellis_width(p.format.key_bits) || is_trellis_width(p.format.value_bits);
+  const bool trellis = has_trellis(p.format);
   const bool known = HeadDims::visit(
       p.format.head_dim, [&](auto dim) { trellis ? launch<dim, true>(p, arguments) : launch<dim, false>(p, arguments); });
   if (!known)

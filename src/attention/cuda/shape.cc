@@ -6,8 +6,6 @@ namespace kvmix::cuda {
 
 namespace {
 constexpr int kMostRows = 16;  // two blocks an item; with more of them the page kernel reads less
-
-bool has_trellis(const kvmix_cuda_format& f) { return is_trellis_width(f.key_bits) || is_trellis_width(f.value_bits); }
 }  // namespace
 
 bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
@@ -16,7 +14,8 @@ bool uses_fast_kernel(const kvmix_cuda_attend_params& p) {
   const RecordShape shape = record_shape(f);
   const auto coded = [](int width) { return CodeWidths::has(width) || TrellisWidths::has(width); };
   return query_rows(p) <= kMostRows && f.key_per_token == 0 && coded(f.key_bits) && coded(f.value_bits) &&
-         shape.value_groups() <= kMostValueGroups && decode_shared_bytes(shape, kWarps) <= most_shared_bytes();
+         shape.value_groups() <= kMostValueGroups &&
+         decode_shared_bytes(stage_of(shape), shape.head_dim, kWarps) <= most_shared_bytes();
 }
 
 bool uses_fp16_kernel(const kvmix_cuda_attend_params& p) {

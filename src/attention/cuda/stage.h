@@ -49,10 +49,8 @@ Stage stage_of(const Shape& shape) {
                                                      : 0;
   return s;
 }
-template <class Shape>
-int decode_shared_bytes(const Shape& shape, int warps) {
-  const Stage stage = stage_of(shape);
-  const int rings = query_bytes(shape.head_dim) + warps * stage.ring;
+inline int decode_shared_bytes(const Stage& stage, int head_dim, int warps) {
+  const int rings = query_bytes(head_dim) + warps * stage.ring;
   if (stage.table_bytes == 0) return rings;
   constexpr int kLeastBefore = 1024, kMostBefore = 2048;  // of shared memory: the system's, and what the kernel declares
   return (kMostBefore + rings + kLevelTableBytes - 1) / kLevelTableBytes * kLevelTableBytes - kLeastBefore + stage.table_bytes;

@@ -6,7 +6,7 @@
 // where one table for all would take three and more. What binds is then a shift, a mask and a load for every code.
 #pragma once
 
-#include "attention/cuda/stage.h"
+#include "attention/cuda/arguments.cuh"
 #include "base/cuda/fragments.cuh"
 #include "codec/cuda/format.h"
 #include "codec/cuda/trellis_tables.cuh"
@@ -122,7 +122,7 @@ __device__ __forceinline__ void trellis_scores(const uint8_t* part, const Levels
       uint32_t w[2 * bits], before[2 * bits];
       load_words<bits>(codes + c * block_bytes(bits), lane, w);
       const uint32_t offset = offsets[4 * c];
-      const uint32_t rows[4] = {signed_pair(offset, 0), 0x3c003c00u, signed_pair(offset, 2), 0x3c003c00u};
+      const uint32_t rows[4] = {signed_pair(offset, 0), kOnes, signed_pair(offset, 2), kOnes};
       mma(sums, rows, q.x, q.y);
 #pragma unroll
       for (int i = 0; i < 2 * bits; ++i) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ void trellis_values(const uint8_t* part, const Levels
     load_scales(min(row, kGroups - 1), scales);
 #pragma unroll
     for (int f = 0; f < kFields; ++f) {
-      const uint32_t ones = row == State::kSumRow ? 0x3c003c00u : 0u;
+      const uint32_t ones = row == State::kSumRow ? kOnes : 0u;
       const uint32_t rows[4] = {ones, scale_pair(scales[f], 0), ones, scale_pair(scales[f], 2)};
       mma(sums, rows, p[f][0], p[f][1]);
     }

@@ -10,6 +10,7 @@
 #include "base/cuda/launch.h"
 #include "base/cuda/overlap.cuh"
 #include "codec/cuda/format.h"
+#include "codec/cuda/hadamard.cuh"
 
 namespace kvmix::cuda {
 namespace {
@@ -18,33 +19,6 @@ constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
 constexpr int64_t kUnitBytes = static_cast<int64_t>(kPageUnit);
 
 __device__ inline int64_t row_of() { return static_cast<int64_t>(blockIdx.x) * kRowWarps + static_cast<int>(threadIdx.x) / 32; }
-
-// Orthonormal Hadamard over the largest power of two that divides the width, as src/rows/hadamard.cc.
-template <int dim>
-__device__ inline void hadamard(float (&x)[dim / 32]) {
-  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
-  const int lane = lane_of();
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float other = __shfl_xor_sync(~0u, x[i], step);
-      x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < kBlock / 32; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if ((i & step) != 0) continue;
-      const float a = x[i], b = x[i + step];
-      x[i] = a + b, x[i + step] = a - b;
-    }
-  }
-  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
-}
 
 // A lane's numbers of the row maps, all asked for at once: they come from memory, which takes longer than what is done with
 // them.

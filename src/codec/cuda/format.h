@@ -14,7 +14,6 @@ namespace kvmix::cuda {
 
 template <int... values_>
 struct List {
-  static constexpr size_t count = sizeof...(values_);
   static constexpr bool has(int v) { return ((v == values_) || ...); }
   // Calls body(std::integral_constant) for the entry that equals v; false where there is none.
   template <class Body>
@@ -46,6 +45,7 @@ std::string format_name(const kvmix_cuda_format& format);
 // Throws kUnsupported for a format that no kernel takes.
 void check_format(const kvmix_cuda_format& format);
 
+inline bool has_trellis(const kvmix_cuda_format& f) { return is_trellis_width(f.key_bits) || is_trellis_width(f.value_bits); }
 inline RecordShape record_shape(const kvmix_cuda_format& f) {
   return {f.head_dim, f.key_bits, f.value_bits, f.key_group, f.value_group, f.key_per_token != 0};
 }

@@ -6,6 +6,7 @@
 #include "base/fp16.h"
 #include "codec/cuda/feedback.cuh"
 #include "codec/cuda/format.h"
+#include "codec/cuda/hadamard.cuh"
 #include "codec/cuda/tile_layout.h"
 #include "codec/quantize.h"
 
@@ -97,11 +98,10 @@ __device__ inline void load_page(const uint8_t* open, const RecordShape& shape, 
 // holds channels l, l + 32, ...
 template <int dim, int warps>
 __device__ inline void transform_tile(const kvmix_cuda_transform& t, bool as_is, __half* tile) {
-  constexpr int kPerLane = dim / 32, kBlock = dim & -dim;
+  constexpr int kPerLane = dim / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const float* const center = t.center == nullptr ? nullptr : t.center + static_cast<int>(blockIdx.y) * dim;
   const float* const scales = t.scales == nullptr ? nullptr : t.scales + static_cast<int>(blockIdx.y) * dim;
-  const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
   for (int row = static_cast<int>(threadIdx.x) / 32; row < kPageTokens; row += warps) {
     float x[kPerLane];
 #pragma unroll
@@ -110,27 +110,7 @@ __device__ inline void transform_tile(const kvmix_cuda_transform& t, bool as_is,
       if (center != nullptr) x[i] -= center[32 * i + lane];
       if (scales != nullptr) x[i] *= scales[32 * i + lane];
     }
-    if (t.hadamard != 0) {
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          const float other = __shfl_xor_sync(~0u, x[i], step);
-          x[i] = (lane & step) != 0 ? other - x[i] : x[i] + other;
-        }
-      }
-#pragma unroll
-      for (int step = 1; step < kBlock / 32; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          if ((i & step) != 0) continue;
-          const float a = x[i], b = x[i + step];
-          x[i] = a + b, x[i + step] = a - b;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) x[i] *= norm;
-    }
+    if (t.hadamard != 0) hadamard<dim>(x);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const __half h = __float2half_rn(x[i]);

@@ -308,13 +308,10 @@ __global__ void __launch_bounds__(kTrellisThreads, 4) trellis_seal_kernel(const 
 }  // namespace
 
 void seal_trellis(std::span<const SealJob> jobs) {
-  const auto has_work = [](const SealJob& job) {
-    return is_trellis_width(job.params.format.key_bits) || is_trellis_width(job.params.format.value_bits);
-  };
   launch_seals(
       jobs,
-      [&](const SealJob& job) {
-        return SealKernel{has_work(job) ? trellis_seal_kernel : nullptr, kTrellisThreads};
+      [](const SealJob& job) {
+        return SealKernel{has_trellis(job.params.format) ? trellis_seal_kernel : nullptr, kTrellisThreads};
       },
       [](const SealJob& job) {
         const kvmix_cuda_seal_params& p = job.params;
