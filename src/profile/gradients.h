@@ -24,7 +24,7 @@ struct PassOptions {
   std::string device = "cpu";  // or "cuda"
   int threads = 1;
   // Called for every layer, the last one first.
-  std::function<void(size_t layer, const LayerRows& rows)> rows;
+  std::function<void(size_t layer, LayerRows rows)> rows;
   // May throw to stop.
   std::function<void(double done, double total, const char* stage)> progress;
 };

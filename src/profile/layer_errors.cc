@@ -22,6 +22,13 @@ double dot(const float* a, const float* b, int n) {  // n a multiple of 16
   return static_cast<double>(sum);
 }
 
+// Room for a side's rows, kept by each thread: of a wide layer, tens of MB that take longer to map anew than to fill.
+std::vector<float>& room(size_t numbers) {
+  thread_local std::vector<float> rows;
+  rows.resize(numbers);
+  return rows;
+}
+
 }  // namespace
 
 LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
@@ -44,25 +51,32 @@ LayerErrors::LayerErrors(const LayerConfig& layer, const LayerRows& rows)
 
 CodecErrors LayerErrors::sealed(const SideConfig& config, Side side) const {
   const std::vector<float>& exact = side == Side::kKey ? keys_ : values_;
-  std::vector<float> stored = exact;  // sinks and the last, partial page stay as they are
+  std::vector<float>& stored = room(exact.size());
   const int dim = layer_.head_dim;
+  const int64_t sinks = std::min<int64_t>(layer_.sinks, n_), end = sinks + (n_ - sinks) / kPageTokens * kPageTokens;
   StoredPage page(config, CodecSpec{}, row_shape(layer_, side));
   for (int head = 0; head < layer_.kv_heads; ++head) {
-    float* rows = stored.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
-    for (int64_t first = layer_.sinks; first + kPageTokens <= n_; first += kPageTokens)
-      page.read_sealed(head, dim, rows + first * dim, rows + first * dim);
+    const float* from = exact.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+    float* to = stored.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+    std::copy_n(from, sinks * dim, to);
+    for (int64_t first = sinks; first < end; first += kPageTokens)
+      page.read_sealed(head, dim, from + first * dim, to + first * dim);
+    std::copy_n(from + end * dim, (n_ - end) * dim, to + end * dim);  // the last, partial page
   }
   return errors(side, {stored.data(), exact.data()});
 }
 
 CodecErrors LayerErrors::recent(const SideConfig& config, const CodecSpec& recent, Side side) const {
   const std::vector<float>& exact = side == Side::kKey ? keys_ : values_;
-  std::vector<float> stored = exact;
+  std::vector<float>& stored = room(exact.size());
   const int dim = layer_.head_dim;
+  const int64_t sinks = std::min<int64_t>(layer_.sinks, n_);
   StoredPage page(config, recent, row_shape(layer_, side));
   for (int head = 0; head < layer_.kv_heads; ++head) {
-    float* rows = stored.data() + (static_cast<ptrdiff_t>(head) * n_ + layer_.sinks) * dim;
-    page.read_recent(head, n_ - layer_.sinks, dim, rows, rows);
+    const float* from = exact.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+    float* to = stored.data() + static_cast<ptrdiff_t>(head) * n_ * dim;
+    std::copy_n(from, sinks * dim, to);
+    page.read_recent(head, n_ - sinks, dim, from + sinks * dim, to + sinks * dim);
   }
   return errors(side, {exact.data(), stored.data()});
 }

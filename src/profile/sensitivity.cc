@@ -6,6 +6,7 @@
 // output: relative squared error of the attention output (KVTuner's measure, forward only).
 #include <algorithm>
 #include <cmath>
+#include <future>
 
 #include "base/machine.h"
 #include "base/mean.h"
@@ -144,12 +145,17 @@ class ErrorMeasurement {
     const bool missing = std::any_of(profile_.windows.begin(), profile_.windows.end(), [&](int n) { return n <= index; });
     if (!missing && !scores) return;
     PassOptions options = pass;
+    std::future<void> beside;  // what measures a layer while a GPU has the next
     if (missing) {
-      options.rows = [&](size_t layer, const LayerRows& rows) {
-        if (profile_.windows[layer] <= index) add(layer, rows);
+      options.rows = [&](size_t layer, LayerRows rows) {
+        if (profile_.windows[layer] > index) return;
+        if (options.device == "cpu") return add(layer, rows);
+        if (beside.valid()) beside.get();
+        beside = std::async(std::launch::async, [this, layer, rows = std::move(rows)] { add(layer, rows); });
       };
     }
     const PassResult result = differentiate(model_, window, options);
+    if (beside.valid()) beside.get();
     if (scores) add_scores(result, window.size(), profile_);
     save();
   }
@@ -215,6 +221,8 @@ class ErrorMeasurement {
     for (const Side side : {Side::kKey, Side::kValue}) {
       for (Measured& c : tensors[2 * layer + (side == Side::kKey ? 0 : 1)]) all.emplace_back(&c, side);
     }
+    // Trellises first, which take longest, so that no thread is left alone with it.
+    std::ranges::stable_partition(all, [](const auto& one) { return is_trellis(one.first->config.codec); });
     const double count = ++profile_.windows[layer];
     parallel_for(threads_, all.size(), [&](size_t i) {
       const auto& [c, side] = all[i];
