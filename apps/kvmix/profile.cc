@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kUsualTokens = 2048;  // of a prompt and a window
 constexpr int kJoined = 512;        // prompts of fewer tokens are joined to windows
+constexpr const char* kOwnText = "own";
 
 struct Arguments {
   std::string model, out = "profile.json", sensitivity = "fisher";
@@ -41,7 +42,12 @@ int profile(Arguments arguments, const Common& common) {
     throw UsageError("--sensitivity kl runs on the device cpu alone; take fisher with --device " +
                      arguments.calibration.device);
   const auto start = std::chrono::steady_clock::now();
-  if (!arguments.calibration.file.empty()) read_text_file(arguments.calibration.file);  // refuses what is no text
+  std::string& text = arguments.calibration.file;
+  if (text == kOwnText) {
+    text.clear();
+  } else if (text != kBuiltInText) {
+    read_text_file(text);  // refuses what is no text
+  }
   const auto model = load_model(arguments.model);
   if (arguments.calibration.tokens == 0)
     arguments.calibration.tokens = static_cast<int>(std::min<int64_t>(kUsualTokens, model->shape().context_tokens));
@@ -102,9 +108,13 @@ void add_profile(CommandContext& context) {
                                   "kvmix profile smollm2 -o profile.json");
   command->add_option("model", arguments->model, kModelHelp)->required();
   CalibrationOptions& calibration = arguments->calibration;
-  command->add_option(
-      "--calib", calibration.file,
-      "Calibration text, .txt or .jsonl with {\"text\": ...}; without it the project's own prompts, continued by the model");
+  calibration.file = kBuiltInText;
+  command
+      ->add_option(
+          "--calib", calibration.file,
+          "Calibration text: a file, .txt or .jsonl with {\"text\": ...}, best one like what the model will read; built-in "
+          "(English prose); or own, which the model writes")
+      ->capture_default_str();
   command->add_option("--prompts", calibration.prompts, "Prompts")->check(CLI::Range(1, 4096))->capture_default_str();
   command
       ->add_option("--tokens", calibration.tokens,

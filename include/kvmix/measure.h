@@ -14,12 +14,15 @@
 
 namespace KVMIX_API kvmix {
 
+constexpr const char* kBuiltInText = "built-in";
+
 struct CalibrationOptions {
   int prompts = 16;
   int tokens = 512;  // per prompt, continuation included; prompts are cut to it
   uint64_t seed = 0;
-  std::string file;  // .txt (documents separated by blank lines are joined into windows) or .jsonl ({"text": ...}); empty: the
-                     // project's own prompts, each continued by the model itself
+  // .txt (documents separated by blank lines are joined into windows), .jsonl ({"text": ...}) or kBuiltInText, English prose
+  // that the library has; empty: the project's own prompts, each continued by the model itself
+  std::string file;
   std::string device = "cpu";  // that the model writes on, as EngineOptions::device
 };
 // Token sequences for calibration. Throws naming file, line and remedy on a bad file.

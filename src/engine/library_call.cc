@@ -23,7 +23,12 @@ struct LibraryHandlers {
     if (current != nullptr && level == GGML_LOG_LEVEL_ERROR && current->errors_.size() < kMostKept) current->errors_ += text;
   }
   static void assertion(const char* message) {
-    if (current != nullptr) throw Error(Status::kUnsupported, std::string("libllama cannot go on: ") + message);
+    if (current != nullptr) {
+      // What ggml asserts of the room that it asked for.
+      const bool memory = std::string_view(message).find("mem_buffer != NULL") != std::string_view::npos;
+      throw Error(memory ? Status::kOutOfMemory : Status::kUnsupported,
+                  std::string(memory ? "not enough memory: " : "libllama cannot go on: ") + message);
+    }
     std::fprintf(stderr, "%s\n", message);
   }
 };

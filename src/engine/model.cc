@@ -243,6 +243,9 @@ std::vector<Token> GgufModel::tokenize(std::string_view text, bool add_bos, bool
       return result;
     } catch (const Error&) {
       throw;
+    } catch (const std::bad_alloc&) {
+      throw Error(Status::kOutOfMemory, file_.path() + ": not enough memory to tokenize " + std::to_string(text.size()) +
+                                            " bytes of text; free some or give less text");
     } catch (const std::exception& e) {
       throw Error(Status::kUnsupported,
                   file_.path() + ": its tokenizer cannot take the text (" + e.what() + "); obtain the file again");

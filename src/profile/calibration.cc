@@ -132,8 +132,17 @@ std::vector<std::vector<Token>> own_prompts(std::shared_ptr<const Model> model, 
   return out;
 }
 
-std::vector<std::vector<Token>> file_prompts(const Model& model, const CalibrationOptions& options) {
-  std::string content = read_file(options.file, size_t{1} << 30);
+constexpr const char* kProse[] = {
+#include "profile/prose.inc"
+};
+
+std::vector<std::vector<Token>> text_prompts(const Model& model, const CalibrationOptions& options) {
+  std::string content;
+  if (options.file == kBuiltInText) {
+    for (const char* part : kProse) content += part;
+  } else {
+    content = read_file(options.file, size_t{1} << 30);
+  }
   if (content.starts_with("\xef\xbb\xbf")) content.erase(0, 3);  // a mark of the encoding, not of the text
   const bool jsonl = options.file.ends_with(".jsonl");
   std::vector<std::string> texts;
@@ -183,7 +192,7 @@ std::vector<std::vector<Token>> calibration_prompts(std::shared_ptr<const Model>
                                               " tokens exceed the model's context of " +
                                               std::to_string(model->shape().context_tokens) + "; take shorter ones");
   }
-  return options.file.empty() ? own_prompts(std::move(model), options, threads, progress) : file_prompts(*model, options);
+  return options.file.empty() ? own_prompts(std::move(model), options, threads, progress) : text_prompts(*model, options);
 }
 
 }  // namespace kvmix

@@ -69,8 +69,8 @@ TEST(Terminal, ProgressIsABarThatFitsAndGoes) {
   testing::write_tiny_model({.architecture = "llama", .output_head = true}, model);
   for (const unsigned short columns : {80, 30}) {
     // Writing so much text takes more than the half second after which a bar tells the time that is left.
-    Terminal profile({"profile", model, "--prompts", "120", "--tokens", "256", "--sensitivity", "none", "--threads", "1", "-o",
-                      folder.file("profile.json")},
+    Terminal profile({"profile", model, "--calib", "own", "--prompts", "120", "--tokens", "256", "--sensitivity", "none",
+                      "--threads", "1", "-o", folder.file("profile.json")},
                      columns);
     EXPECT_EQ(profile.wait(), 0) << profile.screen();
     const std::string& screen = profile.screen();

@@ -303,6 +303,19 @@ TEST(Fisher, IsNearTheDivergenceOfSmallErrors) {
   EXPECT_THROW(profile_sensitivity(m.model(), windows, options, profile, {}), Error);
 }
 
+TEST(Calibration, TheBuiltInTextFillsLongWindows) {
+  const ChangeableModel m({.architecture = "llama"});
+  CalibrationOptions text;
+  text.prompts = 20;
+  text.tokens = 1000;
+  text.file = kBuiltInText;
+  const auto windows = calibration_prompts(m.model(), text, 1, {});
+  ASSERT_EQ(windows.size(), 20u);
+  for (const auto& window : windows) EXPECT_EQ(window.size(), 1000u);
+  EXPECT_NE(windows[0], windows[1]);
+  EXPECT_EQ(windows, calibration_prompts(m.model(), text, 1, {}));
+}
+
 TEST(Tasks, AreAnsweredByWhatBeginsWithTheAnswer) {
   EXPECT_TRUE(is_answer(" 42.\n", "42"));
   EXPECT_TRUE(is_answer("42", " 42 "));
