@@ -35,7 +35,7 @@ def profile(
     None: the project's prompts, continued by the model.
     tokens: of each of the `prompts`, which are the windows; 0: 2048, or the model's context. sensitivity: "fisher" (from
     gradients), "kl" (on the running cache), "output" (attention output), in nats per token, or None for gradient scores
-    alone. device: "cuda" runs the model's passes on a GPU. Takes 50 to 150 seconds and half a gigabyte for a model of 135M on two cores. Raises
+    alone. device: "cuda" runs the model's passes on a GPU. Takes one to three minutes and .7 GB for a model of 135M on two cores. Raises
     InvalidArgumentError, NotFoundError, CorruptError naming file and line.
     """
     return _native.make_profile(

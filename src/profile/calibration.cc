@@ -164,6 +164,13 @@ std::vector<std::vector<Token>> text_prompts(const Model& model, const Calibrati
       if (jsonl) break;  // one prompt a line
     }
   }
+  const bool whole = prompts.size() == static_cast<size_t>(options.prompts) && prompts.back().size() == length;
+  if (options.file == kBuiltInText && !whole) {
+    throw Error(Status::kInvalidArgument, "the built-in text has " + std::to_string(model.tokenize(content, false).size()) +
+                                              " tokens, too few for " + std::to_string(options.prompts) + " prompts of " +
+                                              std::to_string(options.tokens) +
+                                              "; take fewer or shorter ones, or a longer text");
+  }
   if (prompts.empty()) {
     throw Error(Status::kInvalidArgument,
                 options.file + ": no text of at least 16 tokens; give more text or leave --calib out");

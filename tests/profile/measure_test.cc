@@ -314,6 +314,8 @@ TEST(Calibration, TheBuiltInTextFillsLongWindows) {
   for (const auto& window : windows) EXPECT_EQ(window.size(), 1000u);
   EXPECT_NE(windows[0], windows[1]);
   EXPECT_EQ(windows, calibration_prompts(m.model(), text, 1, {}));
+  text.prompts = 1000;
+  EXPECT_THROW(calibration_prompts(m.model(), text, 1, {}), Error);
 }
 
 TEST(Tasks, AreAnsweredByWhatBeginsWithTheAnswer) {
