@@ -110,8 +110,8 @@ TEST_F(Cli, CtrlCEndsWith130) {
   EXPECT_EQ(cut.out, "");
 
   const std::string profile = folder_.file("profile.json");
-  Program profiling(folder_,
-                    {"profile", model_, "--prompts", "4000", "--tokens", "512", "--sensitivity", "none", "-o", profile});
+  Program profiling(folder_, {"profile", model_, "--calib", "own", "--prompts", "4000", "--tokens", "512", "--sensitivity",
+                              "none", "-o", profile});
   ASSERT_TRUE(profiling.until([&] { return !profiling.err().empty(); }));
   profiling.interrupt();
   const Outcome stopped = profiling.wait();

@@ -93,8 +93,9 @@ TEST(Terminal, CtrlCStopsAMeasurementWithAClearLine) {
   const testing::TemporaryFolder folder("kvmix-terminal");
   const std::string model = folder.file("tiny.gguf"), out = folder.file("profile.json");
   testing::write_tiny_model({.architecture = "llama", .output_head = true}, model);
-  Terminal profile(
-      {"profile", model, "--prompts", "4000", "--tokens", "512", "--sensitivity", "none", "--threads", "1", "-o", out}, 80);
+  Terminal profile({"profile", model, "--calib", "own", "--prompts", "4000", "--tokens", "512", "--sensitivity", "none",
+                    "--threads", "1", "-o", out},
+                   80);
   ASSERT_TRUE(profile.shows("%")) << profile.screen();
   profile.type(kCtrlC);
   EXPECT_EQ(profile.wait(), 130) << profile.screen();
