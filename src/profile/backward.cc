@@ -33,9 +33,28 @@ void tanh_back(ggml_tensor* out, const ggml_tensor* gradient, const ggml_tensor*
   for (int64_t i = from; i < to; ++i) o[i] = g[i] * (1.0f - v[i] * v[i]);
 }
 
+// Tiles of a cache line each way, through a copy: rows of one matrix, a power of two apart, would meet in the cache.
+void turn_around(ggml_tensor* out, int ith, int nth, void*) {
+  constexpr int64_t kTile = 16;
+  const ggml_tensor* t = out->src[0];
+  const int64_t width = t->ne[0], rows = t->ne[1];
+  const auto* from = static_cast<const float*>(t->data);
+  auto* to = static_cast<float*>(out->data);
+  for (int64_t row = ith * kTile; row < rows; row += nth * kTile) {
+    const int64_t n = std::min(kTile, rows - row);
+    for (int64_t column = 0; column < width; column += kTile) {
+      const int64_t m = std::min(kTile, width - column);
+      float tile[kTile][kTile];
+      for (int64_t r = 0; r < n; ++r) {
+        for (int64_t c = 0; c < m; ++c) tile[c][r] = from[(row + r) * width + column + c];
+      }
+      for (int64_t c = 0; c < m; ++c) std::copy_n(tile[c], n, to + (column + c) * rows + row);
+    }
+  }
+}
+
 // [width, heads, n] to [width, n, heads], a view.
 ggml_tensor* heads_outside(ggml_context* ctx, ggml_tensor* t) { return ggml_permute(ctx, t, 0, 2, 1, 3); }
-ggml_tensor* transposed(ggml_context* ctx, ggml_tensor* t) { return ggml_cont(ctx, ggml_transpose(ctx, t)); }
 
 // Some heads of [a, b, heads].
 ggml_tensor* heads_of(ggml_context* ctx, ggml_tensor* t, int64_t first, int64_t count) {
@@ -52,7 +71,7 @@ ggml_tensor* joined(ggml_context* ctx, ggml_tensor* before, ggml_tensor* heads) 
 ggml_tensor* probabilities(ggml_context* ctx, const LayerNodes& layer, int64_t kv_head, float scale) {
   const int64_t group = layer.q->ne[1] / layer.k->ne[1];
   ggml_tensor* s = ggml_mul_mat(ctx, heads_of(ctx, heads_outside(ctx, layer.k), kv_head, 1),
-                                heads_of(ctx, heads_outside(ctx, layer.q), kv_head * group, group));
+                                heads_of(ctx, layer.queries, kv_head * group, group));
   return ggml_soft_max_ext(ctx, s, layer.mask, scale, 0.0f);
 }
 
@@ -61,10 +80,17 @@ constexpr int64_t kRowsTogether = 16;                // a cache line of a transp
 
 }  // namespace
 
+ggml_tensor* transposed(ggml_context* ctx, ggml_tensor* t, bool on_cpu) {
+  if (!on_cpu) return ggml_cont(ctx, ggml_transpose(ctx, t));
+  if (!ggml_is_contiguous(t)) t = ggml_cont(ctx, t);
+  return ggml_custom_4d(ctx, GGML_TYPE_F32, t->ne[1], t->ne[0], 1, 1, &t, 1, turn_around, GGML_N_TASKS_MAX, nullptr);
+}
+
 ggml_tensor* DifferentiableHooks::attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) {
   nodes.q = q;
   nodes.k = k;
   nodes.v = v;
+  nodes.queries = ggml_cont(ctx, heads_outside(ctx, q));
   ggml_tensor* vt = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));  // [n, head_dim, kv_heads]
   ggml_tensor* o = nullptr;                                            // [head_dim, n, q_heads]
   for (int64_t h = 0; h < k->ne[1]; ++h)
@@ -204,12 +230,11 @@ void Backward::propagate_attention(ggml_cgraph* graph, ggml_tensor* g) {
   const float scale = model_.parameters().attention_scale;
   const int64_t dim = q->ne[0], heads = q->ne[1], n = q->ne[2], kv_heads = k->ne[1], group = heads / kv_heads;
   ggml_tensor* go = ggml_cont(ctx_, heads_outside(ctx_, ggml_reshape_3d(ctx_, g, dim, heads, n)));  // [head_dim, n, q_heads]
-  ggml_tensor* qh = ggml_cont(ctx_, heads_outside(ctx_, q));
   ggml_tensor* vh = ggml_cont(ctx_, heads_outside(ctx_, v));
   ggml_tensor* kt = ggml_cont(ctx_, ggml_permute(ctx_, k, 1, 2, 0, 3));  // [n, head_dim, kv_heads]
   // Rows of all heads of a group against each other, which sums over them: [a, n, group] and [b, n, group] to [a, b, 1].
   const auto over_group = [&](ggml_tensor* a, ggml_tensor* b) {
-    const auto flat = [&](ggml_tensor* t) { return transposed(ctx_, ggml_reshape_2d(ctx_, t, t->ne[0], n * group)); };
+    const auto flat = [&](ggml_tensor* t) { return transposed(ctx_, ggml_reshape_2d(ctx_, t, t->ne[0], n * group), on_cpu_); };
     ggml_tensor* product = ggml_mul_mat(ctx_, flat(a), flat(b));
     return ggml_reshape_3d(ctx_, product, product->ne[0], product->ne[1], 1);
   };
@@ -217,11 +242,11 @@ void Backward::propagate_attention(ggml_cgraph* graph, ggml_tensor* g) {
   for (int64_t h = 0; h < kv_heads; ++h) {
     ggml_tensor* p = probabilities(ctx_, *attention_, h, scale);
     ggml_tensor* go_h = heads_of(ctx_, go, h * group, group);
-    ggml_tensor* gp = ggml_mul_mat(ctx_, heads_of(ctx_, vh, h, 1), go_h);      // [nk, nq, group]
-    ggml_tensor* gs = ggml_soft_max_ext_back(ctx_, gp, p, scale, 0.0f);        // [nk, nq, group]
-    ggml_tensor* gq_h = ggml_mul_mat(ctx_, heads_of(ctx_, kt, h, 1), gs);      // [head_dim, nq, group]
-    ggml_tensor* gk_h = over_group(heads_of(ctx_, qh, h * group, group), gs);  // [head_dim, nk, 1]
-    ggml_tensor* gv_h = over_group(go_h, p);                                   // [head_dim, nk, 1]
+    ggml_tensor* gp = ggml_mul_mat(ctx_, heads_of(ctx_, vh, h, 1), go_h);                       // [nk, nq, group]
+    ggml_tensor* gs = ggml_soft_max_ext_back(ctx_, gp, p, scale, 0.0f);                         // [nk, nq, group]
+    ggml_tensor* gq_h = ggml_mul_mat(ctx_, heads_of(ctx_, kt, h, 1), gs);                       // [head_dim, nq, group]
+    ggml_tensor* gk_h = over_group(heads_of(ctx_, attention_->queries, h * group, group), gs);  // [head_dim, nk, 1]
+    ggml_tensor* gv_h = over_group(go_h, p);                                                    // [head_dim, nk, 1]
     for (ggml_tensor* t : {gv_h, gq_h, gk_h}) ggml_build_forward_expand(graph, t);
     gq = joined(ctx_, gq, gq_h);
     gk = joined(ctx_, gk, gk_h);

@@ -88,7 +88,7 @@ class Pass {
         options_(options),
         n_(static_cast<int64_t>(prompt.size())),
         device_(options.device, options.threads, 2 * std::max(layer_nodes(p_), head_nodes(p_))),
-        head_rows_(options.device == "cpu" ? kHeadRows : kDeviceHeadRows) {}
+        head_rows_(on_cpu() ? kHeadRows : kDeviceHeadRows) {}
 
   PassResult run() {
     PassResult result;
@@ -120,6 +120,7 @@ class Pass {
   }
   void compute(const Graph& graph) { device_.compute(graph.get(), "the gradient graph"); }
   const Weights& weights() const { return device_.weights(model_); }
+  bool on_cpu() const { return options_.device == "cpu"; }
 
   void embed() {
     const Graph graph(16);
@@ -183,7 +184,7 @@ class Pass {
       ggml_build_forward_expand(graph.get(), logits);
       LossCall call{prompt_, first, &losses[static_cast<size_t>(first)]};
       ggml_tensor* loss = ggml_map_custom1(graph.context(), logits, loss_gradient, GGML_N_TASKS_MAX, &call);
-      Backward backward(graph.context(), model_, input, nullptr);
+      Backward backward(graph.context(), model_, input, nullptr, on_cpu());
       backward.run(graph.get(), logits, loss);
       ggml_tensor* gradient = graph.want(backward.gradient(input));
       allocate(graph);
@@ -203,12 +204,12 @@ class Pass {
     ggml_context* ctx = g.graph.context();
     LayerNodes& nodes = g.hooks.nodes;
     ggml_tensor* output_gradient = g.graph.input(GGML_TYPE_F32, p_.model_dim, n_);
-    Backward backward(ctx, model_, g.input, &nodes);
+    Backward backward(ctx, model_, g.input, &nodes, on_cpu());
     backward.run(g.graph.get(), g.out, output_gradient);
     std::vector<ggml_tensor*> norms;
-    ggml_tensor* xt = ggml_cont(ctx, ggml_transpose(ctx, nodes.input));  // [n, model_dim]
+    ggml_tensor* xt = transposed(ctx, nodes.input, on_cpu());  // [n, model_dim]
     for (ggml_tensor* projection : {nodes.key_projection, nodes.value_projection}) {
-      ggml_tensor* gt = ggml_cont(ctx, ggml_transpose(ctx, backward.gradient(projection)));  // [n, kv_dim]
+      ggml_tensor* gt = transposed(ctx, backward.gradient(projection), on_cpu());  // [n, kv_dim]
       norms.push_back(g.graph.want(ggml_sum(ctx, ggml_sqr(ctx, ggml_mul_mat(ctx, xt, gt)))));
     }
     std::vector<ggml_tensor*> rows;
