@@ -10,6 +10,7 @@
 #include "plan/planner.h"
 #include "plan/rank_allocation.h"
 #include "plan/refine.h"
+#include "plan/steady.h"
 
 namespace kvmix {
 namespace {
@@ -97,13 +98,16 @@ std::string next_bits(const Allocation& made) {
   return text;
 }
 
-Plan make(const PlannerRequest& request) {
-  const PlannerOptions options("kvmix", request.options);
-  Plan frame = empty_plan(request, "kvmix");
-  read_fp16_part(options, request.profile->fp16, frame);
+Plan make(const PlannerRequest& given) {
+  const PlannerOptions options("kvmix", given.options);
+  Plan frame = empty_plan(given, "kvmix");
+  read_fp16_part(options, given.profile->fp16, frame);
   const std::string recent = options.choice("recent", "best", {"best", "8", "f16"});
   const std::string metric =
-      pick_metric(*request.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
+      pick_metric(*given.profile, options.choice("metric", "best", {"best", "kl", "fisher", "output", "gradient"}));
+  const Profile profile = steadied(*given.profile, metric);
+  PlannerRequest request = given;
+  request.profile = &profile;
   if (request.meter != nullptr && (metric.empty() || metric == "output")) {
     throw Error(Status::kInvalidArgument, "measuring plans starts from losses in nats, and this goes by " +
                                               (metric.empty() ? "gradient scores" : metric) +
