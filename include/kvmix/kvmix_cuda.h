@@ -90,9 +90,9 @@ typedef struct kvmix_cuda_attend_params {
 KVMIX_API kvmix_status kvmix_cuda_cut(const kvmix_cuda_attend_params* params, const int32_t* lengths, int32_t slots,
                                       kvmix_cuda_item* items, int32_t capacity, int32_t* item_count, size_t* workspace_bytes);
 
-/* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, whose
- * workspace then holds all pages of the items as fp16. Can be captured in a graph. Every slot of a packed page must be finite.
- */
+/* Attention, decode and prefill, in one launch; in two where "prefill-128" takes 512 query rows a KV head or more, of many
+ * sequences and KV heads 257, whose workspace then holds all pages of the items as fp16. Can be captured in a graph. Every slot
+ * of a packed page must be finite. */
 KVMIX_API kvmix_status kvmix_cuda_attend(const kvmix_cuda_attend_params* params);
 
 /* The kernel that kvmix_cuda_attend runs for a shape: "codes-4", "codes-8" and "codes-16" (up to 4, 8, 16 query rows a KV head)

@@ -463,7 +463,12 @@ TEST_P(CudaPrefill, Bfloat16) { check({GetParam(), 4, 2, 140, 0, 128, 0, 0, 0.0f
 TEST_P(CudaPrefill, SmallValues) { check({GetParam(), 2, 2, 130, 0, 0, 0, 0, 0.0f, {512}, 1e-3f}); }
 TEST_P(CudaPrefill, LargeValues) { check({GetParam(), 2, 2, 130, 0, 0, 0, 0, 0.0f, {512}, 3000.0f}); }
 TEST_P(CudaPrefill, LongContext) { check({GetParam(), 1, 1, 130, 16, 128, 0, 0, 0.0f, {20000}}); }
-// From 512 query rows a KV head on, pages may be dequantised before.
+// From 512 query rows a KV head on, and of many lists from 257, pages may be dequantised before.
+TEST_P(CudaPrefill, ManyChunks) {
+  const std::vector<int> lengths = {257, 258, 300, 385, 390, 1000};  // times 8 KV heads and three tiles
+  for (const int tokens : {256, 257, 300}) check({GetParam(), 8, 8, tokens, 4, 128, 0, 0, 0.0f, lengths});
+  check({GetParam(), 16, 8, 150, 0, 128, 200, 0, 20.0f, lengths});
+}
 TEST_P(CudaPrefill, LongChunks) {
   for (const int tokens : {511, 512, 513}) check({GetParam(), 1, 1, tokens, 0, 0, 0, 0, 0.0f, {tokens, tokens + 129, 1300}});
 }

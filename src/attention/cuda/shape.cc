@@ -22,9 +22,14 @@ bool uses_fp16_kernel(const kvmix_cuda_attend_params& p) {
   return query_rows(p) <= kMostRows && p.format.key_bits == 16 && p.format.value_bits == 16;
 }
 
+bool may_use_images(const kvmix_cuda_attend_params& p) { return query_rows(p) > 2 * kPrefillRows && has_prefill_kernel(); }
+
+// With up to two tiles a list each tile dequantises faster, and with a few more where lists are too few to fill a device.
 bool uses_images(const kvmix_cuda_attend_params& p) {
-  constexpr int kFewestRows = 512;  // fewer are faster when each tile dequantises
-  return query_rows(p) >= kFewestRows && has_prefill_kernel();
+  constexpr int kAlwaysFrom = 512;  // rows
+  constexpr int64_t kManyTiles = 96;
+  const int64_t tiles = int64_t{p.sequences} * p.kv_heads * prefill_blocks(p);
+  return may_use_images(p) && (query_rows(p) >= kAlwaysFrom || tiles >= kManyTiles);
 }
 
 const char* kernel_name(const kvmix_cuda_attend_params& p) {

@@ -87,6 +87,7 @@ const char* kernel_name(const kvmix_cuda_attend_params& params);
 float relative_cost(const kvmix_cuda_attend_params& params);  // kvmix_cuda_attend_cost
 // Whether it takes pages that a launch before it dequantised into the workspace: those of an item from image item.partial on.
 bool uses_images(const kvmix_cuda_attend_params& params);
+bool may_use_images(const kvmix_cuda_attend_params& params);  // with enough sequences
 // Whether the prefill kernel takes it and dequantises itself: such chunks are short, and are split along the pages.
 inline bool splits_chunks(const kvmix_cuda_attend_params& p) {
   return query_rows(p) > kTileRows && has_prefill_kernel() && !uses_images(p);

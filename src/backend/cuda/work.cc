@@ -58,7 +58,7 @@ void CudaBackend::part(Shape& shape) {
     const int tokens = plan_->entries[order_[first]].n_tokens;
     kvmix_cuda_attend_params p = attend_params(shape);
     p.q_tokens = tokens;
-    const bool many = query_rows(p) > kTileRows, thin = has_thin(shape, first), images = !thin && uses_images(p);
+    const bool many = query_rows(p) > kTileRows, thin = has_thin(shape, first), images = !thin && may_use_images(p);
     const auto image_bytes = static_cast<size_t>(page_image_bytes(shape.format.head_dim) * p.kv_heads);
     size_t end = first, bytes = 0;
     for (; end < order_.size(); ++end) {
