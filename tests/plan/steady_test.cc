@@ -31,6 +31,15 @@ Profile made(const std::vector<double>& noise) {
   return profile;
 }
 
+// Of each cost, in logarithms.
+std::vector<double> noise(unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal(0, 0.3);
+  std::vector<double> noise(made({}).sensitivities.size());
+  for (double& x : noise) x = normal(random);
+  return noise;
+}
+
 double log_error(const Profile& a, const Profile& b) {
   double sum = 0;
   for (size_t i = 0; i < a.sensitivities.size(); ++i) {
@@ -46,11 +55,7 @@ TEST(Steadied, ProductsStayAsTheyAre) {
 }
 
 TEST(Steadied, NoiseShrinks) {
-  std::mt19937 random(1);
-  std::normal_distribution<double> normal(0, 0.3);
-  std::vector<double> noise(made({}).sensitivities.size());
-  for (double& x : noise) x = normal(random);
-  const Profile exact = made({}), noisy = made(noise);
+  const Profile exact = made({}), noisy = made(noise(1));
   const double before = log_error(noisy, exact), after = log_error(steadied(noisy, "fisher"), exact);
   EXPECT_NEAR(before, 0.3, 0.06);
   EXPECT_LT(after, 0.75 * before);
@@ -58,16 +63,13 @@ TEST(Steadied, NoiseShrinks) {
 }
 
 TEST(Steadied, OthersStayAsTheyAre) {
-  std::mt19937 random(2);
-  std::normal_distribution<double> normal(0, 0.3);
-  std::vector<double> noise(made({}).sensitivities.size());
-  for (double& x : noise) x = normal(random);
-  Profile profile = made(noise);
+  Profile profile = made(noise(2));
+  const size_t measured = profile.sensitivities.size();
   profile.sensitivities.push_back({"output", 3, Side::kKey, kCodecs[0], "feedback", 0.7});
   profile.sensitivities.push_back({"fisher", 3, Side::kKey, "int8.token.g64.minmax.zero", "feedback", 0.2, true});
   profile.sensitivities.push_back({"fisher", 3, Side::kKey, kCodecs[0], "plain", 0.0});
   const Profile out = steadied(profile, "fisher");
-  for (size_t i = noise.size(); i < profile.sensitivities.size(); ++i)
+  for (size_t i = measured; i < profile.sensitivities.size(); ++i)
     EXPECT_EQ(out.sensitivities[i].cost, profile.sensitivities[i].cost);
   const Profile same = steadied(profile, "kl");
   for (size_t i = 0; i < profile.sensitivities.size(); ++i)
