@@ -24,17 +24,16 @@ namespace {
 using testing::divergence;
 
 // The device has kernels for heads of 64 numbers, not for the 32 that tiny models have otherwise; and products of its own for
-// fp16 weights.
+// weights of 16 bits, with norms, biases, sums and both gates in their launches.
 std::vector<testing::TinyModel> models() {
   std::vector<testing::TinyModel> all = testing::tiny_models();
-  for (const char* name : {"llama", "gemma3"}) {
-    testing::TinyModel half = all.front();
-    for (const testing::TinyModel& m : all) {
-      if (m.architecture == name) half = m;
-    }
-    half.half = true;
-    all.push_back(half);
+  const size_t count = all.size();
+  for (size_t i = 0; i < count; ++i) {
+    const testing::TinyModel m = all[i];
+    if (!m.rope_scaling.empty() || !m.pattern.empty()) continue;
+    all.push_back(m), all.back().matrices = "f16";
   }
+  all.push_back(all.front()), all.back().matrices = "bf16";
   for (testing::TinyModel& m : all) m.head_dim = 64;
   return all;
 }
@@ -202,7 +201,8 @@ TEST_P(DeviceEngine, OneSequenceDecodesAsOnTheCpu) {
         const std::vector<float> expected = cpu.step(next);
         const double now = mean_divergence(expected, cuda.step(next));
         if (bits == 16) {
-          ASSERT_LT(now, 1e-4) << what << ", step " << t;
+          // A CPU rounds rows to bf16 before it multiplies them with weights of that type.
+          ASSERT_LT(now, GetParam().matrices == "bf16" ? 1e-3 : 1e-4) << what << ", step " << t;
         }
         apart += now / kSteps;
         cost += mean_divergence(exact.step(next), expected) / kSteps;

@@ -34,7 +34,7 @@ struct TinyModel {
   std::vector<int> pattern = {};  // attention.sliding_window_pattern: one number, or one a layer
   int parts = 1;                  // files: path is NAME.gguf or, with more, the prefix NAME of NAME-00001-of-0000N.gguf
   int head_dim = kHeadDim;
-  bool half = false;                                 // matrices in fp16
+  std::string matrices = "f32";                      // or "f16", "bf16"
   std::string extra_tensor = {}, extra_number = {};  // names of a vector, and of a key that is set to 1
   std::string not_finite = {};                       // tensor with a NaN
   int attention_inputs = kDim;                       // gains of attn_norm that are not 0
@@ -72,7 +72,8 @@ inline std::string tiny_name(const TinyModel& m) {
          (m.pattern.empty()       ? ""
           : m.pattern.size() == 1 ? "_pattern"
                                   : "_patterns") +
-         (m.half ? "_half" : "") + (m.rope_factors ? "_factors" : "") + (m.rope_scaling.empty() ? "" : "_" + m.rope_scaling);
+         (m.matrices == "f32" ? "" : "_" + m.matrices) + (m.rope_factors ? "_factors" : "") +
+         (m.rope_scaling.empty() ? "" : "_" + m.rope_scaling);
 }
 
 inline void PrintTo(const TinyModel& m, std::ostream* out) { *out << tiny_name(m); }
@@ -173,10 +174,11 @@ inline void write_tiny_model(const TinyModel& m, const std::string& path) {
     for (int64_t i = 0; i < ne0 * ne1; ++i) values[i] = mean + deviation * normal(random);
     if (name == m.not_finite) values[ne0 * ne1 / 2] = NAN;
     if (name.ends_with("attn_norm.weight")) std::fill(values + m.attention_inputs, values + ne0, 0.0f);
-    if (m.half && ne1 > 1) {
-      ggml_tensor* rounded = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, ne0, ne1);
+    if (m.matrices != "f32" && ne1 > 1) {
+      const bool bf16 = m.matrices == "bf16";
+      ggml_tensor* rounded = ggml_new_tensor_2d(ctx.get(), bf16 ? GGML_TYPE_BF16 : GGML_TYPE_F16, ne0, ne1);
       ggml_set_name(rounded, name.c_str());
-      ggml_fp32_to_fp16_row(values, static_cast<ggml_fp16_t*>(rounded->data), ne0 * ne1);
+      ggml_get_type_traits(rounded->type)->from_float_ref(values, rounded->data, ne0 * ne1);
       t = rounded;
     }
     tensors.push_back(t);

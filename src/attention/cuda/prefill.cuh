@@ -15,6 +15,7 @@
 #include "attention/cuda/partials.cuh"
 #include "attention/cuda/shape.h"
 #include "attention/cuda/wgmma.cuh"
+#include "base/cuda/bulk_copy.cuh"
 
 namespace kvmix::cuda {
 
@@ -520,7 +521,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
       init_barrier(&barriers.keys_there[i], kArrivals), init_barrier(&barriers.values_there[i], kArrivals);
       init_barrier(&barriers.keys_free[i], 8), init_barrier(&barriers.values_free[i], 8);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   const Walk<PrefillTile<dim>::tokens> walk(args, item, tile_rows.begin(0), tile_rows.end(tile_rows.rows - 1));

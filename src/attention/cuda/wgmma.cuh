@@ -1,4 +1,4 @@
-// Warpgroup matrix instructions of compute capability 9.0 (sm_90a) and what they need: operands in shared memory, barriers.
+// Warpgroup matrix instructions of compute capability 9.0 (sm_90a) and their operands in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -97,38 +97,6 @@ __device__ inline void grow_registers() {
 template <int registers>
 __device__ inline void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
-}
-
-__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}\n" ::"r"(shared_address(barrier)) : "memory");
-}
-// Copies `bytes` from global to shared memory, multiples of 16 all; the barrier, which expects one arrival, completes with
-// them.
-__device__ inline void load_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
-  const uint32_t there = shared_address(barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(there), "r"(bytes) : "memory");
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(there)
-      : "memory");
-}
-// The other way; wait_stores waits until this thread's copies are done.
-__device__ inline void store_bulk(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
-}
-__device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
-__device__ inline void wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra again%=;}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
 }
 
 // Four 8 x 8 tiles of fp16, each register a tile; lane l gives the address of row l % 8 of tile l / 8. The compiler may move

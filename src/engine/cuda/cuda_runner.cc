@@ -1,8 +1,8 @@
 // A step on a CUDA device. The graph is cut at the nodes that stand for attention, and where a layer has its keys and values,
 // which are stored while it computes its queries: ggml queues the runs of nodes between, the cache its own launches; products
-// with 16-bit weights go to cuBLAS (products.h). Of a decode step all of it is captured in a CUDA graph, with the copies of
-// tokens to the device and of logits from it, and launched again by each later step that launches the same (Cache::launch_key).
-// The host waits once a step, for the logits.
+// with 16-bit weights go to cuBLAS (products.h), of up to four rows to kernels of ours (row_products.h). Of a decode step all
+// of it is captured in a CUDA graph, with the copies of tokens to the device and of logits from it, and launched again by each
+// later step that launches the same (Cache::launch_key). The host waits once a step, for the logits.
 #include <cuda_runtime.h>
 #include <ggml-cuda.h>
 
@@ -17,6 +17,7 @@
 #include "engine/cuda/finite.h"
 #include "engine/cuda/ggml_inside.h"
 #include "engine/cuda/products.h"
+#include "engine/cuda/row_products.h"
 #include "engine/library_call.h"
 #include "engine/runner.h"
 #include "kvmix/error.h"
@@ -34,7 +35,7 @@ void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that sta
 class Markers final : public GraphHooks {
  public:
   ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
-    ggml_tensor* rows[] = {k, v, q};  // queries come last in the graph
+    ggml_tensor* rows[] = {v, k, q};  // in this order in the graph: rows of keys are turned when both projections are there
     return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
   }
 };
@@ -74,15 +75,16 @@ struct LayerNodes {
   const ggml_tensor* attention;
   int stored_at;
 
-  const ggml_tensor* keys() const { return attention->src[0]; }
-  const ggml_tensor* values() const { return attention->src[1]; }
+  const ggml_tensor* keys() const { return attention->src[1]; }
+  const ggml_tensor* values() const { return attention->src[0]; }
   const ggml_tensor* queries() const { return attention->src[2]; }
 };
 
 struct CudaGraph : StepGraph {
   using StepGraph::StepGraph;
   std::vector<LayerNodes> layers = {};
-  size_t product_bytes = 0;           // that rows of its products take (Products)
+  size_t product_bytes = 0;  // that rows of its products take (Products)
+  RowNodes row_nodes = {};
   std::list<Captured> captured = {};  // most recently used first
   std::list<uint64_t> queued = {};    // keys of steps that were not captured, likewise
 };
@@ -95,6 +97,7 @@ class CudaRunner final : public Runner {
         backend_(make_cuda_backend()),
         stream_(stream_of(backend_.get())),
         products_(stream_),
+        row_products_(has_row_products()),
         weights_(DeviceWeights::of(model)) {
     flag_.reserve(sizeof(int), "flag of a step");
   }
@@ -173,6 +176,11 @@ class CudaRunner final : public Runner {
       throw Error(Status::kUnsupported, model_.path() + ": ggml has no CUDA code for " + ggml_op_desc(node) + weight +
                                             "; convert the model to another type, or take the device \"cpu\"");
     }
+    graph.row_nodes.taken.resize(static_cast<size_t>(ggml_graph_n_nodes(graph.graph)));
+    if (!row_products_) return;
+    std::vector<int> ends;
+    for (const LayerNodes& layer : graph.layers) ends.push_back(layer.stored_at);
+    graph.row_nodes = find_row_products(graph.graph, ends);
   }
 
   // Everything of a step, on the stream.
@@ -194,13 +202,17 @@ class CudaRunner final : public Runner {
     int begin = 0;
     for (int i = 0; i < nodes; ++i) {
       const ggml_tensor* node = ggml_graph_node(g.graph, i);
-      const bool product = Products::input_bytes(node) > 0, attends = node->op == GGML_OP_CUSTOM;
+      const bool row_product = g.row_nodes.taken[static_cast<size_t>(i)] != 0;
+      const bool product = !row_product && Products::input_bytes(node) > 0, attends = node->op == GGML_OP_CUSTOM;
       const bool stores = layer != g.layers.end() && i == layer->stored_at;
-      if (!product && !attends && !stores) continue;
-      const bool ours = product || attends;
+      if (!product && !row_product && !attends && !stores) continue;
+      const bool ours = product || row_product || attends;
       queue_nodes(backend_.get(), g.graph, begin, ours ? i : i + 1);
       begin = i + 1;
       if (product) products_.queue(node);
+      if (const auto launch = g.row_nodes.launches.find(i); launch != g.row_nodes.launches.end()) {
+        queue_row_product(launch->second, stream_);
+      }
       if (!stores && !attends) continue;
       const int l = static_cast<int>(layer - g.layers.begin());
       const ggml_tensor *k = layer->keys(), *v = layer->values(), *q = layer->queries();
@@ -271,6 +283,7 @@ class CudaRunner final : public Runner {
   GgmlBackend backend_;
   cudaStream_t stream_;
   Products products_;
+  bool row_products_;
   std::shared_ptr<const DeviceWeights> weights_;
   DeviceMemory flag_;
   PinnedMemory inputs_, results_;  // results: the flag, then logits

@@ -1,0 +1,214 @@
+// Products of few rows (engine/cuda/row_products.h): numbers against double precision, and which nodes of models they take.
+#include "engine/cuda/row_products.h"
+
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "engine/runner.h"
+#include "support/devices.h"
+#include "support/tiny_model.h"
+
+namespace kvmix::cuda {
+namespace {
+
+void never_computed(ggml_tensor*, int, int, void*) {}
+
+class Markers final : public GraphHooks {
+ public:
+  ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
+    ggml_tensor* rows[] = {v, k, q};
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
+  }
+};
+
+struct Found {
+  int products = 0, left = 0;                        // of matrices, and those that are left to others
+  int launches = 0, norms = 0, sums = 0, gates = 0;  // launches in all, and with these
+};
+
+Found found_in(const testing::TinyModel& tiny, int64_t tokens) {
+  testing::TemporaryFolder folder("kvmix-rows");
+  testing::write_tiny_model(tiny, folder.file("model.gguf"));
+  const GgufModel model(folder.file("model.gguf"));
+  Markers markers;
+  const StepGraph graph(model, model.stored_weights(), tokens, tokens, markers, ggml_backend_cpu_buffer_type());
+  std::vector<int> ends;
+  const auto place = [&](const ggml_tensor* node) {
+    int i = 0;
+    while (ggml_graph_node(graph.graph, i) != node) ++i;
+    return i;
+  };
+  const int nodes = ggml_graph_n_nodes(graph.graph);
+  for (int i = 0; i < nodes; ++i) {
+    const ggml_tensor* node = ggml_graph_node(graph.graph, i);
+    if (node->op == GGML_OP_CUSTOM) ends.push_back(std::max(place(node->src[0]), place(node->src[1])));
+  }
+  const RowNodes rows = find_row_products(graph.graph, ends);
+  Found found;
+  for (int i = 0; i < nodes; ++i) {
+    if (ggml_graph_node(graph.graph, i)->op != GGML_OP_MUL_MAT) continue;
+    ++found.products;
+    found.left += rows.taken[static_cast<size_t>(i)] == 0 ? 1 : 0;
+  }
+  for (const auto& [at, product] : rows.launches) {
+    ++found.launches;
+    found.norms += product.norm != nullptr ? 1 : 0;
+    found.gates += product.gate != Gate::kNone ? 1 : 0;
+    found.sums += product.matrices[0].added != nullptr ? 1 : 0;
+  }
+  return found;
+}
+
+testing::TinyModel with_matrices(testing::TinyModel tiny, const char* type) {
+  tiny.matrices = type;
+  return tiny;
+}
+
+// Of a layer: keys with values, queries, the output with the sum, both feed-forward matrices with the gate, the last with the
+// sum; and the model's head.
+TEST(RowProducts, TakeALayerInFiveLaunches) {
+  for (const char* type : {"f16", "bf16"}) {
+    for (const int64_t tokens : {1, 2, 4}) {
+      const Found f = found_in(with_matrices({.architecture = "llama", .output_head = true}, type), tokens);
+      EXPECT_EQ(f.products, 3 * 7 + 1);
+      EXPECT_EQ(f.left, 0);
+      EXPECT_EQ(f.launches, 3 * 5 + 1);
+      EXPECT_EQ(f.norms, 3 * 3 + 1);
+      EXPECT_EQ(f.sums, 3 * 2);
+      EXPECT_EQ(f.gates, 3);
+    }
+  }
+  EXPECT_EQ(found_in(with_matrices({.architecture = "llama"}, "f16"), 5).launches, 0);
+  EXPECT_EQ(found_in({.architecture = "llama"}, 1).launches, 0) << "fp32";
+}
+
+TEST(RowProducts, TakeEveryProductOfEveryArchitecture) {
+  for (const testing::TinyModel& tiny : testing::tiny_models()) {
+    const Found f = found_in(with_matrices(tiny, "f16"), 1);
+    EXPECT_EQ(f.left, 0) << testing::tiny_name(tiny);
+    EXPECT_GT(f.norms, f.products / 3) << testing::tiny_name(tiny);
+    EXPECT_EQ(f.gates, tiny.ffn_bias ? 0 : tiny.layers) << testing::tiny_name(tiny);  // a bias stands between
+  }
+}
+
+struct Case {
+  int columns, rows, second, inputs;  // second: rows of a second matrix
+  Gate gate = Gate::kNone;
+  bool norm = false, added = false, one_added = false, bf16 = false;
+};
+
+class DeviceNumbers {
+ public:
+  explicit DeviceNumbers(const std::vector<float>& from) : DeviceNumbers(from.data(), from.size() * sizeof(float)) {}
+  DeviceNumbers(const void* from, size_t bytes) {
+    EXPECT_EQ(cudaMalloc(&data_, bytes), cudaSuccess);
+    EXPECT_EQ(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), cudaSuccess);
+  }
+  DeviceNumbers(const DeviceNumbers&) = delete;
+  DeviceNumbers& operator=(const DeviceNumbers&) = delete;
+  ~DeviceNumbers() { static_cast<void>(cudaFree(data_)); }
+  float* get() const { return static_cast<float*>(data_); }
+  std::vector<float> read(size_t n) const {
+    std::vector<float> to(n);
+    EXPECT_EQ(cudaMemcpy(to.data(), data_, n * sizeof(float), cudaMemcpyDeviceToHost), cudaSuccess);
+    return to;
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+class Numbers {
+ public:
+  std::vector<float> draw(size_t n, float scale) {
+    std::vector<float> to(n);
+    for (float& x : to) x = scale * normal_(random_);
+    return to;
+  }
+
+ private:
+  std::mt19937 random_{11};
+  std::normal_distribution<float> normal_;
+};
+
+double gated(Gate gate, double x) {
+  if (gate == Gate::kSilu) return x / (1 + std::exp(-x));
+  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * x * (1 + 0.044715 * x * x)));
+}
+
+void expect_numbers(const Case& c) {
+  Numbers numbers;
+  const auto columns = static_cast<size_t>(c.columns);
+  const float small = 1.0f / std::sqrt(static_cast<float>(c.columns));
+  const ggml_type type = c.bf16 ? GGML_TYPE_BF16 : GGML_TYPE_F16;
+  const std::vector<float> x = numbers.draw(columns * static_cast<size_t>(c.inputs), 3), norm = numbers.draw(columns, 1);
+  RowProduct product;
+  product.columns = c.columns, product.inputs = c.inputs, product.gate = c.gate, product.bf16 = c.bf16;
+  product.count = c.second > 0 ? 2 : 1, product.epsilon = 1e-5f;
+  const DeviceNumbers device_x(x), device_norm(norm);
+  product.in = device_x.get();
+  if (c.norm) product.norm = device_norm.get();
+  std::vector<std::unique_ptr<DeviceNumbers>> weights, added, out;
+  std::vector<std::vector<double>> expected(2);
+  for (int m = 0; m < product.count; ++m) {
+    const auto rows = static_cast<size_t>(m == 0 ? c.rows : c.second), n = static_cast<size_t>(c.inputs) * rows;
+    const std::vector<float> exact = numbers.draw(rows * columns, small), sum = numbers.draw(n, 1);
+    std::vector<uint16_t> halves(exact.size());
+    std::vector<float> rounded(exact.size());
+    ggml_get_type_traits(type)->from_float_ref(exact.data(), halves.data(), static_cast<int64_t>(exact.size()));
+    ggml_get_type_traits(type)->to_float(halves.data(), rounded.data(), static_cast<int64_t>(exact.size()));
+    weights.push_back(std::make_unique<DeviceNumbers>(halves.data(), halves.size() * sizeof(uint16_t)));
+    added.push_back(std::make_unique<DeviceNumbers>(sum));
+    out.push_back(std::make_unique<DeviceNumbers>(std::vector<float>(n, NAN)));
+    product.matrices[m] = {weights.back()->get(), c.added ? added.back()->get() : nullptr, out.back()->get(),
+                           static_cast<int>(rows), c.one_added};
+    for (size_t i = 0; i < static_cast<size_t>(c.inputs); ++i) {
+      double energy = 0;
+      for (size_t k = 0; k < columns; ++k) energy += std::pow(static_cast<double>(x[i * columns + k]), 2);
+      const double by = c.norm ? 1 / std::sqrt(energy / c.columns + 1e-5) : 1;
+      for (size_t r = 0; r < rows; ++r) {
+        double y = 0;
+        for (size_t k = 0; k < columns; ++k) {
+          y += static_cast<double>(rounded[r * columns + k]) * static_cast<double>(x[i * columns + k]) *
+               (c.norm ? static_cast<double>(norm[k]) : 1.0);
+        }
+        const double more = c.added ? static_cast<double>(sum[c.one_added ? r : i * rows + r]) : 0.0;
+        expected[static_cast<size_t>(m)].push_back(y * by + more);
+      }
+    }
+  }
+  queue_row_product(product, nullptr);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const std::string what = std::to_string(c.columns) + " columns, " + std::to_string(c.inputs) + " inputs";
+  for (int m = 0; m < (c.gate == Gate::kNone ? product.count : 1); ++m) {
+    const auto& right = expected[static_cast<size_t>(m)];
+    const std::vector<float> got = out[static_cast<size_t>(m)]->read(right.size());
+    for (size_t i = 0; i < right.size(); ++i) {
+      const double y = c.gate == Gate::kNone ? right[i] : gated(c.gate, right[i]) * expected[1][i];
+      ASSERT_NEAR(static_cast<double>(got[i]), y, 2e-5 * (1 + std::abs(y))) << what << ", matrix " << m << ", number " << i;
+    }
+  }
+}
+
+TEST(RowProducts, AreWhatDoublePrecisionSays) {
+  if (!testing::has_device("cuda")) return;
+  if (!has_row_products()) GTEST_SKIP() << "compute capability below 9.0";
+  for (const int columns : {8, 72, 128, 576, 4096, 4104, 8192, 8200, 11008, 16384}) {
+    for (const int inputs : {1, 2, 3, 4}) {
+      const int units = (columns + kRowProductUnit - 1) / kRowProductUnit;
+      if (units * inputs * kRowProductUnit > kRowProductNumbers) continue;
+      expect_numbers({columns, 1, 0, inputs});
+      expect_numbers({columns, 1000, 700, inputs, Gate::kNone, true});
+      expect_numbers({columns, 300, 0, inputs, Gate::kNone, false, true});
+      expect_numbers({columns, 131, 133, inputs, Gate::kNone, true, true, true, true});
+      expect_numbers({columns, 6000, 6000, inputs, Gate::kSilu, true});
+      expect_numbers({columns, 77, 77, inputs, Gate::kGelu, true, false, false, true});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvmix::cuda
