@@ -1,6 +1,6 @@
 // A step on a CUDA device. The graph is cut at the nodes that stand for attention, and where a layer has its keys and values,
 // which are stored while it computes its queries: ggml queues the runs of nodes between, the cache its own launches; products
-// with 16-bit weights go to cuBLAS (products.h), of up to four rows to kernels of ours (row_products.h). Of a decode step all
+// with 16-bit weights go to cuBLAS (products.h), of one or two rows to kernels of ours (row_products.h). Of a decode step all
 // of it is captured in a CUDA graph, with the copies of tokens to the device and of logits from it, and launched again by each
 // later step that launches the same (Cache::launch_key). The host waits once a step, for the logits.
 #include <cuda_runtime.h>
@@ -85,6 +85,7 @@ struct CudaGraph : StepGraph {
   std::vector<LayerNodes> layers = {};
   size_t product_bytes = 0;  // that rows of its products take (Products)
   RowNodes row_nodes = {};
+  DeviceMemory turns = {};
   std::list<Captured> captured = {};  // most recently used first
   std::list<uint64_t> queued = {};    // keys of steps that were not captured, likewise
 };
@@ -181,6 +182,8 @@ class CudaRunner final : public Runner {
     std::vector<int> ends;
     for (const LayerNodes& layer : graph.layers) ends.push_back(layer.stored_at);
     graph.row_nodes = find_row_products(graph.graph, ends);
+    graph.turns.reserve(graph.row_nodes.table_bytes(), "rotations of heads");
+    graph.row_nodes.place_tables(graph.turns.data());
   }
 
   // Everything of a step, on the stream.
@@ -194,6 +197,7 @@ class CudaRunner final : public Runner {
     }
     int* const flag = reinterpret_cast<int*>(flag_.data());
     check_cuda(cudaMemsetAsync(flag, 0, sizeof(int), stream_), "flag of a step");
+    for (const Turns& turns : g.row_nodes.turns) queue_turns(turns, stream_);
     const int nodes = ggml_graph_n_nodes(g.graph);
     products_.begin();
     const auto numbers = [](const ggml_tensor* t) { return static_cast<const float*>(t->data); };

@@ -1,6 +1,6 @@
-// Finds the nodes of a graph that row products take: a product, the norm that only products read, the sum or gate that alone
-// reads a product. Memory of a graph is used again and again, so what is computed in another place than before is first looked
-// at for what else stands there meanwhile.
+// Finds the nodes of a graph that row products take: a product, the norm that only products read, the sum, gate or rotation
+// that alone reads a product. Memory of a graph is used again and again, so what is computed in another place than before is
+// first looked at for what else stands there meanwhile.
 #include <algorithm>
 #include <cstring>
 #include <unordered_map>
@@ -29,17 +29,45 @@ bool is_row_product(const ggml_tensor* t) {
   if (t->op != GGML_OP_MUL_MAT) return false;
   const ggml_tensor *w = t->src[0], *x = t->src[1];
   const int64_t columns = w->ne[0], inputs = ggml_nrows(t);
-  const int64_t units = (columns + kRowProductUnit - 1) / kRowProductUnit;
   const bool half = w->type == GGML_TYPE_F16 || w->type == GGML_TYPE_BF16;
   return half && w->op == GGML_OP_NONE && ggml_n_dims(w) <= 2 && ggml_is_contiguous(w) &&
          reinterpret_cast<uintptr_t>(w->data) % 16 == 0 && columns % 8 == 0 && columns <= kRowProductColumns &&
-         inputs <= kRowProductInputs && units * inputs * kRowProductUnit <= kRowProductNumbers &&
-         are_rows(x, columns, inputs) && are_rows(t, w->ne[1], inputs);
+         inputs <= kRowProductInputs && are_rows(x, columns, inputs) && are_rows(t, w->ne[1], inputs);
+}
+
+// The rotation of whole heads that a node does; none (half is 0) for another.
+struct Rotation {
+  Turns turns = {};
+  bool far = false;
+};
+Rotation rotation_of(const ggml_tensor* t) {
+  constexpr int kDims = 1, kMode = 2, kContext = 4, kNumbers = 5, kOffset = 15;  // ggml's own order
+  const int32_t* const p = t->op_params;
+  if (t->op != GGML_OP_ROPE || (p[kMode] != GGML_ROPE_TYPE_NORMAL && p[kMode] != GGML_ROPE_TYPE_NEOX) || p[kOffset] != 0 ||
+      p[kDims] != t->ne[0] || t->type != GGML_TYPE_F32 || !ggml_is_contiguous(t) || t->src[1]->op != GGML_OP_NONE) {
+    return {};
+  }
+  struct {
+    float base, scale, extrapolated, size, fast, slow;
+  } numbers;
+  std::memcpy(&numbers, p + kNumbers, sizeof numbers);
+  float ends[2];
+  ggml_rope_yarn_corr_dims(p[kDims], p[kContext], numbers.base, numbers.fast, numbers.slow, ends);
+  return {{static_cast<const int*>(t->src[1]->data),
+           t->src[2] == nullptr ? nullptr : static_cast<const float*>(t->src[2]->data), nullptr, static_cast<int>(t->ne[2]),
+           p[kDims] / 2, numbers.base, numbers.scale, numbers.extrapolated, numbers.size, ends[0], ends[1]},
+          p[kMode] == GGML_ROPE_TYPE_NEOX};
 }
 
 // A product and what becomes of it.
 struct Product {
-  const ggml_tensor *node, *last, *added = nullptr;  // `last` is the node whose number it computes
+  std::vector<const ggml_tensor*> nodes;  // the product, then what follows it: sum, rotation
+  const ggml_tensor* added = nullptr;
+  bool turned = false;
+
+  const ggml_tensor* node() const { return nodes.front(); }
+  const ggml_tensor* last() const { return nodes.back(); }  // whose numbers it computes
+  bool has(const ggml_tensor* node) const { return std::find(nodes.begin(), nodes.end(), node) != nodes.end(); }
 };
 
 class Finder {
@@ -79,11 +107,11 @@ class Finder {
   void take_readers_of(const ggml_tensor* x) {
     std::vector<Product> products;
     for (const ggml_tensor* reader : readers_.at(x)) {
-      if (is_row_product(reader) && reader->src[1] == x) products.push_back(with_sum(reader));
+      if (is_row_product(reader) && reader->src[1] == x) products.push_back(product_of(reader));
     }
     std::sort(products.begin(), products.end(),
-              [&](const Product& a, const Product& b) { return place(a.last) < place(b.last); });
-    const int first = place(products.front().node);
+              [&](const Product& a, const Product& b) { return place(a.last()) < place(b.last()); });
+    const int first = place(products.front().node());
     const ggml_tensor* norm = products.size() == readers_.at(x).size() ? norm_of(x) : nullptr;
     std::vector<std::pair<int, RowProduct>> launches;
     std::vector<const ggml_tensor*> nodes;
@@ -110,58 +138,87 @@ class Finder {
     return only_reader(norm) == x && are_rows(x->src[1], x->ne[0], 1) && are_alike(norm->src[0], x) ? norm : nullptr;
   }
 
-  Product with_sum(const ggml_tensor* node) const {
-    const ggml_tensor* sum = only_reader(node);
-    if (sum == nullptr || sum->op != GGML_OP_ADD || !are_alike(sum, node)) return {node, node};
+  Product product_of(const ggml_tensor* node) const {
+    Product p{{node}};
+    add_sum(p);
+    add_rotation(p);
+    return p;
+  }
+
+  void add_sum(Product& p) const {
+    const ggml_tensor *node = p.node(), *sum = only_reader(node);
+    if (sum == nullptr || sum->op != GGML_OP_ADD || !are_alike(sum, node)) return;
     const ggml_tensor* other = sum->src[0] == node ? sum->src[1] : sum->src[0];
     const Memory out = memory_of(sum), read = memory_of(other);
     const bool apart = out.begin == read.begin || !out.meets(read);
-    const bool fits = are_alike(other, node) || are_rows(other, node->ne[0], 1);
-    return other != node && fits && apart ? Product{node, sum, other} : Product{node, node};
+    if (other == node || !apart || (!are_alike(other, node) && !are_rows(other, node->ne[0], 1))) return;
+    p.nodes.push_back(sum), p.added = other;
   }
 
-  RowMatrix matrix(const Product& p, const ggml_tensor* out) const {
-    return {p.node->src[0]->data, p.added == nullptr ? nullptr : static_cast<const float*>(p.added->data),
-            static_cast<float*>(out->data), static_cast<int>(p.node->ne[0]), p.added != nullptr && ggml_nrows(p.added) == 1};
+  void add_rotation(Product& p) const {
+    const ggml_tensor* heads = only_reader(p.last());
+    if (heads == nullptr || heads->op != GGML_OP_RESHAPE) return;
+    const ggml_tensor* turned = only_reader(heads);
+    if (turned == nullptr || rotation_of(turned).turns.half == 0 || turned->src[0] != heads) return;
+    if (p.added != nullptr && memory_of(turned).meets(memory_of(p.added))) return;
+    p.nodes.insert(p.nodes.end(), {heads, turned}), p.turned = true;
+  }
+
+  RowMatrix matrix(const Product& p, const ggml_tensor* out) {
+    RowMatrix m{p.node()->src[0]->data, p.added == nullptr ? nullptr : static_cast<const float*>(p.added->data),
+                static_cast<float*>(out->data), static_cast<int>(p.node()->ne[0]),
+                p.added != nullptr && ggml_nrows(p.added) == 1};
+    if (p.turned) m.table = table_of(rotation_of(p.last()).turns);
+    return m;
+  }
+  // Its index, a new one where none is like it.
+  int table_of(const Turns& turns) {
+    auto& all = found_.turns;
+    const auto same = std::find(all.begin(), all.end(), turns);
+    if (same != all.end()) return static_cast<int>(same - all.begin());
+    all.push_back(turns);
+    return static_cast<int>(all.size()) - 1;
   }
 
   // One launch of the product `i` and, with a gate or where its place allows it, of the next. Returns how many.
   size_t add_launch(const std::vector<Product>& products, size_t i, std::vector<std::pair<int, RowProduct>>& launches,
-                    std::vector<const ggml_tensor*>& nodes) const {
+                    std::vector<const ggml_tensor*>& nodes) {
     const Product& a = products[i];
     const Product* b = i + 1 < products.size() ? &products[i + 1] : nullptr;
-    if (b != nullptr && b->node->src[0]->type != a.node->src[0]->type) b = nullptr;
+    if (b != nullptr && b->node()->src[0]->type != a.node()->src[0]->type) b = nullptr;
     RowProduct product;
-    product.columns = static_cast<int>(a.node->src[0]->ne[0]);
-    product.inputs = static_cast<int>(ggml_nrows(a.node));
-    product.bf16 = a.node->src[0]->type == GGML_TYPE_BF16;
-    int launch = place(a.last);
-    nodes.insert(nodes.end(), {a.node, a.last});
+    product.columns = static_cast<int>(a.node()->src[0]->ne[0]);
+    product.inputs = static_cast<int>(ggml_nrows(a.node()));
+    product.bf16 = a.node()->src[0]->type == GGML_TYPE_BF16;
+    int launch = place(a.last());
     const ggml_tensor* gate = b == nullptr ? nullptr : gate_of(a, *b);
-    if (b != nullptr && (gate != nullptr || comes_early(*b, launch))) {
-      nodes.insert(nodes.end(), {b->node, b->last});
-      product.count = 2;
-    } else {
-      product.count = 1;
-    }
+    if (b != nullptr && gate == nullptr && !comes_early(*b, launch)) b = nullptr;
     if (gate != nullptr) {
-      const bool swapped = gate->src[0] == b->node;
+      const int first = gate->src[0] == a.node() ? 0 : 1;
       product.gate = ggml_get_glu_op(gate) == GGML_GLU_OP_SWIGLU ? Gate::kSilu : Gate::kGelu;
-      product.matrices[swapped ? 1 : 0] = matrix(a, gate);
-      product.matrices[swapped ? 0 : 1] = matrix(*b, gate);
+      product.matrices[first] = matrix(a, gate), product.matrices[1 - first] = matrix(*b, gate);
       launch = place(gate);
       nodes.push_back(gate);
     } else {
-      product.matrices[0] = matrix(a, a.last);
-      if (product.count == 2) product.matrices[1] = matrix(*b, b->last);
+      product.matrices[0] = matrix(a, a.last());
+      if (b != nullptr) product.matrices[1] = matrix(*b, b->last());
+    }
+    for (const Product* p : {&a, b}) {
+      if (p == nullptr) continue;
+      ++product.count;
+      nodes.insert(nodes.end(), p->nodes.begin(), p->nodes.end());
+      if (!p->turned) continue;
+      const Rotation rotation = rotation_of(p->last());
+      product.half = rotation.turns.half, product.far = rotation.far;
     }
     launches.emplace_back(launch, product);
     return static_cast<size_t>(product.count);
   }
 
   const ggml_tensor* gate_of(const Product& a, const Product& b) const {
-    const ggml_tensor* gate = only_reader(a.node);
-    if (gate == nullptr || gate != only_reader(b.node) || gate->op != GGML_OP_GLU || !are_alike(gate, a.node)) return nullptr;
+    const ggml_tensor* gate = only_reader(a.node());
+    if (gate == nullptr || gate != only_reader(b.node()) || gate->op != GGML_OP_GLU || !are_alike(gate, a.node()))
+      return nullptr;
     const ggml_glu_op op = ggml_get_glu_op(gate);
     const bool known = op == GGML_GLU_OP_SWIGLU || op == GGML_GLU_OP_GEGLU;
     return known && gate->src[0] != gate->src[1] ? gate : nullptr;
@@ -170,17 +227,18 @@ class Finder {
   // Whether b may be computed at `launch`, before its place: no end lies between, nothing there has its memory, and what it
   // adds is known.
   bool comes_early(const Product& b, int launch) const {
-    const int own = place(b.last);
+    const int own = place(b.last());
     if (b.added != nullptr && !is_weight(b.added)) return false;
     for (const int end : ends_) {
       if (launch <= end && end < own) return false;
     }
-    const Memory out = memory_of(b.last);
+    const Memory out = memory_of(b.last());
     for (int i = launch; i < own; ++i) {
       const ggml_tensor* node = at(i);
-      if (node != b.node && memory_of(node).meets(out)) return false;
+      if (b.has(node)) continue;
+      if (memory_of(node).meets(out)) return false;
       for (const ggml_tensor* source : node->src) {
-        if (source != nullptr && source != b.node && memory_of(source).meets(out)) return false;
+        if (source != nullptr && memory_of(source).meets(out)) return false;
       }
     }
     return true;
@@ -206,6 +264,25 @@ class Finder {
 };
 
 }  // namespace
+
+size_t RowNodes::table_bytes() const {
+  size_t bytes = 0;
+  for (const Turns& t : turns) bytes += sizeof(float2) * static_cast<size_t>(t.inputs * t.half);
+  return bytes;
+}
+
+void RowNodes::place_tables(void* memory) {
+  auto* table = static_cast<float2*>(memory);
+  for (Turns& t : turns) {
+    t.table = table;
+    table += t.inputs * t.half;
+  }
+  for (auto& [at, product] : launches) {
+    for (RowMatrix& m : product.matrices) {
+      if (m.table >= 0) m.turns = turns[static_cast<size_t>(m.table)].table;
+    }
+  }
+}
 
 RowNodes find_row_products(const ggml_cgraph* graph, const std::vector<int>& ends) { return Finder(graph, ends).find(); }
 

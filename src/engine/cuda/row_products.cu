@@ -18,23 +18,30 @@ constexpr int kMostStages = 16;
 // Of rows on their way. Two blocks do not fit a multiprocessor, so that each has one and the next launch's begins, and asks for
 // its rows, where one has ended; rows that are stored meanwhile (rows.cu) do fit beside it.
 constexpr int kRingBytes = 160 << 10;
-static_assert(kColumns == kRowProductUnit);
+static_assert(kRowProductColumns == 4 * kColumns);
 
 __host__ __device__ constexpr int rows_of_stage(int vectors) { return vectors == 1 ? 4 : 1; }
 
 struct Job {
   RowProduct product;
-  int units;   // rows, or pairs of gated ones: what blocks share
+  int units;   // rows, or pairs of them: what blocks share
   int stages;  // of the ring
 };
 
-// Rows in the order in which blocks take them: of gated matrices one of each in turn, else one matrix after the other.
+__host__ __device__ inline bool in_pairs(const RowProduct& p) { return p.gate != Gate::kNone || p.half > 0; }
+
+// Rows in the order in which blocks take them: of gated matrices one of each in turn, else one matrix after the other, and of
+// heads that are turned the rows of a pair together.
 struct Place {
   int matrix, row;
 };
 __device__ inline Place place_of(const RowProduct& p, int at) {
   if (p.gate != Gate::kNone) return {at & 1, at >> 1};
-  return at < p.matrices[0].rows ? Place{0, at} : Place{1, at - p.matrices[0].rows};
+  const int matrix = at < p.matrices[0].rows ? 0 : 1;
+  if (matrix == 1) at -= p.matrices[0].rows;
+  if (p.matrices[matrix].turns == nullptr || !p.far) return {matrix, at};
+  const int pair = at >> 1, head = pair / p.half;
+  return {matrix, head * 2 * p.half + pair % p.half + (at & 1) * p.half};
 }
 
 __device__ inline float2 numbers(uint32_t pair, __half) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
@@ -84,7 +91,7 @@ __global__ __launch_bounds__(kThreads + 32, 1) void row_product_kernel(const __g
   __shared__ float partial[2][inputs][kFlush][kWarps + 1], squares[inputs][kWarps];
   const RowProduct& p = job.product;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int rows = p.gate == Gate::kNone ? 1 : 2, bytes = p.columns * 2;
+  const int rows = in_pairs(p) ? 2 : 1, bytes = p.columns * 2;
   const auto first_of = [&](unsigned block) {
     return static_cast<int>(static_cast<int64_t>(job.units) * block / gridDim.x) * rows;
   };
@@ -168,13 +175,18 @@ __global__ __launch_bounds__(kThreads + 32, 1) void row_product_kernel(const __g
     for (int n = 0; n < inputs; ++n) {
       float y = sum(at < to ? partial[half][n][row][part] : 0.0f, kWarps);
       if (p.norm != nullptr) y *= rsqrtf(sum(squares[n][part], kWarps) / static_cast<float>(p.columns) + p.epsilon);
-      const float second = __shfl_down_sync(0xffffffffu, y, kWarps);
-      if (part != 0 || at >= to) continue;
       const size_t there = static_cast<size_t>(n) * matrix.rows + place.row;
+      if (matrix.added != nullptr) y += matrix.added[matrix.one_added ? place.row : there];
+      const float other = __shfl_xor_sync(0xffffffffu, y, kWarps);  // the next row's, or the one's before
+      if (part != 0 || at >= to) continue;
       if (p.gate != Gate::kNone) {
-        if (place.matrix == 0) matrix.out[there] = gated(p.gate, y) * second;
+        if (place.matrix == 0) matrix.out[there] = gated(p.gate, y) * other;
+      } else if (matrix.turns != nullptr) {
+        const int in_head = place.row % (2 * p.half);
+        const float2 turn = matrix.turns[n * p.half + (p.far ? in_head % p.half : in_head / 2)];
+        matrix.out[there] = y * turn.x + ((at & 1) == 0 ? -other : other) * turn.y;
       } else {
-        matrix.out[there] = matrix.added == nullptr ? y : y + matrix.added[matrix.one_added ? place.row : there];
+        matrix.out[there] = y;
       }
     }
   }
@@ -196,35 +208,55 @@ void launch(Job job, cudaStream_t stream) {
                     kWhat);
 }
 
-template <class Number, int inputs, int vectors = 1>
+template <class Number, int inputs>
 void launch_inputs(const Job& job, cudaStream_t stream) {
-  if constexpr (inputs * (vectors + 1) * kColumns <= kRowProductNumbers && (vectors + 1) * kColumns <= kRowProductColumns) {
-    if (job.product.columns > vectors * kColumns) return launch_inputs<Number, inputs, vectors + 1>(job, stream);
+  switch ((job.product.columns + kColumns - 1) / kColumns) {
+    case 1:
+      return launch<Number, inputs, 1>(job, stream);
+    case 2:
+      return launch<Number, inputs, 2>(job, stream);
+    case 3:
+      return launch<Number, inputs, 3>(job, stream);
+    default:
+      return launch<Number, inputs, 4>(job, stream);
   }
-  launch<Number, inputs, vectors>(job, stream);
 }
 
 template <class Number>
 void launch_type(const Job& job, cudaStream_t stream) {
-  switch (job.product.inputs) {
-    case 1:
-      return launch_inputs<Number, 1>(job, stream);
-    case 2:
-      return launch_inputs<Number, 2>(job, stream);
-    case 3:
-      return launch_inputs<Number, 3>(job, stream);
-    default:
-      return launch_inputs<Number, 4>(job, stream);
+  if (job.product.inputs == 1) {
+    launch_inputs<Number, 1>(job, stream);
+  } else {
+    launch_inputs<Number, 2>(job, stream);
   }
+}
+
+__global__ void turn_kernel(Turns turns) {
+  const int pair = static_cast<int>(threadIdx.x), input = static_cast<int>(blockIdx.x);
+  float whole = static_cast<float>(turns.positions[input]) * powf(turns.base, -static_cast<float>(pair) / turns.half);
+  if (turns.factors != nullptr) whole /= turns.factors[pair];
+  float angle = turns.scale * whole, size = turns.size;
+  if (turns.extrapolated != 0) {
+    const float along = (static_cast<float>(pair) - turns.low) / fmaxf(0.001f, turns.high - turns.low);
+    angle += (whole - angle) * (1 - fminf(1, fmaxf(0, along))) * turns.extrapolated;
+    size *= 1 + 0.1f * logf(1 / turns.scale);
+  }
+  turns.table[input * turns.half + pair] = {cosf(angle) * size, sinf(angle) * size};
 }
 
 }  // namespace
 
 bool has_row_products() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
+void queue_turns(const Turns& turns, cudaStream_t stream) {
+  turn_kernel<<<static_cast<unsigned>(turns.inputs), static_cast<unsigned>(turns.half), 0, stream>>>(turns);
+  check_cuda(cudaGetLastError(), "rotations of a step");
+}
+
 void queue_row_product(const RowProduct& product, cudaStream_t stream) {
   Job job{product, 0, 0};
   for (int i = 0; i < (product.gate == Gate::kNone ? product.count : 1); ++i) job.units += product.matrices[i].rows;
+  if (product.half > 0) job.units /= 2;
   if (product.bf16) {
     launch_type<__nv_bfloat16>(job, stream);
   } else {
