@@ -286,6 +286,7 @@ int plan(const PlanArguments& arguments, const Common& common) {
                  {"bits_per_element", bits},
                  {"mean_key_bits", mean_bits(made, Side::kKey)},
                  {"mean_value_bits", mean_bits(made, Side::kValue)}});
+    if (profile && profile->window_tokens > 0) json["profile_window_tokens"] = profile->window_tokens;
     if (made.predicted) json["predicted"] = {{"metric", made.predicted->metric}, {"cost", made.predicted->cost}};
     print_json(json);
     return kExitOk;
@@ -300,6 +301,14 @@ int plan(const PlanArguments& arguments, const Common& common) {
   if (arguments.sequences > 1) {
     fmt::print("{} sequences: {} of {}\n", arguments.sequences, human_bytes(static_cast<double>(bytes) * arguments.sequences),
                human_bytes(static_cast<double>(request.budget.bytes)));
+  }
+  const int64_t longest = std::min(arguments.context, model->shape().context_tokens);
+  if (profile && profile->window_tokens > 0 && profile->window_tokens < longest) {
+    fmt::print(
+        "\n{} was measured on {} tokens at a time, which do not show what errors cost further back: for sequences of {} "
+        "measure\n"
+        "as many, with kvmix profile {} --tokens {}\n",
+        arguments.profile, profile->window_tokens, longest, arguments.model, longest);
   }
   return kExitOk;
 }

@@ -203,6 +203,20 @@ TEST_F(CliPlans, ACurveIsAFolderOfPlansAndAPicture) {
   refuses(1, {"plan", model_, "--profile", profile_, "--pareto", "-o", model_ + "/no"}, {"tiny.gguf/no"});
 }
 
+TEST_F(CliPlans, APlanForLongerSequencesThanWereMeasuredSaysSo) {
+  const std::vector<std::string> command = {"plan",   model_, "--profile", profile_,
+                                            "--bits", "8",    "-o",        folder_.file("plan.json")};
+  const auto with = [&](const std::string& context) {
+    std::vector<std::string> all = command;
+    all.insert(all.end(), {"--context", context});
+    return run(all).out;
+  };
+  const std::string hint = "--tokens 1024";  // no more than the model takes
+  EXPECT_NE(with("1024").find(hint), std::string::npos);
+  EXPECT_NE(with("8192").find(hint), std::string::npos);
+  EXPECT_EQ(with("800").find("--tokens"), std::string::npos);
+}
+
 TEST_F(CliPlans, PlansAreMeasuredAsAWhole) {
   const std::string plan = folder_.file("plan.json");
   for (const std::string planner : {"kvmix", "kvtuner"}) {
