@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstring>
 #include <type_traits>
 
 #include "attention/cpu/float_ops_body.h"
@@ -13,20 +14,17 @@ namespace {
 
 struct Portable {
   static constexpr int kWidth = 4;
-  struct V {
-    float x[kWidth];
-  };
-  static V zero() { return {}; }
-  static V set1(float x) { return {{x, x, x, x}}; }
-  static V load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static void store(float* p, const V& x) {
-    for (int i = 0; i < kWidth; ++i) p[i] = x.x[i];
+  using V = float __attribute__((vector_size(16)));
+  static V zero() { return V{}; }
+  static V set1(float x) { return V{x, x, x, x}; }
+  static V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
   }
-  static V fma(const V& a, const V& b, V c) {
-    for (int i = 0; i < kWidth; ++i) c.x[i] += a.x[i] * b.x[i];
-    return c;
-  }
-  static float reduce_add(const V& x) { return (x.x[0] + x.x[1]) + (x.x[2] + x.x[3]); }
+  static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static V fma(V a, V b, V c) { return c + a * b; }
+  static float reduce_add(V x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 };
 
 constexpr FloatOps kPortableFloatOps = ops<Portable>(

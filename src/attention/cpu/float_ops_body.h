@@ -33,7 +33,8 @@ void multiply_block(const float* rows, int count, const float* up, int dim, floa
 
 template <typename Simd>
 void multiply(const float* rows, int n, int count, const float* up, int dim, float* out) {
-  constexpr int kTokens = 4, kVectors = 2, kChannels = kVectors * Simd::kWidth;
+  // As many as there are registers for: 32 where vectors are of 16, else 16.
+  constexpr int kTokens = Simd::kWidth == 16 ? 8 : 6, kVectors = 2, kChannels = kVectors * Simd::kWidth;
   const auto blocks = [&](auto tokens) {
     int c = 0;
     for (; c + kChannels <= dim; c += kChannels)
@@ -43,6 +44,7 @@ void multiply(const float* rows, int n, int count, const float* up, int dim, flo
     out += decltype(tokens)::value * dim;
   };
   for (; n >= kTokens; n -= kTokens) blocks(std::integral_constant<int, kTokens>{});
+  for (; n >= kTokens / 2; n -= kTokens / 2) blocks(std::integral_constant<int, kTokens / 2>{});
   for (; n > 0; --n) blocks(std::integral_constant<int, 1>{});
 }
 
