@@ -1,7 +1,6 @@
 // What a codec does to one layer's attention output, and what that costs by the gradients of one pass.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -25,7 +24,7 @@ struct CodecErrors {
 class LayerErrors {
  public:
   // `layer` has the sinks and window of the running cache. Keeps both references.
-  LayerErrors(const LayerConfig& layer, const LayerRows& rows);
+  LayerErrors(const LayerConfig& layer, const LayerRows& rows, int threads);
   // Of this side quantised alone, recent rows exact; of `recent` rows of this side alone, stored through the config's maps and
   // feedback. From several threads at once.
   CodecErrors sealed(const SideConfig& config, Side side) const;
@@ -36,21 +35,31 @@ class LayerErrors {
   // Queries of one KV head, which are computed together: a key is read once for all.
   struct Block {
     int kv_head;
-    std::array<size_t, kLanes> out;  // where a query's output begins, or, of lanes that are left over, kNowhere
-    std::array<int64_t, kLanes> first, last, sealed;  // keys it sees, and before which of them it reads sealed pages
-    std::vector<float> queries;                       // [head_dim][kLanes], times the scale
-    int64_t begin() const { return *std::ranges::min_element(first); }
-    int64_t end() const { return *std::ranges::max_element(last) + 1; }
+    std::array<size_t, kLanes> out;                  // where a query's output begins, or, of lanes that are left over, kNowhere
+    std::array<int64_t, kLanes> first, end, sealed;  // keys it sees, and before which of them it reads sealed pages
+    std::vector<float> queries;                      // [head_dim][kLanes], times the scale
   };
   static constexpr size_t kNowhere = SIZE_MAX;
-  // Rows of a side as queries read them, sealed or not, [kv_head][n][head_dim].
+  // Rows of a side of one KV head as queries read them, sealed or not, [n][head_dim].
   struct Read {
     const float *sealed, *recent;
   };
+  // Keys that some query of a block reads so.
+  struct Span {
+    int64_t begin, end;
+    int size() const { return static_cast<int>(end - begin); }
+  };
+  static Span sealed_keys(const Block& block);
+  static Span recent_keys(const Block& block);
+  // [kLanes][keys]: of those spans, 0 where a query reads the other or none.
+  struct Weights {
+    std::vector<float> sealed, recent;
+  };
   std::vector<Block> blocks() const;
-  std::vector<float> weights(const Block& block, const Read& keys) const;
-  std::vector<float> outputs(const Read* keys, const Read& values) const;
-  CodecErrors errors(Side side, const Read& changed) const;
+  Weights weights(const Block& block, const Read& keys) const;
+  void attend(const Block& block, const Weights& weights, const Read& values, std::vector<float>& out) const;
+  template <class Store>
+  CodecErrors errors(Side side, bool sealed, const Store& store) const;
 
   const FloatOps& ops_;  // products of rows are those of latents
   const LayerConfig& layer_;
@@ -58,9 +67,9 @@ class LayerErrors {
   int64_t n_;
   int width_;  // of the attention output, q_heads * head_dim
   std::vector<int64_t> sampled_;
-  std::vector<Block> blocks_;
-  std::vector<std::vector<float>> weights_;  // of each block with exact keys
-  std::vector<float> exact_;
+  std::vector<Block> blocks_;     // those of a head side by side
+  std::vector<Weights> weights_;  // of each block with exact keys
+  std::vector<float> exact_;      // attention output of the sampled queries, [query][q_head][head_dim]
   double energy_ = 1e-30;
 };
 

@@ -216,7 +216,7 @@ class ErrorMeasurement {
       profile_.key_mean[layer] = mean_key(model_.shape().layers[layer], rows, fp16_.sinks);
       make_tensors(layer);
     }
-    const LayerErrors errors(config_.layers[layer], rows);
+    const LayerErrors errors(config_.layers[layer], rows, threads_);
     std::vector<std::pair<Measured*, Side>> all;
     for (const Side side : {Side::kKey, Side::kValue}) {
       for (Measured& c : tensors[2 * layer + (side == Side::kKey ? 0 : 1)]) all.emplace_back(&c, side);
