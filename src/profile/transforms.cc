@@ -17,14 +17,20 @@ constexpr double kRidge = 0.03;
 
 using Matrix = std::vector<double>;  // [dim][dim]
 
-// Adds x^T x over rows [n][dim].
+// Adds x^T x over rows [n][dim], one after the other, a few while a sum is at hand.
 void add_second_moment(const float* rows, int64_t n, int dim, Matrix& sum) {
-  const auto d = static_cast<size_t>(dim);
-  for (int64_t t = 0; t < n; ++t) {
-    const float* x = rows + t * dim;
+  constexpr size_t kTogether = 4;
+  const auto d = static_cast<size_t>(dim), count = static_cast<size_t>(n);
+  std::vector<double> x(kTogether * d);
+  for (size_t t = 0; t < count; t += kTogether) {
+    const size_t some = std::min(kTogether, count - t);
+    std::copy_n(rows + t * d, some * d, x.begin());
+    std::fill(x.begin() + static_cast<ptrdiff_t>(some * d), x.end(), 0.0);
     for (size_t i = 0; i < d; ++i) {
-      const double xi = static_cast<double>(x[i]);
-      for (size_t j = 0; j <= i; ++j) sum[i * d + j] += xi * static_cast<double>(x[j]);
+      for (size_t j = 0; j <= i; ++j) {
+        double& s = sum[i * d + j];
+        s = s + x[i] * x[j] + x[d + i] * x[d + j] + x[2 * d + i] * x[2 * d + j] + x[3 * d + i] * x[3 * d + j];
+      }
     }
   }
   for (size_t i = 0; i < d; ++i) {
@@ -52,7 +58,7 @@ Matrix carried(const Matrix& m, int dim, const Apply& apply) {
 }
 
 // Weights of the errors of earlier channels: column k of U above its diagonal, for every k.
-void append_feedback(Matrix m, int dim, std::vector<float>& feedback) {
+void set_feedback(Matrix m, int dim, float* feedback) {
   const auto d = static_cast<size_t>(dim);
   double trace = 0;
   for (size_t i = 0; i < d; ++i) trace += m[i * d + i];
@@ -69,7 +75,7 @@ void append_feedback(Matrix m, int dim, std::vector<float>& feedback) {
   }
   // As a file keeps it, so that what is measured is what will run.
   for (size_t k = 0; k < d; ++k) {
-    for (size_t i = 0; i < k; ++i) feedback.push_back(f16_to_f32(f32_to_f16(static_cast<float>(u[i * d + k]))));
+    for (size_t i = 0; i < k; ++i) *feedback++ = f16_to_f32(f32_to_f16(static_cast<float>(u[i * d + k])));
   }
 }
 
@@ -78,11 +84,31 @@ float as_stored(double scale) { return f16_to_f32(f32_to_f16(static_cast<float>(
 // W_O^T W_O of the channels of one KV head, summed over its query heads.
 void add_output_metric(const GgufModel& model, int layer, int kv_head, int group, int dim, Matrix& sum) {
   const ggml_tensor* w = model.original("blk." + std::to_string(layer) + ".attn_output.weight");
-  std::vector<float> row(static_cast<size_t>(w->ne[0]));
+  const auto columns = static_cast<ptrdiff_t>(group) * dim;
+  std::vector<float> row(static_cast<size_t>(w->ne[0])), part;
   for (int64_t r = 0; r < w->ne[1]; ++r) {
     dequantise_row(w, static_cast<size_t>(r), row.data());
-    add_second_moment(row.data() + static_cast<ptrdiff_t>(kv_head) * group * dim, group, dim, sum);
+    part.insert(part.end(), row.begin() + kv_head * columns, row.begin() + (kv_head + 1) * columns);
+    if (r % 64 < 63 && r + 1 < w->ne[1]) continue;
+    add_second_moment(part.data(), static_cast<int64_t>(part.size()) / dim, dim, sum);
+    part.clear();
   }
+}
+
+// Sums over rows [n][dim], and of their squares, channel by channel.
+struct Sums {
+  std::vector<double> all, squares;
+};
+Sums sums_of(const float* rows, int64_t n, int dim) {
+  Sums sums{std::vector<double>(static_cast<size_t>(dim)), std::vector<double>(static_cast<size_t>(dim))};
+  for (int64_t t = 0; t < n; ++t) {
+    for (size_t c = 0; c < static_cast<size_t>(dim); ++c) {
+      const auto v = static_cast<double>(rows[t * dim + static_cast<int64_t>(c)]);
+      sums.all[c] += v;
+      sums.squares[c] += v * v;
+    }
+  }
+  return sums;
 }
 
 }  // namespace
@@ -92,12 +118,8 @@ std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& row
   const auto n = static_cast<int64_t>(rows.keys.size()) / (heads * dim);
   std::vector<float> mean;
   for (int head = 0; head < heads; ++head) {
-    const float* x = rows.keys.data() + static_cast<ptrdiff_t>(head) * n * dim;
-    for (int c = 0; c < dim; ++c) {
-      double sum = 0;
-      for (int64_t i = sinks; i < n; ++i) sum += static_cast<double>(x[i * dim + c]);
-      mean.push_back(static_cast<float>(sum / static_cast<double>(n - sinks)));
-    }
+    const Sums sums = sums_of(rows.keys.data() + (static_cast<ptrdiff_t>(head) * n + sinks) * dim, n - sinks, dim);
+    for (const double sum : sums.all) mean.push_back(static_cast<float>(sum / static_cast<double>(n - sinks)));
   }
   return mean;
 }
@@ -119,46 +141,39 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, si
   if (shape.softcap == 0) {
     for (const float x : mean_key(shape, rows, sinks)) transforms[1].spec.center.push_back(f16_to_f32(f32_to_f16(x)));
   }
-  std::vector<Matrix> metrics(static_cast<size_t>(2 * shape.kv_heads));
+  const auto heads = static_cast<size_t>(shape.kv_heads), channels = static_cast<size_t>(dim);
+  for (const size_t t : {1, 3}) transforms[t].spec.scales.resize(heads * channels);
+  std::vector<Matrix> metrics(2 * heads);
   parallel_for(threads, metrics.size(), [&](size_t at) {
     const auto head = static_cast<int>(at / 2);
+    const bool key = at % 2 == 0;
     Matrix& metric = metrics[at];
-    metric.assign(static_cast<size_t>(dim) * static_cast<size_t>(dim), 0.0);
-    if (at % 2 == 1) return add_output_metric(model, static_cast<int>(layer), head, group, dim, metric);
-    for (int h = head * group; h < (head + 1) * group; ++h)
+    metric.assign(channels * channels, 0.0);
+    if (!key) add_output_metric(model, static_cast<int>(layer), head, group, dim, metric);
+    for (int h = head * group; key && h < (head + 1) * group; ++h)
       add_second_moment(rows.queries.data() + (static_cast<ptrdiff_t>(h) * n + sinks) * dim, n - sinks, dim, metric);
+    const float* x = (key ? rows.keys : rows.values).data() + (static_cast<ptrdiff_t>(head) * n + sinks) * dim;
+    const Sums sums = sums_of(x, n - sinks, dim);
+    for (size_t c = 0; c < channels; ++c) {
+      const double mean = sums.all[c] / static_cast<double>(n - sinks),
+                   energy = sums.squares[c] / static_cast<double>(n - sinks);
+      const double weight = metric[c * (channels + 1)];
+      transforms[key ? 1 : 3].spec.scales[at / 2 * channels + c] =
+          as_stored(key ? 1 / std::sqrt(std::max(energy - mean * mean, 1e-12))
+                        : std::pow(weight, 0.125) * std::pow(std::max(energy, 1e-12), -0.375));
+    }
   });
-  for (const Side side : {Side::kKey, Side::kValue}) {
-    const bool key = side == Side::kKey;
-    std::vector<float>& scales = transforms[key ? 1 : 3].spec.scales;
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      const Matrix& metric = metrics[static_cast<size_t>(2 * head + (key ? 0 : 1))];
-      const float* x = (key ? rows.keys : rows.values).data() + static_cast<ptrdiff_t>(head) * n * dim;
-      for (int c = 0; c < dim; ++c) {
-        double sum = 0, squares = 0;
-        for (int64_t i = sinks; i < n; ++i) {
-          const auto v = static_cast<double>(x[i * dim + c]);
-          sum += v;
-          squares += v * v;
-        }
-        const double mean = sum / static_cast<double>(n - sinks), energy = squares / static_cast<double>(n - sinks);
-        const double weight = metric[static_cast<size_t>(c) * static_cast<size_t>(dim + 1)];
-        scales.push_back(as_stored(key ? 1 / std::sqrt(std::max(energy - mean * mean, 1e-12))
-                                       : std::pow(weight, 0.125) * std::pow(std::max(energy, 1e-12), -0.375)));
-      }
-    }
-  }
-  parallel_for(threads, transforms.size(), [&](size_t t) {
-    TransformSpec& spec = transforms[t].spec;
-    const RowMapChain maps(spec, {transforms[t].side, shape.kv_heads, dim, shape.softcap}, "calibrated transform");
-    std::vector<float> feedback;
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      // A stored error e' is e' H S^-1 outside, for keys and values: M becomes H S^-1 M S^-1 H, and H S^-1 is what queries go
-      // through.
-      const Matrix& metric = metrics[static_cast<size_t>(2 * head) + t / 2];
-      append_feedback(carried(metric, dim, [&](float* row) { maps.query(head, row); }), dim, feedback);
-    }
-    spec.feedback = std::move(feedback);
+  std::vector<RowMapChain> maps;
+  for (const Profile::Transform& t : transforms)
+    maps.emplace_back(t.spec, RowShape{t.side, shape.kv_heads, dim, shape.softcap}, "calibrated transform");
+  const size_t weights = channels * (channels - 1) / 2;
+  for (Profile::Transform& t : transforms) t.spec.feedback.resize(heads * weights);
+  parallel_for(threads, transforms.size() * heads, [&](size_t at) {
+    const size_t t = at / heads, head = at % heads;
+    // A stored error e' is e' H S^-1 outside, for keys and values: M becomes H S^-1 M S^-1 H, and H S^-1 is what queries go
+    // through.
+    const auto query = [&](float* row) { maps[t].query(static_cast<int>(head), row); };
+    set_feedback(carried(metrics[2 * head + t / 2], dim, query), dim, transforms[t].spec.feedback.data() + head * weights);
   });
   for (const Side side : {Side::kKey, Side::kValue}) {
     if (!mpo) break;
