@@ -247,10 +247,10 @@ void append_rows(const AppendRows& job, cudaStream_t stream) {
   });
 }
 
-void map_queries(const HeadRows& job, bool overlapped, cudaStream_t stream) {
+void map_queries(const HeadRows& job, cudaStream_t stream) {
   const dim3 blocks(blocks_of(static_cast<int64_t>(job.rows) * job.kv_heads * job.heads_per_kv));
   with_head_dim(job.head_dim, "map queries: launch", [&](auto dim) {
-    launch_overlapped(overlapped, head_kernel<dim.value, true>, blocks, kRowThreads, 0, stream, job, "map queries: launch");
+    launch_overlapped(true, head_kernel<dim.value, true>, blocks, kRowThreads, 0, stream, job, "map queries: launch");
   });
 }
 

@@ -72,8 +72,7 @@ struct HeadRows {
   void* halves;
   RowOps ops;
 };
-// `overlapped`: it may begin while the launch before it in the stream ends; else what the stream waits for besides comes first.
-void map_queries(const HeadRows& job, bool overlapped, cudaStream_t stream);
+void map_queries(const HeadRows& job, cudaStream_t stream);
 void map_outputs(const HeadRows& job, cudaStream_t stream);
 
 // The rows of a record as those of an open page of shape `open`; `panels`: of its head's keys, as key_panels.

@@ -415,7 +415,8 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   const bool clears = tickets > scratch_->clean_bytes;
   if (clears) check_cuda(cudaMemsetAsync(scratch_->workspace.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   scratch_->clean_bytes = tickets;
-  OpenPages open{.sink_slots = config.sinks, .shape = layer.open, .overlapped = !clears};
+  // Where rows were stored beside, it waits for these, and queries are there by then.
+  OpenPages open{.sink_slots = config.sinks, .shape = layer.open, .overlapped = !clears && !beside_};
   if (launch.split()) open.shared_items = static_cast<int32_t>(launch.all_items());
   cuda::attend(p, open);
   if (!launch.split()) return;
@@ -453,9 +454,9 @@ void CudaBackend::attend(int layer_index, const float* q, int64_t q_stride, floa
                .places = input<RowPlace>(0),
                .halves = scratch_->queries.data(),
                .ops = layer.query};
+  map_queries(job, stream_.get());
   if (beside_) appended_.make_wait(stream_.get());
   appends_ = false;
-  map_queries(job, !beside_, stream_.get());
   for (const Launch& launch : shapes_[layer.shape].launches) attend(layer, launch);
   job.q = nullptr, job.out = to, job.stride = to_stride;
   job.halves = scratch_->outputs.data(), job.ops = layer.output;
