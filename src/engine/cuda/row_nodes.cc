@@ -116,7 +116,8 @@ class Finder {
     std::vector<std::pair<int, RowProduct>> launches;
     std::vector<const ggml_tensor*> nodes;
     for (size_t i = 0; i < products.size();) i += add_launch(products, i, launches, nodes);
-    const int last = launches.back().first;
+    int last = first;
+    for (const auto& [launch, product] : launches) last = std::max(last, launch);
     const ggml_tensor* in = norm != nullptr && stands(norm->src[0], place(norm), last, {norm, x}) ? norm->src[0] : x;
     if (in == x && !stands(x, first, last, {})) return;
     for (auto& [launch, product] : launches) {
@@ -192,7 +193,7 @@ class Finder {
     product.bf16 = a.node()->src[0]->type == GGML_TYPE_BF16;
     int launch = place(a.last());
     const ggml_tensor* gate = b == nullptr ? nullptr : gate_of(a, *b);
-    if (b != nullptr && gate == nullptr && !comes_early(*b, launch)) b = nullptr;
+    if (b != nullptr && gate == nullptr && !(turn_alike(a, *b) && comes_early(*b, launch))) b = nullptr;
     if (gate != nullptr) {
       const int first = gate->src[0] == a.node() ? 0 : 1;
       product.gate = ggml_get_glu_op(gate) == GGML_GLU_OP_SWIGLU ? Gate::kSilu : Gate::kGelu;
@@ -222,6 +223,14 @@ class Finder {
     const ggml_glu_op op = ggml_get_glu_op(gate);
     const bool known = op == GGML_GLU_OP_SWIGLU || op == GGML_GLU_OP_GEGLU;
     return known && gate->src[0] != gate->src[1] ? gate : nullptr;
+  }
+
+  // Whether one launch can turn both, or one of them beside rows that are not: these go in pairs then.
+  static bool turn_alike(const Product& a, const Product& b) {
+    if (!a.turned && !b.turned) return true;
+    if (!a.turned || !b.turned) return (a.turned ? b : a).node()->ne[0] % 2 == 0;
+    const Rotation one = rotation_of(a.last()), other = rotation_of(b.last());
+    return one.turns.half == other.turns.half && one.far == other.far;
   }
 
   // Whether b may be computed at `launch`, before its place: no end lies between, nothing there has its memory, and what it

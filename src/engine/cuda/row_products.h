@@ -1,7 +1,6 @@
-// Products of one or two rows with weights of 16 bits, with the norm before and the sum, gate or rotation (RoPE) behind in
-// the same launch. A
-// decode step of few sequences waits for little else than its weights, which a launch asks for before the one before it has
-// ended.
+// Products of one or two rows with weights of 16 bits, with the norm before and the sum, gate or rotation (RoPE) behind in the
+// same launch. A decode step of few sequences waits for little else than its weights, which a launch asks for before the one
+// before it has ended.
 #pragma once
 
 #include <cuda_runtime.h>
