@@ -305,9 +305,8 @@ int plan(const PlanArguments& arguments, const Common& common) {
   const int64_t longest = std::min(arguments.context, model->shape().context_tokens);
   if (profile && profile->window_tokens > 0 && profile->window_tokens < longest) {
     fmt::print(
-        "\n{} was measured on {} tokens at a time, which do not show what errors cost further back: for sequences of {} "
-        "measure\n"
-        "as many, with kvmix profile {} --tokens {}\n",
+        "\n{} was measured on {} tokens at a time, which do not show what errors cost further back:\n"
+        "for sequences of {} measure as many, with kvmix profile {} --tokens {}\n",
         arguments.profile, profile->window_tokens, longest, arguments.model, longest);
   }
   return kExitOk;

@@ -16,6 +16,7 @@
 #include "engine/cuda/device_weights.h"
 #include "engine/cuda/finite.h"
 #include "engine/cuda/ggml_inside.h"
+#include "engine/cuda/layer_nodes.h"
 #include "engine/cuda/products.h"
 #include "engine/cuda/row_products.h"
 #include "engine/library_call.h"
@@ -28,17 +29,6 @@ namespace {
 constexpr size_t kCachedGraphs = 4;
 constexpr size_t kCapturedSteps = 4;  // of a graph: work lists of other lengths, mostly
 constexpr size_t kQueuedKeys = 4;
-
-void never_computed(ggml_tensor*, int, int, void*) { GGML_ABORT("a node that stands for attention was computed"); }
-
-// Attention is a node that ggml leaves alone.
-class Markers final : public GraphHooks {
- public:
-  ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
-    ggml_tensor* rows[] = {v, k, q};  // in this order in the graph: rows of keys are turned when both projections are there
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
-  }
-};
 
 class Captured {
  public:
@@ -68,16 +58,6 @@ class Captured {
  private:
   uint64_t key_;
   cudaGraphExec_t graph_;
-};
-
-// A layer's node for attention, and the place of the node that completes its keys and values.
-struct LayerNodes {
-  const ggml_tensor* attention;
-  int stored_at;
-
-  const ggml_tensor* keys() const { return attention->src[1]; }
-  const ggml_tensor* values() const { return attention->src[0]; }
-  const ggml_tensor* queries() const { return attention->src[2]; }
 };
 
 struct CudaGraph : StepGraph {
@@ -161,15 +141,9 @@ class CudaRunner final : public Runner {
 
   void look_at_nodes(CudaGraph& graph) const {
     ggml_backend_dev_t device = ggml_backend_get_device(backend_.get());
-    const auto place = [&](const ggml_tensor* node) {
-      int i = 0;
-      while (ggml_graph_node(graph.graph, i) != node) ++i;
-      return i;
-    };
     for (int i = 0; i < ggml_graph_n_nodes(graph.graph); ++i) {
       const ggml_tensor* node = ggml_graph_node(graph.graph, i);
       graph.product_bytes = std::max(graph.product_bytes, Products::input_bytes(node));
-      if (node->op == GGML_OP_CUSTOM) graph.layers.push_back({node, std::max(place(node->src[0]), place(node->src[1]))});
       if (node->op == GGML_OP_CUSTOM || ggml_backend_dev_supports_op(device, node)) continue;
       std::string weight;
       if (node->src[0] != nullptr)
@@ -177,11 +151,10 @@ class CudaRunner final : public Runner {
       throw Error(Status::kUnsupported, model_.path() + ": ggml has no CUDA code for " + ggml_op_desc(node) + weight +
                                             "; convert the model to another type, or take the device \"cpu\"");
     }
+    graph.layers = layers_of(graph.graph);
     graph.row_nodes.taken.resize(static_cast<size_t>(ggml_graph_n_nodes(graph.graph)));
     if (!row_products_) return;
-    std::vector<int> ends;
-    for (const LayerNodes& layer : graph.layers) ends.push_back(layer.stored_at);
-    graph.row_nodes = find_row_products(graph.graph, ends);
+    graph.row_nodes = find_row_products(graph.graph, graph.layers);
     graph.turns.reserve(graph.row_nodes.table_bytes(), "rotations of heads");
     graph.row_nodes.place_tables(graph.turns.data());
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "engine/cuda/layer_nodes.h"
 #include "engine/cuda/row_products.h"
 
 namespace kvmix::cuda {
@@ -72,7 +73,7 @@ struct Product {
 
 class Finder {
  public:
-  Finder(const ggml_cgraph* graph, const std::vector<int>& ends) : graph_(const_cast<ggml_cgraph*>(graph)), ends_(ends) {
+  Finder(ggml_cgraph* graph, const std::vector<LayerNodes>& layers) : graph_(graph), layers_(layers) {
     const int nodes = ggml_graph_n_nodes(graph_);
     found_.taken.assign(static_cast<size_t>(nodes), 0);
     for (int i = 0; i < nodes; ++i) {
@@ -233,13 +234,13 @@ class Finder {
     return one.turns.half == other.turns.half && one.far == other.far;
   }
 
-  // Whether b may be computed at `launch`, before its place: no end lies between, nothing there has its memory, and what it
-  // adds is known.
+  // Whether b may be computed at `launch`, before its place: no rows are stored between, nothing there has its memory, and what
+  // it adds is known.
   bool comes_early(const Product& b, int launch) const {
     const int own = place(b.last());
     if (b.added != nullptr && !is_weight(b.added)) return false;
-    for (const int end : ends_) {
-      if (launch <= end && end < own) return false;
+    for (const LayerNodes& layer : layers_) {
+      if (launch <= layer.stored_at && layer.stored_at < own) return false;
     }
     const Memory out = memory_of(b.last());
     for (int i = launch; i < own; ++i) {
@@ -266,7 +267,7 @@ class Finder {
   }
 
   ggml_cgraph* graph_;
-  const std::vector<int>& ends_;
+  const std::vector<LayerNodes>& layers_;
   std::unordered_map<const ggml_tensor*, int> places_;
   std::unordered_map<const ggml_tensor*, std::vector<const ggml_tensor*>> readers_;
   RowNodes found_;
@@ -293,6 +294,6 @@ void RowNodes::place_tables(void* memory) {
   }
 }
 
-RowNodes find_row_products(const ggml_cgraph* graph, const std::vector<int>& ends) { return Finder(graph, ends).find(); }
+RowNodes find_row_products(ggml_cgraph* graph, const std::vector<LayerNodes>& layers) { return Finder(graph, layers).find(); }
 
 }  // namespace kvmix::cuda

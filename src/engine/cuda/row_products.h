@@ -11,6 +11,8 @@
 
 namespace kvmix::cuda {
 
+struct LayerNodes;
+
 // At most: rows of x, and their columns, which are a multiple of 8. (Four rows take longer than cuBLAS, three as long.)
 constexpr int kRowProductInputs = 2, kRowProductColumns = 16384;
 
@@ -65,8 +67,8 @@ struct RowNodes {
 
 // Whether the current device can: compute capability 9.0.
 bool has_row_products();
-// Those of a graph whose memory is allocated. `ends`: nodes behind which others than ggml read what is there, in order.
-RowNodes find_row_products(const ggml_cgraph* graph, const std::vector<int>& ends);
+// Those of a graph whose memory is allocated. Where a layer's keys and values are complete they are stored beside what follows.
+RowNodes find_row_products(ggml_cgraph* graph, const std::vector<LayerNodes>& layers);
 // Fills a table for the positions of a step; before the products.
 void queue_turns(const Turns& turns, cudaStream_t stream);
 void queue_row_product(const RowProduct& product, cudaStream_t stream);

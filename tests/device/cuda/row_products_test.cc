@@ -7,22 +7,13 @@
 #include <cmath>
 #include <random>
 
+#include "engine/cuda/layer_nodes.h"
 #include "engine/runner.h"
 #include "support/devices.h"
 #include "support/tiny_model.h"
 
 namespace kvmix::cuda {
 namespace {
-
-void never_computed(ggml_tensor*, int, int, void*) {}
-
-class Markers final : public GraphHooks {
- public:
-  ggml_tensor* attention(ggml_context* ctx, int64_t, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) override {
-    ggml_tensor* rows[] = {v, k, q};
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, rows, 3, never_computed, 1, nullptr);
-  }
-};
 
 struct Found {
   int products = 0, left = 0;                        // of matrices, and those that are left to others
@@ -36,18 +27,8 @@ Found found_in(const testing::TinyModel& tiny, int64_t tokens) {
   const GgufModel model(folder.file("model.gguf"));
   Markers markers;
   const StepGraph graph(model, model.stored_weights(), tokens, tokens, markers, ggml_backend_cpu_buffer_type());
-  std::vector<int> ends;
-  const auto place = [&](const ggml_tensor* node) {
-    int i = 0;
-    while (ggml_graph_node(graph.graph, i) != node) ++i;
-    return i;
-  };
+  const RowNodes rows = find_row_products(graph.graph, layers_of(graph.graph));
   const int nodes = ggml_graph_n_nodes(graph.graph);
-  for (int i = 0; i < nodes; ++i) {
-    const ggml_tensor* node = ggml_graph_node(graph.graph, i);
-    if (node->op == GGML_OP_CUSTOM) ends.push_back(std::max(place(node->src[0]), place(node->src[1])));
-  }
-  const RowNodes rows = find_row_products(graph.graph, ends);
   Found found;
   found.tables = static_cast<int>(rows.turns.size());
   for (int i = 0; i < nodes; ++i) {
