@@ -37,6 +37,37 @@ Fp16Part fp16_of(const Arguments& arguments, const ModelShape& shape) {
   return part;
 }
 
+// Written while its profile is measured, so that a measurement can go on where it was stopped. A large model's takes a second
+// to write: doing so for every layer would take as long as measuring.
+class CurrentFile {
+ public:
+  CurrentFile(const Profile& profile, const std::string& path) : profile_(profile), path_(path) {}
+
+  void changed() {
+    changed_ = true;
+    if (Clock::now() >= next_) write();
+  }
+  void write_changes() {
+    if (changed_) write();
+  }
+  void write() {
+    const Clock::time_point begin = Clock::now();
+    write_profile(profile_, path_);
+    const Clock::time_point end = Clock::now();
+    changed_ = false;
+    next_ = end + kWritesApart * (end - begin);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int kWritesApart = 20;  // times as long as one takes
+
+  const Profile& profile_;
+  const std::string& path_;
+  bool changed_ = false;
+  Clock::time_point next_{};
+};
+
 int profile(Arguments arguments, const Common& common) {
   if (arguments.sensitivity == "kl" && arguments.calibration.device != "cpu")
     throw UsageError("--sensitivity kl runs on the device cpu alone; take fisher with --device " +
@@ -67,24 +98,30 @@ int profile(Arguments arguments, const Common& common) {
       measured = std::move(earlier);
     }
   }
-  const auto partial = [&](const Profile& part) { write_profile(part, arguments.out); };
-  if (arguments.sensitivity == "none") {
-    profile_gradients(model, prompts, {.device = arguments.calibration.device, .threads = common.threads, .partial = partial},
-                      measured, progress);
-  } else {
-    SensitivityOptions options;
-    options.metric = arguments.sensitivity;
-    options.windows = arguments.windows;
-    // As long as prompts, so that one pass gives both scores and sensitivities; short prompts are joined.
-    options.tokens = arguments.calibration.tokens < kJoined ? kUsualTokens : arguments.calibration.tokens;
-    options.mpo = arguments.mpo;
-    options.device = arguments.calibration.device;
-    options.threads = common.threads;
-    options.fp16 = measured.fp16;
-    options.partial = partial;
-    profile_sensitivity(model, prompts, options, measured, progress);
+  CurrentFile file(measured, arguments.out);
+  const auto partial = [&](const Profile&) { file.changed(); };
+  try {
+    if (arguments.sensitivity == "none") {
+      profile_gradients(model, prompts, {.device = arguments.calibration.device, .threads = common.threads, .partial = partial},
+                        measured, progress);
+    } else {
+      SensitivityOptions options;
+      options.metric = arguments.sensitivity;
+      options.windows = arguments.windows;
+      // As long as prompts, so that one pass gives both scores and sensitivities; short prompts are joined.
+      options.tokens = arguments.calibration.tokens < kJoined ? kUsualTokens : arguments.calibration.tokens;
+      options.mpo = arguments.mpo;
+      options.device = arguments.calibration.device;
+      options.threads = common.threads;
+      options.fp16 = measured.fp16;
+      options.partial = partial;
+      profile_sensitivity(model, prompts, options, measured, progress);
+    }
+  } catch (...) {
+    file.write_changes();
+    throw;
   }
-  write_profile(measured, arguments.out);
+  file.write();
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (common.json) {
     print_json({{"profile", arguments.out},

@@ -15,6 +15,7 @@ constexpr char kDigits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 std::string half_text(const std::vector<float>& values) {
   std::string bytes;
+  bytes.reserve(2 * values.size());
   for (const float v : values) {
     if (!(std::abs(v) <= kLargestHalf))
       throw Error(Status::kInvalidArgument,
@@ -24,6 +25,7 @@ std::string half_text(const std::vector<float>& values) {
     bytes += static_cast<char>(h >> 8);
   }
   std::string text;
+  text.reserve((bytes.size() + 2) / 3 * 4);
   for (size_t i = 0; i < bytes.size(); i += 3) {
     const auto at = [&](size_t k) { return k < bytes.size() ? static_cast<unsigned>(static_cast<uint8_t>(bytes[k])) : 0u; };
     const unsigned word = at(i) << 16 | at(i + 1) << 8 | at(i + 2);

@@ -86,13 +86,13 @@ std::string to_json(const Profile& profile) {
                              {"cost", s.cost}});
     if (s.recent) sensitivities.back()["recent"] = true;
   }
-  j["sensitivities"] = sensitivities;
+  j["sensitivities"] = std::move(sensitivities);
   nlohmann::ordered_json transforms = nlohmann::ordered_json::array();
   for (const Profile::Transform& t : profile.transforms) {
     transforms.push_back({{"name", t.name}, {"layer", t.layer}, {"side", t.side == Side::kKey ? "key" : "value"}});
     write_transform(t.spec, transforms.back());
   }
-  j["transforms"] = transforms;
+  j["transforms"] = std::move(transforms);
   j["key_mean"] = profile.key_mean;
   return j.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
