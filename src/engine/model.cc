@@ -198,12 +198,21 @@ const ggml_tensor* GgufModel::original(const std::string& name) const {
 
 std::shared_ptr<const Model> Model::load(const std::string& path) { return std::make_shared<GgufModel>(path); }
 
-void dequantise_row(const ggml_tensor* source, size_t row, float* out) {
-  const char* from = static_cast<const char*>(source->data) + row * source->nb[1];
+void dequantise_row(const ggml_tensor* source, size_t row, float* out) { dequantise_part(source, row, 0, source->ne[0], out); }
+
+void dequantise_part(const ggml_tensor* source, size_t row, int64_t first, int64_t count, float* out) {
+  const int64_t block = ggml_blck_size(source->type), begin = first / block * block,
+                end = (first + count + block - 1) / block * block;
+  const char* from = static_cast<const char*>(source->data) + row * source->nb[1] +
+                     static_cast<size_t>(begin / block) * ggml_type_size(source->type);
   if (source->type == GGML_TYPE_F32) {
-    std::memcpy(out, from, static_cast<size_t>(source->ne[0]) * sizeof(float));
+    std::memcpy(out, from, static_cast<size_t>(count) * sizeof(float));
+  } else if (end - begin == count) {
+    ggml_get_type_traits(source->type)->to_float(from, out, count);
   } else {
-    ggml_get_type_traits(source->type)->to_float(from, out, source->ne[0]);
+    std::vector<float> blocks(static_cast<size_t>(end - begin));
+    ggml_get_type_traits(source->type)->to_float(from, blocks.data(), end - begin);
+    std::copy_n(blocks.begin() + (first - begin), count, out);
   }
 }
 

@@ -92,6 +92,8 @@ class GgufModel final : public Model {
 const GgufModel& gguf_model(const Model& model);
 // A row of a matrix of the file, of any type that has floats, to ne[0] floats.
 void dequantise_row(const ggml_tensor* source, size_t row, float* out);
+// Of these columns alone.
+void dequantise_part(const ggml_tensor* source, size_t row, int64_t first, int64_t count, float* out);
 bool all_finite(std::span<const float> values);
 // Sets ggml's and libllama's handlers once: see library_call.h.
 void quiet_libraries();

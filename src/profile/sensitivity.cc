@@ -213,7 +213,7 @@ class ErrorMeasurement {
       const auto behind = std::find_if(profile_.transforms.begin(), profile_.transforms.end(),
                                        [&](const Profile::Transform& t) { return t.layer > static_cast<int>(layer); });
       profile_.transforms.insert(behind, made.begin(), made.end());
-      profile_.key_mean[layer] = mean_key(model_.shape().layers[layer], rows, fp16_.sinks);
+      profile_.key_mean[layer] = mean_key(model_.shape().layers[layer], rows, fp16_.sinks, threads_);
       make_tensors(layer);
     }
     const LayerErrors errors(config_.layers[layer], rows, threads_);

@@ -85,13 +85,13 @@ float as_stored(double scale) { return f16_to_f32(f32_to_f16(static_cast<float>(
 void add_output_metric(const GgufModel& model, int layer, int kv_head, int group, int dim, Matrix& sum) {
   const ggml_tensor* w = model.original("blk." + std::to_string(layer) + ".attn_output.weight");
   const auto columns = static_cast<ptrdiff_t>(group) * dim;
-  std::vector<float> row(static_cast<size_t>(w->ne[0])), part;
-  for (int64_t r = 0; r < w->ne[1]; ++r) {
-    dequantise_row(w, static_cast<size_t>(r), row.data());
-    part.insert(part.end(), row.begin() + kv_head * columns, row.begin() + (kv_head + 1) * columns);
-    if (r % 64 < 63 && r + 1 < w->ne[1]) continue;
-    add_second_moment(part.data(), static_cast<int64_t>(part.size()) / dim, dim, sum);
-    part.clear();
+  constexpr int64_t kTogether = 64;
+  std::vector<float> part(static_cast<size_t>(kTogether * columns));
+  for (int64_t first = 0; first < w->ne[1]; first += kTogether) {
+    const int64_t rows = std::min(kTogether, w->ne[1] - first);
+    for (int64_t r = 0; r < rows; ++r)
+      dequantise_part(w, static_cast<size_t>(first + r), kv_head * columns, columns, part.data() + r * columns);
+    add_second_moment(part.data(), rows * group, dim, sum);
   }
 }
 
@@ -113,14 +113,15 @@ Sums sums_of(const float* rows, int64_t n, int dim) {
 
 }  // namespace
 
-std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& rows, int sinks) {
-  const int dim = shape.head_dim, heads = shape.kv_heads;
-  const auto n = static_cast<int64_t>(rows.keys.size()) / (heads * dim);
-  std::vector<float> mean;
-  for (int head = 0; head < heads; ++head) {
-    const Sums sums = sums_of(rows.keys.data() + (static_cast<ptrdiff_t>(head) * n + sinks) * dim, n - sinks, dim);
-    for (const double sum : sums.all) mean.push_back(static_cast<float>(sum / static_cast<double>(n - sinks)));
-  }
+std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& rows, int sinks, int threads) {
+  const auto dim = static_cast<size_t>(shape.head_dim), heads = static_cast<size_t>(shape.kv_heads);
+  const auto n = static_cast<int64_t>(rows.keys.size() / (heads * dim));
+  std::vector<float> mean(heads * dim);
+  parallel_for(threads, heads, [&](size_t head) {
+    const float* keys = rows.keys.data() + (static_cast<ptrdiff_t>(head) * n + sinks) * shape.head_dim;
+    const Sums sums = sums_of(keys, n - sinks, shape.head_dim);
+    for (size_t c = 0; c < dim; ++c) mean[head * dim + c] = static_cast<float>(sums.all[c] / static_cast<double>(n - sinks));
+  });
   return mean;
 }
 
@@ -139,7 +140,7 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, si
   take_off_bias(shape, transforms[0].spec);
   // Softmax does not see what all keys share, unless its scores are capped. Of recent rows it takes the room for the rest.
   if (shape.softcap == 0) {
-    for (const float x : mean_key(shape, rows, sinks)) transforms[1].spec.center.push_back(f16_to_f32(f32_to_f16(x)));
+    for (const float x : mean_key(shape, rows, sinks, threads)) transforms[1].spec.center.push_back(f16_to_f32(f32_to_f16(x)));
   }
   const auto heads = static_cast<size_t>(shape.kv_heads), channels = static_cast<size_t>(dim);
   for (const size_t t : {1, 3}) transforms[t].spec.scales.resize(heads * channels);
@@ -177,14 +178,13 @@ std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, si
   });
   for (const Side side : {Side::kKey, Side::kValue}) {
     if (!mpo) break;
-    std::vector<float> small;
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      const auto all = std::span(side == Side::kKey ? rows.keys : rows.values).subspan(static_cast<size_t>(head * n * dim));
-      const auto behind =
-          all.subspan(static_cast<size_t>(sinks) * static_cast<size_t>(dim), static_cast<size_t>((n - sinks) * dim));
-      const MpoMatrix made = mpo_factors(std::vector<double>(behind.begin(), behind.end()), dim).small;
-      small.insert(small.end(), made.begin(), made.end());
-    }
+    constexpr size_t kSmall = MpoMatrix().size();
+    std::vector<float> small(heads * kSmall);
+    parallel_for(threads, heads, [&](size_t head) {
+      const float* x = (side == Side::kKey ? rows.keys : rows.values).data() + (static_cast<ptrdiff_t>(head) * n + sinks) * dim;
+      const MpoMatrix made = mpo_factors(std::vector<double>(x, x + (n - sinks) * dim), dim).small;
+      std::copy(made.begin(), made.end(), small.begin() + static_cast<ptrdiff_t>(head * kSmall));
+    });
     transforms.push_back({"mpo", static_cast<int>(layer), side, {}});
     transforms.back().spec.more.push_back({"mpo", std::move(small)});
   }

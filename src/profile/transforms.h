@@ -20,6 +20,6 @@ namespace kvmix {
 std::vector<Profile::Transform> calibrated_transforms(const GgufModel& model, size_t layer, const LayerRows& rows, int sinks,
                                                       bool mpo, int threads);
 // Mean post-RoPE key of a layer behind the sinks, [kv_heads * head_dim].
-std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& rows, int sinks);
+std::vector<float> mean_key(const ModelShape::Layer& shape, const LayerRows& rows, int sinks, int threads);
 
 }  // namespace kvmix
