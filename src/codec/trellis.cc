@@ -14,6 +14,7 @@
 
 #include "codec/spelling.h"
 #include "codec/trellis_encode.h"
+#include "codec/unpack_tile.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -86,19 +87,22 @@ class Trellis final : public Codec {
     const auto* codes = scales + trellis_head_bytes(spec, shape.width);
     const auto* offsets = reinterpret_cast<const int8_t*>(scales + trellis_offsets_at(shape.width));
     const float unit = trellis_scale(*std::max_element(scales, scales + trellis_offsets_at(shape.width)));
-    const TileGeometry geometry = tile_geometry(shape.side, shape.width);
-    float levels[kLevels];
+    const int width = shape.width;
+    float levels[kLevels], offset[kMostWidth] = {};
     for (int w = 0; w < kLevels; ++w) levels[w] = static_cast<float>(code.level(w)) - kLevelCentre;
-    for (int c = 0; c < shape.width; ++c) {
-      const float offset = spec.zero_point ? static_cast<float>(offsets[c]) * unit : 0.0f;
-      for (int chain = 0; chain < kChains; ++chain) {
-        int window = 0;
-        for (int i = 0; i < kChainTokens; ++i) {
-          const int t = chain_token(shape.side, chain, i);
-          const int lane = shape.side == Side::kKey ? t : c, reduce = shape.side == Side::kKey ? c : t;
-          const int next = get_code(spec.bits, codes, unit_index(geometry, lane, reduce), byte_in_unit(lane, reduce));
-          window = ((window << spec.bits) | next) & (kLevels - 1);
-          x[t * shape.width + c] = trellis_scale(scales[c / kTrellisGroup * kPageTokens + t]) * levels[window] + offset;
+    for (int c = 0; spec.zero_point && c < width; ++c) offset[c] = static_cast<float>(offsets[c]) * unit;
+    uint8_t unpacked[kPageTokens * kMostWidth];
+    unpack_tile(spec.bits, codes, shape.side, width, unpacked);
+    for (int chain = 0; chain < kChains; ++chain) {
+      uint8_t windows[kMostWidth] = {};  // the last codes of each channel's chain
+      for (int i = 0; i < kChainTokens; ++i) {
+        const int t = chain_token(shape.side, chain, i);
+        const uint8_t* next = unpacked + t * width;
+        for (int c = 0; c < width; ++c) windows[c] = static_cast<uint8_t>(windows[c] << spec.bits | next[c]);
+        for (int first = 0; first < width; first += kTrellisGroup) {
+          const float scale = trellis_scale(scales[first / kTrellisGroup * kPageTokens + t]);
+          const int end = std::min(width, first + kTrellisGroup);
+          for (int c = first; c < end; ++c) x[t * width + c] = scale * levels[windows[c]] + offset[c];
         }
       }
     }

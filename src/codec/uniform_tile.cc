@@ -7,6 +7,7 @@
 #include "codec/quantize.h"
 #include "codec/tile_layout.h"
 #include "codec/uniform.h"
+#include "codec/unpack_tile.h"
 
 namespace kvmix {
 namespace {
@@ -33,14 +34,6 @@ float stored_half(const std::byte* tile, int index) {
   uint16_t h;
   std::memcpy(&h, tile + static_cast<size_t>(index) * sizeof h, sizeof h);
   return f16_to_f32(h);
-}
-
-// All codes of a block of 8 units, a byte each.
-template <int kBits>
-void unpack_block(const uint8_t* block, uint8_t* out) {
-  for (int f = 0; f < kBlockUnits; ++f) {
-    for (int i = 0; i < kUnitCodes; ++i) out[f * kUnitCodes + i] = static_cast<uint8_t>(get_code(kBits, block, f, i));
-  }
 }
 
 void encode_plain(const CodecSpec& spec, Side side, int width, const uint16_t* x, std::byte* out) {
@@ -116,36 +109,25 @@ void decode_uniform(const CodecSpec& spec, const TileShape& shape, const std::by
   const int scales = scale_count(spec, width);
   const auto* codes = reinterpret_cast<const uint8_t*>(in + uniform_scale_bytes(spec, width));
   const float centre = code_centre(spec.bits);
-  // Scales are read once, and their indices are a token's part and a channel's.
   constexpr int kMostScales = kPageTokens * kMostWidth / kCodecGroups.front();
   float mids[kMostScales] = {}, sizes[kMostScales];
   for (int i = 0; i < scales; ++i) {
     sizes[i] = stored_half(in, i);
     if (spec.zero_point) mids[i] = stored_half(in, scales + i);
   }
-  int of_token[kPageTokens], of_channel[kMostWidth];
-  for (int t = 0; t < kPageTokens; ++t) of_token[t] = scale_index(spec, width, t, 0);
-  for (int c = 0; c < width; ++c) of_channel[c] = scale_index(spec, width, 0, c);
-  const TileGeometry geometry = tile_geometry(side, width);
-  const int lane_blocks = geometry.lanes / kUnitLanes, quads = geometry.reduce / kUnitReduce;
-  using Unpack = void (*)(const uint8_t*, uint8_t*);
-  const Unpack unpack = with_code_bits(spec.bits, [](auto bits) -> Unpack { return unpack_block<bits()>; });
-  uint8_t block[kBlockUnits * kUnitCodes];
-  int unit = 0;
-  for (int first = 0; first < lane_blocks; first += kLaneGroupBlocks) {
-    const int in_group = std::min(kLaneGroupBlocks, lane_blocks - first);
-    for (int quad = 0; quad < quads; ++quad) {
-      for (int b = 0; b < in_group; ++b, ++unit) {
-        if (unit % kBlockUnits == 0) {
-          unpack(codes + static_cast<ptrdiff_t>(unit / kBlockUnits) * spec.bits * kVectorBytes, block);
-        }
-        const uint8_t* q = block + (unit % kBlockUnits) * kUnitCodes;
-        for (int i = 0; i < kUnitCodes; ++i) {
-          const int lane = (first + b) * kUnitLanes + i / kUnitReduce, reduce = quad * kUnitReduce + i % kUnitReduce;
-          const int token = side == Side::kKey ? lane : reduce, channel = side == Side::kKey ? reduce : lane;
-          const int index = of_token[token] + of_channel[channel];
-          x[token * width + channel] = mids[index] + sizes[index] * (static_cast<float>(q[i]) - centre);
-        }
+  uint8_t unpacked[kPageTokens * kMostWidth];
+  unpack_tile(spec.bits, codes, side, width, unpacked);
+  for (int t = 0; t < kPageTokens; ++t) {
+    const uint8_t* code = unpacked + t * width;
+    float* row = x + t * width;
+    if (spec.axis == Axis::kChannel) {
+      const float *mid = mids + scale_index(spec, width, t, 0), *size = sizes + scale_index(spec, width, t, 0);
+      for (int c = 0; c < width; ++c) row[c] = mid[c] + size[c] * (static_cast<float>(code[c]) - centre);
+    } else {
+      for (int first = 0; first < width; first += spec.group) {
+        const float mid = mids[scale_index(spec, width, t, first)], size = sizes[scale_index(spec, width, t, first)];
+        const int end = std::min(width, first + spec.group);
+        for (int c = first; c < end; ++c) row[c] = mid + size * (static_cast<float>(code[c]) - centre);
       }
     }
   }
