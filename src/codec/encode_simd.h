@@ -184,7 +184,7 @@ class TileSeal {
   }
   static V quantize(V x, Map map, V top) {
     const V v = S::fma(x, map.factor, map.offset), one = S::set1(1.0f), magic = S::set1(kRoundToInteger);
-    const V limited = S::select(S::less(one, v), one, S::select(S::less(v, S::zero()), S::zero(), v));
+    const V limited = S::max(S::zero(), S::min(one, v));
     return S::sub(S::fma(limited, top, magic), magic);
   }
 
@@ -224,8 +224,8 @@ class TileSeal {
   static Scale fit(const V* x, int n, const CodecSpec& spec, V centre, V top) {
     V low = x[0], high = x[0];
     for (int i = 1; i < n; ++i) {
-      low = S::select(S::less(x[i], low), x[i], low);
-      high = S::select(S::less(high, x[i]), x[i], high);
+      low = S::min(x[i], low);
+      high = S::max(x[i], high);
     }
     const V zero = S::zero();
     V range, middle = zero;

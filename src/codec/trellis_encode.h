@@ -265,6 +265,33 @@ class TrellisEncoder {
     }
     return std::countr_zero(found) * kStates + state;
   }
+
+  // The first state of the least cost.
+  static int cheapest(const float* cost) {
+    constexpr int kLanes = std::min(kStates, kWide);
+    using Floats = typename VectorOf<kLanes>::Floats;
+    Floats least;
+    std::memcpy(&least, cost, sizeof least);
+    const auto take = [&](Floats other) { least = other < least ? other : least; };
+    for (int s = kLanes; s < kStates; s += kLanes) {
+      Floats more;
+      std::memcpy(&more, cost + s, sizeof more);
+      take(more);
+    }
+#pragma GCC unroll 4
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+      typename VectorOf<kLanes>::Ints partner;
+      for (int i = 0; i < kLanes; ++i) partner[i] = i ^ apart;
+      take(__builtin_shuffle(least, partner));
+    }
+    int first = 0;
+    while (true) {
+      Floats some;
+      std::memcpy(&some, cost + first, sizeof some);
+      if (const unsigned found = equal(some, least); found != 0) return first + std::countr_zero(found);
+      first += kLanes;
+    }
+  }
 #else
   static void step(const float* levels, float target, float weight, const float* before, float* cost) {
     std::fill_n(cost, kStates, std::numeric_limits<float>::infinity());
@@ -284,6 +311,8 @@ class TrellisEncoder {
     }
     return first * kStates + state;
   }
+
+  static int cheapest(const float* cost) { return static_cast<int>(std::min_element(cost, cost + kStates) - cost); }
 #endif
 
   // The windows whose levels come nearest to the targets of a channel's chains, errors weighed: from state 0 over all states
@@ -300,10 +329,7 @@ class TrellisEncoder {
       for (int c = 0; c < kChains; ++c) step(levels, targets[c][i], weights[c][i], costs[i][c], costs[i + 1][c]);
     }
     int state[kChains];
-    for (int c = 0; c < kChains; ++c) {
-      const float* last = costs[kChainTokens][c];
-      state[c] = static_cast<int>(std::min_element(last, last + kStates) - last);
-    }
+    for (int c = 0; c < kChains; ++c) state[c] = cheapest(costs[kChainTokens][c]);
     for (int i = kChainTokens; i-- > 0;) {
       for (int c = 0; c < kChains; ++c) {
         const int window = window_to(state[c], turned, targets[c][i], weights[c][i], costs[i][c], costs[i + 1][c][state[c]]);
