@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <future>
+#include <map>
 
 #include "base/machine.h"
 #include "base/mean.h"
-#include "base/parallel.h"
 #include "codec/trellis.h"
 #include "kvmix/error.h"
 #include "kvmix/measure.h"
@@ -28,36 +28,34 @@ constexpr int kMeasuredWidths[] = {1, 2, 3};  // of kl
 constexpr int kWidestFit = 4;                 // to which keys have a second fit; above, fits hardly differ
 
 struct Measured {
-  SideConfig config;
+  CodecSpec codec;
   std::string transform;
   bool recent;         // rows that are not sealed yet, in this codec
   CodecErrors errors;  // mean over windows
 };
 
 // The codecs that plans choose from, and recent rows of 8 bits with each transform.
-std::vector<Measured> candidates(const ModelShape& model, const Profile& profile, int layer, Side side) {
-  const int head_dim = model.layers[static_cast<size_t>(layer)].head_dim;
+std::vector<Measured> candidates(const Profile& profile, int layer, Side side, int head_dim) {
   std::vector<Measured> out;
-  const auto add = [&](SideConfig config, const std::string& transform) {
-    config.transform = named_transform(model, profile, layer, side, transform);
+  const auto add = [&](const CodecSpec& codec, const std::string& transform) {
     const bool fresh = std::none_of(out.begin(), out.end(), [&](const Measured& c) { return c.transform == transform; });
-    if (fresh) out.push_back({{kRecentRows, config.transform}, transform, true, {}});
-    out.push_back({std::move(config), transform, false, {}});
+    if (fresh) out.push_back({kRecentRows, transform, true, {}});
+    out.push_back({codec, transform, false, {}});
   };
   for (const int bits : kRecipeBits) {
-    std::vector<SideConfig> codecs{side == Side::kKey ? recipe_key(bits, false) : recipe_value(bits)};
+    std::vector<CodecSpec> codecs{side == Side::kKey ? recipe_key(bits, false).codec : recipe_value(bits).codec};
     if (side == Side::kValue && head_dim >= 128) {
-      codecs.push_back(recipe_value(bits));
-      codecs.back().codec.group = 128;
-      codecs.back().codec.fit = Fit::kUnbiased;  // least squares would shrink rows, and with them outputs
+      codecs.push_back(codecs.front());
+      codecs.back().group = 128;
+      codecs.back().fit = Fit::kUnbiased;  // least squares would shrink rows, and with them outputs
     }
     if (side == Side::kKey && bits <= kWidestFit) {
       codecs.push_back(codecs.front());
-      codecs.back().codec.fit = Fit::kUnbiased;
+      codecs.back().fit = Fit::kUnbiased;
     }
-    for (const SideConfig& codec : codecs) {
+    for (const CodecSpec& codec : codecs) {
       // Keys' second fit: with the transforms that are best at any fit.
-      const bool second = side == Side::kKey && codec.codec.fit == Fit::kUnbiased;
+      const bool second = side == Side::kKey && codec.fit == Fit::kUnbiased;
       if (side == Side::kKey && !second) add(codec, "plain");
       if (!second) add(codec, "hadamard");
       for (const Profile::Transform& t : profile.transforms) {
@@ -67,10 +65,8 @@ std::vector<Measured> candidates(const ModelShape& model, const Profile& profile
   }
   // A trellis has one scale for a token's channels, so it wants rows that are rotated and, of keys, without their mean.
   for (const int bits : kTrellisBits) {
-    SideConfig codec;
-    codec.codec = trellis_spec(bits, side);
     for (const Profile::Transform& t : profile.transforms) {
-      if (t.layer == layer && t.side == side && t.spec.hadamard) add(codec, t.name);
+      if (t.layer == layer && t.side == side && t.spec.hadamard) add(trellis_spec(bits, side), t.name);
     }
   }
   return out;
@@ -165,13 +161,13 @@ class ErrorMeasurement {
 
   static bool is_of(const Profile::Sensitivity& s, const std::string& metric, size_t tensor, const Measured& c) {
     return s.metric == metric && s.recent == c.recent && s.layer == static_cast<int>(tensor / 2) &&
-           (s.side == Side::kKey) == (tensor % 2 == 0) && s.transform == c.transform && s.codec == to_string(c.config.codec);
+           (s.side == Side::kKey) == (tensor % 2 == 0) && s.transform == c.transform && s.codec == to_string(c.codec);
   }
   static Profile::Sensitivity entry(const std::string& metric, size_t tensor, const Measured& c, double cost) {
     return {.metric = metric,
             .layer = static_cast<int>(tensor / 2),
             .side = tensor % 2 == 0 ? Side::kKey : Side::kValue,
-            .codec = to_string(c.config.codec),
+            .codec = to_string(c.codec),
             .transform = c.transform,
             .cost = cost,
             .recent = c.recent};
@@ -180,7 +176,8 @@ class ErrorMeasurement {
  private:
   void make_tensors(size_t layer) {
     for (const Side side : {Side::kKey, Side::kValue})
-      tensors[2 * layer + (side == Side::kKey ? 0 : 1)] = candidates(model_.shape(), profile_, static_cast<int>(layer), side);
+      tensors[2 * layer + (side == Side::kKey ? 0 : 1)] =
+          candidates(profile_, static_cast<int>(layer), side, model_.shape().layers[layer].head_dim);
   }
 
   // What the profile has of a layer; one that it has not all of is measured again.
@@ -216,20 +213,23 @@ class ErrorMeasurement {
       profile_.key_mean[layer] = mean_key(model_.shape().layers[layer], rows, fp16_.sinks, threads_);
       make_tensors(layer);
     }
-    const LayerErrors errors(config_.layers[layer], rows, threads_);
-    std::vector<std::pair<Measured*, Side>> all;
+    std::map<std::pair<Side, std::string>, TransformSpec> transforms;
+    std::vector<Measured*> all;
+    std::vector<StoredSide> stored;
     for (const Side side : {Side::kKey, Side::kValue}) {
-      for (Measured& c : tensors[2 * layer + (side == Side::kKey ? 0 : 1)]) all.emplace_back(&c, side);
+      for (Measured& c : tensors[2 * layer + (side == Side::kKey ? 0 : 1)]) {
+        const auto [transform, fresh] = transforms.try_emplace({side, c.transform});
+        if (fresh) transform->second = named_transform(model_.shape(), profile_, static_cast<int>(layer), side, c.transform);
+        all.push_back(&c);
+        stored.push_back({side, &transform->second, c.codec, c.recent});
+      }
     }
-    // Trellises first, which take longest, so that no thread is left alone with it.
-    std::ranges::stable_partition(all, [](const auto& one) { return is_trellis(one.first->config.codec); });
     const double count = ++profile_.windows[layer];
-    parallel_for(threads_, all.size(), [&](size_t i) {
-      const auto& [c, side] = all[i];
-      const CodecErrors e = c->recent ? errors.recent(c->config, c->config.codec, side) : errors.sealed(c->config, side);
-      c->errors.output += (e.output - c->errors.output) / count;
-      c->errors.fisher += (e.fisher - c->errors.fisher) / count;
-    });
+    const std::vector<CodecErrors> errors = LayerErrors(config_.layers[layer], rows, threads_).errors(stored);
+    for (size_t i = 0; i < all.size(); ++i) {
+      all[i]->errors.output += (errors[i].output - all[i]->errors.output) / count;
+      all[i]->errors.fisher += (errors[i].fisher - all[i]->errors.fisher) / count;
+    }
     save();
   }
 
@@ -325,10 +325,10 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
       Run run{t, nullptr, {}};
       for (const Measured& c : tensors[t]) {
         const bool widest = bits == kMeasuredWidths[std::size(kMeasuredWidths) - 1];
-        if (c.config.codec.bits != bits && !(widest && c.config.codec.bits > bits)) continue;
+        if (c.codec.bits != bits && !(widest && c.codec.bits > bits)) continue;
         run.follow.push_back(&c);  // recent rows, of 8 bits, with the widest
         const bool better = run.measured == nullptr || c.errors.fisher < run.measured->errors.fisher;
-        if (c.config.codec.bits == bits && better) run.measured = &c;
+        if (c.codec.bits == bits && better) run.measured = &c;
       }
       const bool known = std::all_of(run.follow.begin(), run.follow.end(), [&](const Measured* c) {
         return std::any_of(profile.sensitivities.begin(), profile.sensitivities.end(),
@@ -354,7 +354,9 @@ void profile_sensitivity(std::shared_ptr<const Model> model, std::span<const std
   for (const Run& run : runs) {
     const auto layer = static_cast<int>(run.tensor / 2);
     LayerConfig changed = runner.layer_config(layer);
-    (run.tensor % 2 == 0 ? changed.key : changed.value) = run.measured->config;
+    const Side side = run.tensor % 2 == 0 ? Side::kKey : Side::kValue;
+    (side == Side::kKey ? changed.key : changed.value) = {
+        run.measured->codec, named_transform(shape, profile, layer, side, run.measured->transform)};
     double divergence = 0;
     for (const ExactRun& e : exact) divergence += e.divergence(runner, layer, changed) / passes;
     for (const Measured* c : run.follow)

@@ -111,17 +111,45 @@ void expect_near(const CodecErrors& is, const CodecErrors& expected) {
   EXPECT_NEAR(is.fisher, expected.fisher, 1e-3 * expected.fisher);
 }
 
+// Scales and a Hadamard; of keys with a centre and feedback as well.
+TransformSpec random_transform(const Case& c, Side side) {
+  const auto count = static_cast<size_t>(c.layer.kv_heads * c.layer.head_dim), dim = static_cast<size_t>(c.layer.head_dim);
+  TransformSpec transform;
+  transform.hadamard = true;
+  transform.scales = numbers(count, 5);
+  for (float& x : transform.scales) x = std::abs(x) + 0.5f;
+  if (side == Side::kValue) return transform;
+  transform.center = numbers(count, 6);
+  transform.feedback = numbers(static_cast<size_t>(c.layer.kv_heads) * dim * (dim - 1) / 2, 7);
+  for (float& x : transform.feedback) x *= 0.05f;
+  return transform;
+}
+
 TEST(LayerErrors, AreThoseOfAttentionQueryByQuery) {
-  const CodecSpec eight = parse_codec("int8.token.g64.minmax.zero");
+  const CodecSpec eight = parse_codec("int8.token.g64.minmax.zero"), three = parse_codec("int3.channel.g64.fitted.zero"),
+                  trellis = parse_codec("trellis3.zero");
   for (const auto& [group, dim, window] : {std::array{1, 64, 0}, std::array{3, 48, 0}, std::array{2, 32, 60}}) {
     const Case c(2 * group, 2, dim, window);
-    const LayerErrors errors(c.layer, c.rows, 2);
+    const TransformSpec plain, keys = random_transform(c, Side::kKey), values = random_transform(c, Side::kValue);
+    std::vector<StoredSide> all;
     for (const Side side : {Side::kKey, Side::kValue}) {
-      SCOPED_TRACE(std::to_string(group) + " " + std::to_string(window) + (side == Side::kKey ? " keys" : " values"));
-      const SideConfig config{.codec = parse_codec("int3.channel.g64.fitted.zero"), .transform = {}};
-      const std::vector<float> sealed = c.stored(config, nullptr, side), recent = c.stored({eight, {}}, &eight, side);
-      expect_near(errors.sealed(config, side), c.expected(&sealed, nullptr, side));
-      expect_near(errors.recent({eight, {}}, eight, side), c.expected(nullptr, &recent, side));
+      for (const TransformSpec* transform : {&plain, side == Side::kKey ? &keys : &values}) {
+        // Recent rows between sealed ones: what one leaves must not reach the next.
+        all.push_back({side, transform, three, false});
+        all.push_back({side, transform, eight, true});
+        all.push_back({side, transform, trellis, false});
+      }
+    }
+    const std::vector<CodecErrors> errors = LayerErrors(c.layer, c.rows, 2).errors(all),
+                                   alone = LayerErrors(c.layer, c.rows, 1).errors(all);
+    for (size_t i = 0; i < all.size(); ++i) {
+      const auto& [side, transform, codec, recent] = all[i];
+      SCOPED_TRACE(std::to_string(group) + " " + std::to_string(window) + " " + to_string(codec) +
+                   (side == Side::kKey ? " keys" : " values") + (transform == &plain ? "" : ", transformed"));
+      const std::vector<float> stored = c.stored({codec, *transform}, recent ? &codec : nullptr, side);
+      expect_near(errors[i], c.expected(recent ? nullptr : &stored, recent ? &stored : nullptr, side));
+      EXPECT_EQ(errors[i].fisher, alone[i].fisher);
+      EXPECT_EQ(errors[i].output, alone[i].output);
     }
   }
 }
