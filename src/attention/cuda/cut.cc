@@ -8,7 +8,6 @@ namespace kvmix::cuda {
 namespace {
 
 constexpr int kPagesAtOnce = 4;
-constexpr int64_t kSparingBytes = 256 << 20;  // launches that read less spare what the L2 holds
 
 int page_count(const kvmix_cuda_attend_params& p, int length) {
   if (p.sinks == 0) return (length + kPageTokens - 1) / kPageTokens;
@@ -90,9 +89,8 @@ Pieces choose(const kvmix_cuda_attend_params& p, const PageRuns& runs, const Res
     const double time = full * (turns * turn + kBlock + kBlockWarp * busy) + (splits > 1 ? kSum + kSumSplit * splits : 0.0);
     if (best < 0.0 || time < best) best = time, chunk = candidate;
   }
-  // What is little beside the L2 shall leave it as it was, unless another block reads it again.
-  const int64_t bytes = decodes ? runs.pages * p.kv_heads * record_shape(p.format).bytes() : 0;
-  return {chunk, bytes <= kSparingBytes && (!decodes || row_blocks(p) == 1)};
+  // Pages shall leave the L2 as it was, unless another block reads them again.
+  return {chunk, !decodes || row_blocks(p) == 1};
 }
 
 // Of a device that holds `slots` thread blocks.

@@ -421,8 +421,9 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   uint8_t* const rings = shared + query_bytes(dim);
   uint8_t* const ring = rings + warp * stage.ring;
   PageCopies copies(stage, ring, lane, warp);
-  // Warps without a page leave; four stay for what all of a block do.
-  const int warps = min(static_cast<int>(blockDim.x) / 32, max(kWarps, mine.page_end - mine.page_begin));
+  // Of many short blocks warps without a page leave; four stay for what all of a block do.
+  const int all_warps = static_cast<int>(blockDim.x) / 32;
+  const int warps = most_warps <= kFewWarps ? all_warps : min(all_warps, max(kWarps, mine.page_end - mine.page_begin));
   if (warp >= warps) return;
   if (threadIdx.x == 0) item = mine, present = warps;
   const auto row_offset = [&](const kvmix_cuda_item& of, int row) {
@@ -517,23 +518,21 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     return min(args.sinks > 0 && page == 0 ? args.sinks : kPageTokens, item.length - first);
   };
   // Open pages are read last, without copies ahead: at least they shall be near by then.
-  // Four warps share one, a quarter each, and those after them take the next.
-  const int quarter = warp % 4, turns = present / 4;
   unsigned open = thin ? 0u : __ballot_sync(~0u, here < 0);
   for (unsigned rest = open; warp < 4 && rest != 0; rest &= rest - 1) {
     const int at = __ffs(static_cast<int>(rest)) - 1, page = item.page_begin + at;
-    const int live = live_tokens(page, first_token(page)) - 32 * quarter;
+    const int live = live_tokens(page, first_token(page)) - 32 * warp;
     const uint8_t* keys = args.open_pages + static_cast<int64_t>(~__shfl_sync(~0u, here, at)) * args.open_page_stride +
                           item.kv_head * args.open_head_stride;
     if (!is_rows(args, page)) {
       for (int line = lane; live > 0 && line < 4 * kTiles; line += 32) {
-        const int place = kHeaderBytes + line / 4 * block_bytes(8) + 512 * quarter + line % 4 * 128;
+        const int place = kHeaderBytes + line / 4 * block_bytes(8) + 512 * warp + line % 4 * 128;
         asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + place));
         asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + args.open.key_bytes() - kHeaderBytes + place));
       }
       continue;
     }
-    keys += 32 * quarter * dim * 2;
+    keys += 32 * warp * dim * 2;
     for (int line = lane; line * 128 < min(live, 32) * dim * 2; line += 32) {
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + line * 128));
       asm volatile("prefetch.global.L2 [%0];\n" ::"l"(keys + value_row(args, page) * dim * 2 + line * 128));
@@ -591,17 +590,19 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
     id = next, next = after;
   }
 
-  // Open pages, a quarter a warp: alone it would be the last of its block by far.
+  // Open pages, a quarter a warp: alone it would be the last of its block by far. Dealt out from the warp that has passed over
+  // the page on, since those behind it had fewer of the others.
   int turn = 0;
   for (int base = item.page_begin; !thin && base < item.page_end; base += 32) {
     if (base != item.page_begin) open = __ballot_sync(~0u, base + lane < item.page_end && page_id(item, base + lane) < 0);
     for (; open != 0; open &= open - 1) {
       const int page = base + __ffs(static_cast<int>(open)) - 1;
       const int32_t open_id = ~page_id(item, page);
-      const int first = first_token(page), live = live_tokens(page, first), from = first + 32 * quarter;
-      const bool of_mine = turn == warp / 4;
-      turn = turn + 1 < turns ? turn + 1 : 0;
-      if (!of_mine || 32 * quarter >= live) continue;
+      const int first = first_token(page), live = live_tokens(page, first), quarters = (live + 31) / 32;
+      turn = max(turn, page - item.page_begin);
+      const int quarter = (warp - turn % present + present) % present, from = first + 32 * quarter;
+      turn += quarters;
+      if (quarter >= quarters) continue;
       const uint8_t* const record =
           args.open_pages + static_cast<int64_t>(open_id) * args.open_page_stride + item.kv_head * args.open_head_stride;
       const auto* const keys = reinterpret_cast<const __half*>(record);

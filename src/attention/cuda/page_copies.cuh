@@ -3,6 +3,7 @@
 
 #include "attention/cuda/arguments.cuh"
 #include "base/cuda/async_copy.cuh"
+#include "base/cuda/bulk_copy.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define KVMIX_BULK 1
@@ -23,11 +24,10 @@ class PageCopies {
   __device__ PageCopies(const Stage& stage, uint8_t* ring, int lane, int warp) : stage_(stage), ring_(ring), lane_(lane) {
 #if KVMIX_BULK
     __shared__ uint64_t barriers[2 * kMaxWarps];
-    barriers_ = static_cast<uint32_t>(__cvta_generic_to_shared(barriers + 2 * warp));
+    barriers_ = shared_address(barriers + 2 * warp);
     if (lane == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(barriers_) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(barriers_ + 8) : "memory");
-      asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+      init_barrier(barriers_, 1), init_barrier(barriers_ + 8, 1);
+      publish_barriers();
     }
     __syncwarp();
 #else
@@ -36,27 +36,19 @@ class PageCopies {
   }
 
   // After __syncwarp, once all lanes have read what stood there. `record` is null where there is nothing to copy. With
-  // `evict_first` its bytes leave the L2 before what else is there.
+  // `evict_first` its bytes are read once (copy_bulk_once).
   __device__ void start(const uint8_t* record, bool keys, bool evict_first) {
     const int bytes = keys ? stage_.key_bytes : stage_.value_bytes;
     uint8_t* const to = ring_ + (keys ? 0 : stage_.key_pitch);
     const int begin = keys ? 0 : stage_.value_begin;
 #if KVMIX_BULK
     if (record == nullptr || lane_ != 0) return;
-    const uint32_t barrier = barriers_ + (keys ? 0 : 8), shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
+    const uint32_t barrier = barriers_ + (keys ? 0 : 8), shared = shared_address(to);
+    expect_bytes(barrier, bytes);
     if (evict_first) {
-      uint64_t policy;
-      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
-              shared),
-          "l"(record + begin), "r"(bytes), "r"(barrier), "l"(policy)
-          : "memory");
+      copy_bulk_once(shared, record + begin, bytes, barrier);
     } else {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(shared),
-                   "l"(record + begin), "r"(bytes), "r"(barrier)
-                   : "memory");
+      copy_bulk(shared, record + begin, bytes, barrier);
     }
 #else
     static_cast<void>(evict_first);
@@ -71,13 +63,10 @@ class PageCopies {
   // Until the copy of a side has arrived for all lanes.
   __device__ void wait(bool keys) {
 #if KVMIX_BULK
-    const uint32_t barrier = barriers_ + (keys ? 0 : 8), bit = keys ? 1u : 2u, phase = (phases_ & bit) != 0 ? 1u : 0u;
+    const uint32_t bit = keys ? 1u : 2u;
+    const int phase = (phases_ & bit) != 0 ? 1 : 0;
     phases_ ^= bit;
-    asm volatile(
-        "{\n .reg .pred done;\nagain%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra "
-        "again%=;\n}\n" ::"r"(barrier),
-        "r"(phase)
-        : "memory");
+    cuda::wait(barriers_ + (keys ? 0 : 8), phase);
 #else
     wait_copies<1>();
     __syncwarp();

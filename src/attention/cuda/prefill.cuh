@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kImageThreads, 3) image_kernel(const __grid_co
           [](int) {});
       __syncthreads();
       if (threadIdx.x == 0) {
-        store_bulk(image_part(arguments, item, page, part, Tile::image_bytes, Tile::part_bytes), shared, Tile::part_bytes);
+        store_bulk(image_part(arguments, item, page, part, Tile::image_bytes, Tile::part_bytes), shared_address(shared),
+                   Tile::part_bytes);
       }
     }
   }
@@ -264,15 +265,16 @@ __device__ inline void produce(const PrefillArguments& arguments, const kvmix_cu
     uint8_t* const values = shared + Tile::values + slot * Tile::value_bytes;
     if constexpr (images) {
       const uint8_t* const from = image_part(arguments, item, page, part, Tile::image_bytes, Tile::part_bytes);
-      wait(&barriers.keys_free[slot], parity);
-      load_bulk(keys, from, Tile::key_bytes, &barriers.keys_there[slot]);
-      wait(&barriers.values_free[slot], parity);
-      load_bulk(values, from + Tile::key_bytes, Tile::value_bytes, &barriers.values_there[slot]);
+      wait(shared_address(&barriers.keys_free[slot]), parity);
+      load_bulk(shared_address(keys), from, Tile::key_bytes, shared_address(&barriers.keys_there[slot]));
+      wait(shared_address(&barriers.values_free[slot]), parity);
+      load_bulk(shared_address(values), from + Tile::key_bytes, Tile::value_bytes,
+                shared_address(&barriers.values_there[slot]));
     } else {
       bring_stretch<dim, trellis, kWarpgroup>(
           arguments, item, page, id, part, live, keys, values,
-          [&](int side) { wait(side == 0 ? &barriers.keys_free[slot] : &barriers.values_free[slot], parity); },
-          [&](int side) { arrive(side == 0 ? &barriers.keys_there[slot] : &barriers.values_there[slot]); });
+          [&](int side) { wait(shared_address(side == 0 ? &barriers.keys_free[slot] : &barriers.values_free[slot]), parity); },
+          [&](int side) { arrive(shared_address(side == 0 ? &barriers.keys_there[slot] : &barriers.values_there[slot])); });
     }
   }
 }
@@ -373,7 +375,7 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
 
   const uint64_t query = operand(shared_address(queries));
   const auto start_scores = [&](int n) {
-    wait(&barriers.keys_there[n % 2], n / 2 % 2);
+    wait(shared_address(&barriers.keys_there[n % 2]), n / 2 % 2);
     const uint64_t key = operand(shared_address(shared + Tile::keys + n % 2 * Tile::key_bytes));
     hold(s);
     matrix_fence();
@@ -382,7 +384,7 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     matrix_commit();
   };
   const auto start_output = [&](int n) {
-    wait(&barriers.values_there[n % 2], n / 2 % 2);
+    wait(shared_address(&barriers.values_there[n % 2]), n / 2 % 2);
     const uint64_t value = operand(shared_address(shared + Tile::values + n % 2 * Tile::value_bytes));
 #pragma unroll
     for (int i = 0; i < Tile::slabs; ++i) hold(out[i]);
@@ -443,7 +445,7 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
     start_scores(0);
     matrix_wait<0>();
     hold(s);
-    if (lane == 0) arrive(&barriers.keys_free[0]);
+    if (lane == 0) arrive(shared_address(&barriers.keys_free[0]));
     softmax();
     pack_weights();
     while (walk.next()) {
@@ -451,12 +453,12 @@ __device__ inline void consume(const AttendArguments& args, const kvmix_cuda_ite
       start_output(n);
       matrix_wait<1>();
       hold(s);
-      if (lane == 0) arrive(&barriers.keys_free[(n + 1) % 2]);
+      if (lane == 0) arrive(shared_address(&barriers.keys_free[(n + 1) % 2]));
       softmax();
       matrix_wait<0>();
 #pragma unroll
       for (int i = 0; i < Tile::slabs; ++i) hold(out[i]);
-      if (lane == 0) arrive(&barriers.values_free[n % 2]);
+      if (lane == 0) arrive(shared_address(&barriers.values_free[n % 2]));
       if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < Tile::slabs; ++i)
@@ -518,8 +520,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       constexpr int kArrivals = images ? 1 : kWarpgroup;
-      init_barrier(&barriers.keys_there[i], kArrivals), init_barrier(&barriers.values_there[i], kArrivals);
-      init_barrier(&barriers.keys_free[i], 8), init_barrier(&barriers.values_free[i], 8);
+      init_barrier(shared_address(&barriers.keys_there[i]), kArrivals),
+          init_barrier(shared_address(&barriers.values_there[i]), kArrivals);
+      init_barrier(shared_address(&barriers.keys_free[i]), 8), init_barrier(shared_address(&barriers.values_free[i]), 8);
     }
     publish_barriers();
   }

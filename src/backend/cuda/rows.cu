@@ -71,6 +71,7 @@ __device__ inline void take_rows(const AppendRows& job, int row0, int head, floa
   const int lane = lane_of();
   const RowOps& ops = key ? job.key : job.value;
   const RowNumbers<dim> numbers(ops, head);
+  wait_for_launch_before();
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
     const int64_t row = row0 + r;
@@ -143,8 +144,10 @@ __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant
   __half* const half = static_cast<__half*>(job.halves) +
                        half_row(place.before, place.tokens, place.token, head, job.kv_heads, job.heads_per_kv) * dim;
   const RowNumbers<dim> numbers(job.ops, head / job.heads_per_kv);
+  // What comes after outputs may ask for its weights while attention goes on where that leaves multiprocessors idle.
+  if (!queries) let_next_launch_begin();
   wait_for_launch_before();
-  let_next_launch_begin();
+  if (queries) let_next_launch_begin();
   if (task >= tasks) return;
   float x[dim / 32];
 #pragma unroll
@@ -224,21 +227,22 @@ void patch_table(int32_t* ids, const TablePatch* patches, size_t count, cudaStre
   check_cuda(cudaGetLastError(), "page tables: launch");
 }
 
-void append_rows(const AppendRows& job, cudaStream_t stream) {
+void append_rows(const AppendRows& job, bool overlapped, cudaStream_t stream) {
+  constexpr auto kWhat = "append rows: launch";
   const auto grid = [&](int rows_of_block) {
     return dim3(static_cast<unsigned>((job.rows + rows_of_block - 1) / rows_of_block), static_cast<unsigned>(job.kv_heads), 2);
   };
   constexpr int64_t kManyRows = 1024;  // with fewer a warp each is faster
   const bool many = static_cast<int64_t>(job.rows) * job.kv_heads >= kManyRows;
-  with_head_dim(job.head_dim, "append rows: launch", [&](auto dim) {
+  with_head_dim(job.head_dim, kWhat, [&](auto dim) {
     const auto feed_back = [&](auto rows) {
       auto* const kernel = append_feedback_kernel<dim.value, rows.value>;
       constexpr int kShared = FeedbackSpace<dim.value, rows.value>::bytes;
       allow_shared(kernel, kShared, "append rows: shared memory");
-      kernel<<<grid(kFeedbackWarps * rows.value), kFeedbackThreads, kShared, stream>>>(job);
+      launch_overlapped(overlapped, kernel, grid(kFeedbackWarps * rows.value), kFeedbackThreads, kShared, stream, job, kWhat);
     };
     if (job.key_panels == nullptr) {
-      append_kernel<dim.value><<<grid(kRowWarps), kRowThreads, 0, stream>>>(job);
+      launch_overlapped(overlapped, append_kernel<dim.value>, grid(kRowWarps), kRowThreads, 0, stream, job, kWhat);
     } else if (many) {
       feed_back(std::integral_constant<int, rows_together(dim.value)>{});
     } else {

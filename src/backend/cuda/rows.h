@@ -54,8 +54,9 @@ struct AppendRows {
   RecordShape open;         // of pages but the sinks' (RecordShape::has_codes)
   const float* key_panels;  // feedback of 8-bit keys, of each KV head as feedback_panels.h, or null
 };
-// Stores the step's rows in their slots of open pages.
-void append_rows(const AppendRows& job, cudaStream_t stream);
+// Stores the step's rows in their slots of open pages. May begin, `overlapped`, before the launch that makes the rows has
+// ended.
+void append_rows(const AppendRows& job, bool overlapped, cudaStream_t stream);
 
 // Queries and outputs in fp16 lie as attention takes them: entry by entry, of each [kv_heads][tokens][heads_per_kv][head_dim].
 // The place of a token's query head, in rows of head_dim, of an entry of so many tokens that so many rows stand before.

@@ -368,10 +368,13 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
   const SealGroup& group = sealing_[seal_group(l)];
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (keyed_) check_cuda(cudaStreamIsCapturing(stream_.get(), &capture), "append");
+  bool waits = false;
   if (capture == cudaStreamCaptureStatusActive) {
     // In whatever step that seals it is launched, it waits for the sealing of that one. Layers follow each other.
-    if (group.can_seal && seals_ && begins_group(l)) group.sealed.make_wait(stream, cudaEventWaitExternal);
+    waits = group.can_seal && seals_ && begins_group(l);
+    if (waits) group.sealed.make_wait(stream, cudaEventWaitExternal);
   } else if (layer.seals + layer.thin_seals > 0 && !plan_->seals_after_append) {
+    waits = true;
     group.sealed.make_wait(stream);
   }
   append_rows(
@@ -389,7 +392,7 @@ void CudaBackend::append(int layer_index, const float* k, int64_t k_stride, cons
        .value = layer.value,
        .open = layer.open,
        .key_panels = layer.key_panels},
-      stream);
+      beside_ && !waits, stream);
   if (layer.seals > 0 && plan_->seals_after_append) seal(std::array{seal_job(layer, stream)});
   if (beside_) appended_.record(stream);
 }
@@ -415,8 +418,9 @@ void CudaBackend::attend(const Layer& layer, const Launch& launch) {
   const bool clears = tickets > scratch_->clean_bytes;
   if (clears) check_cuda(cudaMemsetAsync(scratch_->workspace.data(), 0, tickets, stream_.get()), "attend: clear tickets");
   scratch_->clean_bytes = tickets;
-  // Where rows were stored beside, it waits for these, and queries are there by then.
-  OpenPages open{.sink_slots = config.sinks, .shape = layer.open, .overlapped = !clears && !beside_};
+  // Fp16 pages are read more slowly by blocks that were there early, where rows were stored beside.
+  const bool overlapped = !clears && !(beside_ && uses_fp16_kernel(p));
+  OpenPages open{.sink_slots = config.sinks, .shape = layer.open, .overlapped = overlapped};
   if (launch.split()) open.shared_items = static_cast<int32_t>(launch.all_items());
   cuda::attend(p, open);
   if (!launch.split()) return;

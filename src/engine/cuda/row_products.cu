@@ -97,21 +97,23 @@ __global__ __launch_bounds__(kThreads + 32, 1) void row_product_kernel(const __g
   };
   const int begin = first_of(blockIdx.x), end = first_of(blockIdx.x + 1);
   if (thread == 0) {
-    for (int i = 0; i < job.stages; ++i) init_barrier(&there[i], 1), init_barrier(&used[i], kWarps);
+    for (int i = 0; i < job.stages; ++i)
+      init_barrier(shared_address(&there[i]), 1), init_barrier(shared_address(&used[i]), kWarps);
     publish_barriers();
   }
   __syncthreads();
   if (warp == kWarps) {
     if (lane != 0) return;
     for (int at = begin, slot = 0, turn = 1; at < end; at += step) {
-      wait(&used[slot], turn);
+      wait(shared_address(&used[slot]), turn);
       const int count = min(step, end - at);
-      expect_bytes(&there[slot], count * bytes);
+      const uint32_t barrier = shared_address(&there[slot]);
+      expect_bytes(barrier, count * bytes);
       for (int i = 0; i < count; ++i) {
         const Place row = place_of(p, at + i);
-        copy_bulk(ring + static_cast<size_t>(slot * step + i) * bytes,
-                  static_cast<const uint8_t*>(p.matrices[row.matrix].weights) + static_cast<size_t>(row.row) * bytes, bytes,
-                  &there[slot]);
+        copy_bulk_once(shared_address(ring + static_cast<size_t>(slot * step + i) * bytes),
+                       static_cast<const uint8_t*>(p.matrices[row.matrix].weights) + static_cast<size_t>(row.row) * bytes,
+                       bytes, barrier);
       }
       if (++slot == job.stages) slot = 0, turn ^= 1;
     }
@@ -150,12 +152,12 @@ __global__ __launch_bounds__(kThreads + 32, 1) void row_product_kernel(const __g
   for (int from = begin; from < end; from += kFlush, half ^= 1) {
     const int to = min(from + kFlush, end);
     for (int at = from; at < to; at += step) {
-      wait(&there[slot], turn);
+      wait(shared_address(&there[slot]), turn);
       float s[step][inputs];
 #pragma unroll
       for (int i = 0; i < step; ++i) share<Number>(s[i], ring + static_cast<size_t>(slot * step + i) * bytes, x, count);
       __syncwarp();
-      if (lane == 0) arrive(&used[slot]);
+      if (lane == 0) arrive(shared_address(&used[slot]));
       if (++slot == job.stages) slot = 0, turn ^= 1;
 #pragma unroll
       for (int i = 0; i < step; ++i) {
