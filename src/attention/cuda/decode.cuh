@@ -409,7 +409,8 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   const AttendArguments& args = arguments.attend;
   const Stage& stage = arguments.stage;
   constexpr int kTiles = dim / 16, kMergeRow = merge_row(dim);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // The compiler is told that all lanes have the same warp: what follows of that are uniform registers, which copies want.
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   const kvmix_cuda_item mine = args.items[blockIdx.x / arguments.row_blocks];
   if (mine.sequence < 0) return;
   // Rows are dealt out to the blocks of an item evenly, whole.
@@ -420,7 +421,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   uint2* const query = reinterpret_cast<uint2*>(shared);
   uint8_t* const rings = shared + query_bytes(dim);
   uint8_t* const ring = rings + warp * stage.ring;
-  PageCopies copies(stage, ring, lane, warp);
+  PageCopies copies(stage, ring, lane, warp, mine.evict_first != 0);
   // Of many short blocks warps without a page leave; four stay for what all of a block do.
   const int all_warps = static_cast<int>(blockDim.x) / 32;
   const int warps = most_warps <= kFewWarps ? all_warps : min(all_warps, max(kWarps, mine.page_end - mine.page_begin));
@@ -467,7 +468,7 @@ __global__ void __launch_bounds__(32 * most_warps, 1) attend_kernel(const __grid
   };
   const auto fetch = [&](const kvmix_cuda_item& of, int32_t id, bool keys) {
     const uint8_t* const record = args.records + id * args.record_page_stride + of.kv_head * args.record_head_stride;
-    copies.start(id >= 0 ? record : nullptr, keys, of.evict_first != 0);
+    copies.start(id >= 0 ? record : nullptr, keys);
   };
   int page = mine.page_begin + warp;
   int32_t id = page_id(mine, page), next = page_id(mine, page + warps);

@@ -21,8 +21,11 @@ namespace kvmix::cuda {
 // value_shift bytes before them; records at multiples of 128 bytes do the rest.
 class PageCopies {
  public:
-  __device__ PageCopies(const Stage& stage, uint8_t* ring, int lane, int warp) : stage_(stage), ring_(ring), lane_(lane) {
+  // With `once` nobody else reads what is copied (copy_policy).
+  __device__ PageCopies(const Stage& stage, uint8_t* ring, int lane, int warp, bool once)
+      : stage_(stage), ring_(ring), lane_(lane) {
 #if KVMIX_BULK
+    policy_ = copy_policy(once);
     __shared__ uint64_t barriers[2 * kMaxWarps];
     barriers_ = shared_address(barriers + 2 * warp);
     if (lane == 0) {
@@ -31,27 +34,21 @@ class PageCopies {
     }
     __syncwarp();
 #else
-    static_cast<void>(warp);
+    static_cast<void>(warp), static_cast<void>(once);
 #endif
   }
 
-  // After __syncwarp, once all lanes have read what stood there. `record` is null where there is nothing to copy. With
-  // `evict_first` its bytes are read once (copy_bulk_once).
-  __device__ void start(const uint8_t* record, bool keys, bool evict_first) {
+  // After __syncwarp, once all lanes have read what stood there. `record` is null where there is nothing to copy.
+  __device__ void start(const uint8_t* record, bool keys) {
     const int bytes = keys ? stage_.key_bytes : stage_.value_bytes;
     uint8_t* const to = ring_ + (keys ? 0 : stage_.key_pitch);
     const int begin = keys ? 0 : stage_.value_begin;
 #if KVMIX_BULK
     if (record == nullptr || lane_ != 0) return;
-    const uint32_t barrier = barriers_ + (keys ? 0 : 8), shared = shared_address(to);
+    const uint32_t barrier = barriers_ + (keys ? 0 : 8);
     expect_bytes(barrier, bytes);
-    if (evict_first) {
-      copy_bulk_once(shared, record + begin, bytes, barrier);
-    } else {
-      copy_bulk(shared, record + begin, bytes, barrier);
-    }
+    copy_bulk(shared_address(to), record + begin, bytes, barrier, policy_);
 #else
-    static_cast<void>(evict_first);
     if (record != nullptr) {
 #pragma unroll 4
       for (int at = lane_ * 16; at < bytes; at += 512) copy_async(to + at, record + begin + at);
@@ -79,6 +76,7 @@ class PageCopies {
   int lane_;
 #if KVMIX_BULK
   uint32_t barriers_, phases_ = 0;
+  uint64_t policy_;
 #endif
 };
 

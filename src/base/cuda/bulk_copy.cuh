@@ -26,10 +26,18 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint3
                "r"(bytes), "r"(barrier)
                : "memory");
 }
-// Of what is read once: it leaves the L2 before what else is there, which is the code of other kernels too.
-__device__ inline void copy_bulk_once(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+// What the L2 does with what a copy reads. What is read `once` leaves it before what else is there, which is the code of other
+// kernels too.
+__device__ inline uint64_t copy_policy(bool once) {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  if (once) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
+  }
+  return policy;
+}
+__device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)

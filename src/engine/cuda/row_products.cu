@@ -104,6 +104,7 @@ __global__ __launch_bounds__(kThreads + 32, 1) void row_product_kernel(const __g
   __syncthreads();
   if (warp == kWarps) {
     if (lane != 0) return;
+    const uint64_t policy = copy_policy(true);
     for (int at = begin, slot = 0, turn = 1; at < end; at += step) {
       wait(shared_address(&used[slot]), turn);
       const int count = min(step, end - at);
@@ -111,9 +112,9 @@ __global__ __launch_bounds__(kThreads + 32, 1) void row_product_kernel(const __g
       expect_bytes(barrier, count * bytes);
       for (int i = 0; i < count; ++i) {
         const Place row = place_of(p, at + i);
-        copy_bulk_once(shared_address(ring + static_cast<size_t>(slot * step + i) * bytes),
-                       static_cast<const uint8_t*>(p.matrices[row.matrix].weights) + static_cast<size_t>(row.row) * bytes,
-                       bytes, barrier);
+        copy_bulk(shared_address(ring + static_cast<size_t>(slot * step + i) * bytes),
+                  static_cast<const uint8_t*>(p.matrices[row.matrix].weights) + static_cast<size_t>(row.row) * bytes, bytes,
+                  barrier, policy);
       }
       if (++slot == job.stages) slot = 0, turn ^= 1;
     }
