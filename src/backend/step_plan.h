@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/page.h"
+#include "base/fetch_ahead.h"
 #include "kvmix/cache.h"
 
 namespace kvmix {
@@ -49,7 +50,8 @@ struct Gather {
   const PageEntry& to() const { return list->pages[index]; }
 };
 
-// A place in a page list that a change gives a new page. `before` is what stood there; its page, if any, goes on commit.
+// A place in a page list that a change gives a new page. `before` is what stood there; its page, if any, goes on commit. Where
+// none did, it says what the new page's first position is.
 struct PageChange {
   // Whose the list is: an entry of the step, or -1 of other changes.
   struct Owner {
@@ -63,6 +65,15 @@ struct PageChange {
 
   PageEntry& entry() const { return list->pages[index]; }
 };
+
+// What stands where changes or transcodes say lies all over memory: to be called on the way to each, it asks for what comes
+// soon.
+template <class Job>
+void fetch_ahead(std::span<const Job> jobs, size_t at) {
+  constexpr size_t kLists = 32, kEntries = 16;
+  if (at + kLists < jobs.size()) fetch_ahead(jobs[at + kLists].list);
+  if (at + kEntries < jobs.size()) fetch_ahead(jobs[at + kEntries].list->pages.data() + jobs[at + kEntries].index);
+}
 
 struct StepPlan {
   std::vector<StepEntry> entries;

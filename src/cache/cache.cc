@@ -178,7 +178,10 @@ PageHandle Cache::Impl::allocate(FormatId format) {
 // Gives the new pages of the open change memory; without it the change is undone.
 void Cache::Impl::allocate_changes() {
   try {
-    for (const PageChange& change : ledger.changes()) {
+    const std::span<const PageChange> changes = ledger.changes();
+    for (size_t i = 0; i < changes.size(); ++i) {
+      fetch_ahead(changes, i);
+      const PageChange& change = changes[i];
       PageEntry& entry = change.entry();
       const auto id = static_cast<FormatId>(entry.format);
       entry.handle = allocate(id);

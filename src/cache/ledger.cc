@@ -4,6 +4,7 @@
 #include <string>
 #include <unordered_set>
 
+#include "base/fetch_ahead.h"
 #include "kvmix/error.h"
 
 namespace kvmix {
@@ -26,8 +27,6 @@ void check_each_once(std::span<const StepItem> items) {
   if (const auto twice = std::adjacent_find(ids.begin(), ids.end()); twice != ids.end())
     throw Error(Status::kInvalidArgument, "sequence " + std::to_string(*twice) + " appears twice in a step");
 }
-
-void fetch_ahead(const void* memory) { __builtin_prefetch(memory); }
 
 }  // namespace
 
@@ -105,6 +104,7 @@ void Ledger::begin_change() {
   plan_.transcodes.resize(layers_.size());
   for (std::vector<Transcode>& transcodes : plan_.transcodes) transcodes.clear();
   changes_.clear();
+  begun_.clear();
   undo_.clear();
   old_sizes_.clear();
   cuts_.clear();
@@ -118,11 +118,20 @@ Ledger::PromptPart Ledger::prompt_part(const StepItem& item, const SequencePages
   return {prompt, prompt && !item.more};
 }
 
+// Changes are written in place: copying one that was just written waits for the writing.
 void Ledger::replace(PageList& list, size_t index, FormatId format, bool copies, const PageChange::Owner& owner) {
   PageEntry& entry = list.pages[index];
-  changes_.push_back({&list, index, entry, copies, owner});
+  PageChange& change = changes_.emplace_back();
+  change.list = &list, change.index = index, change.before = entry, change.copies = copies, change.owner = owner;
   entry.handle = kNoPage;
   entry.format = format;
+}
+
+void Ledger::begin_page(PageList& list, PageEntry page, const PageChange::Owner& owner) {
+  PageChange& change = begun_.emplace_back();
+  change.list = &list, change.index = list.pages.size(), change.before.first = page.first, change.owner = owner;
+  page.handle = kNoPage;
+  list.pages.push_back(page);
 }
 
 void Ledger::set_live(PageList& list, size_t index, int64_t end) {
@@ -159,7 +168,8 @@ void Ledger::seal(const PageChange::Owner& owner, PageList& list, const Due& pag
   for (size_t i = pages.first; i < pages.end; ++i) {
     const PageEntry open = list.pages[i];
     replace(list, i, ids_[layer].sealed_in(list), false, owner);
-    plan_.transcodes[layer].push_back({owner.layer, owner.kv_head, open, &list, i});
+    Transcode& job = plan_.transcodes[layer].emplace_back();
+    job.layer = owner.layer, job.kv_head = owner.kv_head, job.from = open, job.list = &list, job.index = i;
   }
 }
 
@@ -175,8 +185,7 @@ void Ledger::open_list(const PageChange::Owner& owner, PageList& list, const Ste
   const auto add = [&](FormatId format, int slots) {
     if (list.pages.size() == list.pages.capacity()) list.pages.reserve(list.pages.capacity() + kTableStep);
     const auto live = static_cast<int32_t>(std::min<int64_t>(end - next, slots));
-    list.pages.push_back({kNoPage, format, static_cast<int32_t>(next), live});
-    changes_.push_back({&list, list.pages.size() - 1, {}, false, owner});
+    begin_page(list, {kNoPage, format, static_cast<int32_t>(next), live}, owner);
     next += live;
   };
   if (list.pages.empty()) {
@@ -201,7 +210,7 @@ void Ledger::open_list(const PageChange::Owner& owner, PageList& list, const Ste
 }
 
 void Ledger::open_like(const Opened& first, const PageChange::Owner& owner, PageList& list) {
-  const std::vector<PageEntry>& like = first.list.pages;
+  const std::vector<PageEntry>& like = first.list->pages;
   old_sizes_.push_back({&list, first.pages});
   if (list.pages.capacity() < like.capacity()) list.pages.reserve(like.capacity());
   if (first.copies) replace(list, first.pages - 1, static_cast<FormatId>(like[first.pages - 1].format), true, owner);
@@ -209,37 +218,32 @@ void Ledger::open_like(const Opened& first, const PageChange::Owner& owner, Page
     undo_.push_back({&list, first.pages - 1, list.pages[first.pages - 1]});
     list.pages[first.pages - 1].live = like[first.pages - 1].live;
   }
-  for (size_t i = first.pages; i < like.size(); ++i) {
-    list.pages.push_back({kNoPage, like[i].format, like[i].first, like[i].live});
-    changes_.push_back({&list, i, {}, false, owner});
-  }
+  for (size_t i = first.pages; i < like.size(); ++i) begin_page(list, like[i], owner);
 }
 
+// Head by head, so that a head's pages come out next to each other.
 void Ledger::open_layer(size_t layer, size_t index) {
   const StepEntry& entry = plan_.entries[index];
   std::vector<PageList>& heads = growth_[index].sequence->layers[layer].heads;
+  const bool alike = heads_alike(layer), seals = !(ids_[layer].waits() && entry.prompt);
   PageChange::Owner owner{static_cast<int32_t>(index), static_cast<int32_t>(layer), 0};
-  if (!(ids_[layer].waits() && entry.prompt)) {
-    // Head by head, so that a head's pages come out next to each other.
-    Due pages{};
-    for (size_t h = 0; h < heads.size(); ++h) {
-      if (!ids_[layer].seals_in(heads[h])) continue;
-      if (h == 0 || !heads_alike(layer)) pages = due(layer, heads[h]);
-      owner.kv_head = static_cast<int32_t>(h);
-      seal(owner, heads[h], pages);
-    }
-  }
-  const size_t pages = heads[0].pages.size(), changes = changes_.size(), undo = undo_.size();
-  owner.kv_head = 0;
-  open_list(owner, heads[0], entry);
-  const Opened first{heads[0], pages, changes_.size() > changes && changes_[changes].copies, undo_.size() > undo};
-  for (size_t h = 1; h < heads.size(); ++h) {
+  Due pages{};
+  Opened first{};
+  for (size_t h = 0; h < heads.size(); ++h) {
+    PageList& list = heads[h];
     owner.kv_head = static_cast<int32_t>(h);
-    if (heads_alike(layer)) {
-      open_like(first, owner, heads[h]);
-    } else {
-      open_list(owner, heads[h], entry);
+    const bool like_first = alike && h > 0;
+    if (seals && ids_[layer].seals_in(list)) {
+      if (!like_first) pages = due(layer, list);
+      seal(owner, list, pages);
     }
+    if (like_first) {
+      open_like(first, owner, list);
+      continue;
+    }
+    const size_t had = list.pages.size(), changes = changes_.size(), undo = undo_.size();
+    open_list(owner, list, entry);
+    first = {&list, had, changes_.size() > changes, undo_.size() > undo};
   }
 }
 
@@ -256,38 +260,40 @@ void Ledger::fetch_last_pages(size_t layer) const {
   if (layer >= layers_.size()) return;
   for (const size_t e : loud_) {
     for (const PageList& list : growth_[e].sequence->layers[layer].heads) {
-      if (!list.pages.empty()) fetch_ahead(&list.pages.back());
+      const PageEntry* const end = list.pages.data() + list.pages.size();  // where a page begins; one before the last is sealed
+      fetch_ahead(end - std::min<size_t>(list.pages.size(), 2)), fetch_ahead(end);
     }
   }
 }
 
-// New pages that are sealed together come next to each other, of all heads and layers: what stays is not scattered among what
-// goes. Changes of a step are of few ages, so that they are counted instead of compared.
+// Pages in place of others come first. New ones that are sealed together come next to each other, of all heads and layers: what
+// stays is not scattered among what goes. They are of few ages, so that they are counted instead of compared.
 void Ledger::order_changes() {
-  const auto age = [](const PageChange& change) { return change.before.handle != kNoPage ? -1 : change.entry().first; };
   ages_.clear();
   age_of_.clear();
   bool ordered = true;
   size_t last = 0;
-  for (const PageChange& change : changes_) {
-    const int32_t of_change = age(change);
-    if (ages_.empty() || ages_[last].age != of_change) {
-      ordered = ordered && (ages_.empty() || ages_[last].age < of_change);
-      const auto known = std::find_if(ages_.begin(), ages_.end(), [&](const Age& a) { return a.age == of_change; });
+  for (const PageChange& change : begun_) {
+    const int32_t age = change.before.first;
+    if (ages_.empty() || ages_[last].age != age) {
+      ordered = ordered && (ages_.empty() || ages_[last].age < age);
+      const auto known = std::find_if(ages_.begin(), ages_.end(), [&](const Age& a) { return a.age == age; });
       last = static_cast<size_t>(known - ages_.begin());
-      if (known == ages_.end()) ages_.push_back({of_change, 0, last});
+      if (known == ages_.end()) ages_.push_back({age, 0, last});
     }
     ++ages_[last].count;
     age_of_.push_back(static_cast<uint32_t>(last));
   }
-  if (ordered) return;
+  if (ordered) {
+    changes_.insert(changes_.end(), begun_.begin(), begun_.end());
+    return;
+  }
   std::vector<Age> by_age = ages_;
   std::sort(by_age.begin(), by_age.end(), [](const Age& a, const Age& b) { return a.age < b.age; });
-  size_t at = 0;
+  size_t at = changes_.size();
   for (const Age& each : by_age) at += std::exchange(ages_[each.place].count, at);  // from now on where its next one goes
-  by_age_.resize(changes_.size());
-  for (size_t i = 0; i < changes_.size(); ++i) by_age_[ages_[age_of_[i]].count++] = changes_[i];
-  changes_.swap(by_age_);
+  changes_.resize(at);
+  for (size_t i = 0; i < begun_.size(); ++i) changes_[ages_[age_of_[i]].count++] = begun_[i];
 }
 
 const StepPlan& Ledger::open(std::span<const StepItem> items) {
@@ -345,9 +351,9 @@ const StepPlan& Ledger::open(std::span<const StepItem> items) {
     for (const size_t e : loud_) {
       SequencePages& sequence = *growth_[e].sequence;
       if (sequence.late) settle(sequence, sequence.layers[l]);
-      const size_t before = changes_.size();
+      const size_t before = changes_.size() + begun_.size();
       open_layer(l, e);
-      if (changes_.size() > before) revise(sequence);
+      if (changes_.size() + begun_.size() > before) revise(sequence);
     }
   }
   for (const size_t e : loud_) growth_[e].sequence->late = false;
@@ -413,6 +419,7 @@ void Ledger::leave_window(size_t layer, SequencePages& sequence, std::vector<Fre
 std::vector<FreedPage> Ledger::commit() {
   if (!open_) throw Error(Status::kInvalidArgument, "no step is open");
   std::vector<FreedPage> freed;
+  freed.reserve(changes_.size());
   for (const PageChange& change : changes_) {
     if (change.before.handle != kNoPage) drop(change.before, freed);
   }

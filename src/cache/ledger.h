@@ -7,6 +7,7 @@
 
 #include <deque>
 #include <map>
+#include <memory_resource>
 #include <span>
 #include <unordered_map>
 #include <utility>
@@ -44,7 +45,8 @@ class Ledger {
   const SequencePages& find(SequenceId id) const { return const_cast<Ledger*>(this)->find(id); }
   int64_t length(SequenceId id) const { return const_cast<Ledger*>(this)->look_up(id).length; }
   // Of lists that are written late, `live` of the last page is not up to date.
-  const std::map<SequenceId, SequencePages>& sequences() const { return sequences_; }
+  using Sequences = std::pmr::map<SequenceId, SequencePages>;
+  const Sequences& sequences() const { return sequences_; }
 
   // A sequence that shares all pages.
   SequenceId fork(SequenceId id);
@@ -129,7 +131,7 @@ class Ledger {
   void open_list(const PageChange::Owner& owner, PageList& list, const StepEntry& entry);
   // The same of a list that is like one that was opened, of so many pages before, the last of which was copied or goes on.
   struct Opened {
-    const PageList& list;
+    const PageList* list;
     size_t pages;
     bool copies, grows;
   };
@@ -149,6 +151,7 @@ class Ledger {
   void move_together(const Compacting& job, std::span<const Kept> tokens, bool newest, Compaction& to) const;
   int64_t left_empty(const Compacting& job, size_t tokens, const PageList& next, const PageEntry& page) const;
   void replace(PageList& list, size_t index, FormatId format, bool copies, const PageChange::Owner& owner = {});
+  void begin_page(PageList& list, PageEntry page, const PageChange::Owner& owner);
   void set_live(PageList& list, size_t index, int64_t end);
   // Recent pages of a list that are due to be sealed: [first, end).
   struct Due {
@@ -178,7 +181,8 @@ class Ledger {
   const std::vector<LayerConfig>& layers_;
   const std::vector<LayerFormats>& ids_;
   const FormatTable& formats_;
-  std::map<SequenceId, SequencePages> sequences_;
+  std::pmr::unsynchronized_pool_resource beside_;  // a step visits them all, so that they lie next to each other
+  Sequences sequences_{&beside_};
   std::vector<std::pair<SequenceId, SequencePages*>> index_;  // the same by id: a step asks for hundreds
   SequenceId next_id_ = 0;
   uint64_t next_revision_ = 1;
@@ -187,13 +191,14 @@ class Ledger {
   bool writes_late_ = false, full_pages_ = false;
   bool open_ = false;
   StepPlan plan_;
-  std::vector<PageChange> changes_, by_age_;
-  struct Age {  // of changes: how many, then where the next one goes; and which it is among those that there are
+  std::vector<PageChange> changes_;
+  std::vector<PageChange> begun_;  // those of new pages, which order_changes adds
+  struct Age {  // of these: how many, then where the next one goes; and which it is among those that there are
     int32_t age;
     size_t count, place;
   };
   std::vector<Age> ages_;
-  std::vector<uint32_t> age_of_;  // by change
+  std::vector<uint32_t> age_of_;  // by each of them
   std::vector<Undo> undo_;
   std::vector<Size> old_sizes_;  // of lists that may have grown
   std::vector<Cut> cuts_;        // of lists that a truncation shortens on commit

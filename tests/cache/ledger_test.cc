@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <random>
@@ -220,6 +221,44 @@ TEST(Ledger, AnythingInAnyOrderLosesNoPageAndFreesNoneTwice) {
     run(seed, false, at_once);
     run(seed, true, late);
     ASSERT_EQ(at_once, late) << "seed " << seed;
+  }
+}
+
+TEST(Ledger, PagesThatAreSealedTogetherAreAllocatedTogether) {
+  for (const bool late : {false, true}) {
+    Books books(mixed_layers());
+    Ledger& ledger = books.ledger;
+    if (late) ledger.write_late();
+    const SequenceId one = ledger.create(), other = ledger.create();
+    // The last step seals pages, copies shared ones and begins some, of two sequences at different lengths.
+    for (const StepItem& item : {StepItem{one, 300}, StepItem{other, 500}}) {
+      ledger.open({&item, 1});
+      books.allocate();
+      books.free(ledger.commit());
+    }
+    ledger.fork(one);
+    const std::array<StepItem, 2> items{StepItem{one, 400}, StepItem{other, 400}};
+    const StepPlan& plan = ledger.open(items);
+    using Place = std::array<int32_t, 4>;  // where a page begins, layer, entry and KV head
+    std::vector<Place> begun;
+    size_t replaced = 0, copied = 0;
+    for (const PageChange& change : plan.changes) {
+      const PageChange::Owner& owner = change.owner;
+      if (change.before.handle != kNoPage) {
+        EXPECT_TRUE(begun.empty()) << "a page in place of another after one that is new";
+        ++(change.copies ? copied : replaced);
+      } else {
+        begun.push_back({change.entry().first, owner.layer, owner.entry, owner.kv_head});
+      }
+    }
+    EXPECT_GT(replaced, 0u);
+    EXPECT_GT(copied, 0u);
+    EXPECT_GT(begun.size(), 8u);
+    EXPECT_TRUE(std::is_sorted(begun.begin(), begun.end()));
+    EXPECT_EQ(std::adjacent_find(begun.begin(), begun.end()), begun.end());
+    books.allocate();
+    books.free(ledger.commit());
+    books.check();
   }
 }
 

@@ -143,8 +143,11 @@ void DevicePool::unmap(Chunk& chunk, uint32_t index) {
 }
 
 std::set<uint32_t>& DevicePool::open_chunks(size_t bytes) {
+  if (recent_ < sizes_.size() && sizes_[recent_].bytes == bytes) return sizes_[recent_].open;
   const auto known = std::find_if(sizes_.begin(), sizes_.end(), [&](const Size& size) { return size.bytes == bytes; });
-  return known != sizes_.end() ? known->open : sizes_.emplace_back(Size{bytes, {}}).open;
+  recent_ = static_cast<size_t>(known - sizes_.begin());
+  if (known == sizes_.end()) sizes_.push_back({bytes, {}});
+  return sizes_[recent_].open;
 }
 
 uint32_t DevicePool::allocate(size_t bytes) {

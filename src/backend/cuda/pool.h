@@ -69,6 +69,7 @@ class DevicePool {
   };
   std::set<uint32_t>& open_chunks(size_t bytes);
   std::vector<Size> sizes_;
+  size_t recent_ = 0;            // of sizes_: pages of one size follow each other
   std::vector<uint32_t> spare_;  // mapped, without a page
   std::set<uint32_t> unmapped_;
 };

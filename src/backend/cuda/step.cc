@@ -71,7 +71,9 @@ void CudaBackend::find_patches() {
     const StepEntry& entry = plan_->entries[order_[row]];
     if (tables_.revisions[row] != entry.pages->revision) patched_row_[order_[row]] = static_cast<int32_t>(row);
   }
-  for (const PageChange& change : plan_->changes) {
+  for (size_t i = 0; i < plan_->changes.size(); ++i) {
+    fetch_ahead(plan_->changes, i);
+    const PageChange& change = plan_->changes[i];
     const PageChange::Owner& owner = change.owner;
     const int64_t row = patched_row_[static_cast<size_t>(owner.entry)];
     if (row < 0) continue;
@@ -124,7 +126,10 @@ void CudaBackend::write_seals(const Layer& layer, size_t l, int32_t* open_ids, i
   sealed_of_head_.assign(static_cast<size_t>(layer.config.kv_heads), 0);
   std::fill_n(open_ids, layer.seals * layer.config.kv_heads, 0);
   std::fill_n(record_ids, layer.seals * layer.config.kv_heads, kNoRecord);
-  for (const Transcode& job : plan_->transcodes[l]) {
+  const std::span<const Transcode> jobs = plan_->transcodes[l];
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    fetch_ahead(jobs, i);
+    const Transcode& job = jobs[i];
     if (is_thin(layer, job.to())) continue;
     const int page = sealed_of_head_[static_cast<size_t>(job.kv_head)]++;
     const int at = page * layer.config.kv_heads + job.kv_head;
