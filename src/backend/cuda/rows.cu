@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kRowThreads) head_kernel(const __grid_constant
   __half* const half = static_cast<__half*>(job.halves) +
                        half_row(place.before, place.tokens, place.token, head, job.kv_heads, job.heads_per_kv) * dim;
   const RowNumbers<dim> numbers(job.ops, head / job.heads_per_kv);
-  // What comes after outputs may ask for its weights while attention goes on where that leaves multiprocessors idle.
+  // What reads outputs waits for this launch; until then it may ask for its weights, where attention leaves multiprocessors
+  // idle.
   if (!queries) let_next_launch_begin();
   wait_for_launch_before();
   if (queries) let_next_launch_begin();
