@@ -64,8 +64,8 @@ struct Residency {
 struct OpenPages {
   int sink_slots = kPageTokens;
   RecordShape shape{0, 16, 16, 128, 128};
-  // The launches that it waits for write queries, outputs, the workspace and rows of open pages alone, and all before have ended
-  // when they let this one begin (base/cuda/overlap.cuh).
+  // The launches that it waits for write queries, outputs, the workspace and rows of open pages alone, and all before have
+  // ended when they let this one begin (base/cuda/overlap.cuh).
   bool overlapped = false;
   // Of a launch for some of the pages that its items' lists have, others for the rest: the items of all of them, which share
   // tickets and partial results, and which kernels each can then take: none that is for more than kTileRows rows alone. 0: the
