@@ -284,13 +284,12 @@ class TrellisEncoder {
       for (int i = 0; i < kLanes; ++i) partner[i] = i ^ apart;
       take(__builtin_shuffle(least, partner));
     }
-    int first = 0;
-    while (true) {
+    for (int first = 0; first < kStates; first += kLanes) {
       Floats some;
       std::memcpy(&some, cost + first, sizeof some);
       if (const unsigned found = equal(some, least); found != 0) return first + std::countr_zero(found);
-      first += kLanes;
     }
+    return 0;  // of costs that are no numbers
   }
 #else
   static void step(const float* levels, float target, float weight, const float* before, float* cost) {
